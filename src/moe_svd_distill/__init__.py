@@ -1,0 +1,1 @@
+"""MoE-SVD-Distill."""

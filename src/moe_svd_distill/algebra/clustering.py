@@ -1,0 +1,167 @@
+"""Grouping a teacher layer's experts by k-means, from their Gram matrix alone.
+
+Every distance between fingerprints (an expert's weights, concatenated) is a function of their inner products, so k-means
+on an isometric embedding of the experts x experts Gram matrix gives the labels it gives on the fingerprints themselves.
+"""
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from torch import Tensor
+
+from moe_svd_distill.algebra.interpolation import check_weight, spherical_coefficients
+
+GRAM_COLUMNS = 1 << 15  # columns multiplied in float32 before they are added up in float64
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """Which cluster every expert belongs to."""
+
+    labels: Int[Tensor, "experts"]  # cluster of each expert, 0 .. clusters - 1; no cluster is empty
+    weights: Float[Tensor, "clusters experts"]  # centres = weights @ fingerprints
+    inertia: float  # sum of squared distances of the experts to their centres
+
+
+def gram_of_rows(
+    chunks: Iterable[Float[Tensor, "experts _"]], *, centred: bool = False
+) -> Float[Tensor, "experts experts"]:
+    """float64 Gram matrix of fingerprints that arrive in pieces, (experts, columns) each.
+
+    float32 products over at most ``GRAM_COLUMNS`` columns, added up in float64: about 1e-7 of the diagonal.
+    ``centred`` subtracts the mean expert first, which leaves distances alone and keeps digits when experts are alike.
+
+    Raises:
+        ValueError: no pieces, or pieces that disagree about the number of experts.
+    """
+    blocks = gram_blocks(((chunk, chunk) for chunk in chunks), centred=centred, same=True)
+    return blocks[0]
+
+
+def gram_blocks(
+    chunk_pairs: Iterable[tuple[Float[Tensor, "experts _"], Float[Tensor, "experts _"]]],
+    *,
+    centred: bool = False,
+    same: bool = False,
+) -> tuple[Float[Tensor, "experts experts"], Float[Tensor, "experts experts"], Float[Tensor, "experts experts"]]:
+    """``G_ff, G_fc, G_cc`` of the fingerprints of two adjacent layers (floor, ceil) in one pass over their pieces.
+
+    ``same`` says that both members of every pair are one tensor, and computes it once.
+    """
+    totals: tuple[Tensor, Tensor, Tensor] | None = None
+    for floor, ceil in chunk_pairs:
+        if totals is None:
+            zeros = torch.zeros(floor.shape[0], floor.shape[0], dtype=torch.float64, device=floor.device)
+            totals = (zeros, zeros if same else zeros.clone(), zeros if same else zeros.clone())
+        if floor.shape != ceil.shape or floor.shape[0] != totals[0].shape[0]:
+            raise ValueError(f"pieces of shapes {tuple(floor.shape)} and {tuple(ceil.shape)} do not fit together")
+        for start in range(0, floor.shape[1], GRAM_COLUMNS):
+            first = _piece(floor, start, centred)
+            totals[0].add_(first @ first.mT)
+            if not same:
+                second = _piece(ceil, start, centred)
+                totals[1].add_(first @ second.mT)
+                totals[2].add_(second @ second.mT)
+    if totals is None:
+        raise ValueError("no pieces of fingerprints were given")
+    return totals
+
+
+def interpolated_gram(
+    G_ff: Float[Tensor, "experts experts"],
+    G_fc: Float[Tensor, "experts experts"],
+    G_cc: Float[Tensor, "experts experts"],
+    weight: float,
+    spherical: bool,
+) -> Float[Tensor, "experts experts"]:
+    """Gram matrix of ``interpolate(floor_i, ceil_i, weight)``, expert by expert, without the fingerprints.
+
+    ``G_fc[i, j] = <floor_i, ceil_j>``. Spherical interpolation turns each expert's whole vector; for one that is done
+    tensor by tensor, call this with each tensor's Gram matrices and add the results.
+    """
+    check_weight(weight)
+    diagonal_f, diagonal_c = G_ff.diagonal(), G_cc.diagonal()
+    if spherical:
+        left, right = spherical_coefficients(diagonal_f.sqrt(), diagonal_c.sqrt(), G_fc.diagonal(), weight)
+    else:
+        left, right = torch.full_like(diagonal_f, 1.0 - weight), torch.full_like(diagonal_c, weight)
+    cross = left[:, None] * G_fc * right
+    return left[:, None] * G_ff * left + cross + cross.mT + right[:, None] * G_cc * right
+
+
+def gram_embedding(gram: Float[Tensor, "experts experts"]) -> Float[Tensor, "experts experts"]:
+    """Points (one per row, float64) with the given inner products: ``V sqrt(eigenvalues)``, negative ones as zero."""
+    values, vectors = torch.linalg.eigh(gram.double())
+    return vectors * values.clamp_min(0.0).sqrt()
+
+
+def kmeans_from_gram(
+    gram: Float[Tensor, "experts experts"], clusters: int, seed: int, restarts: int = 10
+) -> Clustering:
+    """scikit-learn's k-means (k-means++ starts, ``restarts`` of them) on the embedding of ``gram``.
+
+    The labels are those scikit-learn finds on the fingerprints with the same seed and restarts. A cluster that is left
+    empty (experts that equal each other) takes the expert farthest from its centre, so that every cluster has a member.
+
+    Raises:
+        ValueError: fewer than one cluster, more clusters than experts, or a Gram matrix that is not finite.
+    """
+    experts = gram.shape[0]
+    if not 1 <= clusters <= experts:
+        raise ValueError(f"{experts} experts cannot form {clusters} clusters")
+    if not bool(torch.isfinite(gram).all()):
+        raise ValueError("the Gram matrix has an entry that is not finite")
+    if clusters == experts:
+        labels = np.arange(experts)
+    else:
+        points = gram_embedding(gram).cpu().numpy()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            labels = KMeans(clusters, n_init=restarts, random_state=seed).fit(points).labels_.astype(np.int64)
+        labels = _fill_empty(points, labels, clusters)
+    return clustering_of(gram, torch.from_numpy(labels).to(gram.device), clusters)
+
+
+def clustering_of(gram: Float[Tensor, "experts experts"], labels: Int[Tensor, "experts"], clusters: int) -> Clustering:
+    """Centre weights and inertia of given labels. Every cluster must have a member."""
+    membership = torch.nn.functional.one_hot(labels.long(), clusters).mT.to(torch.float64)
+    weights = membership / membership.sum(1, keepdim=True)
+    full = gram.double()
+    inertia = full.diagonal().sum() - ((weights @ full) * membership).sum()
+    return Clustering(labels.long(), weights.float(), max(0.0, float(inertia)))
+
+
+def assign_clusters(similarity: Float[Tensor, "clusters student_experts"]) -> Int[Tensor, "clusters"]:
+    """Student expert of every cluster, one to one, at the largest total similarity (Hungarian method).
+
+    Raises:
+        ValueError: not square, or not finite.
+    """
+    clusters, experts = similarity.shape
+    if clusters != experts:
+        raise ValueError(f"{clusters} clusters cannot be assigned one to one to {experts} student experts")
+    _, chosen = linear_sum_assignment(similarity.double().cpu().numpy(), maximize=True)
+    return torch.from_numpy(chosen).to(similarity.device)
+
+
+def _piece(chunk: Float[Tensor, "experts _"], start: int, centred: bool) -> Tensor:
+    piece = chunk[:, start : start + GRAM_COLUMNS].float()
+    return piece - piece.mean(0, keepdim=True) if centred else piece
+
+
+def _fill_empty(points: np.ndarray, labels: np.ndarray, clusters: int) -> np.ndarray:
+    filled = labels.copy()
+    for empty in sorted(set(range(clusters)) - set(labels.tolist())):
+        sizes = np.bincount(filled, minlength=clusters)
+        centres = np.stack([points[filled == c].mean(0) if sizes[c] else points[0] for c in range(clusters)])
+        distance = np.square(points - centres[filled]).sum(1)
+        distance[sizes[filled] < 2] = -1.0
+        filled[int(distance.argmax())] = empty
+    return filled

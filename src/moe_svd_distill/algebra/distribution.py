@@ -1,0 +1,56 @@
+"""How far two next-token distributions are apart, token by token, in nats.
+
+All functions take logits of any floating type and work in float32 on a few tokens at a time, so that no float32 copy of
+all logits is held.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+CHUNK_ENTRIES = 1 << 24  # logits turned into float32 at a time: 64 MiB
+
+
+def kl_divergence(
+    teacher_logits: Float[Tensor, "tokens vocabulary"], student_logits: Float[Tensor, "tokens vocabulary"]
+) -> Float[Tensor, "tokens"]:
+    """``KL(teacher || student) = sum_v p_T (log p_T - log p_S)`` of every token, in nats, never below zero.
+
+    Words the teacher rules out (logit -inf) contribute nothing, whatever the student says.
+    """
+    parts = []
+    for rows in _chunks(teacher_logits):
+        teacher = torch.log_softmax(teacher_logits[rows].float(), dim=-1)
+        student = torch.log_softmax(student_logits[rows].float(), dim=-1)
+        probability = teacher.exp()
+        difference = torch.where(probability > 0, teacher - student, torch.zeros_like(teacher))
+        parts.append((probability * difference).sum(-1).clamp_min(0.0))
+    return torch.cat(parts)
+
+
+def cross_entropy(
+    logits: Float[Tensor, "tokens vocabulary"], targets: Int[Tensor, "tokens"]
+) -> Float[Tensor, "tokens"]:
+    """``-log p(target)`` of every token, in nats."""
+    parts = []
+    for rows in _chunks(logits):
+        chunk = logits[rows].float()
+        chosen = chunk.gather(-1, targets[rows].long()[:, None]).squeeze(-1)
+        parts.append(torch.logsumexp(chunk, dim=-1) - chosen)
+    return torch.cat(parts)
+
+
+def top1_agreement(
+    teacher_logits: Float[Tensor, "tokens vocabulary"], student_logits: Float[Tensor, "tokens vocabulary"]
+) -> Bool[Tensor, "tokens"]:
+    """Whether both put the same word first, for every token."""
+    return teacher_logits.argmax(-1) == student_logits.argmax(-1)
+
+
+def _chunks(logits: Float[Tensor, "tokens vocabulary"]) -> Iterator[slice]:
+    tokens, vocabulary = logits.shape
+    step = max(1, CHUNK_ENTRIES // max(1, vocabulary))
+    for start in range(0, max(1, tokens), step):
+        yield slice(start, start + step)

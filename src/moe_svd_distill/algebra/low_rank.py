@@ -1,0 +1,207 @@
+"""Low-rank factors of a matrix: the LoRA pair ``B @ A`` of a weight difference."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moe_svd_distill.algebra.subspace import gram_factors, krylov_factors, prefers_gram
+
+RESIDUAL_FROM_NORMS = 0.05  # below this relative residual the difference of two norms has lost too many digits
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """``left @ right``, the best (or nearly best) approximation of a matrix ``D`` at rank ``r``, and how good it is.
+
+    In LoRA's words ``left`` is B and ``right`` is A. Singular values are shared evenly between the two.
+    """
+
+    left: Float[Tensor, "m r"]
+    right: Float[Tensor, "r n"]
+    residual: float  # ||D - left @ right|| / ||D||, Frobenius; 0.0 for a zero matrix
+    energy: float  # ||left @ right||^2 / ||D||^2; 1.0 for a zero matrix
+    singular_values: Float[Tensor, "r"]  # of the approximation; NaN where no decomposition was needed (method "exact")
+    method: str  # "subspace", "gram", "exact" (identity factor, no SVD needed), "reference" (torch.linalg.svd)
+
+
+def truncated_svd(
+    matrix: Float[Tensor, "m n"],
+    rank: int,
+    *,
+    generator: torch.Generator,
+    pass_dtype: torch.dtype = torch.float32,
+    passes: int | None = None,
+) -> LowRank:
+    """Factors of ``matrix`` at ``rank``, within 1.001 of the Eckart-Young residual on spectra like those of weights.
+
+    Args:
+        matrix: any floating type, (m, n); computed in float32.
+        rank: columns of ``left``. At ``rank >= min(m, n)`` the product is exact: one factor is the identity, padded.
+        generator: source of the random start; its device need not be the matrix's.
+        pass_dtype: number format of the large products (see ``matmul_dtype``).
+        passes: number of Krylov blocks; None chooses by rank and shape.
+
+    Raises:
+        ValueError: rank below 1, an empty matrix, or an entry that is not finite.
+    """
+    return _factorise(matrix[None], rank, generator, pass_dtype, passes)[0]
+
+
+def batched_truncated_svd(
+    matrices: Float[Tensor, "e m n"],
+    rank: int,
+    *,
+    generator: torch.Generator,
+    pass_dtype: torch.dtype = torch.float32,
+    passes: int | None = None,
+) -> list[LowRank]:
+    """``truncated_svd`` of every matrix of a stack (the experts of one layer).
+
+    On an accelerator the stack goes through batched kernels; on a CPU one after the other, kinder to its cache.
+    The same numbers are drawn from ``generator`` either way as by calls one after the other.
+    """
+    if matrices.device.type == "cpu":
+        return [_factorise(matrix[None], rank, generator, pass_dtype, passes)[0] for matrix in matrices]
+    return _factorise(matrices, rank, generator, pass_dtype, passes)
+
+
+def exact_truncated_svd(matrix: Float[Tensor, "m n"], rank: int) -> LowRank:
+    """The plain formula in float64, by ``torch.linalg.svd``: the reference the fast ways are tested against.
+
+    Raises:
+        ValueError: as ``truncated_svd``.
+    """
+    _check(matrix, rank)
+    D = matrix.double()
+    total = float(D.square().sum())
+    U, S, Vh = torch.linalg.svd(D, full_matrices=False)
+    kept = min(rank, S.shape[0])
+    root = S[:kept].sqrt()
+    left, right = _fix_signs(U[:, :kept] * root, root[:, None] * Vh[:kept])
+    rest = float(S[kept:].square().sum())
+    return LowRank(
+        left=_pad(left, columns=rank).float(),
+        right=_pad(right, rows=rank).float(),
+        residual=math.sqrt(rest / total) if total else 0.0,
+        energy=1.0 - rest / total if total else 1.0,
+        singular_values=_pad(S[None, :kept], columns=rank)[0].float(),
+        method="reference",
+    )
+
+
+def rank_for_energy(singular_values: Float[Tensor, "k"], energy: float, total: float) -> int:
+    """Smallest rank whose squared singular values make up ``energy`` (0 to 1) of ``total`` = ||D||^2.
+
+    Returns the number of given values when even all of them do not reach it, and at least 1.
+
+    Raises:
+        ValueError: energy outside [0, 1] or a negative total.
+    """
+    if not 0.0 <= energy <= 1.0:
+        raise ValueError(f"energy must lie in [0, 1], not {energy}")
+    if total < 0.0:
+        raise ValueError(f"total must not be negative, it is {total}")
+    captured = singular_values.double().square().cumsum(0)
+    reached = int((captured < energy * total * (1.0 - 1e-12)).sum()) + 1
+    return max(1, min(reached, singular_values.shape[0]))
+
+
+def _factorise(
+    matrices: Float[Tensor, "e m n"],
+    rank: int,
+    generator: torch.Generator,
+    pass_dtype: torch.dtype,
+    passes: int | None,
+) -> list[LowRank]:
+    norms = [_check(matrix, rank) for matrix in matrices]
+    m, n = matrices.shape[-2:]
+    if rank >= min(m, n):
+        return [_identity_factors(matrix, rank) for matrix in matrices]
+    if not any(norms):
+        return [_zero_factors(matrix, rank) for matrix in matrices]
+    D = matrices.float()
+    if prefers_gram(m, n, rank):
+        method = "gram"
+        U, W = gram_factors(D, rank)
+    else:
+        method = "subspace"
+        U, W = krylov_factors(D, rank, generator=generator, pass_dtype=pass_dtype, blocks=passes)
+    return [_finish(*item, method) for item in zip(D, U, W, norms, strict=True)]
+
+
+def _finish(
+    D: Float[Tensor, "m n"], U: Float[Tensor, "r m"], W: Float[Tensor, "r n"], norm: float, method: str
+) -> LowRank:
+    """Balance the factors of ``U.T @ W`` (rows of U orthonormal, rows of W orthogonal) and measure them."""
+    if norm == 0.0:
+        return _zero_factors(D, U.shape[0])
+    sigma = torch.linalg.vector_norm(W, dim=1)
+    root = sigma.sqrt()
+    left = (U * root[:, None]).T
+    right = W * torch.where(root > 0, 1.0 / root, torch.zeros_like(root))[:, None]
+    left, right = _fix_signs(left, right)
+    energy = min(1.0, float(sigma.double().square().sum()) / norm**2)
+    residual = math.sqrt(max(0.0, 1.0 - energy))
+    if residual < RESIDUAL_FROM_NORMS:
+        residual = float(torch.linalg.vector_norm(D - left @ right)) / norm
+        energy = 1.0 - residual**2
+    return LowRank(left.contiguous(), right, residual, energy, sigma, method)
+
+
+def _check(matrix: Float[Tensor, "m n"], rank: int) -> float:
+    """The Frobenius norm, having refused what cannot be decomposed."""
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, not {rank}")
+    if matrix.numel() == 0:
+        raise ValueError(f"matrix of shape {tuple(matrix.shape)} is empty")
+    rows = torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float32).double()
+    norm = float(torch.linalg.vector_norm(rows))
+    if not math.isfinite(norm):
+        raise ValueError("matrix has an entry that is not finite, or too large for float32")
+    return norm
+
+
+def _identity_factors(matrix: Float[Tensor, "m n"], rank: int) -> LowRank:
+    m, n = matrix.shape
+    D = matrix.float()
+    if n <= m:
+        left, right = D, torch.eye(n, device=D.device)
+    else:
+        left, right = torch.eye(m, device=D.device), D
+    unknown = torch.full((rank,), math.nan, device=D.device)
+    return LowRank(_pad(left, columns=rank), _pad(right, rows=rank), 0.0, 1.0, unknown, "exact")
+
+
+def _zero_factors(matrix: Float[Tensor, "m n"], rank: int) -> LowRank:
+    m, n = matrix.shape
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, device=matrix.device)
+
+    return LowRank(zeros(m, rank), zeros(rank, n), 0.0, 1.0, zeros(rank), "exact")
+
+
+def _fix_signs(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Make the largest entry of every column of ``left`` positive, so that equal inputs give equal factors."""
+    largest = left.gather(0, left.abs().argmax(0, keepdim=True))
+    sign = torch.where(largest < 0, -1.0, 1.0).to(left.dtype)
+    return left * sign, right * sign.T
+
+
+def _pad(matrix: Tensor, *, rows: int | None = None, columns: int | None = None) -> Tensor:
+    more_rows = 0 if rows is None else rows - matrix.shape[0]
+    more_columns = 0 if columns is None else columns - matrix.shape[1]
+    return torch.nn.functional.pad(matrix, (0, more_columns, 0, more_rows)).contiguous()
+
+
+__all__: Sequence[str] = (
+    "LowRank",
+    "batched_truncated_svd",
+    "exact_truncated_svd",
+    "rank_for_energy",
+    "truncated_svd",
+)

@@ -1,0 +1,137 @@
+"""Bringing a teacher's matrix into the shape of a student's, without any knowledge of what its rows mean."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moe_svd_distill.algebra.interpolation import working
+
+
+class ProjectionError(ArithmeticError):
+    """The eigenvectors of a matrix could not be found; the caller may fall back on another projection."""
+
+
+def svd_projection(matrix: Float[Tensor, "m n"], shape: tuple[int, int]) -> Float[Tensor, "p q"]:
+    """The first generation's projection: centre, truncate the SVD to rank k, cut the top-left block, add the mean back.
+
+    ``k`` is the least of the four dimensions. With ``P`` the projector on the k leading singular vectors of the smaller
+    side of ``X = D - mean(D)`` the result is ``(P X)[:p, :q] + mean(D)``, so eigenvectors of the smaller Gram matrix
+    suffice and only the block is ever computed. Division by the standard deviation, which the description asks for,
+    cancels. Where the target is larger, the mean is filled in. If k is no less than min(m, n) nothing is truncated: the
+    result is the block itself.
+
+    Raises:
+        ProjectionError: an entry that is not finite, or no convergence of the eigenvalue solver.
+        ValueError: a dimension below 1.
+    """
+    return batched_svd_projection(matrix[None], shape)[0]
+
+
+def batched_svd_projection(matrices: Float[Tensor, "e m n"], shape: tuple[int, int]) -> Float[Tensor, "e p q"]:
+    """``svd_projection`` of every matrix of a stack, each with its own mean and its own singular vectors."""
+    _check_shape(shape)
+    X = working(matrices)
+    mean = X.mean(dim=(-2, -1), keepdim=True)
+    if not bool(torch.isfinite(mean).all()):
+        raise ProjectionError("matrix has an entry that is not finite")
+    m, n = matrices.shape[-2:]
+    rows, columns = min(m, shape[0]), min(n, shape[1])
+    rank = min(m, n, *shape)
+    if rank >= min(m, n):
+        block = X[:, :rows, :columns]
+    elif matrices.device.type == "cpu":
+        centred = (matrix - middle for matrix, middle in zip(X, mean, strict=True))
+        block = torch.stack([_truncated_block(matrix, rank, rows, columns) for matrix in centred]) + mean
+    else:
+        block = _truncated_block(X - mean, rank, rows, columns) + mean
+    if (rows, columns) == shape:
+        return block.contiguous()
+    projected = mean.expand(-1, *shape).clone()
+    projected[:, :rows, :columns] = block
+    return projected
+
+
+def fourier_projection(matrix: Float[Tensor, "m n"], shape: tuple[int, int]) -> Float[Tensor, "p q"]:
+    """Crop (or zero-pad) the 2-D real FFT spectrum to the target's, invert, and restore mean and standard deviation.
+
+    The low frequencies of both signs are kept, so the result is the matrix resampled as if it were a picture. A matrix of
+    the target's shape comes back unchanged.
+
+    Raises:
+        ProjectionError: an entry that is not finite.
+        ValueError: a dimension below 1.
+    """
+    _check_shape(shape)
+    X = working(matrix)
+    mean = X.mean()
+    if not bool(torch.isfinite(mean)):
+        raise ProjectionError("matrix has an entry that is not finite")
+    if tuple(matrix.shape) == shape:
+        return X
+    m, n = matrix.shape
+    spectrum = torch.fft.rfft2(X - mean, norm="forward")
+    p, q = shape
+    columns = min(n, q) // 2 + 1
+    target = spectrum.new_zeros(p, q // 2 + 1)
+    low, high = (min(m, p) + 1) // 2, min(m, p) // 2
+    target[:low, :columns] = spectrum[:low, :columns]
+    target[p - high :, :columns] = spectrum[m - high :, :columns]
+    resampled = torch.fft.irfft2(target, s=shape, norm="forward")
+    resampled = resampled - resampled.mean()
+    spread = resampled.std(correction=0)
+    factor = X.std(correction=0) / spread if float(spread) > 0.0 else 0.0
+    return resampled * factor + mean
+
+
+def slice_projection(matrix: Float[Tensor, "m n"], shape: tuple[int, int]) -> Float[Tensor, "p q"]:
+    """The top-left block; zeros where the target is larger.
+
+    Raises:
+        ValueError: a dimension below 1.
+    """
+    _check_shape(shape)
+    sliced = matrix.new_zeros(shape)
+    rows, columns = min(matrix.shape[0], shape[0]), min(matrix.shape[1], shape[1])
+    sliced[:rows, :columns] = matrix[:rows, :columns]
+    return working(sliced)
+
+
+def interpolate_vector(vector: Float[Tensor, "m"], length: int) -> Float[Tensor, "p"]:
+    """A vector (norm gains, biases) resampled linearly, first to first and last to last."""
+    _check_shape((length, 1))
+    X = working(vector)
+    if vector.shape[0] == length:
+        return X
+    return torch.nn.functional.interpolate(X[None, None], size=length, mode="linear", align_corners=True)[0, 0]
+
+
+def slice_vector(vector: Float[Tensor, "m"], length: int) -> Float[Tensor, "p"]:
+    """The first ``length`` entries; filled up with the mean where the target is longer (a gain of 0 kills a channel)."""
+    _check_shape((length, 1))
+    X = working(vector)
+    missing = length - vector.shape[0]
+    return X[:length].clone() if missing <= 0 else torch.cat([X, X.mean().expand(missing)])
+
+
+def _truncated_block(
+    centred: Float[Tensor, "*e m n"], rank: int, rows: int, columns: int
+) -> Float[Tensor, "*e rows columns"]:
+    """``(P X)[:rows, :columns]`` with P the projector on the ``rank`` leading singular vectors of the smaller side."""
+    if centred.shape[-2] > centred.shape[-1]:
+        return _truncated_block(centred.mT, rank, columns, rows).mT
+    small = centred.shape[-2]
+    try:
+        vectors = torch.linalg.eigh(centred @ centred.mT)[1]
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise ProjectionError(str(error)) from error
+    right = centred[..., :columns]
+    if 2 * rank <= small:
+        kept = vectors[..., small - rank :]
+        return kept[..., :rows, :] @ (kept.mT @ right)
+    dropped = vectors[..., : small - rank]
+    return right[..., :rows, :] - dropped[..., :rows, :] @ (dropped.mT @ right)
+
+
+def _check_shape(shape: tuple[int, int]) -> None:
+    if min(shape) < 1:
+        raise ValueError(f"target shape must be at least 1 x 1, not {shape}")

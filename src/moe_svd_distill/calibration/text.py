@@ -1,0 +1,125 @@
+"""Text as the models see it: token sequences of one length, with the document each token belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_svd_distill.calibration.documents import Document, read_documents, split_documents
+from moe_svd_distill.calibration.tokenizer import (
+    Tokenizer,
+    VocabularyComparison,
+    load_tokenizer,
+    require_shared_vocabulary,
+    vocabularies_match,
+)
+from moe_svd_distill.errors import BadDataError
+
+__all__ = [
+    "Document",
+    "TokenizedText",
+    "Tokenizer",
+    "VocabularyComparison",
+    "load_tokenizer",
+    "read_documents",
+    "require_shared_vocabulary",
+    "split_documents",
+    "tokenize",
+    "vocabularies_match",
+]
+
+IntArray: TypeAlias = NDArray[np.int64]
+
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """Packed text.
+
+    Attributes:
+        sequences: Token ids, (n, length). Documents follow one another, each ended by the end-of-text token.
+        document_of_token: Index into `sources` for every token, (n, length).
+        sources: Where each document came from.
+        digests: The content's hash of each document, to recognise the same text elsewhere.
+        skipped: Documents left out because they hold a token that only one of the two models knows.
+    """
+
+    sequences: IntArray
+    document_of_token: IntArray
+    sources: tuple[str, ...]
+    digests: tuple[str, ...]
+    skipped: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of one sequence."""
+        return int(self.sequences.shape[1])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all sequences."""
+        return int(self.sequences.size)
+
+    @property
+    def predicted(self) -> int:
+        """Tokens that have a predecessor in their sequence, which are those that figures are taken over."""
+        return int(self.sequences.shape[0]) * (self.length - 1)
+
+
+def tokenize(
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    limit_tokens: int | None = None,
+    *,
+    length: int = 512,
+    vocabulary: int | None = None,
+) -> TokenizedText:
+    """Pack documents, in their order, into sequences of `length` tokens; the incomplete last one is dropped.
+
+    Args:
+        documents: What to read; reading stops as soon as the limit is reached.
+        tokenizer: The student's.
+        limit_tokens: At most this many tokens, rounded down to whole sequences but never to none.
+        length: Tokens of one sequence, at least 2.
+        vocabulary: Documents with a token number at or above this are skipped (see `VocabularyComparison.shared`).
+    """
+    wanted = None if limit_tokens is None else max(limit_tokens // length, 1) * length
+    ids: list[IntArray] = []
+    used: list[Document] = []
+    total = skipped = 0
+    for begin in range(0, len(documents), _BATCH):
+        batch = documents[begin : begin + _BATCH]
+        for document, encoded in zip(batch, tokenizer.encode([document.text for document in batch]), strict=True):
+            if vocabulary is not None and max(encoded, default=0) >= vocabulary:
+                skipped += 1
+                continue
+            ended = _ended(encoded, tokenizer.end_of_text)
+            ids.append(np.asarray(ended, dtype=np.int64))
+            used.append(document)
+            total += len(ended)
+        if wanted is not None and total >= wanted:
+            break
+    count = (total if wanted is None else min(total, wanted)) // length
+    if count == 0:
+        note = f" ({skipped} documents were skipped for tokens unknown to one of the models)" if skipped else ""
+        raise BadDataError(
+            f"The text is too short: {total} tokens, one sequence takes {length}{note}", "Give more text"
+        )
+    owners = np.repeat(np.arange(len(ids)), [len(part) for part in ids])[: count * length]
+    last = int(owners[-1]) + 1
+    return TokenizedText(
+        sequences=np.concatenate(ids)[: count * length].reshape(count, length),
+        document_of_token=owners.reshape(count, length),
+        sources=tuple(document.source for document in used[:last]),
+        digests=tuple(document.digest for document in used[:last]),
+        skipped=skipped,
+    )
+
+
+def _ended(encoded: list[int], end: int | None) -> list[int]:
+    return encoded if end is None or (encoded and encoded[-1] == end) else [*encoded, end]

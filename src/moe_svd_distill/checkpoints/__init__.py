@@ -1,0 +1,12 @@
+"""Checkpoints: a read-only mapping from tensor name to shape, dtype and bytes.
+
+Nothing else in the project opens a model's weights file for reading. Nothing here imports torch before a tensor is
+read.
+"""
+
+from moe_svd_distill.checkpoints.checkpoint import Checkpoint
+from moe_svd_distill.checkpoints.header import TensorInfo
+from moe_svd_distill.checkpoints.opening import check_checkpoint, open_checkpoint
+from moe_svd_distill.checkpoints.quantised import refuse_quantised
+
+__all__ = ["Checkpoint", "TensorInfo", "check_checkpoint", "open_checkpoint", "refuse_quantised"]

@@ -1,0 +1,125 @@
+"""Reading every header of a model and naming everything that is wrong with it, before any work starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_svd_distill.checkpoints.faults import shown
+from moe_svd_distill.checkpoints.files import FETCH_AGAIN, explain, json_object, locate, read_small
+from moe_svd_distill.checkpoints.header import Header, TensorInfo, read_header
+from moe_svd_distill.checkpoints.layout import CONFIG, Layout, find_layout
+from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError
+
+
+@dataclass
+class Survey:
+    """What the headers of a model say, and all that is wrong with them."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    headers: dict[str, Header] = field(default_factory=dict)
+    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    faults: list[DistillError] = field(default_factory=list)
+
+
+def survey(
+    folder: Path,
+    names: Collection[str] | None = None,
+    headers_of: Callable[[Sequence[str]], Mapping[str, Header | DistillError]] | None = None,
+) -> Survey:
+    """Read the configuration, the index and every header; gather the faults instead of stopping at the first.
+
+    Args:
+        folder: Where the configuration and the index lie.
+        names: All files of the model, where they are not all in the folder.
+        headers_of: How to read the headers, where the weights files are not in the folder.
+    """
+    result = Survey()
+    if names is None:
+        try:
+            names = list_names(folder)
+        except DistillError as fault:
+            result.faults.append(fault)
+            return result
+    try:
+        result.config = read_config(folder)
+    except DistillError as fault:
+        result.faults.append(fault)
+    try:
+        layout = find_layout(folder, names)
+    except DistillError as fault:
+        result.faults.append(fault)
+        return result
+    result.faults += layout.faults
+    found = headers_of(layout.files) if headers_of else {name: _local_header(folder, name) for name in layout.files}
+    for name, header in found.items():
+        if isinstance(header, DistillError):
+            result.faults.append(header)
+        else:
+            result.headers[name] = header
+    result.faults += _merge(result)
+    result.faults += _compare_with_index(layout, result, folder)
+    return result
+
+
+def list_names(folder: Path) -> list[str]:
+    """The names in the folder, sorted, so that the outcome does not depend on the file system's order."""
+    try:
+        return sorted(os.listdir(folder))  # noqa: PTH208
+    except OSError as error:
+        raise explain(error, folder) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The model's ``config.json``; code that it names (``auto_map``) is never run."""
+    path = folder / CONFIG
+    return json_object(read_small(locate(folder, CONFIG)), shown(path), unique_keys=False)
+
+
+def _local_header(folder: Path, name: str) -> Header | DistillError:
+    """The header of a file in the folder, or what is wrong with the file."""
+    try:
+        return read_header(locate(folder, name))
+    except DistillError as fault:
+        if not os.path.lexists(folder / name):
+            return MissingInputError(f"the weights file {shown(name)} of {shown(folder)} is missing", FETCH_AGAIN)
+        return fault
+
+
+def _merge(result: Survey) -> list[DistillError]:
+    """One mapping from all headers; a tensor that two files hold is a fault."""
+    faults: list[DistillError] = []
+    for name, header in result.headers.items():
+        for info in header.tensors.values():
+            earlier = result.tensors.setdefault(info.name, info)
+            if earlier is not info:
+                what = f"tensor {shown(info.name)} is in two files, {shown(earlier.file)} and {shown(name)}"
+                faults.append(BadDataError(what, FETCH_AGAIN))
+    if result.headers and not result.tensors:
+        file = next(iter(result.headers.values())).file
+        faults.append(BadDataError(f"{shown(file)} holds no tensor at all", FETCH_AGAIN))
+    return faults
+
+
+def _compare_with_index(layout: Layout, result: Survey, folder: Path) -> list[DistillError]:
+    """The index and the headers have to say the same, both ways; files that could not be read are left out."""
+    if layout.weight_map is None:
+        return []
+    faults: list[DistillError] = []
+    for name, file in layout.weight_map.items():
+        header = result.headers.get(file)
+        if header is not None and name not in header.tensors:
+            elsewhere = result.tensors.get(name)
+            found = f"found in {shown(elsewhere.file.relative_to(folder))}" if elsewhere else "found in no file"
+            faults.append(
+                BadDataError(f"the index puts tensor {shown(name)} into {shown(file)}, but it is {found}", FETCH_AGAIN)
+            )
+    for file, header in result.headers.items():
+        for name in header.tensors:
+            if name not in layout.weight_map:
+                what = f"tensor {shown(name)} of {shown(file)} is not in the index of {shown(folder)}"
+                faults.append(BadDataError(what, FETCH_AGAIN))
+    return faults

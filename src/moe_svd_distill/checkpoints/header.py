@@ -1,0 +1,165 @@
+"""The header of a safetensors file, read without torch and believed only after every check.
+
+The format: 8 bytes with the length of the header, little-endian; the header, a JSON object from tensor name to
+``{"dtype", "shape", "data_offsets": [begin, end]}`` plus an optional ``__metadata__``; then the data without a gap.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_svd_distill.checkpoints.faults import shown
+from moe_svd_distill.checkpoints.files import FETCH_AGAIN, json_object, open_regular, read_at
+from moe_svd_distill.errors import BadDataError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_DIMENSIONS = 16
+MAX_ELEMENTS = 2**62
+PREFIX_BYTES = 8
+BYTES_PER_ELEMENT = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "U16": 2,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "U32": 4,
+    "I32": 4,
+    "F32": 4,
+    "U64": 8,
+    "I64": 8,
+    "F64": 8,
+}
+"""The dtypes that are accepted. The packed ones (F4, F6) and complex numbers are not."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a header says about one tensor; ``offset`` counts from the beginning of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+    file: Path
+    offset: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """One weights file: its tensors in the order of their data, its size, and the digest of its header."""
+
+    file: Path
+    file_bytes: int
+    digest: str
+    tensors: dict[str, TensorInfo]
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of one weights file."""
+    descriptor = open_regular(path)
+    try:
+        file_bytes = os.fstat(descriptor).st_size
+        return header_of(raw_header(descriptor, path, file_bytes), path, file_bytes)
+    finally:
+        os.close(descriptor)
+
+
+def header_of(raw: bytes, path: Path, file_bytes: int) -> Header:
+    """Check the header whose bytes, with the length in front, are already at hand."""
+    tensors = parse_header(raw[PREFIX_BYTES:], path, file_bytes)
+    return Header(path, file_bytes, hashlib.sha256(raw).hexdigest(), tensors)
+
+
+def raw_header(descriptor: int, path: Path, file_bytes: int) -> bytes:
+    """The bytes of the header with its length in front, after checking that this length is possible."""
+    prefix = read_at(descriptor, path, 0, min(PREFIX_BYTES, file_bytes))
+    length = header_length(prefix, path, file_bytes)
+    return prefix + read_at(descriptor, path, PREFIX_BYTES, length)
+
+
+def header_length(prefix: bytes, path: Path, file_bytes: int) -> int:
+    """The length of the header, checked against the file's size and the format's limit."""
+    if len(prefix) < PREFIX_BYTES:
+        raise _bad(path, f"is not a safetensors file: found {len(prefix)} bytes, expected at least {PREFIX_BYTES}")
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_BYTES:
+        raise _bad(path, f"is not a safetensors file: header of {length} bytes (expected at most {MAX_HEADER_BYTES})")
+    if PREFIX_BYTES + length > file_bytes:
+        raise _bad(path, f"is cut off: found {file_bytes} bytes, but the header alone needs {PREFIX_BYTES + length}")
+    return length
+
+
+def parse_header(text: bytes, path: Path, file_bytes: int) -> dict[str, TensorInfo]:
+    """The tensors that a header describes, each checked by itself and all together against the file's size."""
+    if not text.startswith(b"{"):
+        raise _bad(path, "is not a safetensors file: its header does not begin with '{'")
+    entries = json_object(text, f"the header of {shown(path)}", unique_keys=True)
+    _check_metadata(entries.pop("__metadata__", None), path)
+    begin_of_data = PREFIX_BYTES + len(text)
+    found = [_tensor(name, entry, path, begin_of_data) for name, entry in entries.items()]
+    found.sort(key=lambda info: (info.offset, info.bytes))
+    end = begin_of_data
+    for info in found:
+        if info.offset != end:
+            kind = "overlaps the one before it" if info.offset < end else "leaves a gap before it"
+            raise _bad(path, f"tensor {shown(info.name)} {kind}: found offset {info.offset}, expected {end}")
+        end += info.bytes
+    if end > file_bytes:
+        raise _bad(path, f"is cut off: found {file_bytes} bytes, expected {end}")
+    if end < file_bytes:
+        raise _bad(path, f"is longer than its header says: found {file_bytes} bytes, expected {end}")
+    return {info.name: info for info in found}
+
+
+def _tensor(name: str, entry: Any, path: Path, begin_of_data: int) -> TensorInfo:
+    """One entry of the header, as far as it can be judged alone."""
+    _check_name(name, path)
+    place = f"tensor {shown(name)}"
+    if not isinstance(entry, dict):
+        raise _bad(path, f"{place} is described by {shown(entry)} (expected an object)")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in BYTES_PER_ELEMENT:
+        raise _bad(path, f"{place} has dtype {shown(dtype)} (expected one of {', '.join(BYTES_PER_ELEMENT)})")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_is_count(size) for size in shape):
+        raise _bad(path, f"{place} has shape {shown(shape)} (expected at most {MAX_DIMENSIONS} whole numbers)")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
+        raise _bad(path, f"{place} has data_offsets {shown(offsets)} (expected two whole numbers)")
+    if math.prod(size for size in shape if size) > MAX_ELEMENTS:
+        raise _bad(path, f"{place} has shape {shown(shape)}, more than any computer can hold")
+    begin, end = offsets
+    expected = math.prod(shape) * BYTES_PER_ELEMENT[dtype]
+    if end - begin != expected:
+        raise _bad(path, f"{place} has {end - begin} bytes (expected {expected} for {dtype} of shape {shown(shape)})")
+    return TensorInfo(name, tuple(shape), dtype, expected, path, begin_of_data + begin)
+
+
+def _check_name(name: str, path: Path) -> None:
+    """A tensor's name ends up in messages, in hashes and in other files' headers: it has to be harmless."""
+    if not name or not name.isprintable() or "../" in name or "..\\" in name:
+        raise _bad(path, f"holds a tensor with the name {shown(name)} (expected printable text without '../')")
+
+
+def _check_metadata(metadata: Any, path: Path) -> None:
+    """``__metadata__`` maps text to text."""
+    if metadata is None:
+        return
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _bad(path, "has a __metadata__ that is not a mapping from text to text")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_ELEMENTS
+
+
+def _bad(path: Path, what: str) -> BadDataError:
+    return BadDataError(f"{shown(path)} {what}", FETCH_AGAIN)

@@ -1,0 +1,70 @@
+"""From what the user typed to a checked checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moe_svd_distill.checkpoints.checkpoint import Checkpoint
+from moe_svd_distill.checkpoints.checks import read_config, survey
+from moe_svd_distill.checkpoints.faults import raise_faults, shown
+from moe_svd_distill.checkpoints.hub import fetch_small, fetch_weights, parse_hub_id
+from moe_svd_distill.checkpoints.hub_headers import fetch_headers
+from moe_svd_distill.checkpoints.quantised import refuse_quantised, refuse_quantised_config
+from moe_svd_distill.errors import MissingInputError
+
+
+def open_checkpoint(
+    model: str | Path, *, token: str | None = None, allow_quantised: bool = False, headers_only: bool = False
+) -> Checkpoint:
+    """Open a model: a local folder, or a hub id ``organisation/name`` with an optional ``@revision``.
+
+    Every header is read and checked before this returns; all faults are raised in one error, whose ``faults`` lists
+    them. A hub model is downloaded into the hub's cache first, and refused before that if its small files say enough.
+
+    Args:
+        model: What the user typed.
+        token: The hub's access token; by default the one that the user is logged in with.
+        allow_quantised: Let quantised models pass, for looking at them.
+        headers_only: Of a hub model, fetch the small files and the headers only. Tensors cannot be read then.
+    """
+    source = str(model)
+    folder = _local_folder(model)
+    checkpoint = Checkpoint(folder, source) if folder else _from_hub(source, token, allow_quantised, headers_only)
+    checkpoint.check()
+    if not allow_quantised:
+        refuse_quantised(checkpoint)
+    return checkpoint
+
+
+def check_checkpoint(checkpoint: Checkpoint) -> list[str]:
+    """Everything that is wrong with the model's files as they are now; empty if nothing is."""
+    return [fault.what for fault in survey(checkpoint.folder).faults]
+
+
+def _local_folder(model: str | Path) -> Path | None:
+    """The folder that is meant, if there is one."""
+    path = Path(model).expanduser()
+    if str(model) and path.is_dir():
+        return path.absolute()
+    if str(model) and path.exists():
+        raise MissingInputError(f"{shown(str(model))} is a file", "Give the folder that holds the model")
+    if isinstance(model, Path):
+        raise MissingInputError(f"the folder {shown(model)} is not there", "Check the path")
+    return None
+
+
+def _from_hub(source: str, token: str | None, allow_quantised: bool, headers_only: bool) -> Checkpoint:
+    """The model in the hub's cache: all of it, or the small files with the headers of the weights."""
+    model = parse_hub_id(source)
+    if model is None:
+        what = f"{shown(source)} is neither a folder nor the name of a hub model"
+        raise MissingInputError(what, "Give the folder of a model, or organisation/name@revision")
+    snapshot = fetch_small(model, token)
+    if not allow_quantised:
+        refuse_quantised_config(read_config(snapshot.folder), source)
+    if headers_only and snapshot.names is not None:
+        found = survey(snapshot.folder, snapshot.names, lambda files: fetch_headers(model, snapshot, files, token))
+        raise_faults(found.faults)
+        return Checkpoint(snapshot.folder, source, known=found)
+    fetch_weights(model, snapshot, token)
+    return Checkpoint(snapshot.folder, source)

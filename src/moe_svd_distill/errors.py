@@ -1,0 +1,75 @@
+"""Every failure a user can meet, with the exit code that other programs rely on.
+
+An error is one line: what is wrong, where (found X, expected Y), and one thing to do. The codes follow ``sysexits.h``
+where it has a fitting one.
+"""
+
+from __future__ import annotations
+
+
+class DistillError(Exception):
+    """A failure that is explained to the user in one line.
+
+    Args:
+        what: What is wrong and where, with found and expected values.
+        action: The one thing the user can do next.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, action: str) -> None:
+        self.what = " ".join(what.split()).rstrip(".")
+        self.action = " ".join(action.split()).rstrip(".")
+        super().__init__(f"{self.what}. {self.action}.")
+
+    def __reduce__(self) -> tuple[type[DistillError], tuple[str, str]]:
+        """Survive the trip from a worker process to its parent."""
+        return (type(self), (self.what, self.action))
+
+
+class UsageError(DistillError):
+    """The command or the recipe asks for something that does not exist."""
+
+    exit_code = 2
+
+
+class BadDataError(DistillError):
+    """An input file is damaged, inconsistent, or not what it claims to be."""
+
+    exit_code = 65
+
+
+class MissingInputError(DistillError):
+    """A model, tensor file, text or adapter that was named is not there."""
+
+    exit_code = 66
+
+
+class RemoteError(DistillError):
+    """The hub cannot be reached or refuses."""
+
+    exit_code = 69
+
+
+class CannotWriteError(DistillError):
+    """The output cannot be written: disk full, no permission, folder in use."""
+
+    exit_code = 73
+
+
+class IncompleteError(DistillError):
+    """Some units of work are not done; the same command, run again, goes on where this one stopped."""
+
+    exit_code = 75
+
+
+class IncompatiblePairError(DistillError):
+    """Teacher and student cannot be distilled into one another."""
+
+    exit_code = 78
+
+
+class NothingToTransferError(DistillError):
+    """Every delta is exactly zero: the teacher already equals the student, and the adapter would do nothing."""
+
+    exit_code = 79

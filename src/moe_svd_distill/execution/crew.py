@@ -1,0 +1,155 @@
+"""The worker processes as the parent sees them: starting, hearing, and ending them.
+
+Plain `Process` objects with a pipe each. The pools of the standard library lose every task, or hang, when one of their
+processes is killed, and `torch.multiprocessing.spawn` ends all siblings.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing import connection, resource_tracker
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from moe_svd_distill.execution.worker import run_worker
+
+START_METHOD = "spawn"  # CUDA does not survive a fork, and neither do the threads of torch
+_GRACE_S = 2.0
+
+
+@dataclass
+class Worker:
+    """One process, and what the parent knows of it.
+
+    Args:
+        slot: Its place among the workers; whoever replaces it gets the same place and device.
+        device: Where it computes.
+        process: The process.
+        pipe: The parent's end of the pipe.
+        ready: Whether it has loaded the work.
+        unit: The unit it holds.
+        last_heard: When it last gave a sign of life, on the monotonic clock.
+    """
+
+    slot: int
+    device: str
+    process: Any
+    pipe: connection.Connection
+    ready: bool = False
+    unit: Any = None
+    last_heard: float = field(default_factory=time.monotonic)
+
+    @property
+    def idle(self) -> bool:
+        """Whether it waits for a unit."""
+        return self.ready and self.unit is None
+
+    def give(self, unit: Any) -> None:
+        """Hand it a unit. If it has just died, nothing happens; its sentinel will tell."""
+        self.unit = unit
+        self.last_heard = time.monotonic()
+        with suppress(OSError):
+            self.pipe.send_bytes(pickle.dumps(unit))
+
+    def hear(self) -> Iterator[Any]:
+        """What it has said and nobody has heard yet."""
+        try:
+            while self.pipe.poll():
+                yield self.pipe.recv()
+        except (EOFError, OSError, pickle.UnpicklingError):
+            return
+
+    def end(self) -> str:
+        """End it at once, wait for it, and say how it ended."""
+        self.process.kill()
+        self.process.join()
+        code: int = self.process.exitcode
+        self.pipe.close()
+        self.process.close()
+        if code >= 0:
+            return f"exit code {code}"
+        with suppress(ValueError):
+            return f"killed by {signal.Signals(-code).name}"
+        return f"killed by signal {-code}"
+
+
+class Crew:
+    """All workers of a run."""
+
+    def __init__(self, work: Any, folder: Path, devices: tuple[str, ...], threads: int) -> None:
+        self._pickled_work = pickle.dumps(work)
+        self._folder = folder
+        self._devices = devices
+        self._threads = threads
+        self.workers: dict[int, Worker] = {}
+
+    def hire(self, slot: int) -> None:
+        """Start a process in this place."""
+        context: Any = multiprocessing.get_context(START_METHOD)
+        ours, theirs = context.Pipe()
+        device = self._devices[slot % len(self._devices)]
+        process = context.Process(
+            target=run_worker,
+            args=(theirs, self._pickled_work, device, self._folder, self._threads),
+            name=f"moe-svd-distill worker {slot}",
+            daemon=True,
+        )
+        with _signals_held(), _bare_main(self._pickled_work):
+            process.start()
+            self.workers[slot] = Worker(slot, device, process, ours)
+        theirs.close()
+
+    def drop(self, worker: Worker) -> str:
+        """End a worker, alive or not, and say how its process ended."""
+        del self.workers[worker.slot]
+        return worker.end()
+
+    def dismiss(self) -> None:
+        """End all workers: those who wait leave by themselves, those who compute are stopped within their unit."""
+        for worker in self.workers.values():
+            if not worker.idle:
+                worker.process.terminate()
+            worker.pipe.close()
+        deadline = time.monotonic() + _GRACE_S
+        for worker in self.workers.values():
+            worker.process.join(max(0.0, deadline - time.monotonic()))
+            worker.process.kill()
+            worker.process.join()
+            worker.process.close()
+        self.workers.clear()
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Hold back Ctrl-C while a process starts: it would hit the child before the child can ignore it."""
+    if START_METHOD == "spawn":
+        resource_tracker.ensure_running()  # it would lift the mask if it were started within
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+@contextmanager
+def _bare_main(pickled_work: bytes) -> Iterator[None]:
+    """Keep a spawned child from running the caller's main script again.
+
+    It would cost all its imports in every worker, and a script without ``if __name__ == "__main__"`` would start
+    itself over and over. Work that is defined in the main script still needs it.
+    """
+    main = sys.modules["__main__"]
+    if b"__main__" not in pickled_work:
+        sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

@@ -1,0 +1,94 @@
+"""What happens during a run, told to the parent as plain data. Whoever listens draws; this room prints nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class WorkerStarted:
+    """A process is ready for work on its device."""
+
+    worker: int
+    device: str
+    pid: int
+
+
+@dataclass(frozen=True)
+class WorkerLost:
+    """A process died or was ended because it hung; ``label`` names the unit it held, if any."""
+
+    worker: int
+    reason: str
+    label: str | None
+
+
+@dataclass(frozen=True)
+class UnitStarted:
+    """A worker has been given a unit."""
+
+    worker: int
+    label: str
+    attempt: int
+
+
+@dataclass(frozen=True)
+class UnitProgress:
+    """A worker reports how far it is with its unit, from 0 to 1."""
+
+    worker: int
+    label: str
+    fraction: float
+
+
+@dataclass(frozen=True)
+class UnitFinished:
+    """A unit's part is on the disk. A reused one was there before, and no worker touched it.
+
+    Args:
+        worker: Who computed it; None if it was reused.
+        label: The unit.
+        seconds: What it took in this run.
+        reused: Whether an earlier run had computed it.
+        backoff: Steps taken because memory ran out, such as "computed on the CPU".
+    """
+
+    worker: int | None
+    label: str
+    seconds: float
+    reused: bool
+    backoff: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class UnitFailed:
+    """An attempt failed. ``detail`` is the traceback, for ``--debug``."""
+
+    worker: int
+    label: str
+    attempt: int
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class UnitSetAside:
+    """A unit failed on every attempt; the others go on without it."""
+
+    label: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PartRejected:
+    """A part on the disk was damaged; it lies at ``moved_to`` now and its unit is computed again."""
+
+    label: str
+    reason: str
+    moved_to: Path
+
+
+Event = (
+    WorkerStarted | WorkerLost | UnitStarted | UnitProgress | UnitFinished | UnitFailed | UnitSetAside | PartRejected
+)

@@ -1,0 +1,207 @@
+"""One file per finished unit of work: its tensors, and the record of what became of every tensor.
+
+Parts are the journal of a run. A part counts only if its name, its header and every byte of its tensors agree with the
+digests inside; "it opens" is no proof. A damaged part is moved aside under another name and never deleted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.execution.durable import durable_file
+from moe_svd_distill.execution.tensor_file import (
+    DamagedFileError,
+    Header,
+    Slot,
+    dtype_code,
+    encode_header,
+    lay_out,
+    read_bytes,
+    read_header,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+_METADATA = "moe_svd_distill"  # the one metadata key: with two, the library's hash map would shuffle the file
+_RUN_AGAIN = "Run the same command again; damaged parts are computed anew"
+
+
+@dataclass(frozen=True)
+class PartContent:
+    """What a unit of work hands back.
+
+    Args:
+        tensors: Name to tensor, on any device.
+        record: Facts that JSON can hold, above all the fate of every tensor. No times and no process numbers: the
+            bytes of a part must not depend on when and where it was computed.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    record: dict[str, Any]
+
+
+def part_path(folder: Path, key: str) -> Path:
+    """Where the part of the unit with this key lies."""
+    return folder / f"part-{key}.safetensors"
+
+
+def write_part(folder: Path, key: str, content: PartContent) -> Path:
+    """Write a part so that it is whole or absent; the same content gives the same bytes.
+
+    Raises:
+        CannotWriteError: The disk is full or the folder cannot be written to.
+    """
+    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in content.tensors.items()}
+    slots = lay_out((name, dtype_code(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items())
+    payload = hashlib.sha256()
+    for slot in slots:
+        payload.update(tensor_bytes(tensors[slot.name]))
+    body = {"key": key, "record": json.loads(json.dumps(content.record)), "payload_sha256": payload.hexdigest()}
+    body["seal"] = _seal(body, slots)
+    path = part_path(folder, key)
+    with durable_file(path) as sink:
+        sink.write(encode_header(slots, {_METADATA: json.dumps(body, sort_keys=True, separators=(",", ":"))}))
+        for slot in slots:
+            sink.write(tensor_bytes(tensors[slot.name]))
+    return path
+
+
+def find_fault(path: Path, key: str | None = None) -> str | None:
+    """What is wrong with a part, or None when every byte of it is as it was written.
+
+    Args:
+        path: The part.
+        key: The unit it must belong to; None accepts any unit.
+    """
+    try:
+        header = read_header(path)
+        body = _body(header)
+        if key is not None and body["key"] != key:
+            return f"it belongs to unit {body['key']}"
+        if body.pop("seal") != _seal(body, header.slots):
+            return "its header was changed"
+        payload = hashlib.sha256()
+        for piece in read_bytes(path, header.size, header.size + header.payload_bytes):
+            payload.update(piece)
+        if payload.hexdigest() != body["payload_sha256"]:
+            return "its bytes differ from their digest"
+    except DamagedFileError as error:
+        return str(error)
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    return None
+
+
+def reject_part(path: Path) -> Path:
+    """Move a damaged part aside, under a name that no run looks for."""
+    number = 1
+    while (target := path.with_name(f"{path.name}.rejected-{number}")).exists():
+        number += 1
+    path.replace(target)
+    return target
+
+
+def verify_part(path: Path, key: str) -> bool:
+    """Whether the part of this unit is there and whole; a damaged one is moved aside."""
+    if not path.exists():
+        return False
+    if find_fault(path, key) is None:
+        return True
+    reject_part(path)
+    return False
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of a part, from its header alone.
+
+    Raises:
+        BadDataError: The part is damaged.
+    """
+    try:
+        record: dict[str, Any] = _body(read_header(path))["record"]
+    except (DamagedFileError, OSError) as error:
+        raise BadDataError(f"Part {path} cannot be used: {error}", _RUN_AGAIN) from error
+    return record
+
+
+class PartTensors(Mapping[str, "torch.Tensor"]):
+    """The tensors of a part, read from a memory map when asked for. Close it, or use it in a ``with`` block."""
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            self._names = tuple(sorted(slot.name for slot in read_header(path).slots))
+            opener: Any = safe_open
+            self._file = opener(str(path), framework="pt")
+        except (DamagedFileError, SafetensorError, OSError) as error:
+            raise BadDataError(f"Part {path} cannot be used: {error}", _RUN_AGAIN) from error
+        self._file.__enter__()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor: torch.Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __enter__(self) -> PartTensors:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.__exit__(None, None, None)
+
+
+def open_part(path: Path) -> PartTensors:
+    """The tensors of a part as a lazy mapping from name to memory-mapped tensor.
+
+    Raises:
+        BadDataError: The part is damaged.
+    """
+    return PartTensors(path)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, without a copy."""
+    import torch
+
+    if tensor.numel() == 0:
+        return memoryview(b"")
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def _body(header: Header) -> dict[str, Any]:
+    try:
+        body = json.loads(header.metadata[_METADATA])
+        complete = {"key", "record", "payload_sha256", "seal"} <= set(body)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise DamagedFileError("its record cannot be read") from error
+    if not complete or not isinstance(body, dict):
+        raise DamagedFileError("its record is incomplete")
+    return body
+
+
+def _seal(body: Mapping[str, Any], slots: tuple[Slot, ...]) -> str:
+    """The digest of the header itself: the digest of the payload would not notice a changed name or shape."""
+    table = sorted([slot.name, slot.dtype, list(slot.shape), slot.begin, slot.end] for slot in slots)
+    return hashlib.sha256(json.dumps([dict(body), table], sort_keys=True).encode()).hexdigest()

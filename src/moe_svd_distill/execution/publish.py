@@ -1,0 +1,170 @@
+"""The output folder: who may write to it, and when what lies in it counts as an adapter.
+
+A folder with ``run.json`` holds a published adapter, and ``run.json`` is the last file to arrive. Everything is built
+under ``.staged`` and moved into place by renames, so a reader never meets half a file; an older adapter is withdrawn by
+renaming its ``run.json`` first, so a reader never meets old tensors beside a new configuration and takes them for one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from moe_svd_distill.errors import CannotWriteError
+from moe_svd_distill.execution.durable import (
+    durable_file,
+    explain_writing,
+    is_temporary,
+    make_folder,
+    remove_stale_temporaries,
+    sync_file,
+    sync_folder,
+)
+
+MANIFEST = "run.json"
+CONFIG = "adapter_config.json"
+_WITHDRAWN = ".withdrawn-run.json"
+
+
+class OutputFolder:
+    """The folder of one adapter, used by one run at a time: enter it before touching anything inside.
+
+    Args:
+        path: The folder; created when entered.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = FileLock(path / ".lock", blocking=False)
+
+    @property
+    def parts(self) -> Path:
+        """Where the parts lie."""
+        return self.path / "parts"
+
+    @property
+    def published(self) -> bool:
+        """Whether a complete adapter lies here."""
+        return (self.path / MANIFEST).is_file()
+
+    def __enter__(self) -> OutputFolder:
+        make_folder(self.path)
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise CannotWriteError(
+                f"{self.path} is in use by another run", "Wait until it ends, or choose another --output"
+            ) from error
+        except OSError as error:
+            raise explain_writing(error, self.path, opening=True) or error from error
+        try:
+            make_folder(self.parts)
+            make_folder(self._staging)
+            for left_behind in self._staging.iterdir():
+                left_behind.unlink()
+            remove_stale_temporaries(self.path)
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.release()
+
+    def staged(self, name: str) -> Path:
+        """Where to write the file that `publish` will call ``name``."""
+        if Path(name).name != name:
+            raise ValueError(f"{name!r} is not the name of a file in the folder")
+        return self._staging / name
+
+    def publish(self) -> None:
+        """Move all staged files into place, the configuration and then the manifest last.
+
+        A run that is killed within leaves a folder without a manifest, which the same command completes.
+
+        Raises:
+            CannotWriteError: The folder cannot be written to.
+            ValueError: No manifest has been staged.
+        """
+        if not self.staged(MANIFEST).is_file():
+            raise ValueError(f"{MANIFEST} has not been staged")
+        files = sorted(_files(self._staging), key=lambda path: (path.name == MANIFEST, path.name == CONFIG, path.name))
+        try:
+            for file in files:
+                sync_file(file)
+            if self.published:
+                (self.path / MANIFEST).replace(self.path / _WITHDRAWN)
+                sync_folder(self.path)
+            for file in files[:-1]:
+                file.replace(self.path / file.name)
+            sync_folder(self.path)
+            files[-1].replace(self.path / MANIFEST)
+            sync_folder(self.path)
+        except OSError as error:
+            raise explain_writing(error, self.path, opening=True) or error from error
+
+    def cleanable(self) -> list[Path]:
+        """What `clean` would delete: parts, rejected parts and what killed runs left behind; not the adapter."""
+        found = [path for path in (self.path / _WITHDRAWN,) if path.is_file()]
+        found += [path for path in _files(self.parts) if path.name.startswith("part-") or is_temporary(path)]
+        found += [path for path in _files(self.path) if is_temporary(path)]
+        return found + _files(self._staging)
+
+    def clean(self) -> list[Path]:
+        """Delete the working files, and nothing that is not known to be one. The only place that deletes parts.
+
+        Returns:
+            What was deleted.
+        """
+        doomed = self.cleanable()
+        for path in doomed:
+            path.unlink()
+        for folder in (self.parts, self._staging):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        return doomed
+
+    @property
+    def _staging(self) -> Path:
+        return self.path / ".staged"
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write a text file that is whole or absent.
+
+    Raises:
+        CannotWriteError: The disk is full or the folder cannot be written to.
+    """
+    with durable_file(path) as sink:
+        sink.write(text.encode())
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Write ``value`` as JSON, whole or absent. Figures that JSON has no word for (NaN, infinity) become null.
+
+    Raises:
+        CannotWriteError: The disk is full or the folder cannot be written to.
+    """
+    write_text_atomic(path, json.dumps(_expressible(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _expressible(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _expressible(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_expressible(item) for item in value]
+    return value
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []

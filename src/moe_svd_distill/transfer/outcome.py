@@ -1,0 +1,66 @@
+"""What a unit of work produces: LoRA pairs, and the record of what was done to every tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe_svd_distill.pairing.unit import TensorTask
+
+
+@dataclass(frozen=True)
+class TensorOutcome:
+    """The fate of one student tensor.
+
+    Attributes:
+        name: Hub name.
+        left: LoRA B, (rows, rank), or None where the adapter holds no pair.
+        right: LoRA A, (rank, columns), or None.
+        record: Facts for the run's record; plain JSON types.
+    """
+
+    name: str
+    left: Tensor | None
+    right: Tensor | None
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """All that one unit hands over.
+
+    Attributes:
+        tensors: ``<hub name>#A`` and ``<hub name>#B`` to tensor; the adapter room gives them their final keys.
+        record: ``{"label", "tensors": [...], ...}``; plain JSON types.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+def kept(task: TensorTask, reason: str) -> TensorOutcome:
+    """The outcome of a tensor that stays as it is: a pair of zeros where the adapter must hold one."""
+    import torch
+
+    record = {**_identity(task), "fate": "kept", "reason": reason}
+    if not task.pair:
+        return TensorOutcome(task.name, None, None, record)
+    rows, columns = task.shape
+    record["rank"] = task.rank
+    record["zero_pair"] = True
+    return TensorOutcome(task.name, torch.zeros(rows, task.rank), torch.zeros(task.rank, columns), record)
+
+
+def changed(task: TensorTask, left: Tensor, right: Tensor, facts: dict[str, Any]) -> TensorOutcome:
+    """The outcome of a tensor with a delta."""
+    return TensorOutcome(task.name, left, right, {**_identity(task), "fate": "lora", "rank": left.shape[1], **facts})
+
+
+def _identity(task: TensorTask) -> dict[str, Any]:
+    identity: dict[str, Any] = {"name": task.name, "role": task.role, "shape": list(task.shape)}
+    if task.expert is not None:
+        identity["expert"] = task.expert
+    return identity
