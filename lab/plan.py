@@ -77,7 +77,7 @@ SPECS: tuple[ModelSpec, ...] = (
         branch_of="qwen3-moe-teacher",
         branch_at=0.35,
     ),
-    ModelSpec("llama-teacher", "llama-large", Schedule(tokens=2_400_000, seed=44), initial_seed=404),
+    ModelSpec("llama-teacher", "llama-large", Schedule(tokens=2_000_000, seed=44), initial_seed=404),
     ModelSpec("llama-student", "llama-small", Schedule(tokens=1_000_000, seed=55), initial_seed=505),
 )
 

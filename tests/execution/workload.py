@@ -1,4 +1,4 @@
-"""Units and work for the tests of the supervisor: importable by a fresh process, and needing torch alone."""
+"""Units and work for these tests: importable by a fresh process. Torch is imported only where it is used."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import hashlib
 import os
 import signal
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
 
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.execution.parts import PartContent
@@ -42,34 +41,33 @@ def toy_units(count: int, salt: str = "") -> list[ToyUnit]:
 
 @dataclass(frozen=True)
 class ToyWork:
-    """Random factors from the unit's key. ``journal`` gets a line per unit begun; ``trouble`` befalls ``victim``.
+    """Random factors from the unit's key.
 
     Args:
-        journal: Where to note that a unit was begun.
+        journal: Gets a line per unit begun.
         seconds: How long a unit takes.
-        victim: The label of the unit that gets into trouble.
-        trouble: What happens to it.
-        times: How often; counted by files beside the journal, since processes come and go.
-        rows: The size of the tensors.
+        troubles: Label to what befalls that unit.
+        times: How often it does; counted by files beside the journal, since processes come and go.
     """
 
     journal: Path
     seconds: float = 0.0
-    victim: str = ""
-    trouble: str = ""
+    troubles: Mapping[str, str] = field(default_factory=dict)
     times: int = 1
-    rows: int = 64
 
     def __call__(self, unit: ToyUnit, device: str) -> PartContent:
+        import torch
+
         with self.journal.open("a") as file:
             file.write(f"{unit.label}\t{os.getpid()}\t{device}\n")
-        if unit.label == self.victim and self._take_turn():
-            self._suffer(device)
+        trouble = self.troubles.get(unit.label)
+        if trouble and self._take_turn(unit):
+            suffer(trouble, device)
         for step in range(4):
             time.sleep(self.seconds / 4)
             report_progress(step / 4)
         generator = torch.Generator().manual_seed(int(unit.key[:15], 16))
-        matrix = torch.randn(self.rows, self.rows, generator=generator)
+        matrix = torch.randn(64, 64, generator=generator)
         left, values, right = torch.linalg.svd(matrix @ matrix)
         tensors = {
             f"layers.{unit.index}.lora_A": right[:8].clone(),
@@ -77,28 +75,53 @@ class ToyWork:
         }
         return PartContent(tensors, {"fates": {"layers.q": "projected"}, "threads": torch.get_num_threads()})
 
-    def _take_turn(self) -> bool:
+    def _take_turn(self, unit: ToyUnit) -> bool:
         for turn in range(self.times):
             try:
-                self.journal.with_name(f"turn-{turn}").touch(exist_ok=False)
+                self.journal.with_name(f"turn-{unit.index}-{turn}").touch(exist_ok=False)
             except FileExistsError:
                 continue
             return True
         return False
 
-    def _suffer(self, device: str) -> None:
-        match self.trouble:
-            case "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            case "hang":
-                time.sleep(3600)
-            case "freeze":
-                os.kill(os.getpid(), signal.SIGSTOP)
-            case "nan":
-                raise BadDataError("Tensor layers.1.q has 3 NaN values, expected none", "Use --nan skip or zero")
-            case "raise":
-                raise ValueError("singular\nmatrix")
-            case "disk":
-                raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
-            case "memory":
-                raise MemoryError
+
+def suffer(trouble: str, device: str) -> None:
+    """Something goes wrong, inside the process that does the work."""
+    match trouble:
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "hang":
+            time.sleep(3600)
+        case "freeze":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "exit":
+            os._exit(0)
+        case "nan":
+            raise BadDataError("Tensor layers.1.q has 3 NaN values, expected none", "Use --nan skip or zero")
+        case "raise":
+            raise ValueError("singular\nmatrix")
+        case "disk":
+            raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+        case "memory":
+            raise MemoryError
+        case "interrupt":
+            os.kill(os.getpid(), signal.SIGINT)
+        case "device memory":
+            if device != "cpu":
+                raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        case _:
+            raise AssertionError(trouble)
+
+
+@dataclass(frozen=True)
+class UnloadableWork:
+    """Cannot be loaded by a worker."""
+
+    parent: int = field(default_factory=os.getpid)
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        if os.getpid() != state["parent"]:
+            raise ImportError("no module named teacher")
+
+    def __call__(self, unit: ToyUnit, device: str) -> PartContent:
+        raise AssertionError

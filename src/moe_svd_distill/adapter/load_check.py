@@ -95,12 +95,13 @@ def _student_on_meta(student: Mapping[str, Any] | Path | str) -> PreTrainedModel
     """The student as transformers builds it, without memory and without running code of the checkpoint."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
         if isinstance(student, Mapping):
             fields = copy.deepcopy(dict(student))
             fields.pop("auto_map", None)
-            config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+            config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
         else:
             folder = Path(student)
             if not (folder / "config.json").is_file():

@@ -16,6 +16,7 @@ EMBEDDING_LEAVES = frozenset({"embed_tokens"})
 
 Side = Literal["A", "B"]
 
+_ACTION = "Write the adapter again, or a copy with repaired names"
 _KEY = re.compile(
     r"base_model\.model\.(?P<module>.+?)\.(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<embedding_side>[AB]))"
 )
@@ -51,10 +52,10 @@ def parse_key(key: str) -> tuple[str, Side]:
     match = _KEY.fullmatch(key)
     side = match and (match["side"] or match["embedding_side"])
     if match is None or side not in ("A", "B"):
-        raise BadDataError(_why_unmatched(key), "Repair the names with adapter-config, or write the adapter again")
+        raise BadDataError(_why_unmatched(key), _ACTION)
     hub_name = f"{match['module']}.weight"
     if key not in lora_keys(hub_name) or _fault_of_module(match["module"]):
-        raise BadDataError(_why_unmatched(key), "Repair the names with adapter-config, or write the adapter again")
+        raise BadDataError(_why_unmatched(key), _ACTION)
     return hub_name, "A" if side == "A" else "B"
 
 
@@ -72,7 +73,7 @@ def _fault_of_module(module: str) -> str:
 
 
 def _why_unmatched(key: str) -> str:
-    module = re.sub(r"\.lora_(embedding_)?[AB](\.weight)?\Z", "", key)
+    module = re.sub(r"\.lora_(embedding_)?[AB](\.default)?(\.weight)?\Z", "", key)
     if module == key:
         return f"{key}: not the name of a LoRA tensor"
     if not key.startswith(PREFIX):

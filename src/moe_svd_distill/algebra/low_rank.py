@@ -8,9 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moe_svd_distill.algebra.subspace import gram_factors, krylov_factors, prefers_gram
+from moe_svd_distill.algebra.gram import gram_factors
+from moe_svd_distill.algebra.krylov import first_size, krylov_factors
+from moe_svd_distill.algebra.subspace import momentum_factors, steep_factors
 
-RESIDUAL_FROM_NORMS = 0.05  # below this relative residual the difference of two norms has lost too many digits
+SMALL = 192  # min(m, n) up to which the eigendecomposition of the Gram matrix beats any iteration
+RESIDUAL_FROM_NORMS = 0.003  # below this relative residual Gram matrices and differences of norms have lost their digits
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def truncated_svd(
     Raises:
         ValueError: rank below 1, an empty matrix, or an entry that is not finite.
     """
-    return _factorise(matrix[None], rank, generator, pass_dtype, passes)[0]
+    return _factorise(matrix, rank, generator, pass_dtype, passes)[0]
 
 
 def batched_truncated_svd(
@@ -62,10 +65,9 @@ def batched_truncated_svd(
     """``truncated_svd`` of every matrix of a stack (the experts of one layer).
 
     On an accelerator the stack goes through batched kernels; on a CPU one after the other, kinder to its cache.
-    The same numbers are drawn from ``generator`` either way as by calls one after the other.
     """
     if matrices.device.type == "cpu":
-        return [_factorise(matrix[None], rank, generator, pass_dtype, passes)[0] for matrix in matrices]
+        return [_factorise(matrix, rank, generator, pass_dtype, passes)[0] for matrix in matrices]
     return _factorise(matrices, rank, generator, pass_dtype, passes)
 
 
@@ -110,46 +112,103 @@ def rank_for_energy(singular_values: Float[Tensor, "k"], energy: float, total: f
     return max(1, min(reached, singular_values.shape[0]))
 
 
+def cheapest_method(m: int, n: int, rank: int, pass_dtype: torch.dtype) -> str:
+    """"eigh", "krylov", "gram-krylov" or "momentum": the way of fewest multiplications for an m x n matrix.
+
+    float32: a count of multiplications, with the constants of matrix products, eigendecompositions (11 k^3) and the growth
+    of the Krylov space measured at one thread. Lower precision makes the passes nearly free: momentum up to a fifth of the size.
+    """
+    small, large = min(m, n), max(m, n)
+    if small <= SMALL:
+        return "eigh"
+    if pass_dtype != torch.float32:
+        return "momentum" if rank <= 0.2 * small else "eigh"
+    size = 1.15 * first_size(rank)
+    overhead = 4 * size**2 * small + 11 * size**3
+    half_gram, image = 1.2 * small**2 * large, 2 * small * large * rank
+    costs = {
+        "eigh": half_gram + 11 * small**3 + image,
+        "krylov": 5 * small * large * size + overhead + 2 * rank * size * (small + large),
+        "gram-krylov": half_gram + 2.5 * small**2 * size + overhead + 2 * rank * size * small + image,
+    }
+    return min(costs, key=lambda name: costs[name])
+
+
 def _factorise(
-    matrices: Float[Tensor, "e m n"],
+    matrices: Float[Tensor, "*e m n"],
     rank: int,
     generator: torch.Generator,
     pass_dtype: torch.dtype,
     passes: int | None,
 ) -> list[LowRank]:
-    norms = [_check(matrix, rank) for matrix in matrices]
+    """The factors of every matrix of a stack, or of the one matrix given."""
+    stack = matrices if matrices.ndim == 3 else matrices[None]
+    norms = [_check(matrix, rank) for matrix in stack]
     m, n = matrices.shape[-2:]
     if rank >= min(m, n):
-        return [_identity_factors(matrix, rank) for matrix in matrices]
+        return [_identity_factors(matrix, rank) for matrix in stack]
     if not any(norms):
-        return [_zero_factors(matrix, rank) for matrix in matrices]
+        return [_zero_factors(matrix, rank) for matrix in stack]
     D = matrices.float()
-    if prefers_gram(m, n, rank):
-        method = "gram"
-        U, W = gram_factors(D, rank)
-    else:
-        method = "subspace"
-        U, W = krylov_factors(D, rank, generator=generator, pass_dtype=pass_dtype, blocks=passes)
-    return [_finish(*item, method) for item in zip(D, U, W, norms, strict=True)]
+    upright = m > n
+    way = cheapest_method(m, n, rank, pass_dtype)
+    U, W = _leading(D.mT if upright else D, rank, way, generator, pass_dtype, passes)
+    if matrices.ndim == 2:
+        U, W = U[None], W[None]
+    method = "gram" if way == "eigh" else "subspace"
+    return [
+        _finish(matrix.float(), *rows, norm, upright, method, generator)
+        for matrix, rows, norm in zip(stack, zip(U, W, strict=True), norms, strict=True)
+    ]
+
+
+def _leading(
+    D: Float[Tensor, "*e m n"],
+    rank: int,
+    way: str,
+    generator: torch.Generator,
+    pass_dtype: torch.dtype,
+    passes: int | None,
+) -> tuple[Float[Tensor, "*e r m"], Float[Tensor, "*e r n"]]:
+    if way == "eigh":
+        return gram_factors(D, rank)
+    if way == "momentum":
+        return momentum_factors(D, rank, generator=generator, pass_dtype=pass_dtype, passes=passes)
+    return krylov_factors(D, rank, generator=generator, by_gram=way == "gram-krylov", blocks=passes)
 
 
 def _finish(
-    D: Float[Tensor, "m n"], U: Float[Tensor, "r m"], W: Float[Tensor, "r n"], norm: float, method: str
+    D: Float[Tensor, "m n"],
+    U: Float[Tensor, "r small"],
+    W: Float[Tensor, "r large"],
+    norm: float,
+    upright: bool,
+    method: str,
+    generator: torch.Generator,
 ) -> LowRank:
-    """Balance the factors of ``U.T @ W`` (rows of U orthonormal, rows of W orthogonal) and measure them."""
+    """Balance ``U.T @ W`` (rows of U orthonormal, rows of W orthogonal) and measure it."""
     if norm == 0.0:
         return _zero_factors(D, U.shape[0])
     sigma = torch.linalg.vector_norm(W, dim=1)
-    root = sigma.sqrt()
-    left = (U * root[:, None]).T
-    right = W * torch.where(root > 0, 1.0 / root, torch.zeros_like(root))[:, None]
-    left, right = _fix_signs(left, right)
     energy = min(1.0, float(sigma.double().square().sum()) / norm**2)
-    residual = math.sqrt(max(0.0, 1.0 - energy))
-    if residual < RESIDUAL_FROM_NORMS:
-        residual = float(torch.linalg.vector_norm(D - left @ right)) / norm
-        energy = 1.0 - residual**2
-    return LowRank(left.contiguous(), right, residual, energy, sigma, method)
+    if 1.0 - energy >= RESIDUAL_FROM_NORMS**2:
+        left, right = _balance(U, W, sigma, upright)
+        return LowRank(left, right, math.sqrt(1.0 - energy), energy, sigma, method)
+    U, W = steep_factors(D.mT if upright else D, U.shape[0], generator=generator)
+    sigma = torch.linalg.vector_norm(W, dim=1)
+    left, right = _balance(U, W, sigma, upright)
+    residual = float(torch.linalg.vector_norm(D - left @ right)) / norm
+    return LowRank(left, right, residual, 1.0 - residual**2, sigma, method)
+
+
+def _balance(U: Tensor, W: Tensor, sigma: Tensor, upright: bool) -> tuple[Tensor, Tensor]:
+    """``(left, right)`` with the root of each singular value on either side."""
+    root = sigma.sqrt()
+    rows = W * torch.where(root > 0, 1.0 / root, torch.zeros_like(root))[:, None]
+    columns = (U * root[:, None]).mT
+    left, right = (rows.mT, columns.mT) if upright else (columns, rows)
+    left, right = _fix_signs(left, right)
+    return left.contiguous(), right.contiguous()
 
 
 def _check(matrix: Float[Tensor, "m n"], rank: int) -> float:

@@ -24,15 +24,21 @@ MINIMUM_UNITS = 24
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it came from."""
+    """One text and where it came from; `origin` is the digest of the whole document if this is a section of one."""
 
     source: str
     text: str
+    origin: str | None = None
 
     @cached_property
     def digest(self) -> str:
         """A name for the content alone, so that a copy under another file name is recognised."""
         return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest()
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """What to write down once the document is used, so that `without` recognises it and the whole it is of."""
+        return (self.digest,) if self.origin is None else (self.digest, self.origin)
 
 
 def read_documents(paths: Sequence[str | Path], *, field: str = "text") -> tuple[Document, ...]:
@@ -54,7 +60,7 @@ def read_documents(paths: Sequence[str | Path], *, field: str = "text") -> tuple
 
 
 def without(documents: Sequence[Document], digests: Collection[str]) -> tuple[Document, ...]:
-    """Leave out the documents whose content is already in use elsewhere, named by `Document.digest`."""
+    """Leave out the documents whose content is already in use elsewhere, named by their `digests`."""
     return tuple(document for document in documents if document.digest not in digests)
 
 
@@ -116,7 +122,7 @@ def _sections(document: Document, size: int) -> Iterator[Document]:
         end = len(text) if len(text) - begin < 2 * size else text.rfind("\n", begin + size // 2, begin + size) + 1
         end = end or begin + size
         if text[begin:end].strip():
-            yield Document(f"{document.source}#{number}", text[begin:end])
+            yield Document(f"{document.source}#{number}", text[begin:end], document.origin or document.digest)
             number += 1
         begin = end
 

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_svd_distill.calibration.documents import Document, read_documents, split_documents
+from moe_svd_distill.calibration.documents import Document, read_documents, split_documents, without
 from moe_svd_distill.calibration.tokenizer import (
     Tokenizer,
     VocabularyComparison,
@@ -30,10 +30,12 @@ __all__ = [
     "split_documents",
     "tokenize",
     "vocabularies_match",
+    "without",
 ]
 
 IntArray: TypeAlias = NDArray[np.int64]
 
+FEWEST_DOCUMENTS = 8
 _BATCH = 64
 
 
@@ -45,7 +47,7 @@ class TokenizedText:
         sequences: Token ids, (n, length). Documents follow one another, each ended by the end-of-text token.
         document_of_token: Index into `sources` for every token, (n, length).
         sources: Where each document came from.
-        digests: The content's hash of each document, to recognise the same text elsewhere.
+        digests: What to write down to recognise the same text elsewhere (see `without`).
         skipped: Documents left out because they hold a token that only one of the two models knows.
     """
 
@@ -69,6 +71,17 @@ class TokenizedText:
     def predicted(self) -> int:
         """Tokens that have a predecessor in their sequence, which are those that figures are taken over."""
         return int(self.sequences.shape[0]) * (self.length - 1)
+
+    @property
+    def unit(self) -> str:
+        """What standard errors treat as independent: documents, or sequences where those are too few."""
+        return "documents" if len(self.sources) >= FEWEST_DOCUMENTS else "sequences"
+
+    def units(self) -> IntArray:
+        """The unit each token counts towards in standard errors, (n, length)."""
+        if self.unit == "documents":
+            return self.document_of_token
+        return np.broadcast_to(np.arange(len(self.sequences))[:, None], self.sequences.shape)
 
 
 def tokenize(
@@ -116,7 +129,7 @@ def tokenize(
         sequences=np.concatenate(ids)[: count * length].reshape(count, length),
         document_of_token=owners.reshape(count, length),
         sources=tuple(document.source for document in used[:last]),
-        digests=tuple(document.digest for document in used[:last]),
+        digests=tuple(sorted({digest for document in used[:last] for digest in document.digests})),
         skipped=skipped,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 MIB = 1024 * 1024
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class Checkpoint(Mapping[str, TensorInfo]):
@@ -48,6 +50,12 @@ class Checkpoint(Mapping[str, TensorInfo]):
     def config(self) -> dict[str, Any]:
         """The model's ``config.json``."""
         return self._sound().config
+
+    @property
+    def commit(self) -> str | None:
+        """The commit that a hub model is pinned to, or ``None`` for a folder that does not come from the hub."""
+        is_snapshot = self.folder.parent.name == "snapshots" and COMMIT.fullmatch(self.folder.name)
+        return self.folder.name if is_snapshot else None
 
     @property
     def total_bytes(self) -> int:

@@ -82,20 +82,24 @@ def open_regular(path: Path) -> int:
 
 def read_at(descriptor: int, path: Path, offset: int, count: int) -> bytes:
     """Exactly ``count`` bytes, or an error that names the file."""
-    pieces: list[bytes] = []
-    while count > 0:
+    buffer = bytearray(count)
+    fill(descriptor, path, offset, buffer)
+    return bytes(buffer)
+
+
+def fill(descriptor: int, path: Path, offset: int, buffer: bytearray) -> None:
+    """Fill the buffer from a file, or raise an error that names the file."""
+    rest = memoryview(buffer)
+    while rest:
         try:
-            piece = os.pread(descriptor, count, offset)
+            count = os.preadv(descriptor, [rest], offset)
         except OSError as error:
             raise explain(error, path) from error
-        if not piece:
-            raise BadDataError(
-                f"{shown(path)} ended early: found {offset} bytes, expected {offset + count}", FETCH_AGAIN
-            )
-        pieces.append(piece)
-        offset += len(piece)
-        count -= len(piece)
-    return b"".join(pieces)
+        if not count:
+            what = f"{shown(path)} ended early: found {offset} bytes, expected {offset + len(rest)}"
+            raise BadDataError(what, FETCH_AGAIN)
+        rest = rest[count:]
+        offset += count
 
 
 def read_small(path: Path) -> bytes:

@@ -11,6 +11,7 @@ from moe_svd_distill.errors import CannotWriteError, DistillError, MissingInputE
 
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{4,}|(?<=Bearer )\S+|(?<=://)[^/@\s]+(?=@)")
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
+MAX_CAUSES = 8
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -45,7 +46,7 @@ def translate(error: Exception, model: str, token: str | None) -> DistillError:
         return MissingInputError(f"{model} is not a possible name of a hub model", "Give organisation/name@revision")
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         return MissingInputError(f"a file of the hub model {model} is not there", "Try again, or give another revision")
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = _status(error)
     if status in (401, 403):
         return RemoteError(f"the hub refuses {model} (status {status})", f"To get access, {LOG_IN}")
     if status is not None:
@@ -58,3 +59,15 @@ def translate(error: Exception, model: str, token: str | None) -> DistillError:
         f"the hub cannot be reached for {model} ({type(error).__name__}: {reason})",
         "Check the network, or give a local folder",
     )
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The status that the hub answered with, also where the library wraps it into an error about the cache."""
+    for _ in range(MAX_CAUSES):
+        if error is None:
+            return None
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status
+        error = error.__cause__ or error.__context__
+    return None

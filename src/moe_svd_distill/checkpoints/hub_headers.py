@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from moe_svd_distill.checkpoints.faults import shown
 from moe_svd_distill.checkpoints.header import PREFIX_BYTES, Header, header_length, header_of
@@ -49,7 +48,7 @@ def _fetch_header(model: HubModel, snapshot: Snapshot, name: str, token: str | N
 def _fetch_range(model: HubModel, commit: str, name: str, token: str | None, begin: int, end: int) -> tuple[bytes, int]:
     """The bytes from ``begin`` to ``end`` of a remote file, as far as it has them, and the file's size."""
     from huggingface_hub import get_session, hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
     url = hf_hub_url(model.repo, name, revision=commit)
     headers = build_hf_headers(token=token)

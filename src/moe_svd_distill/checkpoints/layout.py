@@ -61,7 +61,9 @@ def _indexed(folder: Path, names: Collection[str]) -> Layout:
         raise BadDataError(f"{shown(place)} has no weight_map", FETCH_AGAIN)
     faults: list[DistillError] = []
     files: list[str] = []
-    for name in dict.fromkeys(map(_hashable, weight_map.values())):
+    texts = {tensor: file for tensor, file in weight_map.items() if isinstance(file, str)}
+    others = [file for file in weight_map.values() if not isinstance(file, str)]
+    for name in [*dict.fromkeys(texts.values()), *others[:1]]:
         try:
             files.append(relative_name(name, shown(place)))
         except BadDataError as fault:
@@ -70,7 +72,7 @@ def _indexed(folder: Path, names: Collection[str]) -> Layout:
         what = f"{shown(folder)} holds {SINGLE} and also {INDEX}, which names other files"
         faults.append(BadDataError(what, "Move the set of weights that is not meant out of the folder"))
     faults += missing_numbers(files, shown(place))
-    return Layout(tuple(sorted(files)), {name: str(file) for name, file in weight_map.items()}, tuple(faults))
+    return Layout(tuple(sorted(files)), texts, tuple(faults))
 
 
 def missing_numbers(files: Iterable[str], place: str) -> list[DistillError]:
@@ -112,7 +114,3 @@ def _no_weights(folder: Path, names: Collection[str]) -> DistillError:
     if "adapter_model.safetensors" in names:
         return MissingInputError(what, "This is an adapter: give the folder of a whole model")
     return MissingInputError(what, "Give the folder of a model with safetensors weights")
-
-
-def _hashable(name: object) -> object:
-    return name if isinstance(name, str) else repr(name)

@@ -9,48 +9,67 @@ cannot be mapped. Why not :mod:`mmap`: it keeps a file descriptor for every mapp
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import sys
+import threading
 import weakref
+from functools import cache
 from typing import Any
 
+MAX_MAPPINGS = 32_768  # half of what Linux grants a process by default; the allocator needs the rest
 _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0x40  # MAP_NORESERVE: a private view costs no memory until written
 _FAILED = ctypes.c_void_p(-1).value
+
+_live = 0
+_lock = threading.RLock()  # re-entrant: the garbage collector may release a mapping while another is being made
 
 
 def map_bytes(descriptor: int, offset: int, count: int) -> Any:
     """A writable buffer on ``count`` bytes of a file from ``offset`` on; writes stay in memory, the file never changes.
 
     Raises:
-        OSError: If the operating system refuses.
+        OSError: If the operating system refuses, or with ``ENOMEM`` if too many mappings are alive.
     """
     start = offset - offset % mmap.ALLOCATIONGRANULARITY
-    lead = offset - start
-    library = _library()
-    ctypes.set_errno(0)
+    length = offset - start + count
+    if not _count(+1):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
     flags = mmap.MAP_PRIVATE | _NO_RESERVE
-    address = library.mmap(None, lead + count, mmap.PROT_READ | mmap.PROT_WRITE, flags, descriptor, start)
+    address = _library().mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, descriptor, start)
     if address is None or address == _FAILED:
         code = ctypes.get_errno()
+        _count(-1)
         raise OSError(code, os.strerror(code))
-    owner = (ctypes.c_char * count).from_address(address + lead)
-    weakref.finalize(owner, library.munmap, address, lead + count).atexit = False
+    owner = (ctypes.c_char * count).from_address(address + offset - start)
+    weakref.finalize(owner, _release, address, length).atexit = False
     return owner
 
 
-_loaded: ctypes.CDLL | None = None
+def _release(address: int, length: int) -> None:
+    """The owner is gone, and with it every tensor on the mapping."""
+    _library().munmap(address, length)
+    _count(-1)
 
 
+def _count(change: int) -> bool:
+    """Keep account of the mappings that are alive; false if there is no room for one more."""
+    global _live
+    with _lock:
+        if change > 0 and _live >= MAX_MAPPINGS:
+            return False
+        _live += change
+        return True
+
+
+@cache
 def _library() -> ctypes.CDLL:
     """The C library with the two calls that are needed."""
-    global _loaded
-    if _loaded is None:
-        library = ctypes.CDLL(None, use_errno=True)
-        whole, length, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-        library.mmap.restype = ctypes.c_void_p
-        library.mmap.argtypes = [whole, length, number, number, number, ctypes.c_int64]
-        library.munmap.restype = number
-        library.munmap.argtypes = [whole, length]
-        _loaded = library
-    return _loaded
+    library = ctypes.CDLL(None, use_errno=True)
+    address, length, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    library.mmap.restype = address
+    library.mmap.argtypes = [address, length, number, number, number, ctypes.c_int64]
+    library.munmap.restype = number
+    library.munmap.argtypes = [address, length]
+    return library

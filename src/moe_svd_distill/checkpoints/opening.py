@@ -7,10 +7,11 @@ from pathlib import Path
 from moe_svd_distill.checkpoints.checkpoint import Checkpoint
 from moe_svd_distill.checkpoints.checks import read_config, survey
 from moe_svd_distill.checkpoints.faults import raise_faults, shown
+from moe_svd_distill.checkpoints.files import explain
 from moe_svd_distill.checkpoints.hub import fetch_small, fetch_weights, parse_hub_id
 from moe_svd_distill.checkpoints.hub_headers import fetch_headers
 from moe_svd_distill.checkpoints.quantised import refuse_quantised, refuse_quantised_config
-from moe_svd_distill.errors import MissingInputError
+from moe_svd_distill.errors import MissingInputError, RemoteError
 
 
 def open_checkpoint(
@@ -43,10 +44,20 @@ def check_checkpoint(checkpoint: Checkpoint) -> list[str]:
 
 def _local_folder(model: str | Path) -> Path | None:
     """The folder that is meant, if there is one."""
-    path = Path(model).expanduser()
-    if str(model) and path.is_dir():
-        return path.absolute()
-    if str(model) and path.exists():
+    if not str(model):
+        raise MissingInputError("the name of the model is empty", "Give the folder of a model, or a hub id")
+    try:
+        path = Path(model).expanduser()
+        if path.is_dir():
+            return path.absolute()
+        is_file = path.exists()
+    except OSError as error:
+        if isinstance(error, PermissionError):
+            raise explain(error, Path(model)) from error
+        is_file = False  # such as a name that is too long for this file system
+    except RuntimeError:  # "~name" without such a user
+        is_file = False
+    if is_file:
         raise MissingInputError(f"{shown(str(model))} is a file", "Give the folder that holds the model")
     if isinstance(model, Path):
         raise MissingInputError(f"the folder {shown(model)} is not there", "Check the path")
@@ -62,9 +73,21 @@ def _from_hub(source: str, token: str | None, allow_quantised: bool, headers_onl
     snapshot = fetch_small(model, token)
     if not allow_quantised:
         refuse_quantised_config(read_config(snapshot.folder), source)
-    if headers_only and snapshot.names is not None:
+    if snapshot.unreachable is not None:
+        return _from_cache(snapshot.folder, source, snapshot.unreachable)
+    if headers_only:
         found = survey(snapshot.folder, snapshot.names, lambda files: fetch_headers(model, snapshot, files, token))
         raise_faults(found.faults)
         return Checkpoint(snapshot.folder, source, known=found)
     fetch_weights(model, snapshot, token)
     return Checkpoint(snapshot.folder, source)
+
+
+def _from_cache(folder: Path, source: str, unreachable: RemoteError) -> Checkpoint:
+    """What an earlier run has downloaded, if it is complete; if not, the network is what is missing."""
+    checkpoint = Checkpoint(folder, source)
+    try:
+        checkpoint.check()
+    except MissingInputError as incomplete:
+        raise unreachable from incomplete
+    return checkpoint

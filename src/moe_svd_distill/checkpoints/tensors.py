@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import errno
+from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.checkpoints.faults import shown
+from moe_svd_distill.checkpoints.files import fill
 from moe_svd_distill.checkpoints.header import BYTES_PER_ELEMENT, TensorInfo
 from moe_svd_distill.checkpoints.mapping import map_bytes
 from moe_svd_distill.errors import DistillError
@@ -33,18 +35,32 @@ _TORCH_NAMES = {
 
 
 def tensor_view(descriptor: int, info: TensorInfo) -> torch.Tensor:
-    """A CPU tensor on the file's own bytes, mapped privately: nothing is copied before something is written."""
+    """A CPU tensor on the file's own bytes, mapped privately: nothing is copied before something is written.
+
+    The bytes are copied where they cannot be mapped (too many mappings alive, or a file system without them), and where
+    an element would straddle its alignment, which the format allows.
+    """
     import torch
 
     dtype: torch.dtype = getattr(torch, _TORCH_NAMES[info.dtype])
     if not info.bytes:
         return torch.empty(info.shape, dtype=dtype)
+    buffer: Any
     try:
-        owner = map_bytes(descriptor, info.offset, info.bytes)
-    except OSError as error:
-        what = f"tensor {shown(info.name)} of {shown(info.file)} cannot be mapped into memory ({error.strerror})"
-        raise DistillError(what, "Free memory, or copy the model to a local disk") from error
-    raw = torch.frombuffer(owner, dtype=torch.uint8)
-    if info.offset % BYTES_PER_ELEMENT[info.dtype]:
-        raw = raw.clone()  # allowed by the format, but an element must not straddle its alignment in memory
-    return raw.view(dtype).view(info.shape)
+        if info.offset % BYTES_PER_ELEMENT[info.dtype]:
+            raise OSError(errno.EINVAL, "not aligned")
+        buffer = map_bytes(descriptor, info.offset, info.bytes)
+    except OSError:
+        buffer = _copied(descriptor, info)
+    return torch.frombuffer(buffer, dtype=torch.uint8).view(dtype).view(info.shape)
+
+
+def _copied(descriptor: int, info: TensorInfo) -> bytearray:
+    """The tensor's bytes in memory of their own."""
+    try:
+        buffer = bytearray(info.bytes)
+    except MemoryError as error:
+        what = f"tensor {shown(info.name)} of {shown(info.file)} does not fit into memory ({info.bytes} bytes)"
+        raise DistillError(what, "Free memory") from error
+    fill(descriptor, info.file, info.offset, buffer)
+    return buffer

@@ -13,12 +13,21 @@ from typing import TYPE_CHECKING
 
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.execution.durable import Sink, durable_file
+from moe_svd_distill.execution.memory import give_back
 from moe_svd_distill.execution.parts import PartTensors, find_fault, open_part, tensor_bytes
-from moe_svd_distill.execution.tensor_file import Slot, encode_header, lay_out, read_bytes, read_header
+from moe_svd_distill.execution.tensor_file import (
+    DamagedFileError,
+    Slot,
+    encode_header,
+    lay_out,
+    read_bytes,
+    read_header,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_LARGE = 1 << 20
 _RUN_AGAIN = "Run the same command again; damaged parts are computed anew"
 
 
@@ -55,9 +64,9 @@ def consolidate(
     """
     sources = _gather(parts, rename)
     slots = lay_out((name, source.slot.dtype, source.slot.shape) for name, source in sources.items())
+    opened: dict[Path, PartTensors] = {}
     with ExitStack() as stack:
         sink = stack.enter_context(durable_file(output))
-        opened: dict[Path, PartTensors] = {}
         sink.write(encode_header(slots, {"format": "pt"}))
         for slot in slots:
             source = sources[slot.name]
@@ -67,8 +76,7 @@ def consolidate(
             if source.part not in opened:
                 opened[source.part] = stack.enter_context(open_part(source.part))
             _copy_scaled(opened[source.part], source, slot, scale, sink)
-        digest = sink.sha256
-    return digest
+    return sink.sha256
 
 
 def _gather(parts: Sequence[Path], rename: Callable[[str], str | None] | None) -> dict[str, _Source]:
@@ -76,7 +84,7 @@ def _gather(parts: Sequence[Path], rename: Callable[[str], str | None] | None) -
     for part in parts:
         fault = find_fault(part)
         if fault is not None:
-            raise BadDataError(f"Part {part} cannot be used: {fault}", _RUN_AGAIN)
+            raise _damaged(part, fault)
         header = read_header(part)
         for slot in header.slots:
             name = rename(slot.name) if rename else slot.name
@@ -88,6 +96,10 @@ def _gather(parts: Sequence[Path], rename: Callable[[str], str | None] | None) -
     return sources
 
 
+def _damaged(part: Path, fault: str) -> BadDataError:
+    return BadDataError(f"Part {part} cannot be used: {fault}", _RUN_AGAIN)
+
+
 def _duplicate(name: str, first: Path, second: Path) -> BadDataError:
     return BadDataError(
         f"Tensor {name} is in two parts: {first.name} and {second.name}",
@@ -97,8 +109,11 @@ def _duplicate(name: str, first: Path, second: Path) -> BadDataError:
 
 def _copy(source: _Source, sink: Sink) -> None:
     begin = source.header_size + source.slot.begin
-    for piece in read_bytes(source.part, begin, begin + source.slot.end - source.slot.begin):
-        sink.write(piece)
+    try:
+        for piece in read_bytes(source.part, begin, begin + source.slot.end - source.slot.begin):
+            sink.write(piece)
+    except DamagedFileError as error:
+        raise _damaged(source.part, str(error)) from error
 
 
 def _copy_scaled(
@@ -112,3 +127,6 @@ def _copy_scaled(
             f"to {scaled.dtype} {tuple(scaled.shape)}"
         )
     sink.write(tensor_bytes(scaled.detach().to("cpu").contiguous()))
+    if scaled.nbytes >= _LARGE:
+        del scaled
+        give_back()

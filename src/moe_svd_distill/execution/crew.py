@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from moe_svd_distill.errors import IncompleteError
 from moe_svd_distill.execution.worker import run_worker
 
 START_METHOD = "spawn"  # CUDA does not survive a fork, and neither do the threads of torch
@@ -76,6 +77,8 @@ class Worker:
         self.process.close()
         if code >= 0:
             return f"exit code {code}"
+        if code == -signal.SIGKILL:
+            return "killed by SIGKILL; the system does that when memory runs out"
         with suppress(ValueError):
             return f"killed by {signal.Signals(-code).name}"
         return f"killed by signal {-code}"
@@ -92,7 +95,11 @@ class Crew:
         self.workers: dict[int, Worker] = {}
 
     def hire(self, slot: int) -> None:
-        """Start a process in this place."""
+        """Start a process in this place.
+
+        Raises:
+            IncompleteError: The system gives no more processes or memory.
+        """
         context: Any = multiprocessing.get_context(START_METHOD)
         ours, theirs = context.Pipe()
         device = self._devices[slot % len(self._devices)]
@@ -102,10 +109,18 @@ class Crew:
             name=f"moe-svd-distill worker {slot}",
             daemon=True,
         )
-        with _signals_held(), _bare_main(self._pickled_work):
-            process.start()
-            self.workers[slot] = Worker(slot, device, process, ours)
-        theirs.close()
+        try:
+            with _signals_held(), _bare_main(self._pickled_work):
+                process.start()
+                self.workers[slot] = Worker(slot, device, process, ours)
+        except OSError as error:
+            ours.close()
+            raise IncompleteError(
+                f"Cannot start worker process {slot + 1}: {error.strerror}",
+                "Use fewer workers and run the same command again; finished parts are kept",
+            ) from error
+        finally:
+            theirs.close()
 
     def drop(self, worker: Worker) -> str:
         """End a worker, alive or not, and say how its process ended."""

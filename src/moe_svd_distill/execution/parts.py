@@ -68,7 +68,8 @@ def write_part(folder: Path, key: str, content: PartContent) -> Path:
     body["seal"] = _seal(body, slots)
     path = part_path(folder, key)
     with durable_file(path) as sink:
-        sink.write(encode_header(slots, {_METADATA: json.dumps(body, sort_keys=True, separators=(",", ":"))}))
+        text = json.dumps(body, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        sink.write(encode_header(slots, {_METADATA: text}))
         for slot in slots:
             sink.write(tensor_bytes(tensors[slot.name]))
     return path

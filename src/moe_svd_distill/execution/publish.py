@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +30,7 @@ from moe_svd_distill.execution.durable import (
 
 MANIFEST = "run.json"
 CONFIG = "adapter_config.json"
+_OVERWRITTEN = ("adapter_model.safetensors", CONFIG, "README.md")
 _WITHDRAWN = ".withdrawn-run.json"
 
 
@@ -41,7 +43,8 @@ class OutputFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = FileLock(path / ".lock", blocking=False)
+        self._lock_path = path / ".lock"
+        self._lock = FileLock(self._lock_path, blocking=False)
 
     @property
     def parts(self) -> Path:
@@ -55,18 +58,11 @@ class OutputFolder:
 
     def __enter__(self) -> OutputFolder:
         make_folder(self.path)
-        try:
-            self._lock.acquire()
-        except Timeout as error:
-            raise CannotWriteError(
-                f"{self.path} is in use by another run", "Wait until it ends, or choose another --output"
-            ) from error
-        except OSError as error:
-            raise explain_writing(error, self.path, opening=True) or error from error
+        self._refuse_foreign_files()
+        self._acquire()
         try:
             make_folder(self.parts)
-            make_folder(self._staging)
-            for left_behind in self._staging.iterdir():
+            for left_behind in _files(self._staging):
                 left_behind.unlink()
             remove_stale_temporaries(self.path)
         except BaseException:
@@ -83,6 +79,7 @@ class OutputFolder:
         """Where to write the file that `publish` will call ``name``."""
         if Path(name).name != name:
             raise ValueError(f"{name!r} is not the name of a file in the folder")
+        make_folder(self._staging)
         return self._staging / name
 
     def publish(self) -> None:
@@ -96,7 +93,8 @@ class OutputFolder:
         """
         if not self.staged(MANIFEST).is_file():
             raise ValueError(f"{MANIFEST} has not been staged")
-        files = sorted(_files(self._staging), key=lambda path: (path.name == MANIFEST, path.name == CONFIG, path.name))
+        files = [path for path in _files(self._staging) if not is_temporary(path)]
+        files.sort(key=lambda path: (path.name == MANIFEST, path.name == CONFIG, path.name))
         try:
             for file in files:
                 sync_file(file)
@@ -108,6 +106,8 @@ class OutputFolder:
             sync_folder(self.path)
             files[-1].replace(self.path / MANIFEST)
             sync_folder(self.path)
+            with suppress(OSError):
+                self._staging.rmdir()
         except OSError as error:
             raise explain_writing(error, self.path, opening=True) or error from error
 
@@ -121,16 +121,49 @@ class OutputFolder:
     def clean(self) -> list[Path]:
         """Delete the working files, and nothing that is not known to be one. The only place that deletes parts.
 
+        The folder need not be entered.
+
         Returns:
             What was deleted.
+
+        Raises:
+            CannotWriteError: A run is using the folder, or its files cannot be deleted.
         """
-        doomed = self.cleanable()
-        for path in doomed:
-            path.unlink()
-        for folder in (self.parts, self._staging):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+        if not self.cleanable():
+            return []
+        self._acquire()
+        try:
+            doomed = self.cleanable()
+            for path in doomed:
+                path.unlink()
+            for folder in (self.parts, self._staging):
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+        except OSError as error:
+            raise explain_writing(error, self.path, opening=True) or error from error
+        finally:
+            self._lock.release()
         return doomed
+
+    def _acquire(self) -> None:
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise CannotWriteError(
+                f"{self.path} is in use by another run", "Wait until it ends, or choose another --output"
+            ) from error
+        except OSError as error:
+            raise explain_writing(error, self.path, opening=True) or error from error
+
+    def _refuse_foreign_files(self) -> None:
+        """A folder that no run has ever used may hold someone's adapter; it is not for us to write over it."""
+        if self._lock_path.exists() or self.published:
+            return
+        for name in _OVERWRITTEN:
+            if (self.path / name).exists():
+                raise CannotWriteError(
+                    f"{self.path} holds a {name} that this program did not write", "Choose another --output"
+                )
 
     @property
     def _staging(self) -> Path:

@@ -162,6 +162,7 @@ class _Run:
                 self._end_the_hung(crew, woken)
         finally:
             crew.dismiss()
+            remove_stale_temporaries(self.folder)
 
     def _staff(self, crew: Crew) -> bool:
         """Start workers as long as there are units for them; False when there is nothing left to do."""
@@ -173,12 +174,19 @@ class _Run:
         return wanted > 0
 
     def _hand_out(self, crew: Crew) -> None:
+        """Give units to those who wait. A last attempt has the machine to itself, in case memory was what it lacked."""
         for worker in crew.workers.values():
-            if worker.idle and self._queue:
-                unit = self._queue.popleft()
-                worker.give(unit)
-                attempt = self._attempts.get(unit.key, 0) + 1
-                self.on_event(events.UnitStarted(worker.slot, unit.label, attempt))
+            if not worker.idle or not self._queue:
+                continue
+            held = [other.unit for other in crew.workers.values() if other.unit is not None]
+            if held and any(self._is_last_attempt(unit) for unit in (*held, self._queue[0])):
+                return
+            unit = self._queue.popleft()
+            worker.give(unit)
+            self.on_event(events.UnitStarted(worker.slot, unit.label, self._attempts.get(unit.key, 0) + 1))
+
+    def _is_last_attempt(self, unit: Unit) -> bool:
+        return 1 < self.settings.attempts == self._attempts.get(unit.key, 0) + 1
 
     def _listen(self, crew: Crew, stop: StopSignals) -> float:
         """Wait for news and take it in; returns when the news was collected."""
@@ -213,7 +221,8 @@ class _Run:
                 self._bad_starts = 0
                 self.on_event(events.WorkerStarted(worker.slot, worker.device, worker.process.pid))
             case Progress(fraction):
-                self.on_event(events.UnitProgress(worker.slot, unit.label, fraction))
+                if unit is not None:
+                    self.on_event(events.UnitProgress(worker.slot, unit.label, fraction))
             case Done(seconds, peak, backoff):
                 worker.unit = None
                 self._note_memory(worker, peak)
@@ -229,7 +238,7 @@ class _Run:
                 raise RuntimeError(f"the workers cannot load the work: {reason}\n{detail}")
 
     def _end_the_hung(self, crew: Crew, woken: float) -> None:
-        """End workers that were silent until ``woken``; what they said while a listener was busy is not lost on them."""
+        """End workers that were silent until ``woken``. What they said since, while a listener was busy, comes next."""
         for worker in list(crew.workers.values()):
             if woken - worker.last_heard >= self._limit(worker):
                 self._lose(crew, worker, f"no sign of life for {self._limit(worker):g} s")

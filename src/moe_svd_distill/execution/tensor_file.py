@@ -108,11 +108,9 @@ def read_header(path: Path) -> Header:
             raise DamagedFileError(f"its header is {length} bytes long in a file of {size} bytes")
         text = file.read(length)
     try:
-        table = json.loads(text)
+        table = json.loads(text, object_pairs_hook=_without_duplicates)
         metadata = dict(table.pop("__metadata__", {}))
-        slots = tuple(
-            Slot(name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"]) for name, entry in table.items()
-        )
+        slots = tuple(_slot(name, entry) for name, entry in table.items())
         position = 0
         for slot in sorted(slots, key=lambda slot: (slot.begin, slot.end)):
             if slot.begin != position or slot.end - slot.begin != math.prod(slot.shape) * _WIDTHS[slot.dtype]:
@@ -124,6 +122,20 @@ def read_header(path: Path) -> Header:
     if 8 + length + position != size:
         raise DamagedFileError(f"found {size} bytes, expected {8 + length + position}")
     return Header(slots, metadata, 8 + length)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise DamagedFileError("its header names something twice")
+    return table
+
+
+def _slot(name: str, entry: dict[str, Any]) -> Slot:
+    slot = Slot(name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+    if any(type(number) is not int or number < 0 for number in (*slot.shape, slot.begin, slot.end)):
+        raise DamagedFileError("its header gives a tensor a place that is no number of bytes")
+    return slot
 
 
 def read_bytes(path: Path, begin: int, end: int) -> Iterator[memoryview]:

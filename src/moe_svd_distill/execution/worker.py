@@ -20,6 +20,7 @@ from typing import Any
 
 from moe_svd_distill.errors import DistillError
 from moe_svd_distill.execution.durable import explain_writing
+from moe_svd_distill.execution.memory import MemoryWatch, give_back
 
 _LOOK_EVERY_S = 0.2
 _PROGRESS_EVERY_S = 0.5
@@ -100,25 +101,6 @@ def report_progress(fraction: float) -> None:
     _reporter.report(fraction)
 
 
-class _MemoryWatch:
-    """The largest anonymous memory seen; mapped files are left out because the system can drop them at any time."""
-
-    def __init__(self) -> None:
-        self._peak = 0
-
-    def look(self) -> int:
-        try:
-            total, shared = Path("/proc/self/statm").read_text().split()[1:3]
-            anonymous = (int(total) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
-        except (OSError, ValueError):
-            import resource
-
-            scale = 1 if sys.platform == "darwin" else 1024
-            anonymous = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-        self._peak = max(self._peak, anonymous)
-        return self._peak
-
-
 def run_worker(
     pipe: connection.Connection, pickled_work: bytes, device: str, folder: Path, threads: int
 ) -> None:  # pragma: no cover - runs in another process
@@ -126,7 +108,7 @@ def run_worker(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-    memory = _MemoryWatch()
+    memory = MemoryWatch()
     threading.Thread(target=_leave_with_parent, args=(memory,), daemon=True).start()
     try:
         try:
@@ -141,6 +123,7 @@ def run_worker(
             pipe.send(answer)
             if not isinstance(answer, Done):
                 return
+            give_back()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # dismissed
     finally:
@@ -149,7 +132,7 @@ def run_worker(
         os._exit(0)  # the parts are on the disk; taking torch down in good order would only take time
 
 
-def _leave_with_parent(memory: _MemoryWatch) -> None:
+def _leave_with_parent(memory: MemoryWatch) -> None:
     parent = parent_process()
     assert parent is not None
     while not connection.wait([parent.sentinel], timeout=_LOOK_EVERY_S):
@@ -167,7 +150,7 @@ def _load(pickled_work: bytes, threads: int) -> Any:
     return pickle.loads(pickled_work)  # noqa: S301 - bytes that the parent made
 
 
-def _compute(work: Any, unit: Any, device: str, folder: Path, memory: _MemoryWatch) -> Done | Failed | Hopeless:
+def _compute(work: Any, unit: Any, device: str, folder: Path, memory: MemoryWatch) -> Done | Failed | Hopeless:
     from moe_svd_distill.execution.backoff import compute
     from moe_svd_distill.execution.parts import write_part
 

@@ -1,0 +1,161 @@
+"""A student with an adapter folded into its weights: ``W + scale · B A``, file by file.
+
+The merged model has the student's own layout: the same files, headers, names and dtypes. A tensor without a pair is
+copied byte for byte; a changed one is summed in fp32 block by block and rounded once to its stored dtype. So the memory
+needed is one block, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_svd_distill.adapter.adapter_file import CONFIGURATION_FILE, read_json
+from moe_svd_distill.adapter.agreement import check_agreement
+from moe_svd_distill.adapter.companions import copy_companions
+from moe_svd_distill.adapter.configuration import refuse_tied
+from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
+from moe_svd_distill.adapter.pair_shapes import PairShape
+from moe_svd_distill.adapter.publication import new_folder
+from moe_svd_distill.adapter.rewriting import rewrite
+from moe_svd_distill.checkpoints import Checkpoint, TensorInfo, open_checkpoint, refuse_quantised
+from moe_svd_distill.checkpoints.header import read_header
+from moe_svd_distill.errors import BadDataError, CannotWriteError
+from moe_svd_distill.families.registry import family_of
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK_ELEMENTS = 8 * 1024 * 1024
+_DTYPES = ("F64", "F32", "F16", "BF16")
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was merged.
+
+    Attributes:
+        output: The merged model's folder.
+        merged: Tensors with a pair.
+        copied: Tensors copied byte for byte.
+        weights_files: Weights files written.
+        bytes: Their tensors' size.
+        companions: Other files copied.
+        left_out: Files of the student that were not copied: other formats of its weights, and hidden files.
+    """
+
+    output: Path
+    merged: int
+    copied: int
+    weights_files: int
+    bytes: int
+    companions: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def merge(
+    adapter_folder: Path | str,
+    student: Checkpoint | Path | str,
+    output: Path | str,
+    *,
+    on_progress: Progress = lambda done, total: None,
+) -> MergeReport:
+    """Write the student with the adapter merged into it.
+
+    Args:
+        adapter_folder: Folder with adapter_model.safetensors and adapter_config.json.
+        student: The student the adapter was made for, not quantised.
+        output: A new or empty folder; it appears only when the merge is complete.
+        on_progress: Told the bytes of tensors done and their total.
+
+    Raises:
+        BadDataError: A pair has no tensor of its name and shape in the student, the configuration disagrees with the
+            pairs, or a merged value is not finite. Nothing is written then.
+        CannotWriteError: The output is not empty, or the disk is full.
+    """
+    checkpoint = student if isinstance(student, Checkpoint) else open_checkpoint(student)
+    refuse_quantised(checkpoint)
+    pairs = LowRankPairs(adapter_folder)
+    family = family_of(checkpoint.config, checkpoint.source)
+    configuration = read_json(Path(adapter_folder) / CONFIGURATION_FILE)
+    scales = check_agreement(pairs.shapes, family, configuration).scales
+    if family.geometry(checkpoint.config).tied_embeddings:
+        refuse_tied(pairs)
+    _check_places(pairs.shapes, checkpoint)
+    target, total = Path(output).absolute(), checkpoint.total_bytes
+    _check_space(target, total)
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress(done, total)
+
+    def change(info: TensorInfo) -> Iterator[torch.Tensor] | None:
+        return _merged_blocks(checkpoint, info, pairs, scales[info.name]) if info.name in pairs else None
+
+    files = sorted({info.file for info in checkpoint.values()})
+    with new_folder(target) as folder:
+        for file in files:
+            place = folder / file.relative_to(checkpoint.folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            rewrite(read_header(file), place, change, advance)
+        companions, left_out = copy_companions(checkpoint.folder, folder, set(files))
+    return MergeReport(target, len(pairs), len(checkpoint) - len(pairs), len(files), total, companions, left_out)
+
+
+def _check_places(shapes: Mapping[str, PairShape], checkpoint: Checkpoint) -> None:
+    """Every pair must change a tensor of the student, else a merge would silently leave something out."""
+    action = "Merge the adapter into the student it was made for"
+    absent = [name for name in shapes if name not in checkpoint]
+    if absent:
+        raise BadDataError(
+            f"{checkpoint.source} has no {absent[0]}, which the adapter changes ({len(absent)} of {len(shapes)} pairs "
+            "have no tensor there)",
+            action,
+        )
+    for name, pair in shapes.items():
+        info = checkpoint[name]
+        if info.shape != (pair.rows, pair.columns):
+            found = "×".join(map(str, info.shape))
+            raise BadDataError(f"{name} is {found} in the student, the pair needs {pair.rows}×{pair.columns}", action)
+        if info.dtype not in _DTYPES:
+            raise BadDataError(
+                f"{name} is {info.dtype} in the student, expected one of {', '.join(_DTYPES)}",
+                "Use the unquantised student",
+            )
+
+
+def _check_space(output: Path, needed: int) -> None:
+    place = next(folder for folder in (output, *output.parents) if folder.exists())
+    if (free := shutil.disk_usage(place).free) < needed:
+        raise CannotWriteError(
+            f"{place} has {free / 1e9:.1f} GB free, the merged model needs {needed / 1e9:.1f} GB",
+            "Free space, or give an output on another disk",
+        )
+
+
+def _merged_blocks(
+    checkpoint: Checkpoint, info: TensorInfo, pairs: LowRankPairs, scale: float
+) -> Iterator[torch.Tensor]:
+    """The merged tensor ``(rows, columns)`` in blocks of rows."""
+    import torch
+
+    left, right = (factor.float() for factor in pairs[info.name].factors())  # (rows, rank), (rank, columns)
+    weight = checkpoint.read(info.name)
+    step = max(1, BLOCK_ELEMENTS // info.shape[1])
+    for begin in range(0, info.shape[0], step):
+        rows = slice(begin, begin + step)
+        block = weight[rows]
+        wide = block.double() if block.dtype is torch.float64 else block.float()
+        merged = (wide + scale * (left[rows] @ right)).to(block.dtype)
+        if not bool(torch.isfinite(merged).all()):
+            raise BadDataError(
+                f"{info.name}: merged values that are not finite in {info.dtype}", "Verify the adapter and the student"
+            )
+        yield merged

@@ -1,0 +1,66 @@
+"""A random adapter with the size of a real one: the control that tells "this change helps" from "any change does"."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE, CONFIGURATION_FILE, RECORD_FILE, read_json, write_json
+from moe_svd_distill.adapter.digest import sha256_of
+from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs, frobenius_of_product
+from moe_svd_distill.adapter.naming import parse_key
+from moe_svd_distill.adapter.publication import new_folder
+from moe_svd_distill.adapter.rewriting import rewrite
+from moe_svd_distill.checkpoints import TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+
+def write_random_control(adapter_folder: Path | str, output_folder: Path | str, seed: int) -> None:
+    """Write an adapter of random pairs, each with the Frobenius norm of ``B @ A`` of the original's pair.
+
+    A pair's values depend on the seed and on its name alone. Norms agree up to rounding to the stored dtype.
+
+    Args:
+        adapter_folder: The original; its configuration is taken over.
+        output_folder: A new or empty folder.
+        seed: Seed of the random numbers.
+
+    Raises:
+        CannotWriteError: The output exists and is not empty, or cannot be written.
+        BadDataError: The original is damaged.
+    """
+    source = Path(adapter_folder)
+    pairs = LowRankPairs(source)
+    configuration = read_json(source / CONFIGURATION_FILE)
+    latest: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def change(info: TensorInfo) -> Iterator[torch.Tensor]:
+        hub_name, side = parse_key(info.name)
+        if hub_name not in latest:  # A and B of a pair follow each other in the file: one pair is in memory at a time
+            latest.clear()
+            latest[hub_name] = _random_pair(pairs, hub_name, seed)
+        return iter((latest[hub_name]["AB".index(side)],))
+
+    with new_folder(Path(output_folder)) as folder:
+        rewrite(pairs.header, folder / ADAPTER_FILE, change)
+        write_json(folder / CONFIGURATION_FILE, configuration)
+        record = {"kind": "random control", "seed": seed, "adapter_sha256": sha256_of(folder / ADAPTER_FILE)}
+        write_json(folder / RECORD_FILE, record)
+
+
+def _random_pair(pairs: LowRankPairs, hub_name: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gaussian A ``(rank, in)`` and B ``(out, rank)``; the norm is shared evenly between them."""
+    import torch
+
+    original = pairs[hub_name]
+    norm = original.norm()
+    digest = hashlib.sha256(f"{seed} {hub_name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    a = torch.randn(original.a.shape, generator=generator)
+    b = torch.randn(original.b.shape, generator=generator)
+    factor = (norm / frobenius_of_product(a, b)) ** 0.5
+    return (a * factor).to(original.a.dtype), (b * factor).to(original.b.dtype)

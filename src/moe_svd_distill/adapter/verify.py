@@ -1,0 +1,142 @@
+"""Whether an adapter is complete, loads, and does something: the checks that neither PEFT nor safetensors makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE, CONFIGURATION_FILE, RECORD_FILE, read_json
+from moe_svd_distill.adapter.agreement import check_agreement
+from moe_svd_distill.adapter.digest import sha256_of
+from moe_svd_distill.adapter.inference import infer_family
+from moe_svd_distill.adapter.load_check import LoadReport, check_loads
+from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
+from moe_svd_distill.adapter.values import scan_values
+from moe_svd_distill.checkpoints import Checkpoint
+from moe_svd_distill.errors import BadDataError, MissingInputError, NothingToTransferError
+from moe_svd_distill.families.registry import family_of
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was found about a valid adapter.
+
+    Attributes:
+        pairs: Low-rank pairs.
+        zero_pairs: Hub names of those that change nothing.
+        scale: The factor PEFT multiplies every ``B @ A`` by.
+        sha256: Digest of the tensors' file.
+        digest_checked: Whether run.json recorded that digest, so that the file is known to be complete.
+        load: What PEFT's load path did, or None where no student was at hand.
+        transferred: False for an adapter that run.json declares to be scaled to zero.
+        warnings: What is not wrong but should be known.
+    """
+
+    pairs: int
+    zero_pairs: tuple[str, ...]
+    scale: float
+    sha256: str
+    digest_checked: bool
+    load: LoadReport | None
+    transferred: bool
+    warnings: tuple[str, ...]
+
+    @property
+    def summary(self) -> str:
+        """The outcome in a few words."""
+        if not self.transferred:
+            return "valid, but scaled to zero: nothing was transferred"
+        return f"valid: {self.pairs} pairs, {len(self.zero_pairs)} of them zero"
+
+
+def verify(folder: Path | str, student: Checkpoint | Path | str | None = None) -> VerifyReport:
+    """Check an adapter's folder; memory stays at one tensor.
+
+    Args:
+        folder: Folder with adapter_model.safetensors, adapter_config.json and, if this tool wrote it, run.json.
+        student: The student or its folder. Without it the base model named in the configuration is used if that is a
+            folder here; else the load check is left out, with a warning.
+
+    Raises:
+        MissingInputError: A file is not there.
+        BadDataError: Header, digest, configuration, load check or values are wrong.
+        NothingToTransferError: Every pair is zero and run.json does not declare it.
+    """
+    place = Path(folder)
+    if not place.is_dir():
+        raise MissingInputError(f"{place} is not a folder", "Give the adapter's folder")
+    pairs = LowRankPairs(place)
+    configuration = read_json(place / CONFIGURATION_FILE)
+    record = read_json(place / RECORD_FILE) if (place / RECORD_FILE).exists() else {}
+    digest, warnings = sha256_of(place / ADAPTER_FILE), []
+    recorded = record.get("adapter_sha256")
+    if recorded is not None and recorded != digest:
+        raise BadDataError(
+            f"{place / ADAPTER_FILE} is not the file that was written: sha256 {digest}, expected {recorded}",
+            "Copy it again, or run the distillation again: it goes on from its parts",
+        )
+    if recorded is None:
+        warnings.append(f"{RECORD_FILE} records no digest: a half-written file cannot be told from a complete one")
+    config, source = _student_config(student, configuration)
+    if config is None:
+        guess = infer_family(list(pairs))
+        family, load = guess.family, None
+        warnings.append(f"the load check was left out, because {guess.statement}")
+    else:
+        family, load = family_of(config, source), check_loads(place, config)
+    agreement = check_agreement(pairs.shapes, family, configuration)
+    scale = _common_scale(agreement.scales, ours=recorded is not None)
+    if scale != 1.0:
+        warnings.append(f"PEFT multiplies every pair by {scale:g}")
+    zero = scan_values(pairs, digest_checked=recorded is not None)
+    transferred = _check_effect(pairs, zero, record)
+    if zero and transferred:
+        warnings.append(f"{len(zero)} of {len(pairs)} pairs are zero and change nothing")
+    return VerifyReport(len(pairs), zero, scale, digest, recorded is not None, load, transferred, tuple(warnings))
+
+
+def _student_config(
+    student: Checkpoint | Path | str | None, configuration: Mapping[str, Any]
+) -> tuple[dict[str, Any] | None, str]:
+    if isinstance(student, Checkpoint):
+        return student.config, student.source
+    if student is not None:
+        return read_json(Path(student) / "config.json"), str(student)
+    named = configuration.get("base_model_name_or_path")
+    if isinstance(named, str) and named and (Path(named) / "config.json").is_file():
+        return read_json(Path(named) / "config.json"), named
+    return None, ""
+
+
+def _common_scale(scales: Mapping[str, float], *, ours: bool) -> float:
+    """The scale of all pairs; the tool itself writes nothing but 1."""
+    first = next(iter(scales))
+    expected = 1.0 if ours else scales[first]
+    for name, scale in scales.items():
+        if scale != expected:
+            raise BadDataError(
+                f"PEFT would multiply the pair of {name} by {scale:g}, expected {expected:g} as for the others: "
+                "alpha and rank do not fit together (rank_pattern without alpha_pattern?)",
+                "Make adapter_config.json again with adapter-config",
+            )
+    return expected
+
+
+def _check_effect(pairs: LowRankPairs, zero: tuple[str, ...], record: Mapping[str, Any]) -> bool:
+    """Whether the adapter changes the student; an adapter that does not must have declared it."""
+    declared = record.get("transferred") is False
+    if len(zero) == len(pairs):
+        if not declared:
+            raise NothingToTransferError(
+                f"all {len(pairs)} pairs are zero: the adapter changes nothing",
+                "Run the distillation again with another teacher or method",
+            )
+        return False
+    if declared:
+        raise BadDataError(
+            f"{RECORD_FILE} declares that nothing was transferred, but {len(pairs) - len(zero)} pairs are not zero",
+            "Run the distillation again",
+        )
+    return True

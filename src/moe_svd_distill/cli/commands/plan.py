@@ -1,0 +1,30 @@
+"""plan: what a recipe would do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moe_svd_distill.cli.options import json_option, read_recipe, recipe_options
+
+
+@click.command("plan", short_help="Show what a recipe would do.")
+@recipe_options
+@json_option
+def command(recipe: Path | None, as_json: bool, **given: Any) -> None:
+    """Show every pairing and every unmatched tensor, ranks and sizes of a run, from the headers alone."""
+    wanted = read_recipe(recipe, given)
+    from moe_svd_distill.cli.screen import print_json, print_table
+    from moe_svd_distill.pipeline.outlook import look_ahead
+
+    outlook = look_ahead(wanted)
+    if as_json:
+        print_json(outlook)
+        return
+    print_table("depth", ("student layer", "teacher layers"), outlook["depth"])
+    print_table("tensors", ("role", "with a pair", "kept", "rank"), outlook["roles"])
+    print_table("sizes", ("what", ""), outlook["sizes"])
+    for name, reason in {**outlook["kept"], **outlook["unused_teacher"]}.items():
+        click.echo(f"{name}: {reason}")

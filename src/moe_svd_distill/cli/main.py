@@ -1,0 +1,114 @@
+"""The entry point: finds the command, and turns every failure into one line and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from moe_svd_distill.errors import DistillError
+
+# Command to (module, one-line help); kept here so that --help imports no command.
+COMMANDS = {
+    "demo": "Distil the bundled lab pairs, evaluate, and show what the adapters do.",
+    "init": "Write a recipe for a teacher and a student, every key explained.",
+    "inspect": "Show what a model is, from its headers only.",
+    "plan": "Show what a recipe would do to every tensor, before any work.",
+    "distill": "Make a LoRA adapter for the student from the teacher; resumes by default.",
+    "evaluate": "Measure what an adapter does on held-out text, beside controls.",
+    "verify": "Check an adapter's files and that PEFT really loads them.",
+    "merge": "Write the student with the adapter merged in, shard by shard.",
+    "adapter-config": "Rebuild adapter_config.json from an adapter's header alone.",
+    "clean": "Delete the working files of a finished run.",
+}
+INTERNAL_ERROR = 70
+INTERRUPTED = 130
+
+
+class LazyGroup(click.Group):
+    """Imports the module of a command only when the command is used."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """All commands, in the order of use."""
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """The command's click object."""
+        if name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"moe_svd_distill.cli.commands.{name.replace('-', '_')}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of commands, without importing any."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="moe-svd-distill", prog_name="moe-svd-distill")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def program(debug: bool) -> None:
+    """Move what a large teacher LLM knows into a smaller student LLM, as a LoRA adapter with measured figures."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and leave with its exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in words
+    as_json = "--json" in words
+    _quiet_libraries()
+    try:
+        program.main(args=[word for word in words if word != "--debug"], standalone_mode=False)
+        code = 0
+    except click.exceptions.Exit as leaving:
+        code = leaving.exit_code
+    except click.Abort:
+        code = INTERRUPTED
+    except click.ClickException as error:
+        hint = "" if not isinstance(error, click.UsageError) else " Try: moe-svd-distill --help"
+        code = _report(error.format_message().rstrip(".") + "." + hint, error.exit_code, as_json)
+    except DistillError as error:
+        code = _report(str(error), error.exit_code, as_json, debug)
+    except KeyboardInterrupt as stop:
+        code = _report(
+            "Stopped. Finished parts are kept; run the same command again to go on.",
+            getattr(stop, "exit_code", INTERRUPTED),
+            as_json,
+        )
+    except BrokenPipeError:
+        code = 0
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        code = _report(
+            f"Internal error: {text}. Run again with --debug and report what it prints.", INTERNAL_ERROR, as_json, debug
+        )
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _report(message: str, code: int, as_json: bool, debug: bool = False) -> int:
+    if debug:
+        traceback.print_exc()
+    if as_json:
+        click.echo(json.dumps({"error": message, "exit_code": code}))
+    else:
+        click.echo(f"moe-svd-distill: {message}", err=True)
+    return code
+
+
+def _quiet_libraries() -> None:
+    defaults: dict[str, Any] = {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)

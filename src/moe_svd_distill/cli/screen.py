@@ -1,0 +1,118 @@
+"""What people see: progress while it runs, tables when it is done; quiet when not on a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from moe_svd_distill.execution import events
+
+console = Console(stderr=True)
+output = Console()
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table on standard output; the first column is left-aligned, the others right."""
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    output.print(table)
+
+
+class Monitor:
+    """Draws the units, the workers and the later stages of a run; used as a context."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=quiet or not console.is_terminal,
+        )
+        self._costs: dict[str, int] = {}
+        self._all: TaskID | None = None
+        self._workers: dict[int, TaskID] = {}
+        self._stage: tuple[str, TaskID] | None = None
+        self._done = 0
+
+    def __enter__(self) -> Monitor:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def on_plan(self, units: list[tuple[str, int]]) -> None:
+        """Units and their costs, before work begins."""
+        self._costs = dict(units)
+        self._all = self._progress.add_task("distilling", total=sum(self._costs.values()), note=f"0/{len(units)} units")
+
+    def on_event(self, event: events.Event) -> None:
+        """An event of the workers."""
+        match event:
+            case events.WorkerStarted(worker, device, _):
+                if worker not in self._workers:
+                    self._workers[worker] = self._progress.add_task(f"  worker {worker} on {device}", total=1, note="")
+            case events.UnitStarted(worker, label, attempt):
+                note = label if attempt == 1 else f"{label}, attempt {attempt}"
+                self._update_worker(worker, note, 0.0)
+            case events.UnitProgress(worker, label, fraction):
+                self._update_worker(worker, label, fraction)
+            case events.UnitFinished(worker, label, _, reused, backoff):
+                self._finish(worker, label, reused)
+                for step in backoff:
+                    self.say(f"{label}: {step}")
+            case events.UnitFailed(_, label, attempt, reason, _):
+                self.say(f"{label}: attempt {attempt} failed: {reason}")
+            case events.UnitSetAside(label, reason):
+                self.say(f"{label}: set aside: {reason}")
+            case events.WorkerLost(worker, reason, label):
+                self.say(f"worker {worker} lost{f' with {label}' if label else ''}: {reason}")
+            case events.PartRejected(label, reason, moved_to):
+                self.say(
+                    f"{label}: the part on disk is damaged ({reason}); moved to {moved_to.name}, computing it again"
+                )
+
+    def on_stage(self, name: str, fraction: float | None = None) -> None:
+        """A stage after the units; fraction is None where it cannot be known."""
+        if self._stage is None or self._stage[0] != name:
+            if self._stage is not None:
+                self._progress.update(self._stage[1], completed=1, total=1)
+            self._stage = (name, self._progress.add_task(name, total=1 if fraction is not None else None, note=""))
+        if fraction is not None:
+            self._progress.update(self._stage[1], total=1, completed=fraction)
+
+    def say(self, text: str) -> None:
+        """A line for people on standard error."""
+        self._progress.console.print(text, highlight=False, soft_wrap=True)
+
+    def _update_worker(self, worker: int, note: str, fraction: float) -> None:
+        if worker in self._workers:
+            self._progress.update(self._workers[worker], completed=fraction, note=note)
+
+    def _finish(self, worker: int | None, label: str, reused: bool) -> None:
+        self._done += 1
+        if self._all is not None:
+            note = f"{self._done}/{len(self._costs)} units"
+            self._progress.update(self._all, advance=self._costs.get(label, 0), note=note)
+        if worker is not None:
+            self._update_worker(worker, label, 1.0)

@@ -1,0 +1,162 @@
+"""Figures of a model on text, with the uncertainty that comes from having read only some documents.
+
+Everything is in nats per predicted token. Standard errors and intervals treat documents, not tokens, as independent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray: TypeAlias = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A model's means over all predicted tokens, each with its standard error over documents.
+
+    Attributes:
+        kl: KL(teacher ‖ student).
+        cross_entropy: Of the text itself.
+        top1_agreement: Share of tokens for which teacher and student put the same token first.
+        tokens: Predicted tokens.
+        documents: Independent units behind the standard errors.
+    """
+
+    kl: float
+    cross_entropy: float
+    top1_agreement: float
+    tokens: int
+    documents: int
+    kl_error: float
+    cross_entropy_error: float
+    top1_agreement_error: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(cross-entropy)."""
+        return float(np.exp(self.cross_entropy))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "perplexity": self.perplexity}
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """Sums per document, each (documents,): the raw material of every figure.
+
+    Two measurements of the same text have the same documents in the same order, so that they can be paired.
+    """
+
+    kl: FloatArray
+    cross_entropy: FloatArray
+    agreement: FloatArray
+    tokens: FloatArray
+
+    @property
+    def figures(self) -> Figures:
+        """Means and standard errors."""
+        kl, kl_error = mean_and_error(self.kl, self.tokens)
+        cross_entropy, cross_entropy_error = mean_and_error(self.cross_entropy, self.tokens)
+        agreement, agreement_error = mean_and_error(self.agreement, self.tokens)
+        return Figures(
+            kl=kl,
+            cross_entropy=cross_entropy,
+            top1_agreement=agreement,
+            tokens=int(self.tokens.sum()),
+            documents=len(self.tokens),
+            kl_error=kl_error,
+            cross_entropy_error=cross_entropy_error,
+            top1_agreement_error=agreement_error,
+        )
+
+    def of(self, documents: NDArray[np.int64]) -> Measurement:
+        """The same for some documents, given by index."""
+        return Measurement(
+            self.kl[documents], self.cross_entropy[documents], self.agreement[documents], self.tokens[documents]
+        )
+
+
+@dataclass(frozen=True)
+class Change:
+    """How far a figure fell, with its standard error paired over documents; above 0 is better."""
+
+    fall: float
+    error: float
+
+    def beyond(self, errors: float) -> bool:
+        """Whether the fall is more than so many standard errors above 0."""
+        return self.fall > errors * self.error
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A 95 % interval."""
+
+    low: float
+    high: float
+
+
+def mean_and_error(sums: FloatArray, counts: FloatArray) -> tuple[float, float]:
+    """Mean per token and its standard error over documents of unequal length; not a number with a single document.
+
+    The error is that of a ratio estimator: sqrt(D/(D-1) · Σ(s_d − m·n_d)²) / Σn_d.
+    """
+    total = counts.sum()
+    mean = float(sums.sum() / total)
+    documents = len(counts)
+    if documents < 2:
+        return mean, float("nan")
+    spread = ((sums - mean * counts) ** 2).sum() * documents / (documents - 1)
+    return mean, float(np.sqrt(spread) / total)
+
+
+def kl_change(before: Measurement, after: Measurement) -> Change:
+    """By how much KL fell."""
+    return Change(*mean_and_error(before.kl - after.kl, before.tokens))
+
+
+def cross_entropy_change(before: Measurement, after: Measurement) -> Change:
+    """By how much cross-entropy fell."""
+    return Change(*mean_and_error(before.cross_entropy - after.cross_entropy, before.tokens))
+
+
+def kl_gap_closed(before: float, after: float) -> float | None:
+    """Percent of the way to the teacher's distribution; None if there is no gap."""
+    return 100.0 * (before - after) / before if before > 0 else None
+
+
+def cross_entropy_gap_closed(before: float, after: float, teacher: float) -> float | None:
+    """Percent of the way to the teacher's cross-entropy; None if the student is not behind the teacher."""
+    return 100.0 * (before - after) / (before - teacher) if before > teacher else None
+
+
+def gap_intervals(
+    before: Measurement, after: Measurement, teacher: Measurement, *, resamples: int = 2000, seed: int = 0
+) -> tuple[Interval | None, Interval | None]:
+    """95 % bootstrap intervals over documents of the KL and the cross-entropy gap closed, in percent.
+
+    None for a gap that is absent in more than a few resamples, or with a single document.
+    """
+    documents = len(before.tokens)
+    if documents < 2:
+        return None, None
+    generator = np.random.default_rng(seed)
+    drawn = generator.multinomial(documents, np.full(documents, 1.0 / documents), size=resamples).astype(np.float64)
+    kl = _interval(drawn @ (before.kl - after.kl), drawn @ before.kl)
+    cross_entropy = _interval(
+        drawn @ (before.cross_entropy - after.cross_entropy), drawn @ (before.cross_entropy - teacher.cross_entropy)
+    )
+    return kl, cross_entropy
+
+
+def _interval(fall: FloatArray, gap: FloatArray) -> Interval | None:
+    defined = gap > 0
+    if defined.mean() < 0.99:
+        return None
+    low, high = np.percentile(100.0 * fall[defined] / gap[defined], [2.5, 97.5])
+    return Interval(float(low), float(high))

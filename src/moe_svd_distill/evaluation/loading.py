@@ -1,0 +1,99 @@
+"""Loading a model that fits in memory, after checking that it does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_HEADROOM = 1.1
+
+
+def load_model(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
+    """Load a causal language model for evaluation, by default float32 on the CPU and bfloat16 elsewhere.
+
+    No code from the folder is run and nothing is fetched.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise MissingInputError(f"{folder} holds no model (no config.json)", "Check the path")
+    if dtype is None:
+        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    require_memory(folder, device, dtype)
+    try:
+        with _no_progress_bar():
+            model = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            )
+    except DistillError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise BadDataError(
+            f"The model in {folder} cannot be loaded ({_first_line(error)})", "Check the model"
+        ) from error
+    return model.to(device).eval().requires_grad_(False)
+
+
+def require_memory(folder: Path, device: str, dtype: torch.dtype) -> None:
+    """Refuse before loading when the free memory of the device is smaller than the model."""
+    needed = int(model_bytes(folder, dtype.itemsize) * _HEADROOM)
+    available = available_bytes(device)
+    if needed > available:
+        raise UsageError(
+            f"{folder} takes {needed / 2**30:.1f} GiB as {str(dtype).removeprefix('torch.')} and {device} has "
+            f"{available / 2**30:.1f} GiB free",
+            "Evaluate on a machine with more memory, or free some",
+        )
+
+
+def model_bytes(folder: Path, itemsize: int) -> int:
+    """Estimate the bytes of a model's weights in memory from its file sizes and the type it is stored in."""
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadDataError(f"{folder / 'config.json'} is not JSON ({error})", "Fetch the model again") from error
+    text = config.get("text_config") or {}
+    named = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
+    stored_itemsize = 1 if "quantization_config" in config else _BYTES.get(str(named), 2)
+    return stored * itemsize // stored_itemsize
+
+
+def available_bytes(device: str) -> int:
+    """Free memory of a device."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(torch.device(device))[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing on the terminal, which is the command line's."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0][:300]

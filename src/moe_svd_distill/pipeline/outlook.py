@@ -1,0 +1,61 @@
+"""What a recipe would do, from the headers alone: pairings, unmatched tensors, ranks and sizes."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from math import prod
+from typing import Any
+
+from moe_svd_distill.pairing.plan import make_plan
+from moe_svd_distill.pipeline.pair import open_pair
+from moe_svd_distill.recipe import Recipe
+
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def look_ahead(recipe: Recipe) -> dict[str, Any]:
+    """Everything ``distill`` would do, as plain JSON types.
+
+    Raises:
+        DistillError: Whatever would stop ``distill`` before its first unit.
+    """
+    with open_pair(recipe.teacher, recipe.student) as pair:
+        teacher, student = pair.teacher, pair.student
+        plan = make_plan(teacher.layout, student.layout, teacher.shapes, student.shapes, recipe)
+    tasks = [task for unit in plan.units for task in unit.tasks]
+    changed = Counter(task.role for task in tasks if task.change)
+    kept = Counter(task.role for task in tasks if not task.change)
+    ranks: dict[str, set[int]] = defaultdict(set)
+    for task in tasks:
+        if task.pair:
+            ranks[task.role].add(task.rank)
+    factors = sum(task.rank * sum(task.shape) for task in tasks if task.pair) * BYTES[recipe.dtype]
+    covered = sum(prod(task.shape) for task in tasks if task.pair) * 2
+    return {
+        "depth": [
+            [str(blend.student), " + ".join(f"{weight:.2f} × {layer}" for layer, weight in blend.teacher)]
+            for blend in plan.depth
+        ],
+        "roles": [
+            [role, str(changed[role]), str(kept[role]), ", ".join(map(str, sorted(ranks[role])))]
+            for role in sorted({task.role for task in tasks})
+        ],
+        "sizes": [
+            ["units of work", str(len(plan.units))],
+            ["teacher", _readable(teacher.checkpoint.total_bytes)],
+            ["student", _readable(student.checkpoint.total_bytes)],
+            ["adapter, and as much again in parts", _readable(factors)],
+            ["adapter relative to the weights it changes", f"{factors / covered:.0%}" if covered else "-"],
+        ],
+        "kept": {task.name: task.reason for task in tasks if not task.change},
+        "unused_teacher": dict(plan.unused_teacher),
+        "ignored_student": dict(plan.ignored_student),
+    }
+
+
+def _readable(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} GiB"

@@ -1,0 +1,70 @@
+"""Opens teacher and student and gives every tensor of both its meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint
+from moe_svd_distill.errors import IncompatiblePairError
+from moe_svd_distill.families import ModelLayout, read_layout
+from moe_svd_distill.families.registry import family_of
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint and what its tensors mean."""
+
+    checkpoint: Checkpoint
+    layout: ModelLayout
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Hub name to shape."""
+        return {name: info.shape for name, info in self.checkpoint.items()}
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """Teacher and student."""
+
+    teacher: Model
+    student: Model
+
+
+def open_model(source: str) -> Model:
+    """Open a model and check its headers against its config.json.
+
+    Raises:
+        MissingInputError: The model or one of its files is not there.
+        BadDataError: Files that contradict each other, or an unknown architecture.
+    """
+    checkpoint = open_checkpoint(source)
+    family = family_of(checkpoint.config, source)
+    shapes = {name: info.shape for name, info in checkpoint.items()}
+    return Model(checkpoint, read_layout(family, checkpoint.config, shapes))
+
+
+@contextmanager
+def open_pair(teacher: str, student: str) -> Iterator[ModelPair]:
+    """Open both models; their files are closed at the end.
+
+    Raises:
+        MissingInputError: As ``open_model``.
+        BadDataError: As ``open_model``.
+        IncompatiblePairError: The student has tensors that no loader of its family would read.
+    """
+    pair = ModelPair(open_model(teacher), open_model(student))
+    try:
+        unknown = pair.student.layout.unknown
+        if unknown:
+            raise IncompatiblePairError(
+                f"the student holds {len(unknown)} tensors its family {pair.student.layout.family.model_type} does not "
+                f"have, the first is {unknown[0]}",
+                "Check that config.json belongs to the weights",
+            )
+        yield pair
+    finally:
+        pair.teacher.checkpoint.close()
+        pair.student.checkpoint.close()

@@ -1,0 +1,100 @@
+"""The run's record, run.json: what was asked, what was done to every tensor, with which versions, and the figures."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from moe_svd_distill.execution.parts import read_record
+from moe_svd_distill.execution.supervisor import ExecutionSummary, Settings
+from moe_svd_distill.pairing.plan import Plan
+from moe_svd_distill.pipeline.pair import Model, ModelPair
+from moe_svd_distill.pipeline.preparation import NUMERIC_LIBRARIES, PROJECT
+from moe_svd_distill.recipe import Recipe
+
+SCHEMA = 1
+
+
+def unit_records(plan: Plan, parts: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """The record of every unit, in the plan's order, from the headers of its part."""
+    return [read_record(parts[unit.key]) for unit in plan.units]
+
+
+def tensor_records(units: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The record of every student tensor, each with its layer."""
+    return [{**tensor, "layer": unit["layer"]} for unit in units for tensor in unit["tensors"]]
+
+
+def is_nothing(tensors: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether every delta is exactly zero."""
+    return not any(tensor.get("delta_norm") for tensor in tensors)
+
+
+def summarise(tensors: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Counts of fates, reasons, projections and alignments."""
+    rows = list(tensors)
+    return {
+        "fates": dict(Counter(row["fate"] for row in rows)),
+        "reasons_to_keep": dict(Counter(row["reason"] for row in rows if row["fate"] == "kept")),
+        "projections": dict(Counter(row["projection"] for row in rows if "projection" in row)),
+        "projection_fallbacks": {
+            row["name"]: row["projection_fallback"] for row in rows if "projection_fallback" in row
+        },
+        "alignments": dict(Counter(row["alignment"] for row in rows if "alignment" in row)),
+    }
+
+
+def make_record(
+    recipe: Recipe,
+    pair: ModelPair,
+    plan: Plan,
+    units: list[dict[str, Any]],
+    execution: ExecutionSummary,
+    settings: Settings,
+) -> dict[str, Any]:
+    """The record without figures; the caller adds ``adapter_sha256``, ``scale_search`` and ``transferred``."""
+    tensors = tensor_records(units)
+    return {
+        "schema": SCHEMA,
+        "teacher": _model(pair.teacher),
+        "student": _model(pair.student),
+        "recipe": recipe.model_dump(mode="json"),
+        "method": "weights",
+        "depth_map": [[blend.student, [list(step) for step in blend.teacher]] for blend in plan.depth],
+        "summary": summarise(tensors),
+        "tensors": tensors,
+        "units": [{key: value for key, value in unit.items() if key != "tensors"} for unit in units],
+        "ignored_student_tensors": dict(plan.ignored_student),
+        "unused_teacher_tensors": dict(plan.unused_teacher),
+        "execution": {
+            "workers": settings.workers,
+            "devices": list(settings.devices),
+            "threads_per_worker": settings.threads_per_worker,
+            "units_computed": execution.computed,
+            "units_reused": execution.reused,
+            "peak_anonymous_bytes_by_worker": {str(worker): peak for worker, peak in execution.peak_memory.items()},
+        },
+        "timing": {"transfer_seconds": round(execution.seconds, 3)},
+        "versions": {name: version(name) for name in (PROJECT, *NUMERIC_LIBRARIES, "transformers", "peft")}
+        | {"python": platform.python_version()},
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _model(model: Model) -> dict[str, Any]:
+    geometry = model.layout.geometry
+    return {
+        "source": model.checkpoint.source,
+        "family": model.layout.family.model_type,
+        "fingerprint": model.checkpoint.fingerprint(),
+        "bytes": model.checkpoint.total_bytes,
+        "layers": geometry.layers,
+        "hidden": geometry.hidden,
+        "experts": geometry.experts,
+        "vocabulary": geometry.vocabulary,
+    }

@@ -1,0 +1,42 @@
+"""The work a worker process does: a picklable callable that turns a unit into the content of its part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moe_svd_distill.execution.parts import PartContent
+from moe_svd_distill.families import Geometry
+from moe_svd_distill.families.registry import families
+from moe_svd_distill.transfer.settings import TransferSettings
+
+if TYPE_CHECKING:
+    from moe_svd_distill.checkpoints import Checkpoint
+    from moe_svd_distill.pairing.unit import UnitOfWork
+
+
+@dataclass(frozen=True)
+class DistillWork:
+    """Does units of one pair of models.
+
+    Attributes:
+        teacher: Reopens itself in the process it is sent to.
+        student: The same.
+        geometries: Sizes of teacher and student.
+        model_type: The student's family.
+        settings: The recipe's numbers.
+    """
+
+    teacher: Checkpoint
+    student: Checkpoint
+    geometries: tuple[Geometry, Geometry]
+    model_type: str
+    settings: TransferSettings
+
+    def __call__(self, unit: UnitOfWork, device: str) -> PartContent:
+        """Compute ``unit`` on ``device``."""
+        from moe_svd_distill.transfer.unit import transfer_unit
+
+        family = families()[self.model_type]
+        result = transfer_unit(unit, self.teacher, self.student, self.geometries, family, self.settings, device)
+        return PartContent(result.tensors, result.record)

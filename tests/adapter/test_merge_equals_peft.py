@@ -1,0 +1,178 @@
+"""The must-show of the room: for every module of every family, the weights PEFT merges are ``W + scale · B A``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+
+from moe_svd_distill.adapter import check_agreement, lora_keys, merge, pair_shapes
+from moe_svd_distill.families.registry import families
+from tests.adapter import tiny
+from tests.adapter.conftest import Case
+
+BF16_ROUNDING = 2.0**-8
+
+
+def with_adapter(case: Case, adapter: Path, dtype: torch.dtype) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(tiny.load_model(case.student, dtype), str(adapter)).eval()
+
+
+def weights_in_memory(model: Any) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().float() for name, parameter in model.named_parameters()}
+
+
+def reloaded_truth(case: Case, pairs: dict[str, torch.Tensor], folder: Path, scale: float = 1.0) -> Any:
+    """``W + scale · B A`` in fp32 under hub names, loaded by transformers into its own layout."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    (folder / "config.json").write_text((case.student / "config.json").read_text())
+    save_file(tiny.truth(case.student, pairs, scale), folder / "model.safetensors", metadata={"format": "pt"})
+    return tiny.load_model(folder)
+
+
+def test_peft_merges_every_module_of_the_family_right(case: Case, tmp_path: Path) -> None:
+    loaded = with_adapter(case, case.adapter, torch.float32)
+    unmerged = tiny.logits(loaded)
+    merged = loaded.merge_and_unload()
+    expected = weights_in_memory(reloaded_truth(case, case.pairs, tmp_path / "truth"))
+    found = weights_in_memory(merged)
+    student = weights_in_memory(tiny.load_model(case.student))
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-6, atol=1e-6, msg=name)
+    changed = {name for name in found if not torch.equal(found[name], student[name])}
+    assert {name for name in found if found[name].ndim > 1} - changed <= {"model.embed_tokens.weight"}
+    torch.testing.assert_close(tiny.logits(merged), unmerged, rtol=0, atol=1e-4)
+    assert (unmerged - tiny.logits(tiny.load_model(case.student))).abs().max() > 1e-2
+
+
+def test_peft_in_bf16_and_our_merge_agree_to_bf16_rounding(case: Case, tmp_path: Path) -> None:
+    exact = tiny.truth(case.student, case.pairs)
+    size = {name: weight.float().abs() for name, weight in tiny.hub_weights(case.student).items()}
+    merged = with_adapter(case, case.adapter, torch.bfloat16).merge_and_unload()
+    merged.save_pretrained(tmp_path / "peft")
+    merge(case.adapter, case.student, tmp_path / "ours")
+    by_peft, by_us = tiny.hub_weights(tmp_path / "peft"), tiny.hub_weights(tmp_path / "ours")
+    assert by_peft.keys() == by_us.keys() == exact.keys()
+    equal = total = 0
+    for name, weight in exact.items():
+        # PEFT rounds the delta and the sum; we round the sum alone, to the nearest bf16 value.
+        delta = (weight - tiny.hub_weights(case.student)[name].float()).abs()
+        bound = BF16_ROUNDING * (weight.abs() + delta + size[name]) + 1e-9
+        assert bool(((by_peft[name].float() - weight).abs() <= bound).all()), name
+        assert bool(((by_us[name].float() - weight).abs() <= BF16_ROUNDING / 2 * weight.abs() + 1e-6).all()), name
+        assert by_us[name].dtype is torch.bfloat16
+        equal += int((by_us[name] == weight.to(torch.bfloat16)).sum())
+        total += weight.numel()
+    assert equal / total > 0.999
+
+
+def test_our_merge_reloaded_by_transformers_speaks_like_the_adapter(case: Case, tmp_path: Path) -> None:
+    merge(case.adapter, case.student, tmp_path / "merged")
+    merged = tiny.logits(tiny.load_model(tmp_path / "merged"))
+    unmerged = tiny.logits(with_adapter(case, case.adapter, torch.float32))
+    student = tiny.logits(tiny.load_model(case.student))
+    assert (merged - unmerged).abs().max() < 0.05 * (student - unmerged).abs().max()
+
+
+def test_other_scales_are_applied_as_peft_applies_them(case: Case, tmp_path: Path) -> None:
+    """alpha is three times the rank everywhere, as a foreign adapter may have it."""
+    configuration = tiny.configure(case.student, case.pairs)
+    configuration["lora_alpha"] *= 3
+    configuration["alpha_pattern"] = {key: 3 * alpha for key, alpha in configuration["alpha_pattern"].items()}
+    adapter = tiny.save_adapter(tmp_path / "adapter", case.student, case.pairs, configuration)
+    scales = check_agreement(
+        pair_shapes({key: tuple(value.shape) for key, value in case.pairs.items()}),
+        families()[case.name],
+        configuration,
+    ).scales
+    assert set(scales.values()) == {3.0}
+    found = weights_in_memory(with_adapter(case, adapter, torch.float32).merge_and_unload())
+    expected = weights_in_memory(reloaded_truth(case, case.pairs, tmp_path / "truth", 3.0))
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-5, msg=name)
+    merge(adapter, case.student, tmp_path / "merged")
+    for name, weight in tiny.truth(case.student, case.pairs, 3.0).items():
+        merged = tiny.hub_weights(tmp_path / "merged")[name].float()
+        assert bool(((merged - weight).abs() <= BF16_ROUNDING / 2 * weight.abs() + 1e-6).all()), name
+
+
+def test_ranks_that_differ_by_layer_and_role(case: Case, tmp_path: Path) -> None:
+    def rank(hub_name: str) -> int:
+        if "layers.1." in hub_name:
+            return 2
+        return 6 if any(part in hub_name for part in (".w2", "down_proj", "o_proj")) else 3
+
+    pairs = tiny.random_pairs(case.student, rank=rank)
+    adapter = tiny.save_adapter(tmp_path / "adapter", case.student, pairs)
+    found = weights_in_memory(with_adapter(case, adapter, torch.float32).merge_and_unload())
+    expected = weights_in_memory(reloaded_truth(case, pairs, tmp_path / "truth"))
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_gate_and_up_of_unequal_rank(make_case: Callable[[str], Case], tmp_path: Path) -> None:
+    case = make_case("glm4_moe")
+    pairs = tiny.random_pairs(case.student, rank=lambda name: 5 if ".experts." in name and "up_proj" in name else 4)
+    adapter = tiny.save_adapter(tmp_path / "adapter", case.student, pairs)
+    found = weights_in_memory(with_adapter(case, adapter, torch.float32).merge_and_unload())
+    expected = weights_in_memory(reloaded_truth(case, pairs, tmp_path / "truth"))
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_embeddings_of_an_untied_student(case: Case, tmp_path: Path) -> None:
+    pairs = tiny.random_pairs(case.student, tiny.carried(case.student, embedding=True))
+    adapter = tiny.save_adapter(tmp_path / "adapter", case.student, pairs)
+    loaded = with_adapter(case, adapter, torch.float32)
+    unmerged = tiny.logits(loaded)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(tiny.logits(merged), unmerged, rtol=0, atol=1e-4)
+    found = weights_in_memory(merged)
+    for name, weight in weights_in_memory(reloaded_truth(case, pairs, tmp_path / "truth")).items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-6, atol=1e-6, msg=name)
+    merge(adapter, case.student, tmp_path / "merged")
+    exact = tiny.truth(case.student, pairs)["model.embed_tokens.weight"]
+    ours = tiny.hub_weights(tmp_path / "merged")["model.embed_tokens.weight"].float()
+    assert bool(((ours - exact).abs() <= BF16_ROUNDING / 2 * exact.abs() + 1e-6).all())
+    assert not torch.equal(ours, tiny.hub_weights(case.student)["model.embed_tokens.weight"].float())
+
+
+def test_each_pair_alone_changes_what_the_student_says(case: Case, tmp_path: Path) -> None:
+    """No class of modules is a silent no-op: one pair of each role is set, all others are zero."""
+    zeros = {key: torch.zeros_like(value) if "lora_B" in key else value for key, value in case.pairs.items()}
+    loaded = with_adapter(case, tiny.save_adapter(tmp_path / "zero", case.student, zeros), torch.float32)
+    silent = tiny.logits(loaded)
+    torch.testing.assert_close(silent, tiny.logits(tiny.load_model(case.student)), rtol=0, atol=1e-5)
+    names = tiny.carried(case.student)
+    for role in families()[case.name].roles:
+        places = [name for name in names if role.pattern.match(name)]
+        for hub_name in {*places[:1], *places[-1:]}:
+            key = lora_keys(hub_name)[1]
+            result = set_peft_model_state_dict(loaded, zeros | {key: case.pairs[key] * 3})
+            assert not result.unexpected_keys
+            assert (tiny.logits(loaded) - silent).abs().max() > 1e-4, hub_name
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_blocks_of_rows_do_not_change_the_result(
+    dense: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    import sys
+
+    merge(dense.adapter, dense.student, tmp_path / "whole")
+    monkeypatch.setattr(sys.modules["moe_svd_distill.adapter.merge"], "BLOCK_ELEMENTS", rows * 32)
+    merge(dense.adapter, dense.student, tmp_path / "blocks")
+    whole, blocks = tiny.hub_weights(tmp_path / "whole"), tiny.hub_weights(tmp_path / "blocks")
+    for name, weight in whole.items():
+        torch.testing.assert_close(blocks[name], weight, rtol=2 * BF16_ROUNDING, atol=1e-6, msg=name)
+        assert float((blocks[name] != weight).float().mean()) < 0.01

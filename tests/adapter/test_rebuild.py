@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moe_svd_distill.adapter import (
+    check_loads,
+    inference_of,
+    lora_keys,
+    rebuild_configuration,
+    repair_keys,
+    repaired_keys,
+    write_json,
+)
+from moe_svd_distill.errors import BadDataError, MissingInputError
+from tests.adapter import tiny
+from tests.adapter.conftest import Case
+
+SPELLINGS: dict[str, Callable[[str], str]] = {
+    "weight kept": lambda key: key.replace(".lora_", ".weight.lora_"),
+    "no prefix": lambda key: key.removeprefix("base_model.model."),
+    "both": lambda key: key.removeprefix("base_model.model.").replace(".lora_", ".weight.lora_"),
+    "adapter name": lambda key: key.removesuffix(".weight") + ".default.weight",
+    "no weight behind": lambda key: key.removesuffix(".weight"),
+}
+
+
+def test_a_student_gives_the_configuration_back(case: Case) -> None:
+    expected = json.loads((case.adapter / "adapter_config.json").read_text())
+    assert rebuild_configuration(case.adapter / "adapter_model.safetensors", case.student) == expected
+    assert rebuild_configuration(case.adapter, case.student, base_model="a/b")["base_model_name_or_path"] == "a/b"
+
+
+def test_without_a_student_the_family_is_inferred(case: Case) -> None:
+    expected = json.loads((case.adapter / "adapter_config.json").read_text())
+    found = rebuild_configuration(case.adapter, base_model=str(case.student))
+    assert found == expected
+    inference = inference_of(case.adapter)
+    assert inference.family.model_type == {"qwen3": "llama"}.get(case.name, case.name)
+    assert inference.layers == tiny.LAYERS
+    assert "no student was given" in inference.statement
+    if inference.family.model_type == "llama":
+        assert "also possible: glm4_moe, qwen3, qwen3_moe" in inference.statement
+
+
+def test_no_weights_are_read(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object) -> None:
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr("moe_svd_distill.checkpoints.tensors.tensor_view", forbidden)
+    assert rebuild_configuration(case.adapter, case.student)
+
+
+@pytest.mark.parametrize("spelling", sorted(SPELLINGS))
+def test_wrong_names_are_refused_and_can_be_repaired(case: Case, tmp_path: Path, spelling: str) -> None:
+    wrong = {SPELLINGS[spelling](key): value for key, value in case.pairs.items()}
+    file = tmp_path / "wrong.safetensors"
+    save_file(wrong, file, metadata={"note": "kept"})
+    before = file.read_bytes()
+    for student in (case.student, None):
+        with pytest.raises(BadDataError, match=f"PEFT never matches {len(wrong)} of {len(wrong)} tensors"):
+            rebuild_configuration(file, student)
+    assert file.read_bytes() == before
+    folder = tmp_path / "repaired"
+    folder.mkdir()
+    renamed = repair_keys(file, folder / "adapter_model.safetensors")
+    assert renamed == {SPELLINGS[spelling](key): key for key in case.pairs}
+    found = load_file(folder / "adapter_model.safetensors")
+    assert found.keys() == case.pairs.keys()
+    assert all(torch.equal(found[key], case.pairs[key]) for key in found)
+    write_json(folder / "adapter_config.json", rebuild_configuration(folder, case.student))
+    assert check_loads(folder, case.student).unexpected == ()
+
+
+def test_right_names_stay_and_hopeless_ones_are_refused() -> None:
+    keys = [key for name in ("lm_head.weight", "model.embed_tokens.weight") for key in lora_keys(name)]
+    assert repaired_keys(keys) == {key: key for key in keys}
+    with pytest.raises(BadDataError, match="in no known spelling"):
+        repaired_keys(["model.layers.0.self_attn.q_proj.weight"])
+    with pytest.raises(BadDataError, match="would both become"):
+        repaired_keys(["lm_head.lora_A.weight", "base_model.model.lm_head.lora_A.weight"])
+    with pytest.raises(BadDataError, match="fused experts"):
+        repaired_keys(["model.layers.0.mlp.experts.lora_A.weight"])
+
+
+def test_repair_never_overwrites(case: Case, tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("precious")
+    with pytest.raises(BadDataError, match="exists already"):
+        repair_keys(case.adapter, tmp_path / "there")
+    assert (tmp_path / "there").read_text() == "precious"
+
+
+def test_an_adapter_of_no_known_family(tmp_path: Path) -> None:
+    key_a, key_b = lora_keys("transformer.h.0.attn.c_attn.weight")
+    save_file({key_a: torch.ones(2, 4), key_b: torch.ones(4, 2)}, tmp_path / "a.safetensors")
+    with pytest.raises(BadDataError, match="no known family"):
+        rebuild_configuration(tmp_path / "a.safetensors")
+    with pytest.raises(MissingInputError):
+        rebuild_configuration(tmp_path / "b.safetensors")

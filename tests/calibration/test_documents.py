@@ -1,0 +1,123 @@
+"""Reading text and dividing it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_svd_distill.calibration.documents import (
+    Document,
+    cut_long_documents,
+    read_documents,
+    split_documents,
+    without,
+)
+from moe_svd_distill.errors import BadDataError, MissingInputError, UsageError
+
+
+def _write(folder: Path, name: str, content: str) -> Path:
+    file = folder / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(content, encoding="utf-8")
+    return file
+
+
+def test_folders_are_read_recursively_in_order_without_hidden_and_binary_kinds(tmp_path: Path) -> None:
+    _write(tmp_path, "b.txt", "second")
+    _write(tmp_path, "a/deep.md", "first")
+    _write(tmp_path, ".git/config.txt", "hidden")
+    _write(tmp_path, "weights.bin", "not text")
+    _write(tmp_path, "c.jsonl", '{"text": "third"}\n\n{"text": "fourth"}\n{"text": "second"}\n{"text": " "}\n')
+    found = read_documents([tmp_path])
+    assert [document.text for document in found] == ["first", "second", "third", "fourth"]
+    assert found[-1].source.endswith("c.jsonl:3")
+
+
+def test_a_line_separator_inside_a_record_does_not_end_it(tmp_path: Path) -> None:
+    file = _write(tmp_path, "a.jsonl", json.dumps({"body": "one\u2028two\x85three"}, ensure_ascii=False))
+    assert read_documents([file], field="body")[0].text == "one\u2028two\x85three"
+
+
+def test_a_file_named_outright_is_read_whatever_its_suffix(tmp_path: Path) -> None:
+    assert read_documents([_write(tmp_path, "LICENSE", "words")])[0].text == "words"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", b'{"text": "fine"}\n{"text"', "a.jsonl:2 is not a line of JSON"),
+        ("a.jsonl", b'{"content": "x"}', "found: content"),
+        ("a.jsonl", b"[1]", "found: list"),
+        ("a.jsonl", b'{"text": 3}', "has no text"),
+        ("a.txt", b"caf\xe9", "not UTF-8 text (byte 3)"),
+        ("a.txt", b"a\0b", "binary"),
+        ("a.txt", b"  \n", "no text"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadDataError, match=said.replace("(", r"\(").replace(")", r"\)")):
+        read_documents([tmp_path / name])
+
+
+def test_missing_and_nothing(tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError, match=r"nowhere\.txt does not exist"):
+        read_documents([tmp_path / "nowhere.txt"])
+    with pytest.raises(BadDataError, match="nothing was named"):
+        read_documents([])
+
+
+_DOCUMENTS = st.lists(st.text(min_size=1, max_size=300), min_size=30, max_size=60, unique=True)
+
+
+@given(texts=_DOCUMENTS, seed=st.integers(0, 99))
+def test_parts_never_overlap_and_lose_nothing(texts: list[str], seed: int) -> None:
+    documents = [Document(str(number), text) for number, text in enumerate(texts)]
+    parts = split_documents(documents, {"fit": 0.6, "scale": 0.2, "held": 0.2}, seed)
+    assert list(parts) == ["fit", "scale", "held"]
+    assert all(parts.values())
+    assert sorted(d.text for part in parts.values() for d in part) == sorted(texts)
+    renamed = [Document("x" + document.source, document.text) for document in reversed(documents)]
+    again = split_documents(renamed, {"fit": 0.6, "scale": 0.2, "held": 0.2}, seed)
+    assert {name: [d.text for d in part] for name, part in again.items()} == {
+        name: [d.text for d in part] for name, part in parts.items()
+    }
+
+
+def test_shares_are_of_characters() -> None:
+    documents = [Document(str(number), f"{number:04d}" * 25) for number in range(200)]
+    parts = split_documents(documents, {"a": 3, "b": 1})
+    assert len(parts["a"]) == 150
+
+
+def test_a_single_long_text_is_cut_at_line_ends_into_sections() -> None:
+    text = "".join(f"line {number} of a long book\n" for number in range(3000))
+    parts = split_documents([Document("book", text)], {"fit": 1, "held": 1})
+    sections = sorted((d for part in parts.values() for d in part), key=lambda d: int(d.source.split("#")[1]))
+    assert len(sections) >= 24
+    assert "".join(section.text for section in sections) == text
+    assert all(section.text.endswith("\n") for section in sections)
+
+
+def test_a_text_without_lines_is_cut_anyway() -> None:
+    sections = cut_long_documents([Document("blob", "ab" * 50_000)])
+    assert "".join(section.text for section in sections) == "ab" * 50_000
+    assert len(sections) >= 24
+
+
+def test_too_little_text_for_the_parts() -> None:
+    with pytest.raises(BadDataError, match="too few for 2 parts"):
+        split_documents([Document("a", "short")], {"fit": 1, "held": 1})
+    with pytest.raises(UsageError, match="no share"):
+        split_documents([Document("a", "short")], {"fit": 1, "held": 0})
+
+
+def test_used_text_is_recognised_under_another_name_and_as_the_whole_of_used_sections() -> None:
+    book = Document("book", "\n".join(f"line {number}" for number in range(5000)))
+    used = {digest for section in cut_long_documents([book])[:3] for digest in section.digests}
+    assert without([Document("copy", book.text), Document("new", "new")], used) == (Document("new", "new"),)
+    assert len(without(cut_long_documents([book]), used)) == len(cut_long_documents([book])) - 3

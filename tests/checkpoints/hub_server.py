@@ -1,0 +1,129 @@
+"""A stand-in for the hub on the loopback interface: it serves folders as repositories, and fails on request."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+FILES_ONLY = "files"  # in place of an X-Error-Code: the repository can be listed, its files fail
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/revision/(?P<revision>.+))?")
+TREE = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)")
+RESOLVE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+
+
+@dataclass
+class Hub:
+    """What the stand-in serves, how it misbehaves, and what it was asked for."""
+
+    repositories: dict[str, Path] = field(default_factory=dict)
+    failures: dict[str, tuple[int, str]] = field(default_factory=dict)  # repository -> status and X-Error-Code
+    ignores_ranges: set[str] = field(default_factory=set)
+    cuts_off: set[str] = field(default_factory=set)
+    requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Range
+    url: str = ""
+
+
+@contextmanager
+def serve(hub: Hub) -> Iterator[Hub]:
+    """Serve until the end of the block."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self._answer(with_body=True)
+
+        def do_HEAD(self) -> None:
+            self._answer(with_body=False)
+
+        def _answer(self, *, with_body: bool) -> None:
+            path = self.path.partition("?")[0]
+            hub.requests.append((self.command, path, self.headers.get("Range", "")))
+            for pattern in (TREE, API, RESOLVE):
+                if match := pattern.fullmatch(path):
+                    break
+            else:
+                return self._send(404, b"", {"X-Error-Code": "RepoNotFound"}, with_body)
+            asked = match.groupdict()
+            repo, revision = asked["repo"], asked["revision"] or "main"
+            status, code = hub.failures.get(repo, (0, ""))
+            if status and (code != FILES_ONLY or pattern is RESOLVE):
+                return self._send(status, b"{}", {"X-Error-Code": code} if code else {}, with_body)
+            if repo not in hub.repositories:
+                return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, with_body)
+            if revision not in ("main", "v1", COMMIT):
+                return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, with_body)
+            folder = hub.repositories[repo]
+            if pattern is RESOLVE:
+                return self._file(repo, folder / asked["file"], with_body)
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            self._json(_tree(folder, files) if pattern is TREE else _model(repo, folder, files), with_body)
+
+        def _file(self, repo: str, path: Path, with_body: bool) -> None:
+            if not path.is_file():
+                return self._send(404, b"", {"X-Error-Code": "EntryNotFound"}, with_body)
+            content = path.read_bytes()
+            headers = {"ETag": f'"{_digest(content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+            wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            if not wanted or repo in hub.ignores_ranges:
+                return self._send(200, content, headers, with_body)
+            begin, end = int(wanted[1]), min(int(wanted[2] or len(content)) + 1, len(content))
+            headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(content)}"
+            piece = content[begin : begin + 4] if repo in hub.cuts_off else content[begin:end]
+            self._send(206, piece, headers, with_body)
+
+        def _json(self, value: Any, with_body: bool) -> None:
+            self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"}, with_body)
+
+        def _send(self, status: int, body: bytes, headers: dict[str, str], with_body: bool) -> None:
+            self.send_response(status)
+            for name, value in (headers | {"Content-Length": str(len(body))}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            if with_body:
+                self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _model(repo: str, folder: Path, files: list[Path]) -> dict[str, Any]:
+    siblings = [{"rfilename": path.relative_to(folder).as_posix()} for path in files]
+    return {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
+
+
+def _tree(folder: Path, files: list[Path]) -> list[dict[str, Any]]:
+    return [
+        {
+            "type": "file",
+            "path": path.relative_to(folder).as_posix(),
+            "size": path.stat().st_size,
+            "oid": hashlib.sha1(path.read_bytes()).hexdigest(),
+        }
+        for path in files
+    ]

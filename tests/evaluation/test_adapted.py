@@ -1,0 +1,130 @@
+"""The dial on an adapter: live and merged, by group, and back to the untouched student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_svd_distill.errors import BadDataError, UsageError
+from moe_svd_distill.evaluation.adapted import AdaptedStudent, group_of
+from tests.evaluation.conftest import qwen3_moe
+
+IDS = torch.arange(1, 65).reshape(2, 32)
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "layers": {"target_modules": ["q_proj", "lm_head"]},
+    "experts": {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"]},
+    "all": {
+        "target_modules": ["o_proj", "lm_head"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"],
+        "rank_pattern": {r".*\.experts\.gate_up_proj": 8},
+        "alpha_pattern": {r".*\.experts\.gate_up_proj": 24},
+    },
+    "embeddings": {"target_modules": ["embed_tokens", "v_proj"]},
+}
+
+
+def _adapter(folder: Path, kind: str) -> Path:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(11)
+    settings = {"target_modules": [], **_SETTINGS[kind]}
+    model = get_peft_model(qwen3_moe(320), LoraConfig(r=4, lora_alpha=12, init_lora_weights=False, **settings))
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+def _logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model(input_ids=IDS).logits
+    return result
+
+
+@pytest.mark.parametrize("kind", list(_SETTINGS))
+def test_scale_0_is_the_student_and_scale_1_the_plain_adapter(tmp_path: Path, kind: str) -> None:
+    from peft import PeftModel
+
+    folder = _adapter(tmp_path, kind)
+    untouched = _logits(qwen3_moe(320))
+    plain = _logits(PeftModel.from_pretrained(qwen3_moe(320), folder).eval())
+    assert (plain - untouched).abs().max() > 1e-2
+
+    adapted = AdaptedStudent.load(qwen3_moe(320), folder)
+    adapted.set_live(0.0)
+    assert torch.equal(_logits(adapted.model), untouched)
+    adapted.set_live()
+    assert torch.equal(_logits(adapted.model), plain)
+    adapted.set_merged(0.0)
+    assert torch.equal(_logits(adapted.model), untouched)
+    adapted.set_merged(1.0)
+    torch.testing.assert_close(_logits(adapted.model), plain, rtol=1e-4, atol=1e-5)
+
+    adapted.set_merged(0.4)
+    merged = _logits(adapted.model)
+    adapted.set_live(0.4)
+    torch.testing.assert_close(_logits(adapted.model), merged, rtol=1e-4, atol=1e-5)
+    adapted.set_live()
+    assert torch.equal(_logits(adapted.model), plain)
+    assert torch.equal(_logits(adapted.detach()), untouched)
+
+
+def test_groups_are_turned_by_themselves(tmp_path: Path) -> None:
+    adapted = AdaptedStudent.load(qwen3_moe(320), _adapter(tmp_path, "all"))
+    assert adapted.groups == ("attention", "experts", "head")
+    untouched = _logits(qwen3_moe(320))
+    adapted.set_merged({"attention": 0.0, "experts": 0.0, "head": 1.0})
+    with_head = _logits(adapted.model)
+    adapted.set_live({"attention": 0.0, "experts": 0.0, "head": 1.0})
+    torch.testing.assert_close(_logits(adapted.model), with_head, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(with_head, untouched)
+    states = adapted.model.get_decoder()(input_ids=IDS).last_hidden_state
+    expected = qwen3_moe(320).get_decoder()(input_ids=IDS).last_hidden_state
+    assert torch.equal(states, expected)
+    with pytest.raises(UsageError, match="No scale is given for experts"):
+        adapted.set_live({"attention": 0.0, "head": 1.0})
+
+
+def test_the_scales_of_a_float32_student_are_merged(tmp_path: Path) -> None:
+    folder = _adapter(tmp_path, "experts")
+    adapted = AdaptedStudent.load(qwen3_moe(320), folder)
+    adapted.set_scale(0.5)
+    assert all(part.pristine is not None for part in adapted._parts)
+    adapted = AdaptedStudent.load(qwen3_moe(320).bfloat16(), folder)
+    adapted.set_scale(0.5)
+    assert all(part.pristine is None for part in adapted._parts)
+
+
+def test_one_student_takes_one_adapter_after_the_other(tmp_path: Path) -> None:
+    student = qwen3_moe(320)
+    first = _adapter(tmp_path / "first", "experts")
+    second = _adapter(tmp_path / "second", "layers")
+    AdaptedStudent.load(student, first).detach()
+    adapted = AdaptedStudent.load(student, second)
+    assert torch.equal(_logits(adapted.model), _logits(AdaptedStudent.load(qwen3_moe(320), second).model))
+
+
+def test_an_adapter_for_another_student_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadDataError):
+        AdaptedStudent.load(qwen3_moe(320, hidden_size=64), _adapter(tmp_path, "layers"))
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("lm_head.weight", "head"),
+        ("model.embed_tokens.weight", "embeddings"),
+        ("model.layers.0.self_attn.q_proj.weight", "attention"),
+        ("model.layers.0.mlp.gate_proj.weight", "mlp"),
+        ("model.layers.0.mlp.shared_experts.gate_proj.weight", "mlp"),
+        ("model.layers.0.mlp.shared_expert_gate.weight", "mlp"),
+        ("model.layers.0.mlp.gate.weight", "experts"),
+        ("model.layers.0.mlp.experts.12.down_proj.weight", "experts"),
+        ("model.layers.0.mlp.experts.base_layer.gate_up_proj", "experts"),
+        ("model.layers.0.block_sparse_moe.experts.0.w1.weight", "experts"),
+        ("model.layers.0.feed_forward.router.weight", "experts"),
+    ],
+)
+def test_groups_by_name(name: str, group: str) -> None:
+    assert group_of(name) == group

@@ -1,0 +1,59 @@
+"""The whole evaluation on the pair whose truth is known."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from moe_svd_distill.calibration.text import Document
+from moe_svd_distill.errors import BadDataError, IncompatiblePairError
+from moe_svd_distill.evaluation.evaluate import evaluate
+from tests.evaluation.conftest import LENGTH, Lab, documents, write_tokenizer
+
+
+def test_the_adapter_that_makes_the_teacher_closes_the_gap(lab: Lab) -> None:
+    passes: list[str] = []
+    result = evaluate(
+        lab.good_adapter,
+        lab.teacher,
+        lab.student,
+        documents(40, seed=9),
+        length=LENGTH,
+        controls=2,
+        on_progress=lambda name, done, total: passes.append(name) if done == 0 else None,
+    )
+    assert passes == ["teacher", "student", "adapter", "control", "control"]
+    assert result.effect == "helps"
+    assert result.gap_closed.kl == pytest.approx(100, abs=0.1)
+    assert result.gap_closed.cross_entropy == pytest.approx(100, abs=0.1)
+    assert result.control_gap_closed is not None
+    assert result.control_gap_closed.kl is not None
+    assert result.control_gap_closed.kl < 0
+    assert result.teacher.cross_entropy < result.student.cross_entropy - 1
+    assert result.verdict.startswith("Closes 100 % of the KL gap to the teacher (95 %: ")
+    assert "A random change of the same size: -" in result.verdict
+    read_back = json.loads(json.dumps(result.as_dict(), allow_nan=False))
+    assert read_back["adapted"]["perplexity"] == pytest.approx(read_back["teacher"]["perplexity"], rel=1e-3)
+    assert read_back["control_gap_closed"]["kl"] == result.control_gap_closed.kl
+
+
+def test_a_random_adapter_is_called_harmful(lab: Lab) -> None:
+    result = evaluate(lab.random_adapter, lab.teacher, lab.student, documents(40, seed=9), length=LENGTH, controls=0)
+    assert result.effect == "harms"
+    assert result.verdict.startswith("Harms the student: KL ")
+    assert result.control_gap_closed is None
+
+
+def test_text_that_was_used_before_is_left_out(lab: Lab) -> None:
+    used = {document.digest for document in lab.documents}
+    with pytest.raises(BadDataError, match="All of the text was used"):
+        evaluate(lab.good_adapter, lab.teacher, lab.student, lab.documents, used=used)
+
+
+def test_another_vocabulary_is_refused_before_anything_runs(lab: Lab, tmp_path: object) -> None:
+    from pathlib import Path
+
+    write_tokenizer(Path(str(tmp_path)), ["a wholly other text to learn from"] * 3)
+    with pytest.raises(IncompatiblePairError, match="different vocabularies"):
+        evaluate(lab.good_adapter, str(tmp_path), lab.student, [Document("a", "text")])

@@ -1,0 +1,95 @@
+"""Means, errors and gaps."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from moe_svd_distill.evaluation.figures import (
+    Change,
+    Measurement,
+    cross_entropy_gap_closed,
+    gap_intervals,
+    kl_change,
+    kl_gap_closed,
+    mean_and_error,
+)
+from moe_svd_distill.evaluation.verdict import effect_of
+
+
+def _measurement(kl: float, entropy: float, noise: float, rng: np.random.Generator, documents: int = 40) -> Measurement:
+    tokens = rng.integers(50, 150, documents).astype(float)
+    rng_kl, rng_entropy = (tokens * (value + noise * rng.standard_normal(documents)) for value in (kl, entropy))
+    return Measurement(rng_kl, rng_entropy, 0.5 * tokens, tokens)
+
+
+def _shifted(
+    measurement: Measurement, kl: float, entropy: float, noise: float, rng: np.random.Generator
+) -> Measurement:
+    tokens = measurement.tokens
+    return Measurement(
+        measurement.kl + tokens * (kl + noise * rng.standard_normal(len(tokens))),
+        measurement.cross_entropy + tokens * (entropy + noise * rng.standard_normal(len(tokens))),
+        measurement.agreement,
+        tokens,
+    )
+
+
+def test_the_error_is_that_of_the_mean(rng: np.random.Generator) -> None:
+    means = []
+    errors = []
+    for _ in range(400):
+        tokens = rng.integers(20, 200, 30).astype(float)
+        mean, error = mean_and_error(tokens * (1 + 0.3 * rng.standard_normal(30)), tokens)
+        means.append(mean)
+        errors.append(error)
+    assert np.mean(means) == pytest.approx(1.0, abs=0.02)
+    assert np.mean(errors) == pytest.approx(np.std(means), rel=0.15)
+
+
+def test_one_document_has_no_error() -> None:
+    assert math.isnan(mean_and_error(np.array([3.0]), np.array([2.0]))[1])
+    assert not Change(1.0, float("nan")).beyond(3)
+
+
+def test_pairing_sees_what_the_spread_between_documents_hides(rng: np.random.Generator) -> None:
+    before = _measurement(1.0, 4.0, 0.5, rng)
+    after = _shifted(before, -0.02, 0.0, 0.005, rng)
+    change = kl_change(before, after)
+    assert change.fall == pytest.approx(0.02, abs=0.003)
+    assert change.beyond(3)
+    assert change.fall < before.figures.kl_error
+
+
+def test_gaps() -> None:
+    assert kl_gap_closed(0.5, 0.1) == pytest.approx(80)
+    assert kl_gap_closed(0.0, 0.1) is None
+    assert cross_entropy_gap_closed(4.4, 4.15, 3.9) == pytest.approx(50)
+    assert cross_entropy_gap_closed(3.8, 3.7, 3.9) is None
+
+
+def test_intervals_hold_the_truth_and_narrow_with_documents(rng: np.random.Generator) -> None:
+    widths = []
+    for documents in (20, 320):
+        before = _measurement(1.0, 4.0, 0.3, rng, documents)
+        teacher = _shifted(before, 0.0, -1.0, 0.1, rng)
+        after = _shifted(before, -0.4, -0.5, 0.1, rng)
+        kl, entropy = gap_intervals(before, after, teacher)
+        assert kl is not None
+        assert entropy is not None
+        assert kl.low < 40 < kl.high
+        assert entropy.low < 50 < entropy.high
+        widths.append(kl.high - kl.low)
+    assert widths[1] < widths[0] / 2
+
+
+@pytest.mark.parametrize(
+    ("kl", "entropy", "effect"),
+    [(-0.2, -0.2, "helps"), (-0.2, 0.2, "mixed"), (0.2, 0.2, "harms"), (0.0, 0.2, "harms"), (0.0, 0.0, "none")],
+)
+def test_effects(kl: float, entropy: float, effect: str, rng: np.random.Generator) -> None:
+    before = _measurement(1.0, 4.0, 0.3, rng)
+    after = _shifted(before, kl, entropy, 0.02 if kl or entropy else 0.0, rng)
+    assert effect_of(before, after) == effect
