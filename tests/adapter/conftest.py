@@ -14,6 +14,7 @@ from transformers.utils import logging
 from moe_svd_distill.families.registry import families
 from tests.adapter import tiny
 
+torch.set_num_threads(1)  # the matrices are tiny, and the machine may be shared
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 

@@ -70,7 +70,7 @@ def test_a_missing_key_is_an_error(case: Case, write: Write) -> None:
 def test_an_extra_key_is_an_error(case: Case, write: Write, hub_name: str) -> None:
     key_a, key_b = lora_keys(hub_name)
     changed = write(case, case.pairs | {key_a: torch.ones(4, 32), key_b: torch.ones(32, 4)})
-    with pytest.raises(BadDataError, match="PEFT would drop .* and 1 more keys"):
+    with pytest.raises(BadDataError, match=r"PEFT would drop .* and 1 more keys"):
         check_loads(changed, case.student)
 
 
@@ -135,6 +135,12 @@ def test_pairs_of_tied_embeddings_are_an_error(tmp_path: Path) -> None:
         check_loads(adapter, student)
 
 
+def test_a_quantised_student_is_checked_like_a_plain_one(case: Case) -> None:
+    fields = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    config = tiny.config_of(case.student) | {"quantization_config": fields}
+    assert check_loads(case.adapter, config) == check_loads(case.adapter, case.student)
+
+
 def test_files_that_are_not_there_or_not_peft(dense: Case, write: Write, tmp_path: Path) -> None:
     with pytest.raises(MissingInputError, match=r"adapter_model\.safetensors"):
         check_loads(tmp_path, dense.student)
@@ -174,9 +180,9 @@ def test_a_large_student_needs_neither_its_memory_nor_the_adapter_s(tmp_path: Pa
     shapes = {}
     for role in families()["glm4_moe"].roles:
         for layer in range(layers) if "{layer}" in role.template else ():
-            if role.carrier is Carrier.NONE or (layer == 0) != role.role.startswith("dense."):
-                if not role.role.startswith("attention.") or role.carrier is Carrier.NONE:
-                    continue
+            placed = role.role.startswith("attention.") or role.role.startswith("dense.") == (layer == 0)
+            if role.carrier is Carrier.NONE or not placed:
+                continue
             neurons = 10944 if role.role.startswith("dense.") else width
             rows, columns = (neurons if axis.value == "neurons" else sizes[axis.value] for axis in role.axes)
             for expert in range(experts) if "{expert}" in role.template else (None,):

@@ -23,7 +23,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    student = tiny.save_student(tmp_path / "student", "glm4_moe", shard="40KB")
+    student = tiny.save_student(tmp_path / "student", "glm4_moe", shard="15KB")
     assert len(list(student.glob("*.safetensors"))) > 3
     (student / "tokenizer.json").write_text("{}")
     (student / "LICENSE").write_text("free")
@@ -36,11 +36,8 @@ def sharded(tmp_path: Path) -> Path:
 
 
 def test_layout_and_untouched_tensors_stay_byte_for_byte(sharded: Path, tmp_path: Path) -> None:
-    names = [name for name in tiny.carried(sharded) if "layers.1." in name]
-    attention = [name for name in names if "self_attn" in name or "experts" in name]
     pairs = tiny.random_pairs(sharded, [n for n in tiny.carried(sharded) if "q_proj" in n])
     adapter = tiny.save_adapter(tmp_path / "adapter", sharded, pairs)
-    assert attention
     seen: list[tuple[int, int]] = []
     report = merge(adapter, sharded, tmp_path / "out", on_progress=lambda done, total: seen.append((done, total)))
     assert report.merged == tiny.LAYERS

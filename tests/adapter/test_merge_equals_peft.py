@@ -16,7 +16,7 @@ from moe_svd_distill.families.registry import families
 from tests.adapter import tiny
 from tests.adapter.conftest import Case
 
-BF16_ROUNDING = 2.0**-8
+BF16_ROUNDING = 2.0**-8  # of eight significant bits, to nearest
 
 
 def with_adapter(case: Case, adapter: Path, dtype: torch.dtype) -> Any:
@@ -69,7 +69,7 @@ def test_peft_in_bf16_and_our_merge_agree_to_bf16_rounding(case: Case, tmp_path:
         delta = (weight - tiny.hub_weights(case.student)[name].float()).abs()
         bound = BF16_ROUNDING * (weight.abs() + delta + size[name]) + 1e-9
         assert bool(((by_peft[name].float() - weight).abs() <= bound).all()), name
-        assert bool(((by_us[name].float() - weight).abs() <= BF16_ROUNDING / 2 * weight.abs() + 1e-6).all()), name
+        assert bool(((by_us[name].float() - weight).abs() <= BF16_ROUNDING * weight.abs() + 1e-6).all()), name
         assert by_us[name].dtype is torch.bfloat16
         equal += int((by_us[name] == weight.to(torch.bfloat16)).sum())
         total += weight.numel()
@@ -81,7 +81,8 @@ def test_our_merge_reloaded_by_transformers_speaks_like_the_adapter(case: Case, 
     merged = tiny.logits(tiny.load_model(tmp_path / "merged"))
     unmerged = tiny.logits(with_adapter(case, case.adapter, torch.float32))
     student = tiny.logits(tiny.load_model(case.student))
-    assert (merged - unmerged).abs().max() < 0.05 * (student - unmerged).abs().max()
+    # Means, because rounding may send a token on the edge to another expert.
+    assert (merged - unmerged).abs().mean() < 0.05 * (student - unmerged).abs().mean()
 
 
 def test_other_scales_are_applied_as_peft_applies_them(case: Case, tmp_path: Path) -> None:
@@ -103,7 +104,7 @@ def test_other_scales_are_applied_as_peft_applies_them(case: Case, tmp_path: Pat
     merge(adapter, case.student, tmp_path / "merged")
     for name, weight in tiny.truth(case.student, case.pairs, 3.0).items():
         merged = tiny.hub_weights(tmp_path / "merged")[name].float()
-        assert bool(((merged - weight).abs() <= BF16_ROUNDING / 2 * weight.abs() + 1e-6).all()), name
+        assert bool(((merged - weight).abs() <= BF16_ROUNDING * weight.abs() + 1e-6).all()), name
 
 
 def test_ranks_that_differ_by_layer_and_role(case: Case, tmp_path: Path) -> None:
@@ -143,7 +144,7 @@ def test_embeddings_of_an_untied_student(case: Case, tmp_path: Path) -> None:
     merge(adapter, case.student, tmp_path / "merged")
     exact = tiny.truth(case.student, pairs)["model.embed_tokens.weight"]
     ours = tiny.hub_weights(tmp_path / "merged")["model.embed_tokens.weight"].float()
-    assert bool(((ours - exact).abs() <= BF16_ROUNDING / 2 * exact.abs() + 1e-6).all())
+    assert bool(((ours - exact).abs() <= BF16_ROUNDING * exact.abs() + 1e-6).all())
     assert not torch.equal(ours, tiny.hub_weights(case.student)["model.embed_tokens.weight"].float())
 
 

@@ -17,7 +17,7 @@ from moe_svd_distill.adapter import (
     repaired_keys,
     write_json,
 )
-from moe_svd_distill.errors import BadDataError, MissingInputError
+from moe_svd_distill.errors import BadDataError, CannotWriteError, MissingInputError
 from tests.adapter import tiny
 from tests.adapter.conftest import Case
 
@@ -90,7 +90,7 @@ def test_right_names_stay_and_hopeless_ones_are_refused() -> None:
 
 def test_repair_never_overwrites(case: Case, tmp_path: Path) -> None:
     (tmp_path / "there").write_text("precious")
-    with pytest.raises(BadDataError, match="exists already"):
+    with pytest.raises(CannotWriteError, match="exists already"):
         repair_keys(case.adapter, tmp_path / "there")
     assert (tmp_path / "there").read_text() == "precious"
 

@@ -46,8 +46,27 @@ def test_the_limit_is_met_in_whole_sequences_and_stops_the_reading(folder: Path)
     documents = [Document(str(number), f"{number} the cat sat on the mat") for number in range(1000)]
     packed = tokenize(documents, load_tokenizer(folder), 100, length=16)
     assert packed.sequences.shape == (6, 16)
-    assert len(packed.sources) < 30
+    assert len(packed.sources) < 40
     assert set(packed.digests) == {document.digest for document in documents[: len(packed.sources)]}
+
+
+def test_a_limit_is_spread_over_documents(folder: Path) -> None:
+    documents = [Document(str(number), "the cat sat on the mat " * 500) for number in range(40)]
+    packed = tokenize(documents, load_tokenizer(folder), 4096, length=16)
+    assert packed.tokens == 4096
+    assert len(packed.sources) == 24
+    counts = np.bincount(packed.document_of_token.flatten())
+    assert counts[:-1].max() <= 4096 // 24 + 1
+
+
+def test_few_documents_give_evenly_what_is_wanted(folder: Path) -> None:
+    documents = [Document("short", "the cat"), *(Document(str(n), "the cat sat on " * 900) for n in range(2))]
+    packed = tokenize(documents, load_tokenizer(folder), 4096, length=16)
+    assert packed.tokens == 4096
+    counts = np.bincount(packed.document_of_token.flatten())
+    assert abs(int(counts[1]) - int(counts[2])) < 16
+    everything = tokenize(documents, load_tokenizer(folder), 10**6, length=16)
+    assert everything.tokens == tokenize(documents, load_tokenizer(folder), length=16).tokens
 
 
 def test_standard_errors_are_over_documents_or_else_sequences(folder: Path) -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from moe_svd_distill.checkpoints import Checkpoint, check_checkpoint, open_checkpoint
-from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError
+from moe_svd_distill.checkpoints import check_checkpoint, open_checkpoint
+from moe_svd_distill.errors import MissingInputError
 from tests.checkpoints.builders import (
     entry,
     read_index,
@@ -22,19 +20,9 @@ from tests.checkpoints.builders import (
     write_index,
     write_model,
 )
+from tests.checkpoints.refusals import refusal
 
 FIRST, SECOND = shard_name(1, 2), shard_name(2, 2)
-
-
-def refusal(folder: Path, kind: type[DistillError] = BadDataError) -> DistillError:
-    """The one error with which a folder is refused; `check_checkpoint` has to agree with it."""
-    with pytest.raises(kind) as caught:
-        open_checkpoint(folder)
-    assert str(caught.value).isprintable()
-    faults = getattr(caught.value, "faults", None)
-    if faults is not None:
-        assert check_checkpoint(Checkpoint(folder)) == list(faults)
-    return caught.value
 
 
 @pytest.mark.parametrize(("shards", "index"), [(1, False), (3, True), (3, False)])
@@ -71,116 +59,6 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"not looked at")
     (tmp_path / "training_args.bin").write_bytes(b"not looked at")
     assert len(open_checkpoint(tmp_path)) == len(tiny_tensors())
-
-
-def test_missing_shard(tmp_path: Path) -> None:
-    write_model(tmp_path, shards=2)
-    (tmp_path / SECOND).unlink()
-    error = refusal(tmp_path, MissingInputError)
-    assert SECOND in error.what
-    assert "missing" in error.what
-    assert error.exit_code == 66
-
-
-def test_missing_shard_without_an_index(tmp_path: Path) -> None:
-    write_model(tmp_path, shards=3, index=False)
-    (tmp_path / shard_name(2, 3)).unlink()
-    assert (
-        f"lacks 1 of 3 shards; the first missing one is '{shard_name(2, 3)}'"
-        in refusal(tmp_path, MissingInputError).what
-    )
-
-
-def test_index_that_leaves_out_a_shard(tmp_path: Path) -> None:
-    write_model(tmp_path, shards=3)
-    weight_map = {name: file for name, file in read_index(tmp_path).items() if file != shard_name(2, 3)}
-    write_index(tmp_path, weight_map)
-    assert shard_name(2, 3) in refusal(tmp_path, MissingInputError).what
-
-
-def test_index_puts_a_tensor_into_another_file(tmp_path: Path) -> None:
-    write_model(tmp_path, shards=2)
-    weight_map = read_index(tmp_path)
-    weight_map["model.norm.weight"] = FIRST
-    write_index(tmp_path, weight_map)
-    error = refusal(tmp_path)
-    assert "model.norm.weight" in error.what
-    assert f"into '{FIRST}', but it is found in '{SECOND}'" in error.what
-    assert error.exit_code == 65
-
-
-def test_index_and_headers_disagree_both_ways(tmp_path: Path) -> None:
-    write_model(tmp_path, shards=2)
-    weight_map = read_index(tmp_path)
-    del weight_map["model.norm.weight"]
-    weight_map["model.nothing.weight"] = FIRST
-    write_index(tmp_path, weight_map)
-    error = refusal(tmp_path)
-    assert "2 faults" in error.what
-    assert "'model.nothing.weight' into '" in error.what
-    assert "'model.norm.weight' of" in error.what
-
-
-def test_tensor_in_two_shards(tmp_path: Path) -> None:
-    write_model(tmp_path, shards=2, index=False)
-    save_file(tiny_tensors(), tmp_path / SECOND)
-    assert "is in two files" in refusal(tmp_path).what
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "../outside.safetensors",
-        "/etc/passwd",
-        "a/../../outside.safetensors",
-        "",
-        "a\\b",
-        "c:x",
-        "a\nb",
-        7,
-        None,
-        ["a"],
-        ".",
-    ],
-)
-def test_index_that_leads_out_of_the_folder(tmp_path: Path, name: object) -> None:
-    folder = write_model(tmp_path / "model", shards=2)
-    shutil.copy(folder / FIRST, tmp_path / "outside.safetensors")
-    write_index(folder, {**read_index(folder), "extra": name})
-    assert "names" in refusal(folder).what
-
-
-@pytest.mark.parametrize(
-    "index", ['{"weight_map": {}}', '{"weight_map": []}', "{}", "[]", "", "{", '{"a":1,"a":2}', "\0"]
-)
-def test_index_that_is_none(tmp_path: Path, index: str) -> None:
-    write_model(tmp_path, shards=2)
-    (tmp_path / "model.safetensors.index.json").write_text(index)
-    assert "model.safetensors.index.json" in refusal(tmp_path).what
-
-
-def test_index_with_a_tensor_twice(tmp_path: Path) -> None:
-    write_model(tmp_path, shards=2)
-    (tmp_path / "model.safetensors.index.json").write_text(f'{{"weight_map": {{"a": "{FIRST}", "a": "{SECOND}"}}}}')
-    assert "there twice" in refusal(tmp_path).what
-
-
-def test_shards_of_two_sets(tmp_path: Path) -> None:
-    write_model(tmp_path, shards=2, index=False)
-    write_model(tmp_path, shards=3, index=False)
-    assert "mixes shards of different sets" in refusal(tmp_path).what
-
-
-def test_one_file_and_an_index(tmp_path: Path) -> None:
-    write_model(tmp_path, shards=1)
-    write_model(tmp_path, shards=2)
-    assert "and also" in refusal(tmp_path).what
-
-
-def test_a_claim_of_a_billion_shards_costs_nothing(tmp_path: Path) -> None:
-    write_model(tmp_path, shards=1)
-    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-99999999999.safetensors")
-    assert "claims to have" in refusal(tmp_path).what
 
 
 def test_all_faults_are_named_at_once(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ entries = st.fixed_dictionaries(
 headers = st.dictionaries(st.text(max_size=6) | st.just("__metadata__"), entries | json_values, max_size=4)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=200) | headers.map(lambda header: safetensors_bytes(header)), st.integers(0, 60))
 def test_any_bytes_are_read_or_explained(raw: bytes, extra: int) -> None:
     raw += bytes(extra)
@@ -172,7 +172,7 @@ def test_any_bytes_are_read_or_explained(raw: bytes, extra: int) -> None:
     assert sum(info.bytes for info in header.tensors.values()) + 8 + length == len(raw)
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_file_is_explained_or_read_as_the_library_reads_it(data: st.DataObject, tmp_path: Path) -> None:
     whole = safetensors_bytes(

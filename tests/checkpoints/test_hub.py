@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from moe_svd_distill.checkpoints.hub import HubModel, parse_hub_id
-from moe_svd_distill.checkpoints.hub_errors import redact
 from tests.checkpoints.builders import CONFIG, read_index, shard_name, tiny_tensors, write_index, write_model
 from tests.checkpoints.hub_server import COMMIT, FILES_ONLY, Hub, serve
 
@@ -257,31 +255,3 @@ def test_hub_that_cannot_be_reached(full: Asked, tmp_path: Path) -> None:
     (unknown,) = ask(nowhere, tmp_path, "org/model")
     assert unknown["exit_code"] == 69
     assert "cannot be reached" in unknown["error"]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("org/name", HubModel("org/name")),
-        ("Qwen/Qwen3-30B-A3B_x.y@refs/pr/1", HubModel("Qwen/Qwen3-30B-A3B_x.y", "refs/pr/1")),
-        ("org/name@0123abc", HubModel("org/name", "0123abc")),
-        ("name", None),
-        ("org/name/more", None),
-        ("org/name@", None),
-        ("org/name@a@b", None),
-        ("org/..", None),
-        ("org/na--me", None),
-        ("org/name@../../x", None),
-        ("/org/name", None),
-        ("./org/name", None),
-        ("org/name\n", None),
-        ("örg/name", None),
-    ],
-)
-def test_what_is_a_hub_id(text: str, expected: HubModel | None) -> None:
-    assert parse_hub_id(text) == expected
-
-
-def test_secrets_are_redacted() -> None:
-    text = f"GET https://user:word@host/x?t={SECRET} Authorization: Bearer abc.def other-secret"
-    assert redact(text, "other-secret") == "GET https://***@host/x?t=*** Authorization: Bearer *** ***"

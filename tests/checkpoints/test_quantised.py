@@ -23,6 +23,7 @@ from tests.checkpoints.builders import CONFIG, tiny_tensors, write_model
         ({"quantization": {"group_size": 64, "bits": 4}}, "quantization quant_method=None"),
         ({"quantization_config": "something"}, "quant_method=something"),
         ({"quantization_config": {"quant_method": ["\x1b[2J"]}}, "\\x1b"),
+        ({"quantization_config": {"quant_method": "\x1b[2J"}}, "\\x1b"),
     ],
 )
 def test_by_configuration(tmp_path: Path, config: dict[str, Any], words: str) -> None:

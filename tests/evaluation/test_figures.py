@@ -51,7 +51,14 @@ def test_the_error_is_that_of_the_mean(rng: np.random.Generator) -> None:
 
 def test_one_document_has_no_error() -> None:
     assert math.isnan(mean_and_error(np.array([3.0]), np.array([2.0]))[1])
-    assert not Change(1.0, float("nan")).beyond(3)
+    alone = Change(1.0, float("nan"), 1)
+    assert not alone.falls(3)
+    assert not Change(-1.0, float("nan"), 1).rises(3)
+
+
+def test_few_documents_ask_for_more_errors() -> None:
+    assert Change(0.0, 1.0, 10).margin(3) == pytest.approx(4.09, abs=0.01)
+    assert Change(0.0, 1.0, 10_000).margin(3) == pytest.approx(3, abs=0.01)
 
 
 def test_pairing_sees_what_the_spread_between_documents_hides(rng: np.random.Generator) -> None:
@@ -59,7 +66,7 @@ def test_pairing_sees_what_the_spread_between_documents_hides(rng: np.random.Gen
     after = _shifted(before, -0.02, 0.0, 0.005, rng)
     change = kl_change(before, after)
     assert change.fall == pytest.approx(0.02, abs=0.003)
-    assert change.beyond(3)
+    assert change.falls(3)
     assert change.fall < before.figures.kl_error
 
 
@@ -71,18 +78,26 @@ def test_gaps() -> None:
 
 
 def test_intervals_hold_the_truth_and_narrow_with_documents(rng: np.random.Generator) -> None:
-    widths = []
-    for documents in (20, 320):
-        before = _measurement(1.0, 4.0, 0.3, rng, documents)
-        teacher = _shifted(before, 0.0, -1.0, 0.1, rng)
-        after = _shifted(before, -0.4, -0.5, 0.1, rng)
-        kl, entropy = gap_intervals(before, after, teacher)
-        assert kl is not None
-        assert entropy is not None
-        assert kl.low < 40 < kl.high
-        assert entropy.low < 50 < entropy.high
-        widths.append(kl.high - kl.low)
-    assert widths[1] < widths[0] / 2
+    widths: dict[int, list[float]] = {20: [], 160: []}
+    held = 0
+    for documents, list_of_widths in widths.items():
+        for _ in range(100):
+            before = _measurement(1.0, 4.0, 0.0, rng, documents)
+            teacher = _shifted(before, 0.0, -1.0, 0.1, rng)
+            kl, entropy = gap_intervals(before, _shifted(before, -0.4, -0.5, 0.1, rng), teacher, resamples=300)
+            assert kl is not None
+            assert entropy is not None
+            held += (kl.low < 40 < kl.high) + (entropy.low < 50 < entropy.high)
+            list_of_widths.append(kl.high - kl.low)
+    assert 0.88 < held / 400 < 0.98
+    assert np.mean(widths[160]) < np.mean(widths[20]) / 2
+
+
+def test_not_a_number_becomes_nothing_in_json() -> None:
+    one = np.array([3.0])
+    fields = Measurement(one, one, one, one).figures.as_dict()
+    assert fields["kl_error"] is None
+    assert fields["kl"] == 1.0
 
 
 @pytest.mark.parametrize(

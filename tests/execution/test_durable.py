@@ -73,7 +73,7 @@ def test_a_full_disk_at_every_fill_level(small_disk: Path) -> None:
     for filled in range(0, 257, 12):
         ballast = small_disk / "ballast"
         ballast.write_bytes(bytes(filled * 4096))
-        if filled <= 256 - 150:
+        if filled + 147 <= 256:
             path = write_part(small_disk, KEY, big_part())
             assert verify_part(path, KEY)
             path.unlink()
@@ -113,15 +113,18 @@ def test_a_folder_below_a_file(tmp_path: Path) -> None:
 def test_only_what_the_dead_left_is_removed(tmp_path: Path) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
+    zombie = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
     host = socket.gethostname()
-    stale = tmp_path / f".tmp~{host}~{gone.pid}~00ff"
+    stale = [tmp_path / f".tmp~{host}~{pid}~00ff" for pid in (gone.pid, zombie.pid)]
     others = [
         tmp_path / f".tmp~{host}~{os.getpid()}~00ff",
         tmp_path / f".tmp~elsewhere~{gone.pid}~00ff",
         tmp_path / ".tmp~mine",
         tmp_path / "part-00.safetensors",
     ]
-    for path in (stale, *others):
+    for path in (*stale, *others):
         path.touch()
-    assert remove_stale_temporaries(tmp_path) == 1
+    assert remove_stale_temporaries(tmp_path) == 2
+    zombie.wait()
     assert sorted(tmp_path.iterdir()) == sorted(others)

@@ -49,7 +49,7 @@ class TestQuickly:
         calm, stormy = make_runner("calm"), make_runner("stormy")
         expected = calm.digest(calm.run(5))
         troubles = {"layer 0": "kill", "layer 1": "hang", "layer 2": "freeze", "layer 3": "raise", "layer 4": "exit"}
-        summary = stormy.run(5, troubles=troubles, settings={"heartbeat_limit_s": 0.7})
+        summary = stormy.run(5, troubles=troubles, settings={"heartbeat_limit_s": 1.5})
         assert stormy.digest(summary) == expected
         assert sorted(event.label for event in stormy.seen(events.UnitFailed)) == sorted(troubles)
         assert len(stormy.seen(events.WorkerLost)) == 4
@@ -97,12 +97,16 @@ class TestQuickly:
                 lost.append(time.monotonic())
 
         runner.run(1, workers=1, troubles={"layer 0": "hang"}, settings={"heartbeat_limit_s": 0.5}, listen=listen)
-        assert 0.5 <= sum(lost) < 0.7
+        assert 0.5 <= sum(lost) < 1.5
         assert "no sign of life for 0.5 s" in runner.seen(events.WorkerLost)[0].reason
         assert time.monotonic() - begun < 20
 
     def test_a_slow_listener_is_not_taken_for_hung_workers(self, runner: Runner) -> None:
-        runner.run(3, seconds=0.1, listen=lambda event: time.sleep(0.35), settings={"heartbeat_limit_s": 0.3})
+        def listen(event: events.Event) -> None:
+            if isinstance(event, events.UnitStarted):
+                time.sleep(1.2)
+
+        runner.run(2, listen=listen, settings={"heartbeat_limit_s": 1.0})
         assert runner.seen(events.WorkerLost) == []
 
     def test_a_unit_that_always_fails_is_set_aside(self, runner: Runner) -> None:
@@ -203,8 +207,14 @@ class TestQuickly:
         assert runner.digest(again) == digest
 
     def test_work_that_no_worker_can_load(self, tmp_path: Path) -> None:
+        work = UnloadableWork(ImportError("no module named teacher"))
         with pytest.raises(RuntimeError, match="cannot load the work: ImportError: no module named teacher"):
-            execute(toy_units(2), UnloadableWork(), tmp_path, Settings(2), lambda event: None)
+            execute(toy_units(2), work, tmp_path, Settings(2), lambda event: None)
+
+    def test_work_that_finds_bad_data_when_it_is_loaded(self, tmp_path: Path) -> None:
+        work = UnloadableWork(BadDataError("Shard 3 is truncated", "Download it again"))
+        with pytest.raises(BadDataError, match=r"Shard 3 is truncated\. Download it again"):
+            execute(toy_units(2), work, tmp_path, Settings(2), lambda event: None)
 
     def test_workers_that_die_at_once(self, runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(crew, "run_worker", exit)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.execution.parts import PartContent
@@ -117,11 +118,12 @@ def suffer(trouble: str, device: str) -> None:
 class UnloadableWork:
     """Cannot be loaded by a worker."""
 
+    error: Exception
     parent: int = field(default_factory=os.getpid)
 
-    def __setstate__(self, state: dict[str, int]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         if os.getpid() != state["parent"]:
-            raise ImportError("no module named teacher")
+            raise state["error"]
 
     def __call__(self, unit: ToyUnit, device: str) -> PartContent:
         raise AssertionError

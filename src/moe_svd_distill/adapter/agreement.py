@@ -70,8 +70,9 @@ def check_agreement(pairs: Mapping[str, PairShape], family: Family, configuratio
     for name, pair in pairs.items():
         target = targets[name]
         module_name = name.removesuffix(".weight")
-        if entry := _entry_of(target.memory_name, parameters) if _is_parameter(target) else None:
-            peft_name, found = target.memory_name, ranks[target.memory_name]
+        parameter_name = target.memory_name if _is_parameter(target) else name  # a Linear's weight may be named too
+        if entry := _entry_of(parameter_name, parameters):
+            peft_name, found = parameter_name, ranks[target.memory_name]
         elif entry := _entry_of(module_name, modules):
             peft_name, found = module_name, pair.rank
         else:

@@ -20,7 +20,7 @@ from moe_svd_distill.adapter.publication import new_file
 from moe_svd_distill.adapter.rewriting import stored_blocks
 from moe_svd_distill.checkpoints.files import open_regular
 from moe_svd_distill.checkpoints.header import PREFIX_BYTES, raw_header
-from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.errors import BadDataError, CannotWriteError
 
 _WRONG = re.compile(
     r"(?:base_model\.model\.)*(?P<module>.+?)(?:\.weight)?\.lora_(?:embedding_)?(?P<side>[AB])(?:\.default)?(?:\.weight)?"
@@ -72,10 +72,11 @@ def repair_keys(file: Path | str, output: Path | str) -> dict[str, str]:
 
     Raises:
         BadDataError: The file is damaged, or a name is beyond repair.
+        CannotWriteError: The output exists, or the disk refuses.
     """
     target = Path(output)
     if target.exists():
-        raise BadDataError(f"{target} exists already", "Give another name for the repaired copy")
+        raise CannotWriteError(f"{target} exists already", "Give another name for the repaired copy")
     source = adapter_header(file)
     renamed = repaired_keys(source.tensors)
     descriptor = open_regular(source.file)

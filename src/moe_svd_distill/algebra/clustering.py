@@ -1,7 +1,7 @@
 """Grouping a teacher layer's experts by k-means, from their Gram matrix alone.
 
-Every distance between fingerprints (an expert's weights, concatenated) is a function of their inner products, so k-means
-on an isometric embedding of the experts x experts Gram matrix gives the labels it gives on the fingerprints themselves.
+Every distance between fingerprints (an expert's weights, concatenated) is a function of their inner products, so
+k-means on an isometric embedding of the experts x experts Gram matrix gives the labels it gives on the fingerprints.
 """
 
 import warnings

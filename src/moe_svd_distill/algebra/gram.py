@@ -23,13 +23,11 @@ def row_gram(matrix: Float[Tensor, "*e m n"]) -> Float[Tensor, "*e m m"]:
     return gram
 
 
-def gram_factors(
-    matrix: Float[Tensor, "*e m n"], rank: int
-) -> tuple[Float[Tensor, "*e r m"], Float[Tensor, "*e r n"]]:
+def gram_factors(matrix: Float[Tensor, "*e m n"], rank: int) -> tuple[Float[Tensor, "*e r m"], Float[Tensor, "*e r n"]]:
     """``(U, W)``: leading left singular vectors as rows, and ``W = U D``, for m <= n.
 
-    Costs ``m^2 n`` multiplications, an eigendecomposition of size m and ``2 r m n``. Singular values below 3e-4 of the largest are lost in
-    float32.
+    Costs ``m^2 n`` multiplications, an eigendecomposition of size m and ``2 r m n``. Singular values below 3e-4 of the
+    largest are lost in float32.
     """
     vectors = torch.linalg.eigh(row_gram(matrix))[1]
     U = vectors[..., -rank:].flip(-1).mT.contiguous()

@@ -13,7 +13,9 @@ from moe_svd_distill.algebra.krylov import first_size, krylov_factors
 from moe_svd_distill.algebra.subspace import momentum_factors, steep_factors
 
 SMALL = 192  # min(m, n) up to which the eigendecomposition of the Gram matrix beats any iteration
-RESIDUAL_FROM_NORMS = 0.003  # below this relative residual Gram matrices and differences of norms have lost their digits
+RESIDUAL_FROM_NORMS = (
+    0.003  # below this relative residual Gram matrices and differences of norms have lost their digits
+)
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,11 @@ def rank_for_energy(singular_values: Float[Tensor, "k"], energy: float, total: f
 
 
 def cheapest_method(m: int, n: int, rank: int, pass_dtype: torch.dtype) -> str:
-    """"eigh", "krylov", "gram-krylov" or "momentum": the way of fewest multiplications for an m x n matrix.
+    """The name "eigh", "krylov", "gram-krylov" or "momentum": the way of fewest multiplications for an m x n matrix.
 
-    float32: a count of multiplications, with the constants of matrix products, eigendecompositions (11 k^3) and the growth
-    of the Krylov space measured at one thread. Lower precision makes the passes nearly free: momentum up to a fifth of the size.
+    float32: a count of multiplications, with the constants of matrix products, eigendecompositions (11 k^3) and the
+    growth of the Krylov space measured at one thread. Lower precision makes the passes nearly free: momentum up to a
+    fifth of the size.
     """
     small, large = min(m, n), max(m, n)
     if small <= SMALL:
@@ -152,7 +155,8 @@ def _factorise(
     D = matrices.float()
     upright = m > n
     way = cheapest_method(m, n, rank, pass_dtype)
-    U, W = _leading(D.mT if upright else D, rank, way, generator, pass_dtype, passes)
+    energies = torch.tensor(norms if matrices.ndim == 3 else norms[0], dtype=torch.float64, device=D.device).square()
+    U, W = _leading(D.mT if upright else D, rank, way, energies, generator, pass_dtype, passes)
     if matrices.ndim == 2:
         U, W = U[None], W[None]
     method = "gram" if way == "eigh" else "subspace"
@@ -166,6 +170,7 @@ def _leading(
     D: Float[Tensor, "*e m n"],
     rank: int,
     way: str,
+    energies: Float[Tensor, "*e"],
     generator: torch.Generator,
     pass_dtype: torch.dtype,
     passes: int | None,
@@ -174,7 +179,7 @@ def _leading(
         return gram_factors(D, rank)
     if way == "momentum":
         return momentum_factors(D, rank, generator=generator, pass_dtype=pass_dtype, passes=passes)
-    return krylov_factors(D, rank, generator=generator, by_gram=way == "gram-krylov", blocks=passes)
+    return krylov_factors(D, rank, energy=energies, generator=generator, by_gram=way == "gram-krylov", blocks=passes)
 
 
 def _finish(

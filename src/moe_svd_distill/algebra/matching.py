@@ -1,8 +1,8 @@
 """Finding which neuron, expert or attention head of the teacher is which one of the student.
 
-Every matching is one to one, at the largest total cosine similarity (Hungarian method). What it found may be chance: the
-caller compares ``similarity`` with ``chance``. Models trained independently match at 0.18-0.22, a planted permutation at
-nearly 1.
+Every matching is one to one, at the largest total cosine similarity (Hungarian method). What it found may be chance:
+the caller compares ``similarity`` with ``chance``. Models trained independently match at 0.18-0.22, a planted
+permutation at nearly 1.
 """
 
 import math
@@ -96,9 +96,9 @@ def match_experts(
 ) -> Matching:
     """Experts of a MoE layer, whatever the order of the neurons inside them.
 
-    An expert is described by its router row (its address in the residual stream; the mean row, to which softmax is blind,
-    is taken off) and, if given, by features that no permutation of its neurons changes (``expert_probe_features``), in
-    equal parts.
+    An expert is described by its router row (its address in the residual stream; the mean row, to which softmax is
+    blind, is taken off) and, if given, by features that no permutation of its neurons changes
+    (``expert_probe_features``), in equal parts.
 
     Raises:
         ValueError: as ``match_rows``, or features of one side only.
@@ -135,7 +135,7 @@ def match_attention_heads(
     """Heads of grouped-query attention: key/value heads first, then the query heads within each matched group.
 
     Args:
-        teacher: q (heads * head_dim, hidden), k and v (kv * head_dim, hidden), o (hidden, heads * head_dim), the hub's way.
+        teacher: q (heads * head_dim, hidden), k and v (kv * head_dim, hidden), o (hidden, heads * head_dim).
         student: the same; it may have fewer heads, and fewer query heads per group, but the same hidden size, head_dim.
         head_dim: rows of one head. Their order within a head is fixed by the rotary embedding and is not touched.
 

@@ -10,8 +10,8 @@ SHIFT = 1e-6  # added to the unit diagonal, so that dependent rows still have a 
 def cholesky_qr(rows: Float[Tensor, "*e b d"]) -> tuple[Float[Tensor, "*e b d"], Float[Tensor, "*e b b"]]:
     """``(Q, R)`` with ``rows = R^T Q`` up to the shift, and the rows of Q orthonormal to about 1e-3 or better.
 
-    float32 Gram matrix, diagonal brought to one, shifted, factored in float64 (Yamamoto et al. 2015, Fukaya et al. 2020). R is the
-    upper triangular factor. Apply it twice where more is needed. Zero rows stay zero.
+    float32 Gram matrix, diagonal brought to one, shifted, factored in float64 (Yamamoto et al. 2015, Fukaya et al.
+    2020). R is the upper triangular factor. Apply it twice where more is needed. Zero rows stay zero.
     """
     gram = rows @ rows.mT
     scale = gram.diagonal(dim1=-2, dim2=-1).double().clamp_min(torch.finfo(torch.float32).tiny).rsqrt()

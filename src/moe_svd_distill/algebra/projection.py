@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moe_svd_distill.algebra.gram import row_gram
 from moe_svd_distill.algebra.interpolation import working
 
 
@@ -54,8 +55,8 @@ def batched_svd_projection(matrices: Float[Tensor, "e m n"], shape: tuple[int, i
 def fourier_projection(matrix: Float[Tensor, "m n"], shape: tuple[int, int]) -> Float[Tensor, "p q"]:
     """Crop (or zero-pad) the 2-D real FFT spectrum to the target's, invert, and restore mean and standard deviation.
 
-    The low frequencies of both signs are kept, so the result is the matrix resampled as if it were a picture. A matrix of
-    the target's shape comes back unchanged.
+    The low frequencies of both signs are kept, so the result is the matrix resampled as if it were a picture. A matrix
+    of the target's shape comes back unchanged.
 
     Raises:
         ProjectionError: an entry that is not finite.
@@ -106,7 +107,7 @@ def interpolate_vector(vector: Float[Tensor, "m"], length: int) -> Float[Tensor,
 
 
 def slice_vector(vector: Float[Tensor, "m"], length: int) -> Float[Tensor, "p"]:
-    """The first ``length`` entries; filled up with the mean where the target is longer (a gain of 0 kills a channel)."""
+    """The first ``length`` entries; the mean where the target is longer (a gain of zero would kill a channel)."""
     _check_shape((length, 1))
     X = working(vector)
     missing = length - vector.shape[0]
@@ -121,7 +122,7 @@ def _truncated_block(
         return _truncated_block(centred.mT, rank, columns, rows).mT
     small = centred.shape[-2]
     try:
-        vectors = torch.linalg.eigh(centred @ centred.mT)[1]
+        vectors = torch.linalg.eigh(row_gram(centred))[1]
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise ProjectionError(str(error)) from error
     right = centred[..., :columns]

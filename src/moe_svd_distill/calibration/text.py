@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -9,7 +10,13 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_svd_distill.calibration.documents import Document, read_documents, split_documents, without
+from moe_svd_distill.calibration.documents import (
+    MINIMUM_UNITS,
+    Document,
+    read_documents,
+    split_documents,
+    without,
+)
 from moe_svd_distill.calibration.tokenizer import (
     Tokenizer,
     VocabularyComparison,
@@ -37,6 +44,7 @@ IntArray: TypeAlias = NDArray[np.int64]
 
 FEWEST_DOCUMENTS = 8
 _BATCH = 64
+_SHORTEST_SHARE = 64
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,8 @@ def tokenize(
 ) -> TokenizedText:
     """Pack documents, in their order, into sequences of `length` tokens; the incomplete last one is dropped.
 
+    Under a limit, long documents are cut short where there are more of them: figures over many documents say more.
+
     Args:
         documents: What to read; reading stops as soon as the limit is reached.
         tokenizer: The student's.
@@ -102,21 +112,26 @@ def tokenize(
         vocabulary: Documents with a token number at or above this are skipped (see `VocabularyComparison.shared`).
     """
     wanted = None if limit_tokens is None else max(limit_tokens // length, 1) * length
+    share = None if wanted is None else max(wanted // MINIMUM_UNITS, _SHORTEST_SHARE)
     ids: list[IntArray] = []
     used: list[Document] = []
-    total = skipped = 0
+    enough = skipped = 0
     for begin in range(0, len(documents), _BATCH):
         batch = documents[begin : begin + _BATCH]
         for document, encoded in zip(batch, tokenizer.encode([document.text for document in batch]), strict=True):
             if vocabulary is not None and max(encoded, default=0) >= vocabulary:
                 skipped += 1
                 continue
-            ended = _ended(encoded, tokenizer.end_of_text)
-            ids.append(np.asarray(ended, dtype=np.int64))
+            ids.append(np.asarray(encoded, dtype=np.int64))
             used.append(document)
-            total += len(ended)
-        if wanted is not None and total >= wanted:
+            enough += len(encoded) if share is None else min(len(encoded), share)
+        if wanted is not None and enough >= wanted:
             break
+    if wanted is not None and share is not None:
+        longest = max(share, _even_share([len(part) for part in ids], wanted))
+        ids = [part[:longest] for part in ids]
+    ids = [_ended(part, tokenizer.end_of_text) for part in ids]
+    total = sum(len(part) for part in ids)
     count = (total if wanted is None else min(total, wanted)) // length
     if count == 0:
         note = f" ({skipped} documents were skipped for tokens unknown to one of the models)" if skipped else ""
@@ -134,5 +149,11 @@ def tokenize(
     )
 
 
-def _ended(encoded: list[int], end: int | None) -> list[int]:
-    return encoded if end is None or (encoded and encoded[-1] == end) else [*encoded, end]
+def _ended(ids: IntArray, end: int | None) -> IntArray:
+    return ids if end is None or (len(ids) and ids[-1] == end) else np.append(ids, end)
+
+
+def _even_share(lengths: Sequence[int], wanted: int) -> int:
+    """The fewest tokens to take of each document at most, so that together they are as many as wanted if they can be."""
+    taken = np.asarray(lengths)
+    return bisect_left(range(max(lengths, default=0)), wanted, key=lambda most: int(np.minimum(taken, most).sum()))

@@ -35,7 +35,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
     """
 
     def __init__(self, folder: Path, source: str | None = None, *, known: Survey | None = None) -> None:
-        self.folder = folder
+        self.folder = folder.absolute()
         self.source = str(folder) if source is None else source
         self._survey = known
         self._expected: dict[str, tuple[int, str]] | None = None
@@ -192,6 +192,5 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
 
 def _changed(path: Path) -> BadDataError:
-    return BadDataError(
-        f"{shown(path)} is not the file that was checked any more", "Leave the model alone during a run"
-    )
+    what = f"{shown(path)} is not the file that was checked any more"
+    return BadDataError(what, "Leave the model alone during a run, and start again")

@@ -123,30 +123,29 @@ def parse_header(text: bytes, path: Path, file_bytes: int) -> dict[str, TensorIn
 
 def _tensor(name: str, entry: Any, path: Path, begin_of_data: int) -> TensorInfo:
     """One entry of the header, as far as it can be judged alone."""
-    _check_name(name, path)
-    place = f"tensor {shown(name)}"
+    if not name or not name.isprintable() or "../" in name or "..\\" in name:
+        # A tensor's name ends up in messages, in hashes and in other files' headers: it has to be harmless.
+        raise _bad(path, f"holds a tensor with the name {shown(name)} (expected printable text without '../')")
+
+    def bad(what: str) -> BadDataError:
+        return _bad(path, f"tensor {shown(name)} {what}")
+
     if not isinstance(entry, dict):
-        raise _bad(path, f"{place} is described by {shown(entry)} (expected an object)")
+        raise bad(f"is described by {shown(entry)} (expected an object)")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in BYTES_PER_ELEMENT:
-        raise _bad(path, f"{place} has dtype {shown(dtype)} (expected one of {', '.join(BYTES_PER_ELEMENT)})")
-    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_is_count(size) for size in shape):
-        raise _bad(path, f"{place} has shape {shown(shape)} (expected at most {MAX_DIMENSIONS} whole numbers)")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
-        raise _bad(path, f"{place} has data_offsets {shown(offsets)} (expected two whole numbers)")
-    if math.prod(size for size in shape if size) > MAX_ELEMENTS:
-        raise _bad(path, f"{place} has shape {shown(shape)}, more than any computer can hold")
+        raise bad(f"has dtype {shown(dtype)} (expected one of {', '.join(BYTES_PER_ELEMENT)})")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_count, shape)):
+        raise bad(f"has shape {shown(shape)} (expected at most {MAX_DIMENSIONS} whole numbers)")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+        raise bad(f"has data_offsets {shown(offsets)} (expected two whole numbers)")
+    if math.prod(filter(None, shape)) > MAX_ELEMENTS:
+        raise bad(f"has shape {shown(shape)}, more than any computer can hold")
     begin, end = offsets
     expected = math.prod(shape) * BYTES_PER_ELEMENT[dtype]
     if end - begin != expected:
-        raise _bad(path, f"{place} has {end - begin} bytes (expected {expected} for {dtype} of shape {shown(shape)})")
+        raise bad(f"has {end - begin} bytes (expected {expected} for {dtype} of shape {shown(shape)})")
     return TensorInfo(name, tuple(shape), dtype, expected, path, begin_of_data + begin)
-
-
-def _check_name(name: str, path: Path) -> None:
-    """A tensor's name ends up in messages, in hashes and in other files' headers: it has to be harmless."""
-    if not name or not name.isprintable() or "../" in name or "..\\" in name:
-        raise _bad(path, f"holds a tensor with the name {shown(name)} (expected printable text without '../')")
 
 
 def _check_metadata(metadata: Any, path: Path) -> None:
@@ -158,7 +157,7 @@ def _check_metadata(metadata: Any, path: Path) -> None:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_ELEMENTS
+    return type(value) is int and 0 <= value <= MAX_ELEMENTS  # not `isinstance`: true is no count
 
 
 def _bad(path: Path, what: str) -> BadDataError:

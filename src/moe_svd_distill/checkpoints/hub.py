@@ -13,7 +13,7 @@ from moe_svd_distill.checkpoints.layout import CONFIG, find_layout
 from moe_svd_distill.errors import MissingInputError, RemoteError
 
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
-SMALL_FILES = re.compile(r"[^/]*\.json|tokenizer[^/]*|[^/]*\.model|[^/]*\.txt|.*\.jinja")
+SMALL_FILES = re.compile(r"[^/]*\.json|tokenizer[^/]*|[^/]*\.model|[^/]*\.txt|([^/.][^/]*/)*[^/]*\.jinja")
 DEFAULT_REVISION = "main"
 ASK_THE_OWNER = "Give another revision, or tell the owner of the model"
 NOTHING = [CONFIG]  # a pattern for a model without small files: an empty list would mean all files

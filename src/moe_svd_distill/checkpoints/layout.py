@@ -88,6 +88,10 @@ def missing_numbers(files: Iterable[str], place: str) -> list[DistillError]:
             faults.append(BadDataError(f"{place} claims to have {count} shards {shown(stem)}", FETCH_AGAIN))
             continue
         expected = range(0, count) if 0 in numbers else range(1, count + 1)
+        beyond = sorted(numbers - set(expected))
+        if beyond:
+            what = f"{place} has a shard {shown(stem)} with the number {beyond[0]} of {count}"
+            faults.append(BadDataError(what, FETCH_AGAIN))
         absent = [number for number in expected if number not in numbers]
         if absent:
             example = f"{stem}{absent[0]:0{len(total)}d}-of-{total}.safetensors"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from moe_svd_distill.checkpoints.checkpoint import Checkpoint
@@ -9,6 +10,7 @@ from moe_svd_distill.checkpoints.faults import shown
 from moe_svd_distill.errors import BadDataError
 
 CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
+PLAIN_WORD = re.compile(r"[\w.-]{1,40}")
 CODE_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "U32"})
 CODE_SUFFIXES = (
     ".weight_scale_inv",
@@ -39,7 +41,12 @@ def refuse_quantised_config(config: dict[str, Any], source: str) -> None:
             value = part.get(key)
             if value:
                 method = value.get("quant_method", value.get("format")) if isinstance(value, dict) else value
-                raise _refusal(source, f"{key} quant_method={method if isinstance(method, str) else shown(method)}")
+                raise _refusal(source, f"{key} quant_method={_plain(method)}")
+
+
+def _plain(method: object) -> str:
+    """The usual short word as it is; anything else escaped."""
+    return method if isinstance(method, str) and PLAIN_WORD.fullmatch(method) else shown(method)
 
 
 def _refusal(source: str, found: str) -> BadDataError:

@@ -6,7 +6,7 @@ import gc
 import tempfile
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from moe_svd_distill.calibration.text import (
 )
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.evaluation.adapted import AdaptedStudent
-from moe_svd_distill.evaluation.figures import Figures, Interval, Measurement, gap_intervals
+from moe_svd_distill.evaluation.figures import Figures, Interval, Measurement, gap_intervals, plain
 from moe_svd_distill.evaluation.figures import cross_entropy_gap_closed as cross_entropy_gap
 from moe_svd_distill.evaluation.figures import kl_gap_closed as kl_gap
 from moe_svd_distill.evaluation.loading import load_model
@@ -97,11 +97,11 @@ class Evaluation:
         """Plain values for JSON."""
         control = self.control_gap_closed
         return {
-            **asdict(self),
+            **plain(self),
             "teacher": self.teacher.as_dict(),
             "student": self.student.as_dict(),
             "adapted": self.adapted.as_dict(),
-            "control_gap_closed": None if control is None else asdict(control),
+            "control_gap_closed": None if control is None else plain(control),
         }
 
 

@@ -7,13 +7,13 @@ not measurably lower KL without raising cross-entropy is scaled to nothing, in w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_svd_distill.evaluation.figures import Change, Measurement, cross_entropy_change, kl_change
+from moe_svd_distill.evaluation.figures import Change, Measurement, cross_entropy_change, kl_change, plain
 
 Evaluate: TypeAlias = Callable[[Mapping[str, float]], Measurement]
 """Measures the student at one scale per group; must be the untouched student at 0."""
@@ -28,7 +28,7 @@ class Guard:
     """What an adapter must do, on text the scale was not chosen on, to be kept.
 
     Attributes:
-        errors: The fall of KL must exceed so many paired standard errors over documents.
+        errors: The fall of KL must exceed so many paired standard errors over documents (see `Change.margin`).
         cross_entropy_errors: Cross-entropy may not rise by more than so many of its own.
         share: The fall of KL must be at least this share of the KL there is.
     """
@@ -71,7 +71,7 @@ class ScaleSearch:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self)
+        return plain(self)
 
 
 def search_scale(
@@ -125,7 +125,7 @@ class _Search:
         """KL on the choosing half; infinite where it is bought with cross-entropy."""
         measurement = self.measured(scales).of(self.choosing)
         change = cross_entropy_change(self.untouched.of(self.choosing), measurement)
-        if _rises(change, self.guard.cross_entropy_errors):
+        if change.rises(self.guard.cross_entropy_errors):
             return float("inf")
         return float(measurement.kl.sum() / measurement.tokens.sum())
 
@@ -169,7 +169,7 @@ class _Search:
         """Consider a setting that differs in one group, where differences within noise are left alone."""
         before, after = self.measured(self.best).of(self.choosing), self.measured(scales).of(self.choosing)
         change = kl_change(before, after)
-        matters = change.beyond(1.0) and change.fall > _SMALLEST_STEP * self.kl(self.nothing)
+        matters = change.falls(1.0) and change.fall > _SMALLEST_STEP * self.kl(self.nothing)
         return matters and self.consider(scales)
 
     def trial(self, scales: Mapping[str, float], half: NDArray[np.int64]) -> Trial:
@@ -205,15 +205,16 @@ class _Search:
         """Say why nothing is kept, or nothing."""
         if confirmation is None:
             return _NO_HELP
-        fall = Change(confirmation.kl_fall, confirmation.kl_fall_error)
-        entropy = Change(confirmation.cross_entropy_fall, confirmation.cross_entropy_fall_error)
+        documents = len(self.confirming)
+        fall = Change(confirmation.kl_fall, confirmation.kl_fall_error, documents)
+        entropy = Change(confirmation.cross_entropy_fall, confirmation.cross_entropy_fall_error, documents)
         before = confirmation.kl + confirmation.kl_fall
         best = f"the best scale lowers KL by {fall.fall / before:.1%} of the gap" if before > 0 else "there is no gap"
-        if not fall.beyond(self.guard.errors):
+        if not fall.falls(self.guard.errors):
             return f"{_NO_HELP} ({fall.fall:.5f} ± {fall.error:.5f} nats per token at best)"
         if fall.fall < self.guard.share * before:
             return f"{best} on calibration text, less than the {self.guard.share:.0%} that would count"
-        if _rises(entropy, self.guard.cross_entropy_errors):
+        if entropy.rises(self.guard.cross_entropy_errors):
             return f"{best} on calibration text, but cross-entropy rises by {-entropy.fall:.4f} nats per token"
         return ""
 
@@ -228,8 +229,3 @@ def halves(tokens: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.i
         weight[lighter] += float(tokens[document])
     first, second = (np.asarray(sorted(half), dtype=np.int64) for half in chosen)
     return first, second
-
-
-def _rises(change: Change, errors: float) -> bool:
-    """Whether cross-entropy rises beyond noise; an unknown error counts as none."""
-    return change.fall < -errors * (change.error if np.isfinite(change.error) else 0.0)

@@ -17,11 +17,11 @@ def effect_of(before: Measurement, after: Measurement, errors: float = ERRORS) -
     `mixed` is KL that falls while cross-entropy rises, which is no transfer.
     """
     kl, entropy = kl_change(before, after), cross_entropy_change(before, after)
-    if kl.fall < -errors * kl.error:
+    if kl.rises(errors):
         return "harms"
-    if not kl.beyond(errors):
-        return "harms" if entropy.fall < -errors * entropy.error else "none"
-    return "mixed" if entropy.fall < -entropy.error else "helps"
+    if not kl.falls(errors):
+        return "harms" if entropy.rises(errors) else "none"
+    return "mixed" if entropy.rises(1.0) else "helps"
 
 
 def sentence(
@@ -49,5 +49,7 @@ def sentence(
             return f"No transfer: KL falls but cross-entropy rises ({ways})."
         case "harms":
             return f"Harms the student: {ways}."
+        case "none" if before == after:
+            return f"The adapter changes nothing: nothing was transferred ({ways})."
         case "none":
             return f"No measurable effect: {ways}."

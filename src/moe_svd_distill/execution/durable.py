@@ -160,7 +160,11 @@ def _is_alive(pid: int) -> bool:
         return False
     except OSError:
         return True
-    return True
+    try:
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+    except (OSError, IndexError):
+        return True
+    return state not in (b"Z", b"X")  # a container without an init keeps its dead for ever
 
 
 def _host() -> str:

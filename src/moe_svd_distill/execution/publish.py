@@ -65,6 +65,7 @@ class OutputFolder:
             for left_behind in _files(self._staging):
                 left_behind.unlink()
             remove_stale_temporaries(self.path)
+            remove_stale_temporaries(self.parts)
         except BaseException:
             self._lock.release()
             raise

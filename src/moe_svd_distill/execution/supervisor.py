@@ -232,7 +232,7 @@ class _Run:
                 crew.drop(worker)
                 self._fail(worker, unit, reason, detail)
             case Hopeless(error, detail):
-                error.add_note(f"In the worker process, at {unit.label}:\n{detail}")
+                error.add_note(f"In a worker process, at {unit.label if unit else 'its start'}:\n{detail}")
                 raise error
             case NotStarted(reason, detail):
                 raise RuntimeError(f"the workers cannot load the work: {reason}\n{detail}")

@@ -113,6 +113,9 @@ def run_worker(
     try:
         try:
             work = _load(pickled_work, threads)
+        except DistillError as error:
+            pipe.send(Hopeless(_portable(error), traceback.format_exc()))
+            return
         except Exception as error:
             pipe.send(NotStarted(_one_line(error), traceback.format_exc()))
             return

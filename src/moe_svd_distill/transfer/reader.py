@@ -37,6 +37,7 @@ class TensorReader:
         self._interpolate = spherical if interpolation == "spherical" else linear
         self.device = device
         self.replaced: dict[str, int] = {}
+        self._sound: set[tuple[str, str]] = set()
 
     def student(self, name: str) -> Tensor:
         """A student tensor in float32."""
@@ -70,21 +71,24 @@ class TensorReader:
         return self._interpolate(first, second, weight)
 
     def _read(self, checkpoint: Checkpoint, role: str, name: str) -> Tensor:
-        return self._checked(checkpoint.read(name), role, name)
+        tensor = self._checked(checkpoint.read(name), role, name)
+        if name not in self.replaced:
+            self._sound.add((role, name))
+        return tensor
 
     def _checked(self, stored: Tensor, role: str, name: str) -> Tensor:
         tensor = stored.to(self.device).to(torch.float32)
-        # One reduction finds NaN and Inf: either makes the sum of magnitudes non-finite.
-        if bool(torch.isfinite(torch.linalg.vector_norm(tensor, ord=1))):
+        # One reduction finds NaN and Inf: either makes the sum non-finite.
+        if (role, name) in self._sound or bool(torch.isfinite(tensor.sum())):
             return tensor
         bad = ~torch.isfinite(tensor)
         count = int(bad.sum())
-        if count == 0:
+        if count == 0:  # the sum itself left the range of float32
             return tensor
         where = f"{role} tensor {name} holds {count} NaN or Inf of {tensor.numel()} entries"
         if self._nan == "fail":
             raise BadDataError(where, "Repair the checkpoint, or choose nan: skip or nan: zero in the recipe")
         if self._nan == "skip":
             raise NonFiniteTensorError(where)
-        self.replaced[name] = self.replaced.get(name, 0) + count
+        self.replaced[name] = max(count, self.replaced.get(name, 0))
         return torch.where(bad, torch.zeros_like(tensor), tensor)

@@ -1,0 +1,181 @@
+"""The pictures of the report, each as the bytes of an SVG or PNG file. Drawn without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from typing import Any
+
+from moe_svd_distill.report.facts import Grid, Record
+
+_GREY, _BLUE, _ORANGE, _GREEN, _RED = "#7d8590", "#1f6feb", "#d4821e", "#2da44e", "#cf222e"
+_WIDTH = 8.6
+_STYLE = {
+    "font.size": 9.5,
+    "font.family": ["DejaVu Sans"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "svg.hashsalt": "moe-svd-distill",
+}
+
+
+def figures_picture(evaluation: Record, kind: str = "svg") -> bytes:
+    """KL as bars and cross-entropy as points: untouched student, adapter, control, and the teacher as a line."""
+    rows = [("student, untouched", evaluation["student"], _GREY), ("with the adapter", evaluation["adapted"], _BLUE)]
+    rows += [(f"random control {c.get('seed', '')}", c["figures"], _ORANGE) for c in evaluation.get("controls") or ()]
+    names, figures, colours = zip(*rows, strict=True)
+    places = list(range(len(rows)))[::-1]
+    with _figure(_WIDTH, 1.2 + 0.42 * len(rows)) as figure:
+        left, right = figure.subplots(1, 2, sharey=True)
+        kl = [f["kl"] for f in figures]
+        left.barh(places, kl, 0.62, color=colours, xerr=_errors(figures, "kl_error"), error_kw=_whiskers())
+        for place, value, error in zip(places, kl, _errors(figures, "kl_error"), strict=True):
+            left.annotate(f"{value:.3f}", (value + error, place), (5, 0), textcoords="offset points", va="center")
+        left.set(title="KL to the teacher (0 is best)", xlabel="nats per token", yticks=places, yticklabels=names)
+        left.set_xlim(0, 1.3 * max([*kl, 1e-9]))
+        entropy = [f["cross_entropy"] for f in figures]
+        teacher = evaluation["teacher"]["cross_entropy"]
+        right.axvline(teacher, color=_GREEN, linewidth=1.5)
+        right.annotate("teacher", (teacher, places[0] + 0.45), (4, 0), textcoords="offset points", color=_GREEN)
+        for place, value, error, colour in zip(
+            places, entropy, _errors(figures, "cross_entropy_error"), colours, strict=True
+        ):
+            right.errorbar(value, place, xerr=error, fmt="o", color=colour, capsize=3)
+            right.annotate(f"{value:.3f}", (value, place), (0, 8), textcoords="offset points", ha="center")
+        right.set(title="cross-entropy of the text", xlabel="nats per token", ylim=(-0.6, places[0] + 0.75))
+        right.margins(x=0.18)
+        right.grid(axis="x", alpha=0.25)
+        return _file(figure, kind)
+
+
+def scale_picture(search: Record, kind: str = "svg") -> bytes | None:
+    """How far KL and cross-entropy fall as the whole adapter is turned up; None if that was not tried."""
+    trials = [t for t in search.get("trials") or () if len(set(t["scales"].values())) == 1]
+    points = sorted((next(iter(trial["scales"].values())), trial) for trial in trials if trial["scales"])
+    if len(points) < 2:
+        return None
+    untouched = points[0][1]["kl"] + points[0][1]["kl_fall"]
+    scales = [scale for scale, _ in points]
+    with _figure(_WIDTH, 2.9) as figure:
+        axes = figure.subplots()
+        axes.axhline(0, color="black", linewidth=0.8)
+        for field, colour, name in (("kl", _BLUE, "KL"), ("cross_entropy", _ORANGE, "cross-entropy")):
+            falls = [trial[f"{field}_fall"] for _, trial in points]
+            errors = [3 * (trial.get(f"{field}_fall_error") or 0) for _, trial in points]
+            axes.errorbar(scales, falls, yerr=errors, fmt="o-", color=colour, capsize=3, markersize=4, label=name)
+        axes.set(title="What falls when the adapter is turned up", xlabel="scale of the whole adapter")
+        axes.set_ylabel("fall, nats per token\n(above 0 is better)")
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -0.6 * untouched), max(high, 0.02 * untouched))
+        if low < -0.6 * untouched:
+            words = f"at scale {scales[-1]:g}: {points[-1][1]['kl_fall']:.2f} (KL)"
+            axes.annotate(words, (scales[-1], -0.6 * untouched), (0, 6), ha="right", color=_RED, zorder=5,
+                          textcoords="offset points", bbox={"color": "white", "pad": 1})  # fmt: skip
+        axes.legend(frameon=False, loc="best")
+        axes.grid(alpha=0.25)
+        return _file(figure, kind)
+
+
+def heat_picture(grid: Grid, title: str, *, percent: bool = True, kind: str = "svg") -> bytes:
+    """A value for each role (rows) and layer (columns); grey where there is none."""
+    import numpy as np
+
+    values = np.array([[np.nan if v is None else v for v in row] for row in grid.values], dtype=float)
+    values = values * (100 if percent else 1)
+    columns = len(grid.layers)
+    with _figure(_WIDTH, 1.3 + 0.27 * len(grid.roles)) as figure:
+        axes = figure.subplots()
+        import matplotlib
+
+        colours = matplotlib.colormaps["YlGnBu"].with_extremes(bad="#e6e8eb")
+        top = float(np.nanmax(values))
+        image = axes.imshow(np.ma.masked_invalid(values), cmap=colours, aspect="auto", vmin=0, vmax=top or 1)
+        step = max(1, columns // 24)
+        shown = [i for i in range(columns) if i % step == 0 and i < columns - (step + 1 if step > 1 else 1)]
+        shown.append(columns - 1)
+        axes.set_xticks(shown, [grid.layers[i] for i in shown])
+        axes.set_yticks(range(len(grid.roles)), grid.roles)
+        axes.set(title=title, xlabel="student layer")
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        if columns <= 14:
+            _write_values(axes, values, top)
+        bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.03)
+        bar.outline.set_visible(False)
+        bar.ax.set_title("%" if percent else "", fontsize=9)
+        return _file(figure, kind)
+
+
+def depth_picture(edges: Sequence[tuple[int, int, float]], layers: tuple[int, int], kind: str = "svg") -> bytes:
+    """Which teacher layers each student layer is set against; a line's width is the weight.
+
+    Args:
+        edges: Student layer, teacher layer, weight.
+        layers: How many layers student and teacher have.
+        kind: svg or png.
+    """
+    student, teacher = (max(count, 1) for count in layers)
+
+    def place(layer: int, count: int) -> float:
+        return (layer + 0.5) / count
+
+    with _figure(_WIDTH, 2.3) as figure:
+        axes = figure.subplots()
+        for left, right, weight in edges:
+            if weight <= 0:
+                continue
+            ends = [place(left, student), place(right, teacher)]
+            axes.plot(ends, [0, 1], color=_BLUE, linewidth=0.4 + 2.2 * weight, alpha=0.25 + 0.6 * weight, zorder=1)
+        used = {right for _, right, weight in edges if weight > 0}
+        for count, height, offset, lit in ((student, 0, -13, None), (teacher, 1, 7, used)):
+            spots = [place(layer, count) for layer in range(count)]
+            fill = [_GREEN if lit is None or layer in lit else "#d0d7de" for layer in range(count)]
+            axes.scatter(spots, [height] * count, s=min(70, 2200 / count), c=fill, zorder=2)
+            step = max(1, count // 24)
+            for layer in range(0, count, step):
+                axes.annotate(str(layer), (spots[layer], height), (0, offset), textcoords="offset points", ha="center",
+                              fontsize=8)  # fmt: skip
+        axes.set(yticks=[0, 1], yticklabels=["student", "teacher"], xticks=[], xlim=(0, 1), ylim=(-0.28, 1.28))
+        axes.set_title("Depth map: which teacher layers each student layer is set against", pad=8)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        return _file(figure, kind)
+
+
+def _write_values(axes: Any, values: Any, top: float) -> None:
+    import numpy as np
+
+    digits = 0 if top >= 100 else 1
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            colour = "white" if value > 0.6 * top else "black"
+            axes.text(column, row, f"{value:.{digits}f}", ha="center", va="center", color=colour, fontsize=8)
+
+
+def _errors(figures: Sequence[Mapping[str, Any]], field: str) -> list[float]:
+    """Half of a 95 % interval."""
+    return [1.96 * (figure.get(field) or 0.0) for figure in figures]
+
+
+def _whiskers() -> dict[str, Any]:
+    return {"ecolor": "black", "capsize": 3, "linewidth": 1}
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[Any]:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        yield Figure((width, height), layout="constrained")
+
+
+def _file(figure: Any, kind: str) -> bytes:
+    buffer = BytesIO()
+    metadata = {"Date": None} if kind == "svg" else {}
+    figure.savefig(buffer, format=kind, dpi=110, metadata=metadata, facecolor="white")
+    return buffer.getvalue()

@@ -1,0 +1,90 @@
+"""The model card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+
+from moe_svd_distill.report.card import adapter_card
+from moe_svd_distill.report.facts import serving_rank, vllm_rank
+from tests.report.samples import record
+
+
+def _front_matter(card: str) -> dict[str, Any]:
+    start, front, _ = card.split("---\n", 2)
+    assert start == ""
+    loaded: dict[str, Any] = yaml.safe_load(front)
+    return loaded
+
+
+def test_the_front_matter_names_the_base_model_and_the_library() -> None:
+    front = _front_matter(adapter_card(record()))
+    assert front["library_name"] == "peft"
+    assert front["base_model"] == "org/small-student"
+    assert "base_model:adapter:org/small-student" in front["tags"]
+
+
+def test_a_local_student_is_no_base_model_and_no_path_is_published() -> None:
+    card = adapter_card(record(student={"source": "/home/someone/models/mine"}))
+    assert "base_model" not in _front_matter(card)
+    assert "/home/someone" not in card
+    assert "/somewhere/on" not in card
+    assert 'from_pretrained("path/to/mine", dtype="auto")' in card
+
+
+def test_the_verdict_comes_first_and_figures_come_with_their_control() -> None:
+    card = adapter_card(record())
+    assert card.index("> Closes 34 % of the KL gap") < card.index("## Figures")
+    assert (
+        "| student with this adapter | 0.3390 ± 0.0120 | 4.2440 ± 0.0500 | 81.00 | 61.0% | +34.0 % (+32.7 … +35.4)"
+        in card
+    )
+    assert "| control: random delta of the same size, seed 7 |" in card
+    assert "50,800 predicted tokens of held-out text (heldout.jsonl)" in card
+
+
+def test_without_figures_the_card_says_so_before_anything_else() -> None:
+    bare = record()
+    del bare["evaluation"]
+    bare["scale_search"] = {"decision": "Not measured: no calibration text was given; nobody knows."}
+    card = adapter_card(bare)
+    assert "> Not measured: no calibration text was given" in card
+    assert "**Without figures this is an experiment, not a distilled model.**" in card
+    assert "Nothing was transferred" not in card
+
+
+def test_a_search_without_evaluation_is_not_taken_for_figures() -> None:
+    bare = record()
+    del bare["evaluation"]
+    assert "Not evaluated on held-out text" in adapter_card(bare)
+
+
+def test_what_was_left_out_is_counted_by_reason() -> None:
+    card = adapter_card(record())
+    assert "| a \\| norm | 3 |" in card
+    assert "| no student tensor is made from it | 1 | `model.mtp.weight` |" in card
+    assert "fell back to the Fourier projection" in card
+
+
+def test_the_rank_for_servers_counts_gate_and_up_together() -> None:
+    assert serving_rank(record()) == 48
+    assert vllm_rank(record()) == 64
+    assert "--max-lora-rank 64" in adapter_card(record())
+    wide = record(tensors=[{"name": "x", "role": "head", "fate": "lora", "rank": 600}])
+    assert vllm_rank(wide) is None
+    assert "beyond the 512 that vLLM takes" in adapter_card(wide)
+
+
+@pytest.mark.parametrize("key", list(record()))
+def test_any_part_may_be_absent(key: str) -> None:
+    without = {name: value for name, value in record().items() if name != key}
+    assert adapter_card(without).endswith("\n")
+    assert adapter_card(record(**{key: None}))
+
+
+def test_an_empty_record() -> None:
+    card = adapter_card({})
+    assert "has not been evaluated" in card
+    assert "--max-lora-rank" not in card

@@ -1,0 +1,65 @@
+"""Pairs of tiny models on disk, and units done in this process."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from moe_svd_distill.execution.parts import PartContent
+from moe_svd_distill.pairing.unit import UnitOfWork
+from moe_svd_distill.pipeline.pair import open_model, open_pair
+from moe_svd_distill.pipeline.preparation import execution_settings, make_work, prepare
+from moe_svd_distill.recipe import Recipe, parse_recipe
+from tests.support.models import saved
+from tests.support.planted import Planted, plant
+
+
+def recipe_for(teacher: Path, student: Path, output: Path, **values: Any) -> Recipe:
+    """A recipe for one CPU worker."""
+    base = {"teacher": str(teacher), "student": str(student), "output": str(output)}
+    return parse_recipe({**base, "devices": ["cpu"], "workers": 1, **values})
+
+
+def planted_pair(
+    model_type: str, folder: Path, *, noise: float = 0.01, dtype: torch.dtype = torch.float32, **changes: Any
+) -> tuple[Path, Path, Planted]:
+    """A teacher and the student planted from it.
+
+    Returns:
+        Folder of the teacher, folder of the student, and what was done.
+    """
+    teacher = saved(model_type, folder / "teacher", seed=1, dtype=dtype, **changes)
+    model = open_model(str(teacher))
+    planted = plant(model.layout, {name: model.checkpoint.read(name).clone() for name in model.checkpoint}, noise=noise)
+    return teacher, with_tensors(teacher, folder / "student", planted.tensors), planted
+
+
+def with_tensors(like: Path, folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """A copy of a single-file model with other tensors."""
+    shutil.copytree(like, folder)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def run_units(recipe: Recipe) -> list[tuple[UnitOfWork, PartContent]]:
+    """Every unit of a recipe, done in this process."""
+    with open_pair(recipe.teacher, recipe.student) as pair:
+        plan = prepare(recipe, pair, execution_settings(recipe))
+        work = make_work(recipe, pair)
+        return [(unit, work(unit, "cpu")) for unit in plan.units]
+
+
+def records(contents: list[tuple[UnitOfWork, PartContent]]) -> dict[str, dict[str, Any]]:
+    """Hub name to record."""
+    return {row["name"]: row for _, content in contents for row in content.record["tensors"]}
+
+
+def delta(contents: list[tuple[UnitOfWork, PartContent]], name: str) -> torch.Tensor:
+    """B·A of a tensor, float32."""
+    tensors = {key: tensor for _, content in contents for key, tensor in content.tensors.items()}
+    return tensors[f"{name}#B"].float() @ tensors[f"{name}#A"].float()
