@@ -32,9 +32,7 @@ def run(teacher_folder: Path, student_folder: Path, rank: int) -> int:
     return done + 1
 
 
-def _layer(
-    teacher: Checkpoint, student: Checkpoint, layer: int, step: tuple[int, int, float], rank: int
-) -> int:
+def _layer(teacher: Checkpoint, student: Checkpoint, layer: int, step: tuple[int, int, float], rank: int) -> int:
     lower, upper, weight = step
 
     def interpolated(tail: str) -> Tensor:
@@ -60,9 +58,7 @@ def _layer(
         members = [expert for expert in range(experts) if labels[expert] == cluster]
         for side in sides:
             own = student.read(f"model.layers.{layer}.mlp.experts.{cluster}.{side}.weight").float()
-            projected = [
-                project(interpolated(f"mlp.experts.{expert}.{side}.weight"), own.shape) for expert in members
-            ]
+            projected = [project(interpolated(f"mlp.experts.{expert}.{side}.weight"), own.shape) for expert in members]
             weights = torch.stack([torch.linalg.vector_norm(matrix) for matrix in projected])
             weights = weights / weights.sum()
             blended = sum(matrix * share for matrix, share in zip(projected, weights, strict=True))

@@ -37,7 +37,12 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
     print(f"first generation, exact SVDs   {baseline:8.1f} s CPU")
     for projection, seconds in ours.items():
         print(f"this project, {projection:<6}           {seconds:8.1f} s CPU   {baseline / seconds:.1f}x less")
-    figures: dict[str, object] = {"baseline_cpu_s": baseline, "ours_cpu_s": ours, "bytes": size, **{"machine": machine()}}
+    figures: dict[str, object] = {
+        "baseline_cpu_s": baseline,
+        "ours_cpu_s": ours,
+        "bytes": size,
+        **{"machine": machine()},
+    }
     if "--json" in words:
         Path(words[words.index("--json") + 1]).write_text(json.dumps(figures, indent=2))
     return figures
@@ -54,7 +59,18 @@ print(run(Path(sys.argv[1]), Path(sys.argv[2]), {RANK}), "tensors")
 
 def _distill(teacher: Path, student: Path, output: Path, projection: str) -> list[str]:
     command = [sys.executable, "-m", "moe_svd_distill", "distill", "--teacher", str(teacher), "--student", str(student)]
-    return [*command, "--output", str(output), "--rank", str(RANK), "--workers", "1", "--projection", projection, "--json"]
+    return [
+        *command,
+        "--output",
+        str(output),
+        "--rank",
+        str(RANK),
+        "--workers",
+        "1",
+        "--projection",
+        projection,
+        "--json",
+    ]
 
 
 def _cpu_seconds(command: list[str]) -> float:

@@ -63,11 +63,11 @@ SPECS: tuple[ModelSpec, ...] = (
         "qwen3-moe-large",
         Schedule(tokens=2_400_000, seed=11),
         initial_seed=101,
-        snapshots=(0.1, 0.2, 0.35, 0.5),
+        snapshots=(0.1, 0.2, 0.35, 0.5, 0.6, 0.65, 0.7),
     ),
     ModelSpec("qwen3-moe-independent", "qwen3-moe-small", Schedule(tokens=1_200_000, seed=22), initial_seed=202),
     ModelSpec(
-        "qwen3-moe-pruned", "qwen3-moe-small", Schedule(tokens=600_000, seed=33), cropped_from="qwen3-moe-teacher"
+        "qwen3-moe-pruned", "qwen3-moe-small", Schedule(tokens=250_000, seed=33), cropped_from="qwen3-moe-teacher"
     ),
     ModelSpec(
         "qwen3-moe-sibling",

@@ -73,7 +73,11 @@ class Recipe(_Section):
     norms: Literal["fold", "keep"] = Field(
         "fold", description="fold: the teacher's norm gains go into the weights that read them, where widths are equal."
     )
-    embeddings: Literal["keep", "delta"] = Field("keep", description="Whether the embeddings get a LoRA pair.")
+    embeddings: Literal["auto", "keep", "delta"] = Field(
+        "auto",
+        description="Whether the embeddings get a LoRA pair; auto: where those of teacher and student are related. "
+        "Not every server takes one: keep leaves it out.",
+    )
     head: Literal["keep", "delta"] = Field("delta", description="Whether the head gets a LoRA pair.")
     delta_sparsity: float = Field(
         1.0, gt=0, le=1, description="Fraction of each delta's largest entries that is kept, norm restored; 1 is off."

@@ -41,34 +41,36 @@ def gram_of_rows(
     Raises:
         ValueError: no pieces, or pieces that disagree about the number of experts.
     """
-    blocks = gram_blocks(((chunk, chunk) for chunk in chunks), centred=centred, same=True)
-    return blocks[0]
+    total: Tensor | None = None
+    for chunk in chunks:
+        total = _zeros(chunk) if total is None else total
+        if chunk.shape[0] != total.shape[0]:
+            raise ValueError(f"a piece of {chunk.shape[0]} experts does not fit to one of {total.shape[0]}")
+        for start in range(0, chunk.shape[1], GRAM_COLUMNS):
+            piece = _piece(chunk, start, centred)
+            total += piece @ piece.mT
+    if total is None:
+        raise ValueError("no pieces of fingerprints were given")
+    return total
 
 
 def gram_blocks(
     chunk_pairs: Iterable[tuple[Float[Tensor, "experts _"], Float[Tensor, "experts _"]]],
-    *,
-    centred: bool = False,
-    same: bool = False,
 ) -> tuple[Float[Tensor, "experts experts"], Float[Tensor, "experts experts"], Float[Tensor, "experts experts"]]:
     """``G_ff, G_fc, G_cc`` of the fingerprints of two adjacent layers (floor, ceil) in one pass over their pieces.
 
-    ``same`` says that both members of every pair are one tensor, and computes it once.
+    Raises:
+        ValueError: as ``gram_of_rows``, or a pair of pieces of different shapes.
     """
     totals: tuple[Tensor, Tensor, Tensor] | None = None
     for floor, ceil in chunk_pairs:
-        if totals is None:
-            zeros = torch.zeros(floor.shape[0], floor.shape[0], dtype=torch.float64, device=floor.device)
-            totals = (zeros, zeros if same else zeros.clone(), zeros if same else zeros.clone())
+        totals = (_zeros(floor), _zeros(floor), _zeros(floor)) if totals is None else totals
         if floor.shape != ceil.shape or floor.shape[0] != totals[0].shape[0]:
             raise ValueError(f"pieces of shapes {tuple(floor.shape)} and {tuple(ceil.shape)} do not fit together")
         for start in range(0, floor.shape[1], GRAM_COLUMNS):
-            first = _piece(floor, start, centred)
-            totals[0].add_(first @ first.mT)
-            if not same:
-                second = _piece(ceil, start, centred)
-                totals[1].add_(first @ second.mT)
-                totals[2].add_(second @ second.mT)
+            first, second = _piece(floor, start, False), _piece(ceil, start, False)
+            for total, left, right in zip(totals, (first, first, second), (first, second, second), strict=True):
+                total += left @ right.mT
     if totals is None:
         raise ValueError("no pieces of fingerprints were given")
     return totals
@@ -130,7 +132,13 @@ def kmeans_from_gram(
 
 
 def clustering_of(gram: Float[Tensor, "experts experts"], labels: Int[Tensor, "experts"], clusters: int) -> Clustering:
-    """Centre weights and inertia of given labels. Every cluster must have a member."""
+    """Centre weights and inertia of given labels.
+
+    Raises:
+        ValueError: a cluster without a member.
+    """
+    if labels.unique(sorted=True).shape[0] != clusters:  # type: ignore[no-untyped-call]
+        raise ValueError(f"not every one of {clusters} clusters has a member")
     membership = torch.nn.functional.one_hot(labels.long(), clusters).mT.to(torch.float64)
     weights = membership / membership.sum(1, keepdim=True)
     full = gram.double()
@@ -149,6 +157,10 @@ def assign_clusters(similarity: Float[Tensor, "clusters student_experts"]) -> In
         raise ValueError(f"{clusters} clusters cannot be assigned one to one to {experts} student experts")
     _, chosen = linear_sum_assignment(similarity.double().cpu().numpy(), maximize=True)
     return torch.from_numpy(chosen).to(similarity.device)
+
+
+def _zeros(chunk: Float[Tensor, "experts _"]) -> Float[Tensor, "experts experts"]:
+    return torch.zeros(chunk.shape[0], chunk.shape[0], dtype=torch.float64, device=chunk.device)
 
 
 def _piece(chunk: Float[Tensor, "experts _"], start: int, centred: bool) -> Tensor:

@@ -60,7 +60,7 @@ def krylov_factors(
         missing = missing_energy(projected, values, vectors, space.width, rank)
         rest = energy - values[..., -rank:].double().sum(-1)
         allowed = torch.maximum(2.0 * TOLERANCE * rest, 1e-7 * energy)
-        excess = float((missing / allowed.clamp_min(torch.finfo(torch.float64).tiny)).max())
+        excess = float(torch.where(energy > 0, missing / allowed, torch.zeros_like(missing)).max())
         if excess <= 1.0:
             return space.lift(vectors[..., -rank:])
         more = math.ceil(math.log(excess) / math.log(RATE)) if math.isfinite(excess) else wanted // 4

@@ -2,17 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moe_svd_distill.algebra.gram import gram_factors
-from moe_svd_distill.algebra.krylov import first_size, krylov_factors
-from moe_svd_distill.algebra.subspace import momentum_factors, steep_factors
+from moe_svd_distill.algebra.leading import leading_factors
+from moe_svd_distill.algebra.subspace import steep_factors
 
-SMALL = 192  # min(m, n) up to which the eigendecomposition of the Gram matrix beats any iteration
+SAFE_NORMS = (1e-6, 1e6)
 RESIDUAL_FROM_NORMS = (
     0.003  # below this relative residual Gram matrices and differences of norms have lost their digits
 )
@@ -114,29 +113,6 @@ def rank_for_energy(singular_values: Float[Tensor, "k"], energy: float, total: f
     return max(1, min(reached, singular_values.shape[0]))
 
 
-def cheapest_method(m: int, n: int, rank: int, pass_dtype: torch.dtype) -> str:
-    """The name "eigh", "krylov", "gram-krylov" or "momentum": the way of fewest multiplications for an m x n matrix.
-
-    float32: a count of multiplications, with the constants of matrix products, eigendecompositions (11 k^3) and the
-    growth of the Krylov space measured at one thread. Lower precision makes the passes nearly free: momentum up to a
-    fifth of the size.
-    """
-    small, large = min(m, n), max(m, n)
-    if small <= SMALL:
-        return "eigh"
-    if pass_dtype != torch.float32:
-        return "momentum" if rank <= 0.2 * small else "eigh"
-    size = 1.15 * first_size(rank)
-    overhead = 4 * size**2 * small + 11 * size**3
-    half_gram, image = 1.2 * small**2 * large, 2 * small * large * rank
-    costs = {
-        "eigh": half_gram + 11 * small**3 + image,
-        "krylov": 5 * small * large * size + overhead + 2 * rank * size * (small + large),
-        "gram-krylov": half_gram + 2.5 * small**2 * size + overhead + 2 * rank * size * small + image,
-    }
-    return min(costs, key=lambda name: costs[name])
-
-
 def _factorise(
     matrices: Float[Tensor, "*e m n"],
     rank: int,
@@ -152,34 +128,37 @@ def _factorise(
         return [_identity_factors(matrix, rank) for matrix in stack]
     if not any(norms):
         return [_zero_factors(matrix, rank) for matrix in stack]
+    if any(norm and not SAFE_NORMS[0] < norm < SAFE_NORMS[1] for norm in norms):
+        return [
+            _rescaled(matrix, norm, rank, generator, pass_dtype, passes)
+            for matrix, norm in zip(stack, norms, strict=True)
+        ]
     D = matrices.float()
     upright = m > n
-    way = cheapest_method(m, n, rank, pass_dtype)
     energies = torch.tensor(norms if matrices.ndim == 3 else norms[0], dtype=torch.float64, device=D.device).square()
-    U, W = _leading(D.mT if upright else D, rank, way, energies, generator, pass_dtype, passes)
+    wide = D.mT if upright else D
+    U, W, method = leading_factors(
+        wide, rank, energy=energies, generator=generator, pass_dtype=pass_dtype, passes=passes
+    )
     if matrices.ndim == 2:
-        U, W = U[None], W[None]
-    method = "gram" if way == "eigh" else "subspace"
-    return [
-        _finish(matrix.float(), *rows, norm, upright, method, generator)
-        for matrix, rows, norm in zip(stack, zip(U, W, strict=True), norms, strict=True)
-    ]
+        D, U, W = D[None], U[None], W[None]
+    return [_finish(*parts, upright, method, generator) for parts in zip(D, U, W, norms, strict=True)]
 
 
-def _leading(
-    D: Float[Tensor, "*e m n"],
+def _rescaled(
+    matrix: Float[Tensor, "m n"],
+    norm: float,
     rank: int,
-    way: str,
-    energies: Float[Tensor, "*e"],
     generator: torch.Generator,
     pass_dtype: torch.dtype,
     passes: int | None,
-) -> tuple[Float[Tensor, "*e r m"], Float[Tensor, "*e r n"]]:
-    if way == "eigh":
-        return gram_factors(D, rank)
-    if way == "momentum":
-        return momentum_factors(D, rank, generator=generator, pass_dtype=pass_dtype, passes=passes)
-    return krylov_factors(D, rank, energy=energies, generator=generator, by_gram=way == "gram-krylov", blocks=passes)
+) -> LowRank:
+    """The factors of a matrix so large or small that squares of its Gram matrix would leave float32."""
+    if norm == 0.0:
+        return _zero_factors(matrix, rank)
+    unit = _factorise(matrix.float() / norm, rank, generator, pass_dtype, passes)[0]
+    root = math.sqrt(norm)
+    return replace(unit, left=unit.left * root, right=unit.right * root, singular_values=unit.singular_values * norm)
 
 
 def _finish(

@@ -71,7 +71,7 @@ def low_rank_of_blocks(
 
 def _identity(blocks: Callable[[], Iterable[Tensor]], columns: int, rank: int) -> BlockLowRank:
     whole = torch.cat([block.cpu() for block in blocks()])
-    norm = math.sqrt(sum(float(part.double().square().sum()) for part in whole.split(4096)))
+    norm = float(torch.linalg.vector_norm(whole, dtype=torch.float64))
     left = torch.nn.functional.pad(whole, (0, rank - columns))
     return BlockLowRank(left, torch.eye(rank, columns), norm, 0.0, passes=1)
 

@@ -154,6 +154,6 @@ def _ended(ids: IntArray, end: int | None) -> IntArray:
 
 
 def _even_share(lengths: Sequence[int], wanted: int) -> int:
-    """The fewest tokens to take of each document at most, so that together they are as many as wanted if they can be."""
+    """The fewest tokens to take of each document at most so that together they are as many as wanted."""
     taken = np.asarray(lengths)
     return bisect_left(range(max(lengths, default=0)), wanted, key=lambda most: int(np.minimum(taken, most).sum()))

@@ -13,7 +13,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
 
 
-class RankType(click.ParamType):
+class RankType(click.ParamType[int | str]):
     """A positive integer or 'full'."""
 
     name = "rank"

@@ -93,7 +93,7 @@ class Change:
     documents: int
 
     def falls(self, errors: float) -> bool:
-        """Whether it falls beyond `errors` standard errors; of the error itself being a guess, `margin` takes account."""
+        """Whether it falls beyond so many standard errors, as `margin` reckons them."""
         return self.fall > self.margin(errors)
 
     def rises(self, errors: float) -> bool:

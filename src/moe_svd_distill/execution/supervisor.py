@@ -109,12 +109,13 @@ def execute(
     with StopSignals() as stop:
         reused = {unit.key for unit in units if run.reuse(unit, stop)}
         run.complete([unit for unit in units if unit.key not in reused], stop)
-    done = {unit.key: part_path(folder, unit.key) for unit in units if unit.label not in run.failed}
+    done = {unit.key: part_path(folder, unit.key) for unit in units if unit.key not in run.failed}
+    failed = {unit.label: run.failed[unit.key] for unit in units if unit.key in run.failed}
     summary = ExecutionSummary(
-        done, len(done) - len(reused), len(reused), run.failed, time.monotonic() - begun, run.peak_memory
+        done, len(done) - len(reused), len(reused), failed, time.monotonic() - begun, run.peak_memory
     )
-    if run.failed:
-        label, reason = next(iter(run.failed.items()))
+    if failed:
+        label, reason = next(iter(failed.items()))
         error = UnitsSetAsideError(
             f"{len(run.failed)} of {len(units)} units failed {settings.attempts} times, {label} with: {reason}",
             "Run the same command again; it goes on with what is missing",
@@ -271,7 +272,7 @@ class _Run:
         if attempt < self.settings.attempts:
             self._queue.append(unit)
             return
-        self.failed[unit.label] = reason
+        self.failed[unit.key] = reason
         self.on_event(events.UnitSetAside(unit.label, reason))
 
     def _note_memory(self, worker: Worker, peak: int) -> None:

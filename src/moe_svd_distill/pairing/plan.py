@@ -14,6 +14,7 @@ from moe_svd_distill.recipe import Recipe
 
 Shapes = Mapping[str, tuple[int, ...]]
 BYTES_PER_ENTRY = 2
+RELATED = 0.5  # mean cosine of embedding rows; unrelated models are near 0
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,30 @@ class Plan:
 
 
 def make_plan(
-    teacher: ModelLayout, student: ModelLayout, teacher_shapes: Shapes, student_shapes: Shapes, recipe: Recipe
+    teacher: ModelLayout,
+    student: ModelLayout,
+    teacher_shapes: Shapes,
+    student_shapes: Shapes,
+    recipe: Recipe,
+    *,
+    embedding_similarity: float | None = None,
 ) -> Plan:
     """Pair the models.
+
+    Args:
+        teacher: The teacher's tensors and what they mean.
+        student: The student's.
+        teacher_shapes: Hub name to shape.
+        student_shapes: The same of the student.
+        recipe: What is asked for.
+        embedding_similarity: Mean cosine of the embedding rows of teacher and student; None where shapes differ.
 
     Raises:
         IncompatiblePairError: No student tensor has a counterpart in the teacher.
         UsageError: The recipe's depth map does not fit the models.
     """
     depth = map_depth(recipe.depth_map, student.geometry.layers, teacher.geometry.layers)
-    pairing = _Pairing(teacher, student, teacher_shapes, student_shapes, recipe)
+    pairing = _Pairing(teacher, student, teacher_shapes, student_shapes, recipe, embedding_similarity)
     units = [pairing.layer_unit(blend) for blend in depth]
     units += [pairing.ends_unit("embeddings", ("embedding",)), pairing.ends_unit("head", ("norm.final", "head"))]
     units = _complete_pairs([unit for unit in units if unit.tasks], student)
@@ -61,13 +76,20 @@ class _Pairing:
     """Looks tensors up in both models while the units are put together."""
 
     def __init__(
-        self, teacher: ModelLayout, student: ModelLayout, teacher_shapes: Shapes, student_shapes: Shapes, recipe: Recipe
+        self,
+        teacher: ModelLayout,
+        student: ModelLayout,
+        teacher_shapes: Shapes,
+        student_shapes: Shapes,
+        recipe: Recipe,
+        embedding_similarity: float | None,
     ) -> None:
         self.teacher = teacher
         self.student = student
         self.teacher_shapes = teacher_shapes
         self.student_shapes = student_shapes
         self.recipe = recipe
+        self.embedding_similarity = embedding_similarity
 
     def layer_unit(self, blend: LayerBlend) -> UnitOfWork:
         meanings = [m for m in self.student.meanings.values() if m.layer == blend.student]
@@ -106,8 +128,8 @@ class _Pairing:
         role = meaning.role.role
         if meaning.role.carrier is Carrier.NONE:
             return _cannot_carry(role, self.recipe.norms, self._same_width())
-        if role == "embedding" and self.recipe.embeddings == "keep":
-            return "recipe: embeddings: keep"
+        if role == "embedding" and (reason := self._reason_to_keep_embeddings()):
+            return reason
         if role == "head" and self.recipe.head == "keep":
             return "recipe: head: keep"
         if role in ("head", "embedding") and self.student.geometry.tied_embeddings:
@@ -118,6 +140,17 @@ class _Pairing:
         if role.startswith("experts.") or role == "router":
             return "" if experts else f"{where} has no routed experts"
         return "" if sources else f"{where} has no {role}"
+
+    def _reason_to_keep_embeddings(self) -> str:
+        if self.recipe.embeddings == "keep":
+            return "recipe: embeddings: keep"
+        if self.recipe.embeddings == "delta":
+            return ""
+        if self.embedding_similarity is None:
+            return "embeddings of different shapes are not related"
+        if self.embedding_similarity < RELATED:
+            return f"the embeddings are not related: mean cosine {self.embedding_similarity:.2f}"
+        return "" if self.embedding_similarity < 1.0 else "the embeddings are identical"
 
     def _same_width(self) -> bool:
         return self.teacher.geometry.hidden == self.student.geometry.hidden

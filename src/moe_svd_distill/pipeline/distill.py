@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.adapter import build_configuration, check_loads, lora_keys
-from moe_svd_distill.errors import CannotWriteError, NothingToTransferError
+from moe_svd_distill.errors import BadDataError, CannotWriteError, MissingInputError, NothingToTransferError
 from moe_svd_distill.execution.consolidation import consolidate
 from moe_svd_distill.execution.events import Event
 from moe_svd_distill.execution.publish import OutputFolder, write_json_atomic, write_text_atomic
-from moe_svd_distill.execution.supervisor import execute
+from moe_svd_distill.execution.supervisor import Settings, execute
 from moe_svd_distill.execution.tensor_file import read_header
+from moe_svd_distill.pairing.plan import Plan
 from moe_svd_distill.pipeline.pair import ModelPair, open_pair
 from moe_svd_distill.pipeline.preparation import execution_settings, make_work, prepare
 from moe_svd_distill.pipeline.record import is_nothing, make_record, tensor_records, unit_records
@@ -123,8 +124,6 @@ def load_adapter(folder: Path) -> Adapter:
     Raises:
         MissingInputError: The folder holds none.
     """
-    from moe_svd_distill.errors import MissingInputError
-
     manifest = folder / MANIFEST
     if not manifest.is_file():
         raise MissingInputError(
@@ -149,21 +148,26 @@ def _stage_adapter(
     output: OutputFolder, parts: list[Path], recipe: Recipe, pair: ModelPair, decision: ScaleDecision
 ) -> str:
     """Write adapter and configuration to the staging area; returns the adapter's sha256."""
-    family = pair.student.layout.family
     layout = pair.student.layout
-
-    def scale(key: str, tensor: Tensor) -> Tensor:
-        return tensor * decision.factor_of(key) if _is_b(key) else tensor
-
-    digest = consolidate(parts, output.staged(ADAPTER), rename=_peft_key, scale=scale if decision.changes else None)
-    shapes = {slot.name: slot.shape for slot in read_header(output.staged(ADAPTER)).slots}
+    slots = [slot for part in parts for slot in read_header(part).slots]
     configuration = build_configuration(
-        shapes,
-        family,
+        {_peft_key(slot.name): slot.shape for slot in slots},
+        layout.family,
         base_model=_base_model(pair),
         student_layers=layout.geometry.layers,
         tied_embeddings=layout.geometry.tied_embeddings,
     )
+    # PEFT multiplies B·A by alpha / r. With an alpha of the user's own, B carries the inverse: the product stays.
+    peft_scale = 1.0 if recipe.alpha is None else recipe.alpha / configuration["r"]
+    if recipe.alpha is not None:
+        scaled = {key: rank * peft_scale for key, rank in configuration["alpha_pattern"].items()}
+        configuration |= {"lora_alpha": recipe.alpha, "alpha_pattern": scaled}
+
+    def scale(key: str, tensor: Tensor) -> Tensor:
+        return tensor * (decision.factor_of(key) / peft_scale) if _is_b(key) else tensor
+
+    unchanged = peft_scale == 1.0 and not decision.changes
+    digest = consolidate(parts, output.staged(ADAPTER), rename=_peft_key, scale=None if unchanged else scale)
     write_json_atomic(output.staged(CONFIGURATION), configuration)
     return digest
 
@@ -198,10 +202,8 @@ def _refuse_foreign_folder(folder: Path) -> None:
         )
 
 
-def _refuse_changed_models(plan: Any, recipe: Recipe, pair: ModelPair, settings: Any) -> None:
+def _refuse_changed_models(plan: Plan, recipe: Recipe, pair: ModelPair, settings: Settings) -> None:
     """The models must be at the end what they were at the beginning."""
-    from moe_svd_distill.errors import BadDataError
-
     again = prepare(recipe, pair, settings)
     if [unit.key for unit in again.units] != [unit.key for unit in plan.units]:
         raise BadDataError("a model's files changed during the run", "Run the same command again")

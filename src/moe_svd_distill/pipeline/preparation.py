@@ -16,6 +16,7 @@ from moe_svd_distill.execution.supervisor import Settings
 from moe_svd_distill.pairing.plan import Plan, make_plan
 from moe_svd_distill.pairing.unit import with_key
 from moe_svd_distill.pipeline.pair import ModelPair
+from moe_svd_distill.pipeline.relatedness import embedding_similarity
 from moe_svd_distill.pipeline.work import DistillWork
 from moe_svd_distill.recipe import Recipe
 from moe_svd_distill.transfer.settings import transfer_settings
@@ -33,7 +34,14 @@ def prepare(recipe: Recipe, pair: ModelPair, execution: Settings) -> Plan:
         UsageError: The recipe does not fit the models.
     """
     teacher, student = pair.teacher, pair.student
-    plan = make_plan(teacher.layout, student.layout, teacher.shapes, student.shapes, recipe)
+    plan = make_plan(
+        teacher.layout,
+        student.layout,
+        teacher.shapes,
+        student.shapes,
+        recipe,
+        embedding_similarity=embedding_similarity(pair),
+    )
     context = identity(recipe, pair, execution)
     return replace(plan, units=tuple(with_key(unit, context) for unit in plan.units))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def command(output: Path, pairs: tuple[str, ...], as_json: bool) -> None:
                 None,
                 [pair.heldout],
                 tokens=EVALUATION_TOKENS,
-                on_progress=lambda step, done, total, show=monitor.on_stage: show(f"reading: {step}", done / total),
+                on_progress=partial(_show, monitor),
             )
         decision = str(adapter.record["scale_search"]["decision"])
         results[name] = {
@@ -70,3 +71,7 @@ def command(output: Path, pairs: tuple[str, ...], as_json: bool) -> None:
             screen.print(f"Report: {evaluated.report}  ({results[name]['seconds']} s)", soft_wrap=True, highlight=False)
     if as_json:
         print_json(results)
+
+
+def _show(monitor: Any, step: str, done: int, total: int) -> None:
+    monitor.on_stage(f"reading: {step}", done / total)
