@@ -1,7 +1,7 @@
 """k-means of expert fingerprints from their Gram matrix against scikit-learn on the raw fingerprints.
 
-``python -m benchmarks.kmeans``. Both sides: k-means++ with the same seed and the same number of restarts, so the same initial
-centres; our time includes the Gram matrix.
+``python -m benchmarks.kmeans``. Both sides: k-means++ with the same seed and the same number of restarts, so the same
+initial centres; our time includes the Gram matrix.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--restarts", type=int, default=10)
+    parser.add_argument("--restarts", type=int, default=3)
     arguments = parser.parse_args()
     one_thread()
     print_machine()

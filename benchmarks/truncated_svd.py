@@ -1,13 +1,15 @@
-"""Truncated SVD of difference matrices against ``torch.linalg.svd``, side by side: ``python -m benchmarks.truncated_svd``.
+"""Truncated SVD of difference matrices against ``torch.linalg.svd``, side by side.
 
-Spectra: ``bulk`` = Gaussian entries of 0.02 plus a part of rank N/4 with singular values ``s_1 i^-0.5``, s_1 five times the largest
-singular value of the Gaussian part; ``pow0.5`` = singular values ``i^-0.5``. N is the smaller dimension.
+``python -m benchmarks.truncated_svd``. Spectra: ``bulk`` = Gaussian entries of 0.02 plus a part of rank N/4 with
+singular values ``s_1 i^-0.5``, s_1 five times the largest of the Gaussian part; ``pow0.5`` = ``i^-0.5``. N is the
+smaller size.
 """
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,7 +38,7 @@ class Row:
 
 
 def bulk(m: int, n: int, generator: torch.Generator, *, strength: float = 5.0) -> Tensor:
-    """Gaussian matrix of standard deviation 0.02 plus a power-law part of rank N/4 that sticks out ``strength`` times."""
+    """Gaussian entries of 0.02 plus a power-law part of rank N/4 that sticks out ``strength`` times."""
     deviation, part = 0.02, min(m, n) // 4
     edge = deviation * (m**0.5 + n**0.5)
     values = strength * edge * torch.arange(1, part + 1).float() ** -0.5
@@ -55,14 +57,14 @@ def _with_values(m: int, n: int, values: Tensor, generator: torch.Generator) -> 
 
 
 def measure(spectrum: str, matrix: Tensor, goals: tuple[int, ...], repetitions: int) -> list[Row]:
-    """All ranks of one matrix. The reference is timed before and after, so that a change of the machine shows in both."""
+    """All ranks of one matrix, each next to the reference in time."""
     generator = torch.Generator().manual_seed(1)
-    full = cpu_time(lambda: torch.linalg.svd(matrix, full_matrices=False), 2)
     squares = torch.linalg.svdvals(matrix.double()).square()
     total = float(squares.sum())
     rows = []
     for rank, goal in zip(RANKS, goals, strict=True):
-        ours = cpu_time(lambda rank=rank: truncated_svd(matrix, rank, generator=generator), repetitions)
+        full = cpu_time(lambda: torch.linalg.svd(matrix, full_matrices=False), 1)
+        ours = cpu_time(partial(truncated_svd, matrix, rank, generator=generator), repetitions)
         result = truncated_svd(matrix, rank, generator=generator)
         product = result.left.double() @ result.right.double()
         missed = float((matrix.double() - product).square().sum())

@@ -44,7 +44,7 @@ PAIRS_OF_THE_LAB: tuple[Pair, ...] = (
         "sibling",
         "qwen3-moe-teacher",
         "qwen3-moe-sibling",
-        "Qwen3-MoE; a student of the teacher's shape and initialisation, branched off early in the same training",
+        "Qwen3-MoE; a student of the teacher's shape and initialisation: an earlier state of the same training",
     ),
     Pair(
         "dense",

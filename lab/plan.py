@@ -34,7 +34,7 @@ class Schedule:
     @property
     def steps(self) -> int:
         """Number of optimiser steps."""
-        return max(1, self.tokens // (self.batch * CONTEXT))
+        return self.tokens // (self.batch * CONTEXT)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class ModelSpec:
 
     `cropped_from` names a trained model that is cut down to the shape of this one.
     `branch_of` names a model whose state after the fraction `branch_at` of its training is taken over, with its
-    optimiser, and trained for `schedule.tokens` more while the learning rate falls linearly to its floor.
+    optimiser, and trained for `schedule.tokens` more while the learning rate falls linearly to its floor; with no
+    tokens more, that state itself is the model.
     `snapshots` are the fractions of training after which the state is kept for such branches.
     """
 
@@ -63,7 +64,7 @@ SPECS: tuple[ModelSpec, ...] = (
         "qwen3-moe-large",
         Schedule(tokens=2_400_000, seed=11),
         initial_seed=101,
-        snapshots=(0.1, 0.2, 0.35, 0.5, 0.6, 0.65, 0.7),
+        snapshots=(0.35, 0.5, 0.55, 0.6),
     ),
     ModelSpec("qwen3-moe-independent", "qwen3-moe-small", Schedule(tokens=1_200_000, seed=22), initial_seed=202),
     ModelSpec(
@@ -72,13 +73,13 @@ SPECS: tuple[ModelSpec, ...] = (
     ModelSpec(
         "qwen3-moe-sibling",
         "qwen3-moe-large",
-        Schedule(tokens=100_000, seed=11),
+        Schedule(tokens=0, seed=11),
         initial_seed=101,
         branch_of="qwen3-moe-teacher",
-        branch_at=0.35,
+        branch_at=0.55,
     ),
     ModelSpec("llama-teacher", "llama-large", Schedule(tokens=2_000_000, seed=44), initial_seed=404),
-    ModelSpec("llama-student", "llama-small", Schedule(tokens=1_000_000, seed=55), initial_seed=505),
+    ModelSpec("llama-student", "llama-small", Schedule(tokens=1_250_000, seed=55), initial_seed=505),
 )
 
 

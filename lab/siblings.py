@@ -1,8 +1,9 @@
 """Compare candidates for the sibling student: `python -m lab.siblings [--tokens N ...]`.
 
-A sibling is an early state of the teacher's own training, led to rest by a short falling learning rate. Each candidate
-is judged by how far behind the teacher it is and by how much of the way the plain weight difference carries it: the
-share of KL(teacher || student) that goes away when a part of the difference is added to the student.
+A sibling is an earlier state of the teacher's own training, as it was or led to rest by a short falling learning rate.
+Each candidate is judged by how far behind the teacher it is, and by how much of the way the plain weight difference
+carries it: the share of KL(teacher || student), and of the gap in cross-entropy, that goes away when a part of the
+difference is added to the student.
 """
 
 from __future__ import annotations
@@ -113,9 +114,6 @@ def candidate(spec: ModelSpec, at: float, extra: int, tokens: np.ndarray) -> Pre
     """Branch off `spec` after the fraction `at` and train for `extra` tokens more."""
     snapshot = Snapshot.load(snapshot_path(spec.name, at))
     model = fresh_model(spec.architecture, spec.initial_seed)
-    if extra == 0:
-        model.load_state_dict(snapshot.weights)
-        return model.eval()
     schedule: Schedule = replace(spec.schedule, tokens=extra)
     train(model, tokens, schedule, branch=snapshot, report=lambda line: None)
     return model
@@ -136,7 +134,7 @@ def main() -> None:
     windows = heldout_windows(MODELS / spec.name, read_lines(TEXT / "heldout.jsonl"), options.windows)
     tokens = np.load(WORK / "train.npy")
     for at in options.at or spec.snapshots:
-        for extra in options.tokens or [0, 60_000, 150_000]:
+        for extra in options.tokens or [0, 60_000]:
             student = candidate(spec, at, extra, tokens)
             print(f"at {at:g} +{extra:,}: {judge(teacher, student, windows)}", flush=True)
 

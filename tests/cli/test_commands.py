@@ -20,6 +20,7 @@ from tests.support.pairs import with_tensors
 
 def run(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of a command run in this process."""
+    capsys.readouterr()
     with pytest.raises(SystemExit) as left:
         main([str(word) for word in words])
     captured = capsys.readouterr()
@@ -29,7 +30,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, st
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("models")
-    return saved("qwen3_moe", folder / "t", seed=1), saved("qwen3_moe", folder / "s", seed=2, max_shard_size="60KB")
+    return saved("qwen3_moe", folder / "t", seed=1), saved("qwen3_moe", folder / "s", seed=2, max_shard_size="20KB")
 
 
 def test_help_answers_without_torch() -> None:
@@ -145,7 +146,7 @@ def test_a_missing_shard_and_a_contradicting_index(
     import shutil
 
     sharded = tmp_path / "sharded"
-    load(models[1], torch.bfloat16).save_pretrained(sharded, max_shard_size="60KB")
+    load(models[1], torch.bfloat16).save_pretrained(sharded, max_shard_size="20KB")
     shards = sorted(sharded.glob("model-*.safetensors"))
     assert len(shards) > 1
     lacking = shutil.copytree(sharded, tmp_path / "lacking")

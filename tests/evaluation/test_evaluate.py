@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
+from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE
+from moe_svd_distill.adapter.scaling import scaled_copy
 from moe_svd_distill.calibration.text import Document
 from moe_svd_distill.errors import BadDataError, IncompatiblePairError
 from moe_svd_distill.evaluation.evaluate import evaluate
@@ -51,9 +55,35 @@ def test_text_that_was_used_before_is_left_out(lab: Lab) -> None:
         evaluate(lab.good_adapter, lab.teacher, lab.student, lab.documents, used=used)
 
 
-def test_another_vocabulary_is_refused_before_anything_runs(lab: Lab, tmp_path: object) -> None:
-    from pathlib import Path
+def test_an_adapter_scaled_to_nothing_changes_nothing(lab: Lab, tmp_path: Path) -> None:
+    shutil.copy(lab.good_adapter / "adapter_config.json", tmp_path)
+    scaled_copy(lab.good_adapter / ADAPTER_FILE, tmp_path / ADAPTER_FILE, lambda name: 0.0)
+    result = evaluate(tmp_path, lab.teacher, lab.student, documents(10, seed=9), limit_tokens=1024, length=LENGTH)
+    assert result.effect == "none"
+    assert result.adapted == result.student == result.controls[0].figures
+    assert result.verdict.startswith("The adapter changes nothing: nothing was transferred (KL ")
 
-    write_tokenizer(Path(str(tmp_path)), ["a wholly other text to learn from"] * 3)
+
+def test_an_adapter_whose_names_cannot_be_read_is_refused_before_any_pass(lab: Lab, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(lab.good_adapter / ADAPTER_FILE)
+    save_file({name.replace("q_proj", "z_proj"): tensor for name, tensor in tensors.items()}, tmp_path / ADAPTER_FILE)
+    shutil.copy(lab.good_adapter / "adapter_config.json", tmp_path)
+    passes: list[str] = []
+    with pytest.raises(BadDataError, match="z_proj"):
+        evaluate(
+            tmp_path,
+            lab.teacher,
+            lab.student,
+            lab.documents,
+            length=LENGTH,
+            on_progress=lambda name, done, total: passes.append(name),
+        )
+    assert passes == []
+
+
+def test_another_vocabulary_is_refused_before_anything_runs(lab: Lab, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, ["a wholly other text to learn from"] * 3)
     with pytest.raises(IncompatiblePairError, match="different vocabularies"):
-        evaluate(lab.good_adapter, str(tmp_path), lab.student, [Document("a", "text")])
+        evaluate(lab.good_adapter, tmp_path, lab.student, [Document("a", "text")])

@@ -65,6 +65,14 @@ def test_a_model_measured_against_itself_has_no_gap(lab: Lab) -> None:
     assert figures.top1_agreement == 1.0
 
 
+def test_half_precision_is_near(lab: Lab) -> None:
+    teacher, student = load_model(lab.teacher), load_model(lab.student)
+    exact = measure(student, record_teacher(teacher, lab.text)).figures
+    coarse = measure(student.bfloat16(), record_teacher(teacher.bfloat16(), lab.text)).figures
+    assert coarse.kl == pytest.approx(exact.kl, rel=0.01)
+    assert coarse.cross_entropy == pytest.approx(exact.cross_entropy, rel=0.01)
+
+
 def test_progress_is_told(lab: Lab) -> None:
     told: list[tuple[str, int, int]] = []
     record_teacher(llama(320), lab.text, on_progress=lambda *step: told.append(step))

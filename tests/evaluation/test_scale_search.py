@@ -58,6 +58,20 @@ def test_the_best_scale_is_found_and_confirmed() -> None:
     assert "on text the scale was not chosen on, KL falls by 3" in search.decision
 
 
+def test_confirming_on_other_text_costs_two_calls_there() -> None:
+    evaluate, calls = _landscape(dict.fromkeys(GROUPS, 0.6), dict.fromkeys(GROUPS, 0.1), noise=0.001)
+    confirm, confirmed = _landscape(dict.fromkeys(GROUPS, 0.6), dict.fromkeys(GROUPS, 0.05), noise=0.001, seed=5)
+    search = search_scale(evaluate, GROUPS, confirm=confirm)
+    assert search.accepted
+    assert len(confirmed) == 2
+    assert len(calls) == len(search.trials)
+    assert search.trials[1].documents == 40
+    assert search.confirmation is not None
+    assert search.confirmation.kl_fall == pytest.approx(0.15, abs=0.01)
+    harmful, _ = _landscape(dict.fromkeys(GROUPS, 0.0), dict.fromkeys(GROUPS, 1.0))
+    assert not search_scale(evaluate, GROUPS, confirm=harmful).accepted
+
+
 def test_each_group_gets_its_own_scale() -> None:
     evaluate, _ = _landscape({"attention": 0.0, "experts": 0.5, "head": 1.0}, dict.fromkeys(GROUPS, 0.1), noise=0.001)
     search = search_scale(evaluate, GROUPS)

@@ -12,7 +12,7 @@ from lab.plan import CONTEXT, Schedule
 from lab.training import Snapshot, batches, cosine_rate, falling_rate, train
 
 TOKENS = np.random.default_rng(0).integers(0, 2048, 40 * CONTEXT).astype(np.uint16)
-SHORT = Schedule(tokens=4 * 2 * CONTEXT, batch=2)
+SHORT = Schedule(tokens=2 * CONTEXT, batch=1)
 
 
 def silent(line: str) -> None:
@@ -37,15 +37,17 @@ def test_batches_depend_on_the_seed_only():
 def test_branch_goes_on_with_the_next_batch_and_learns(tmp_path):
     def trunk():
         model = fresh_model("llama-small", seed=3)
-        train(model, TOKENS, SHORT, snapshots={2: tmp_path / "half.pt"}, report=silent)
+        train(model, TOKENS, SHORT, snapshots={1: tmp_path / "half.pt"}, report=silent)
         return model
 
     first, second = trunk().state_dict(), trunk().state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     state = Snapshot.load(tmp_path / "half.pt")
-    assert state.step == 2
+    assert state.step == 1
     model = fresh_model("llama-small", seed=3)
-    train(model, TOKENS, replace(SHORT, tokens=2 * CONTEXT), branch=state, report=silent)
+    train(model, TOKENS, replace(SHORT, tokens=0), branch=state, report=silent)
+    assert all(torch.equal(value, state.weights[name]) for name, value in model.state_dict().items())
+    train(model, TOKENS, replace(SHORT, tokens=CONTEXT), branch=state, report=silent)
     assert any(not torch.equal(value, state.weights[name]) for name, value in model.state_dict().items())
 
 

@@ -96,7 +96,7 @@ def test_a_changed_recipe_reuses_no_part_and_deletes_none(finished: tuple[Recipe
     shutil.copytree(out, copy)
     parts = {path.name for path in (copy / "parts").iterdir()}
     other = distill(recipe.model_copy(update={"output": copy, "rank": 5}))
-    assert other.record["execution"]["units_reused"] == 1  # the head's rank is its own
+    assert other.record["execution"]["units_reused"] == 2  # head and embeddings: their rank is their own
     assert parts < {path.name for path in (copy / "parts").iterdir()}
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
 from moe_svd_distill.algebra.interpolation import check_weight, spherical_coefficients
@@ -124,7 +125,7 @@ def kmeans_from_gram(
         labels = np.arange(experts)
     else:
         points = gram_embedding(gram).cpu().numpy()
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), threadpool_limits(1):  # so few points: threads would only wait for each other
             warnings.simplefilter("ignore", ConvergenceWarning)
             labels = KMeans(clusters, n_init=restarts, random_state=seed).fit(points).labels_.astype(np.int64)
         labels = _fill_empty(points, labels, clusters)

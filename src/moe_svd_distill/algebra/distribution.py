@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-CHUNK_ENTRIES = 1 << 24  # logits turned into float32 at a time: 64 MiB
+CHUNK_ENTRIES = 1 << 22  # logits turned into float32 at a time: 16 MiB
 
 
 def kl_divergence(

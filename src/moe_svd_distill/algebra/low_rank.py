@@ -201,7 +201,8 @@ def _check(matrix: Float[Tensor, "m n"], rank: int) -> float:
         raise ValueError(f"rank must be at least 1, not {rank}")
     if matrix.numel() == 0:
         raise ValueError(f"matrix of shape {tuple(matrix.shape)} is empty")
-    rows = torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float32).double()
+    accumulator = torch.promote_types(matrix.dtype, torch.float32)
+    rows = torch.linalg.vector_norm(matrix, dim=1, dtype=accumulator).double()
     norm = float(torch.linalg.vector_norm(rows))
     if not math.isfinite(norm):
         raise ValueError("matrix has an entry that is not finite, or too large for float32")

@@ -174,10 +174,12 @@ def cosine_similarity(
     square_t: Tensor | float = 0.0
     square_s: Tensor | float = 0.0
     for part_t, part_s in zip(teacher, student, strict=True):
-        T, S = _unit_mean(part_t.float()), _unit_mean(part_s.float())
-        inner = inner + S @ T.mT
-        square_t = square_t + T.square().sum(1)
-        square_s = square_s + S.square().sum(1)
+        T, S = part_t.float(), part_s.float()
+        norms_t, norms_s = torch.linalg.vector_norm(T, dim=1), torch.linalg.vector_norm(S, dim=1)
+        scale_t, scale_s = _unit_mean(norms_t), _unit_mean(norms_s)
+        inner = inner + (S @ T.mT) * (scale_t * scale_s)
+        square_t = square_t + (norms_t * scale_t).square()
+        square_s = square_s + (norms_s * scale_s).square()
     tiny = torch.finfo(torch.float32).tiny
     lengths_t = torch.as_tensor(square_t).clamp_min(tiny).sqrt()
     lengths_s = torch.as_tensor(square_s).clamp_min(tiny).sqrt()
@@ -225,9 +227,9 @@ def _expected_maximum(count: int) -> float:
     return math.sqrt(2.0) * float(torch.erfinv(torch.tensor(2.0 * probability - 1.0, dtype=torch.float64)))
 
 
-def _unit_mean(rows: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(rows)
-    return rows * (math.sqrt(rows.shape[0]) / norm.clamp_min(torch.finfo(rows.dtype).tiny))
+def _unit_mean(norms: Tensor) -> Tensor:
+    """Factor that brings the root mean square of the row norms to one."""
+    return norms.square().mean().clamp_min(torch.finfo(norms.dtype).tiny).rsqrt()
 
 
 def _centred(rows: Tensor) -> Tensor:

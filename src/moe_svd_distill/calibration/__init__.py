@@ -1,0 +1,1 @@
+"""Text as both models see it: reading, dividing, tokenising."""

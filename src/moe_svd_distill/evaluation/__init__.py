@@ -1,0 +1,1 @@
+"""What an adapter does to its student, measured beside controls; and how much of it to keep."""

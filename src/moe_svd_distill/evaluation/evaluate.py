@@ -5,13 +5,15 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moe_svd_distill.adapter.load_check import check_loads
 from moe_svd_distill.adapter.random_control import write_random_control
 from moe_svd_distill.calibration.text import (
     Document,
@@ -142,9 +144,23 @@ def evaluate(
         raise BadDataError("All of the text was used to make the adapter", "Name text the adapter has not seen")
     ordered = split_documents(fresh, {"held-out": 1.0}, seed)["held-out"]
     text = tokenize(ordered, load_tokenizer(student_folder), limit_tokens, length=length, vocabulary=comparison.shared)
-    record = teacher_pass(teacher_folder, text, vocabulary=comparison.shared, device=device, on_progress=on_progress)
-    student = load_model(student_folder, device)
-    return evaluate_resident(student, record, adapter_folder, seed=seed, controls=controls, on_progress=on_progress)
+    check_loads(adapter_folder, student_folder)
+    with random_controls(adapter_folder, range(seed, seed + controls)) as folders:
+        record = teacher_pass(
+            teacher_folder, text, vocabulary=comparison.shared, device=device, on_progress=on_progress
+        )
+        student = load_model(student_folder, device)
+        return evaluate_resident(student, record, adapter_folder, seed=seed, controls=folders, on_progress=on_progress)
+
+
+@contextmanager
+def random_controls(adapter_folder: str | Path, seeds: Iterable[int]) -> Iterator[dict[int, Path]]:
+    """Write random adapters of the same norms into a temporary folder, one for each seed."""
+    with tempfile.TemporaryDirectory() as folder:
+        written = {seed: Path(folder) / str(seed) for seed in seeds}
+        for seed, path in written.items():
+            write_random_control(adapter_folder, path, seed)
+        yield written
 
 
 def teacher_pass(
@@ -164,18 +180,27 @@ def evaluate_resident(
     adapter_folder: str | Path,
     *,
     seed: int = 0,
-    controls: int = 1,
+    controls: Mapping[int, Path] | None = None,
     on_progress: Progress | None = None,
 ) -> Evaluation:
-    """Measure an adapter on a student in memory; the student comes out as it went in."""
+    """Measure an adapter on a student in memory; the student comes out as it went in.
+
+    Args:
+        student: A transformers causal language model.
+        record: The teacher's pass over the text.
+        adapter_folder: The adapter.
+        seed: Of the bootstrap.
+        controls: Seed to folder of the random adapters to measure beside it (see `random_controls`).
+        on_progress: Told about every batch.
+    """
     start = time.monotonic()
     before = measure(student, record, name="student", on_progress=on_progress)
     after = _with_adapter(student, record, adapter_folder, "adapter", on_progress)
     kl_interval, entropy_interval = gap_intervals(before, after, record.measurement, seed=seed)
     gap = _gap(before, after, record.measurement, kl_interval, entropy_interval)
     measured = tuple(
-        _control(student, record, before, Path(adapter_folder), seed + number, on_progress)
-        for number in range(controls)
+        _control(student, record, before, control_seed, folder, on_progress)
+        for control_seed, folder in (controls or {}).items()
     )
     effect = effect_of(before, after)
     control_gap = _mean_gap([control.gap_closed for control in measured]).kl if measured else None
@@ -207,11 +232,9 @@ def _with_adapter(
 
 
 def _control(
-    student: Any, record: TeacherRecord, before: Measurement, adapter: Path, seed: int, on_progress: Progress | None
+    student: Any, record: TeacherRecord, before: Measurement, seed: int, folder: Path, on_progress: Progress | None
 ) -> Control:
-    with tempfile.TemporaryDirectory() as folder:
-        write_random_control(adapter, Path(folder) / "control", seed)
-        after = _with_adapter(student, record, Path(folder) / "control", "control", on_progress)
+    after = _with_adapter(student, record, folder, "control", on_progress)
     return Control(seed, after.figures, _gap(before, after, record.measurement))
 
 

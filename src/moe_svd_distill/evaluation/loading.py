@@ -43,6 +43,9 @@ def load_model(folder: str | Path, device: str = "cpu", dtype: torch.dtype | Non
         raise BadDataError(
             f"The model in {folder} cannot be loaded ({_first_line(error)})", "Check the model"
         ) from error
+    if torch.device(device).type == "cpu" and hasattr(model, "set_experts_implementation"):
+        # On a CPU the loop over experts is 1.7 times as fast as grouped_mm, and 20 times as fast as batched_mm.
+        model.set_experts_implementation("eager")
     return model.to(device).eval().requires_grad_(False)
 
 

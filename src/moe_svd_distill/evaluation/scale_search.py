@@ -1,6 +1,6 @@
 """How much of an adapter to keep, with nothing as a valid answer.
 
-The scale is chosen on one half of the search text and must prove itself on the other, document by document. What does
+The scale is chosen on one part of the search text and must prove itself on the other, document by document. What does
 not measurably lower KL without raising cross-entropy is scaled to nothing, in words that say so.
 """
 
@@ -40,7 +40,7 @@ class Guard:
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting that was tried: the figures on the choosing half and what fell there, in nats per token."""
+    """One setting that was tried: the figures on a part of the text and what fell there, in nats per token."""
 
     scales: Mapping[str, float]
     kl: float
@@ -49,6 +49,7 @@ class Trial:
     kl_fall_error: float
     cross_entropy_fall: float
     cross_entropy_fall_error: float
+    documents: int
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class ScaleSearch:
         accepted: Whether anything is kept.
         decision: One or two sentences for the user.
         trials: Everything tried, in order; the first is the untouched student.
-        confirmation: The chosen setting on the other half of the text; None when nothing on the choosing half helped.
+        confirmation: The chosen setting on the confirming part of the text; None when nothing helped on the other.
     """
 
     scales: Mapping[str, float]
@@ -78,6 +79,7 @@ def search_scale(
     evaluate: Evaluate,
     groups: Sequence[str],
     *,
+    confirm: Evaluate | None = None,
     guard: Guard | None = None,
     global_scales: Sequence[float] = GLOBAL_SCALES,
     by_group: bool = True,
@@ -87,20 +89,22 @@ def search_scale(
     Args:
         evaluate: Measures the student at given scales; called up to 7 times and up to 3 times for each group.
         groups: The groups of the adapter, for example `AdaptedStudent.groups`.
+        confirm: The same on other text, called twice; without it, the documents of `evaluate` are divided in two
+            halves for choosing and confirming, which costs twice the time for as much text to choose on.
         guard: What must hold for the adapter to be kept.
         global_scales: Scales above 0 to try for everything together.
         by_group: Whether to go on from the best of these and halve or raise the scale of each group in turn.
     """
-    return _Search(evaluate, groups, guard or Guard()).run(global_scales, by_group)
+    return _Search(evaluate, confirm, groups, guard or Guard()).run(global_scales, by_group)
 
 
 class _Search:
-    def __init__(self, evaluate: Evaluate, groups: Sequence[str], guard: Guard) -> None:
-        self.evaluate, self.groups, self.guard = evaluate, tuple(groups), guard
+    def __init__(self, evaluate: Evaluate, confirm: Evaluate | None, groups: Sequence[str], guard: Guard) -> None:
+        self.evaluate, self.confirm, self.groups, self.guard = evaluate, confirm, tuple(groups), guard
         self.known: dict[tuple[float, ...], Measurement] = {}
         self.nothing = dict.fromkeys(self.groups, 0.0)
-        self.untouched = self.measured(self.nothing)
-        self.choosing, self.confirming = halves(self.untouched.tokens)
+        tokens = self.measured(self.nothing).tokens
+        self.choosing, self.confirming = halves(tokens) if confirm is None else (np.arange(len(tokens)),) * 2
         self.best, self.best_kl = self.nothing, self.kl(self.nothing)
 
     def run(self, global_scales: Sequence[float], by_group: bool) -> ScaleSearch:
@@ -121,10 +125,16 @@ class _Search:
             self.known[key] = self.evaluate(dict(scales))
         return self.known[key]
 
+    def chosen_on(self, scales: Mapping[str, float]) -> Measurement:
+        return self.measured(scales).of(self.choosing)
+
+    def confirmed_on(self, scales: Mapping[str, float]) -> Measurement:
+        return self.confirm(dict(scales)) if self.confirm else self.measured(scales).of(self.confirming)
+
     def kl(self, scales: Mapping[str, float]) -> float:
-        """KL on the choosing half; infinite where it is bought with cross-entropy."""
-        measurement = self.measured(scales).of(self.choosing)
-        change = cross_entropy_change(self.untouched.of(self.choosing), measurement)
+        """KL on the choosing part; infinite where it is bought with cross-entropy."""
+        measurement = self.chosen_on(scales)
+        change = cross_entropy_change(self.chosen_on(self.nothing), measurement)
         if change.rises(self.guard.cross_entropy_errors):
             return float("inf")
         return float(measurement.kl.sum() / measurement.tokens.sum())
@@ -167,27 +177,17 @@ class _Search:
 
     def improve(self, scales: Mapping[str, float]) -> bool:
         """Consider a setting that differs in one group, where differences within noise are left alone."""
-        before, after = self.measured(self.best).of(self.choosing), self.measured(scales).of(self.choosing)
-        change = kl_change(before, after)
+        change = kl_change(self.chosen_on(self.best), self.chosen_on(scales))
         matters = change.falls(1.0) and change.fall > _SMALLEST_STEP * self.kl(self.nothing)
         return matters and self.consider(scales)
 
-    def trial(self, scales: Mapping[str, float], half: NDArray[np.int64]) -> Trial:
-        before, after = self.untouched.of(half), self.measured(scales).of(half)
-        kl, entropy, tokens = kl_change(before, after), cross_entropy_change(before, after), after.tokens.sum()
-        return Trial(
-            scales=dict(scales),
-            kl=float(after.kl.sum() / tokens),
-            cross_entropy=float(after.cross_entropy.sum() / tokens),
-            kl_fall=kl.fall,
-            kl_fall_error=kl.error,
-            cross_entropy_fall=entropy.fall,
-            cross_entropy_fall_error=entropy.error,
-        )
-
     def verdict(self) -> ScaleSearch:
-        trials = tuple(self.trial(dict(zip(self.groups, key, strict=True)), self.choosing) for key in list(self.known))
-        confirmation = self.trial(self.best, self.confirming) if self.best != self.nothing else None
+        untouched = self.chosen_on(self.nothing)
+        settings = [dict(zip(self.groups, key, strict=True)) for key in self.known]
+        trials = tuple(_trial(scales, untouched, self.chosen_on(scales)) for scales in settings)
+        confirmation = None
+        if self.best != self.nothing:
+            confirmation = _trial(self.best, self.confirmed_on(self.nothing), self.confirmed_on(self.best))
         failure = self.failure(confirmation)
         if failure:
             return ScaleSearch(self.nothing, False, f"Nothing was transferred: {failure}.", trials, confirmation)
@@ -205,9 +205,8 @@ class _Search:
         """Say why nothing is kept, or nothing."""
         if confirmation is None:
             return _NO_HELP
-        documents = len(self.confirming)
-        fall = Change(confirmation.kl_fall, confirmation.kl_fall_error, documents)
-        entropy = Change(confirmation.cross_entropy_fall, confirmation.cross_entropy_fall_error, documents)
+        fall = Change(confirmation.kl_fall, confirmation.kl_fall_error, confirmation.documents)
+        entropy = Change(confirmation.cross_entropy_fall, confirmation.cross_entropy_fall_error, confirmation.documents)
         before = confirmation.kl + confirmation.kl_fall
         best = f"the best scale lowers KL by {fall.fall / before:.1%} of the gap" if before > 0 else "there is no gap"
         if not fall.falls(self.guard.errors):
@@ -229,3 +228,17 @@ def halves(tokens: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.i
         weight[lighter] += float(tokens[document])
     first, second = (np.asarray(sorted(half), dtype=np.int64) for half in chosen)
     return first, second
+
+
+def _trial(scales: Mapping[str, float], before: Measurement, after: Measurement) -> Trial:
+    kl, entropy, tokens = kl_change(before, after), cross_entropy_change(before, after), after.tokens.sum()
+    return Trial(
+        scales=dict(scales),
+        kl=float(after.kl.sum() / tokens),
+        cross_entropy=float(after.cross_entropy.sum() / tokens),
+        kl_fall=kl.fall,
+        kl_fall_error=kl.error,
+        cross_entropy_fall=entropy.fall,
+        cross_entropy_fall_error=entropy.error,
+        documents=kl.documents,
+    )

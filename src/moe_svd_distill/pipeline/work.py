@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moe_svd_distill.execution.parts import PartContent
+from moe_svd_distill.execution.worker import report_progress
 from moe_svd_distill.families import Geometry
 from moe_svd_distill.families.registry import families
 from moe_svd_distill.transfer.settings import TransferSettings
@@ -37,6 +38,6 @@ class DistillWork:
         """Compute ``unit`` on ``device``."""
         from moe_svd_distill.transfer.unit import transfer_unit
 
-        family = families()[self.model_type]
-        result = transfer_unit(unit, self.teacher, self.student, self.geometries, family, self.settings, device)
+        models = (self.teacher, self.student, self.geometries, families()[self.model_type])
+        result = transfer_unit(unit, *models, self.settings, device, report_progress)
         return PartContent(result.tensors, result.record)

@@ -101,9 +101,9 @@ def text_note(evaluation: Record) -> str:
     parts = [
         f"{student.get('tokens', 0):,} predicted tokens of held-out text{f' ({texts})' if texts else ''}",
         f"sequences of {evaluation['sequence_length']} tokens" if evaluation.get("sequence_length") else "",
-        f"errors are over {student.get('documents', '?')} {evaluation.get('unit', 'documents')}",
+        f"± is one standard error over {student.get('documents', '?')} {evaluation.get('unit', 'documents')}",
     ]
-    return ", ".join(part for part in parts if part) + "; in nats per token; intervals are 95 %."
+    return ", ".join(part for part in parts if part) + "; intervals and whiskers are 95 %; all in nats per token."
 
 
 def fate_counts(record: Record) -> list[tuple[str, int]]:

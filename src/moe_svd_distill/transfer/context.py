@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ class UnitContext:
         student: The student's sizes.
         family: The student's family.
         facts: Facts about the unit as a whole, for its record.
+        report: Told the share of the unit that is done, 0 to 1.
     """
 
     unit: UnitOfWork
@@ -46,6 +47,7 @@ class UnitContext:
     student: Geometry
     family: Family
     facts: dict[str, Any] = field(default_factory=dict)
+    report: Callable[[float], None] = field(default=lambda fraction: None)
 
     @property
     def same_width(self) -> bool:

@@ -43,6 +43,7 @@ def transfer_experts(tasks: tuple[TensorTask, ...], context: UnitContext) -> lis
         ]
         for kind in range(3):
             outcomes += factorise_group([group[kind] for group in deltas], context.settings)
+        context.report(min(1.0, (first + EXPERTS_AT_ONCE) / len(experts)))
     return outcomes
 
 

@@ -68,6 +68,7 @@ def group_experts(tasks: Sequence[Sequence[TensorTask]], router: TensorTask, con
     """
     layers = context.unit.teacher_experts
     experts, slots = len(layers[0].tensors), len(tasks)
+    context.report(0.0)
     clusters = slots if context.settings.clusters == "student" else int(context.settings.clusters)
     probes = _probes(context)
     description = _describe_teacher(layers, context, probes)

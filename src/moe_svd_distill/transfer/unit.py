@@ -37,6 +37,7 @@ def transfer_unit(
     family: Family,
     settings: TransferSettings,
     device: str,
+    report: Callable[[float], None] = lambda fraction: None,
 ) -> UnitResult:
     """Do one unit of work.
 
@@ -48,6 +49,7 @@ def transfer_unit(
         family: The student's family.
         settings: The recipe's numbers.
         device: Where to compute.
+        report: Told the share of the unit that is done, 0 to 1.
 
     Raises:
         BadDataError: NaN or Inf in a weight, where the recipe says to fail.
@@ -55,7 +57,7 @@ def transfer_unit(
     reader = TensorReader(teacher, student, device, nan=settings.nan, interpolation=settings.interpolation)
     mapped = residual_map(teacher, student, device) if settings.projection == "procrustes" else None
     shaper = Shaper(settings.projection, mapped)
-    context = UnitContext(unit, reader, shaper, settings, *geometries, family)
+    context = UnitContext(unit, reader, shaper, settings, *geometries, family, report=report)
     outcomes: list[TensorOutcome] = []
     for roles, transfer in _groups():
         tasks = tuple(task for task in unit.tasks if task.role in roles or task.role.startswith(roles))
