@@ -1,9 +1,8 @@
 """The described first-generation method, tensor by tensor with exact SVDs: the yardstick of the whole-run benchmark.
 
-Written from the public description (linear depth map, linear interpolation, mean-centred and scaled truncated SVD cut to
-the student's shape, raw fingerprints clustered by scikit-learn's k-means, blend by Frobenius norm, cluster number =
-expert number, exact SVD of the difference), under the names real checkpoints use. It keeps nothing but the time: the
-factors are made and dropped.
+Written from the public description (linear depth map, linear interpolation, mean-centred and scaled truncated SVD cut
+to the student's shape, raw fingerprints clustered by scikit-learn's k-means, blend by Frobenius norm, cluster number =
+expert number, exact SVD of the difference), under the names real checkpoints use. The factors are made and dropped.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def _layer(teacher: Checkpoint, student: Checkpoint, layer: int, step: tuple[int
             for expert in range(experts)
         ]
     )
-    labels = KMeans(clusters, n_init=10, random_state=42).fit(fingerprints.numpy()).labels_
+    labels = KMeans(clusters, n_init="auto", random_state=42).fit(fingerprints.numpy()).labels_
     del fingerprints
     for cluster in range(clusters):
         members = [expert for expert in range(experts) if labels[expert] == cluster]

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks._measure import machine
+from benchmarks._measure import machine, print_machine
 from benchmarks.synthetic import STUDENT, TEACHER, write_model
 
 RANK = 64
@@ -28,15 +28,15 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
         teacher = write_model(folder / "teacher", TEACHER, 1)
         student = write_model(folder / "student", STUDENT, 2)
         size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-        ours = {
-            projection: _cpu_seconds(_distill(teacher, student, folder / projection, projection))
-            for projection in ("svd", "slice")
-        }
+        print_machine()
+        print(f"pair of {size / 1e9:.2f} GB, rank {RANK}, one worker, one thread", flush=True)
+        ours = {}
+        for projection in ("svd", "slice"):
+            ours[projection] = _cpu_seconds(_distill(teacher, student, folder / projection, projection))
+            print(f"this project, {projection:<6}           {ours[projection]:8.1f} s CPU", flush=True)
         baseline = _cpu_seconds([sys.executable, "-c", _BASELINE, str(teacher), str(student)])
-    print(f"{machine()}\npair of {size / 1e9:.2f} GB, rank {RANK}, one worker, one thread")
-    print(f"first generation, exact SVDs   {baseline:8.1f} s CPU")
-    for projection, seconds in ours.items():
-        print(f"this project, {projection:<6}           {seconds:8.1f} s CPU   {baseline / seconds:.1f}x less")
+    ratios = ", ".join(f"{name} {baseline / seconds:.1f}x" for name, seconds in ours.items())
+    print(f"first generation, exact SVDs   {baseline:8.1f} s CPU: {ratios}")
     figures: dict[str, object] = {
         "baseline_cpu_s": baseline,
         "ours_cpu_s": ours,

@@ -26,7 +26,7 @@ _MOE: dict[str, Any] = {
     "norm_topk_prob": True,
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
-    "router_aux_loss_coef": 0.01,
+    "router_aux_loss_coef": 0.0,
 }
 
 

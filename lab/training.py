@@ -1,4 +1,8 @@
-"""Training of one small model, reproducibly: packed sequences, AdamW, warm-up and cosine, fixed seeds and threads."""
+"""Training of one small model, reproducibly: packed sequences, AdamW, warm-up and cosine, fixed seeds and threads.
+
+Routers are trained by the cross-entropy alone, without a loss that balances the experts: over these few tokens the
+experts stay in use, unevenly.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +101,6 @@ def train(
         optimiser.load_state_dict(branch.optimiser)
         for _ in range(branch.step):
             next(stream)
-    mixture = "num_experts" in model.config.to_dict()
     model.train()
     began = last = time.monotonic()
     smooth = 0.0
@@ -106,7 +109,7 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = rate
         sequences = next(stream)
-        output = model(input_ids=sequences, labels=sequences, **({"output_router_logits": True} if mixture else {}))
+        output = model(input_ids=sequences, labels=sequences)
         optimiser.zero_grad(set_to_none=True)
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.truncated_svd import bulk, power_law
+from moe_svd_distill.algebra import low_rank
 from moe_svd_distill.algebra.low_rank import (
     batched_truncated_svd,
     exact_truncated_svd,
@@ -180,6 +181,28 @@ def test_a_stack_is_factored_like_its_members() -> None:
     assert results[1].energy == 1.0
     for matrix, result in zip(stack[::2], results[::2], strict=True):
         assert excess(matrix, result.left, result.right, 16) < 1.001
+
+
+@pytest.mark.parametrize("pass_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("m", "n", "rank"), [(220, 260, 16), (260, 220, 16), (220, 260, 100), (20, 30, 40)])
+def test_the_batched_kernels_do_the_same(m: int, n: int, rank: int, pass_dtype: torch.dtype) -> None:
+    stack = torch.stack([bulk(m, n, seeded(seed)) for seed in range(3)])
+    stack[1] = 0
+    results = low_rank._factorise(stack, rank, seeded(), pass_dtype, None)
+    for matrix, result in zip(stack, results, strict=True):
+        reference = exact_truncated_svd(matrix, rank)
+        assert result.left.shape == (m, rank)
+        assert result.residual <= 1.002 * reference.residual + 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("pass_dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(pass_dtype: torch.dtype) -> None:
+    stack = torch.stack([bulk(256, 512, seeded(seed)) for seed in range(4)])
+    results = batched_truncated_svd(stack.cuda(), 16, generator=seeded(), pass_dtype=pass_dtype)
+    for matrix, result in zip(stack, results, strict=True):
+        assert excess(matrix, result.left.cpu(), result.right.cpu(), 16) < 1.002
 
 
 @settings(max_examples=30, deadline=None)

@@ -11,9 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.optimize import linear_sum_assignment
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
@@ -124,6 +121,9 @@ def kmeans_from_gram(
     if clusters == experts:
         labels = np.arange(experts)
     else:
+        from sklearn.cluster import KMeans  # more than a second that most processes need not pay
+        from sklearn.exceptions import ConvergenceWarning
+
         points = gram_embedding(gram).cpu().numpy()
         with warnings.catch_warnings(), threadpool_limits(1):  # so few points: threads would only wait for each other
             warnings.simplefilter("ignore", ConvergenceWarning)
@@ -156,6 +156,8 @@ def assign_clusters(similarity: Float[Tensor, "clusters student_experts"]) -> In
     clusters, experts = similarity.shape
     if clusters != experts:
         raise ValueError(f"{clusters} clusters cannot be assigned one to one to {experts} student experts")
+    from scipy.optimize import linear_sum_assignment  # half a second that most processes need not pay
+
     _, chosen = linear_sum_assignment(similarity.double().cpu().numpy(), maximize=True)
     return torch.from_numpy(chosen).to(similarity.device)
 

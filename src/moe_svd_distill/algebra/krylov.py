@@ -16,8 +16,8 @@ from moe_svd_distill.algebra.orthonormal import orthonormal_rows
 
 TOLERANCE = 0.001  # allowed excess of the residual over the Eckart-Young optimum
 ORTHOGONALITY = 1e-3  # loss above which a block is orthogonalised once more
-LATER_BLOCKS = 1.7
-RATE = 2.5  # by which one more block typically divides the missing energy
+LATER_BLOCKS = 1.6
+RATE = 2.0  # by which one more block at least divides the missing energy, as a rule
 LARGEST_SHARE = 0.75  # of min(m, n): beyond this size the whole eigendecomposition is cheaper
 
 

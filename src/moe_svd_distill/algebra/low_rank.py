@@ -78,7 +78,7 @@ def exact_truncated_svd(matrix: Float[Tensor, "m n"], rank: int) -> LowRank:
     Raises:
         ValueError: as ``truncated_svd``.
     """
-    _check(matrix, rank)
+    _checked_norms(matrix[None], rank)
     D = matrix.double()
     total = float(D.square().sum())
     U, S, Vh = torch.linalg.svd(D, full_matrices=False)
@@ -122,7 +122,7 @@ def _factorise(
 ) -> list[LowRank]:
     """The factors of every matrix of a stack, or of the one matrix given."""
     stack = matrices if matrices.ndim == 3 else matrices[None]
-    norms = [_check(matrix, rank) for matrix in stack]
+    norms = _checked_norms(stack, rank)
     m, n = matrices.shape[-2:]
     if rank >= min(m, n):
         return [_identity_factors(matrix, rank) for matrix in stack]
@@ -142,7 +142,12 @@ def _factorise(
     )
     if matrices.ndim == 2:
         D, U, W = D[None], U[None], W[None]
-    return [_finish(*parts, upright, method, generator) for parts in zip(D, U, W, norms, strict=True)]
+    sigma = torch.linalg.vector_norm(W, dim=-1)
+    captured = sigma.double().square().sum(-1).tolist()
+    energy = [part / norm**2 if norm else 1.0 for part, norm in zip(captured, norms, strict=True)]
+    return [
+        _finish(D[i], U[i], W[i], sigma[i], norms[i], energy[i], upright, method, generator) for i in range(len(norms))
+    ]
 
 
 def _rescaled(
@@ -165,7 +170,9 @@ def _finish(
     D: Float[Tensor, "m n"],
     U: Float[Tensor, "r small"],
     W: Float[Tensor, "r large"],
+    sigma: Float[Tensor, "r"],
     norm: float,
+    energy: float,
     upright: bool,
     method: str,
     generator: torch.Generator,
@@ -173,8 +180,6 @@ def _finish(
     """Balance ``U.T @ W`` (rows of U orthonormal, rows of W orthogonal) and measure it."""
     if norm == 0.0:
         return _zero_factors(D, U.shape[0])
-    sigma = torch.linalg.vector_norm(W, dim=1)
-    energy = min(1.0, float(sigma.double().square().sum()) / norm**2)
     if 1.0 - energy >= RESIDUAL_FROM_NORMS**2:
         left, right = _balance(U, W, sigma, upright)
         return LowRank(left, right, math.sqrt(1.0 - energy), energy, sigma, method)
@@ -195,18 +200,18 @@ def _balance(U: Tensor, W: Tensor, sigma: Tensor, upright: bool) -> tuple[Tensor
     return left.contiguous(), right.contiguous()
 
 
-def _check(matrix: Float[Tensor, "m n"], rank: int) -> float:
-    """The Frobenius norm, having refused what cannot be decomposed."""
+def _checked_norms(matrices: Float[Tensor, "e m n"], rank: int) -> list[float]:
+    """The Frobenius norm of every matrix, having refused what cannot be decomposed."""
     if rank < 1:
         raise ValueError(f"rank must be at least 1, not {rank}")
-    if matrix.numel() == 0:
-        raise ValueError(f"matrix of shape {tuple(matrix.shape)} is empty")
-    accumulator = torch.promote_types(matrix.dtype, torch.float32)
-    rows = torch.linalg.vector_norm(matrix, dim=1, dtype=accumulator).double()
-    norm = float(torch.linalg.vector_norm(rows))
-    if not math.isfinite(norm):
-        raise ValueError("matrix has an entry that is not finite, or too large for float32")
-    return norm
+    if matrices[0].numel() == 0:
+        raise ValueError(f"matrix of shape {tuple(matrices.shape[1:])} is empty")
+    accumulator = torch.promote_types(matrices.dtype, torch.float32)
+    rows = torch.linalg.vector_norm(matrices, dim=-1, dtype=accumulator).double()
+    norms: list[float] = torch.linalg.vector_norm(rows, dim=-1).tolist()
+    if not all(map(math.isfinite, norms)):
+        raise ValueError("matrix has an entry that is not finite, or too large for its type")
+    return norms
 
 
 def _identity_factors(matrix: Float[Tensor, "m n"], rank: int) -> LowRank:

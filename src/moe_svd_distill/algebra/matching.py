@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 
@@ -201,6 +200,8 @@ def match_similarity(similarity: Float[Tensor, "p m"]) -> Matching:
     if len(set(best.tolist())) == p:
         index = best  # the row maxima bound every matching, so this one is the best
     else:
+        from scipy.optimize import linear_sum_assignment  # half a second that most processes need not pay
+
         chosen = linear_sum_assignment(similarity.double().cpu().numpy(), maximize=True)[1]
         index = torch.from_numpy(chosen).to(similarity.device)
     matched = similarity.gather(1, index[:, None]).squeeze(1)

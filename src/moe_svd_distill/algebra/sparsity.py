@@ -23,9 +23,11 @@ def keep_largest(delta: Float[Tensor, "*shape"], fraction: float, rescale: bool)
         return delta.clone()
     magnitude = delta.abs().flatten()
     threshold = _in_order(magnitude, size - kept)
-    mask = magnitude > threshold
-    ties = (magnitude == threshold).nonzero().squeeze(1)[: kept - int(mask.sum())]
-    mask[ties] = True
+    mask = magnitude >= threshold
+    surplus = int(mask.sum()) - kept
+    if surplus:
+        ties = (magnitude == threshold).nonzero().squeeze(1)
+        mask[ties[len(ties) - surplus :]] = False
     sparse = torch.where(mask.view_as(delta), delta, torch.zeros_like(delta))
     if not rescale:
         return sparse

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from typing import Any
 
 import click
@@ -64,6 +65,9 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in words
     as_json = "--json" in words
     _quiet_libraries()
+    if not debug:
+        # Deprecations of libraries, and PEFT's false alarm about rank_pattern keys, are nothing a user could act on.
+        warnings.simplefilter("ignore")
     try:
         program.main(args=[word for word in words if word != "--debug"], standalone_mode=False)
         code = 0

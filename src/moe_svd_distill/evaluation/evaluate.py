@@ -103,6 +103,7 @@ class Evaluation:
             "teacher": self.teacher.as_dict(),
             "student": self.student.as_dict(),
             "adapted": self.adapted.as_dict(),
+            "controls": [{**plain(control), "figures": control.figures.as_dict()} for control in self.controls],
             "control_gap_closed": None if control is None else plain(control),
         }
 

@@ -41,10 +41,10 @@ def sentence(
             entropy = (
                 "; the student's cross-entropy was no worse than the teacher's"
                 if cross_entropy_gap is None
-                else f" and {cross_entropy_gap:.0f} % of the cross-entropy gap"
+                else f" and {cross_entropy_gap:.1f} % of the cross-entropy gap"
             )
-            control = "" if control_gap is None else f" A random change of the same size: {control_gap:.0f} %."
-            return f"Closes {kl_gap:.0f} % of the KL gap to the teacher{within}{entropy}: {ways}.{control}"
+            control = "" if control_gap is None else f" A random change of the same size: {control_gap:.1f} %."
+            return f"Closes {kl_gap:.1f} % of the KL gap to the teacher{within}{entropy}: {ways}.{control}"
         case "mixed":
             return f"No transfer: KL falls but cross-entropy rises ({ways})."
         case "harms":

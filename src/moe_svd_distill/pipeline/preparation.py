@@ -19,8 +19,7 @@ from moe_svd_distill.pipeline.pair import ModelPair
 from moe_svd_distill.pipeline.relatedness import embedding_similarity
 from moe_svd_distill.pipeline.work import DistillWork
 from moe_svd_distill.recipe import Recipe
-from moe_svd_distill.transfer.settings import transfer_settings
-from moe_svd_distill.transfer.unit import ALGORITHM_VERSION
+from moe_svd_distill.transfer.settings import ALGORITHM_VERSION, transfer_settings
 
 NUMERIC_LIBRARIES = ("torch", "numpy", "scipy", "scikit-learn", "safetensors")
 PROJECT = "moe-svd-distill"

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from moe_svd_distill.recipe import Recipe
 
+ALGORITHM_VERSION = 1  # raise it whenever the numbers of an adapter change
+
 
 @dataclass(frozen=True)
 class TransferSettings:

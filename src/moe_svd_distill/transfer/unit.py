@@ -24,8 +24,6 @@ from moe_svd_distill.transfer.shaping import Shaper
 if TYPE_CHECKING:
     from moe_svd_distill.checkpoints import Checkpoint
 
-ALGORITHM_VERSION = 1  # raise it whenever the numbers of an adapter change
-
 Group = Callable[[tuple[TensorTask, ...], UnitContext], list[TensorOutcome]]
 
 
