@@ -15,7 +15,8 @@ from rich.table import Table
 from moe_svd_distill.execution import events
 
 console = Console(stderr=True)
-output = Console()
+# Where nobody looks, a table must not be squeezed into 80 columns.
+output = Console(width=None if sys.stdout.isatty() else 140)
 
 
 def print_json(value: Any) -> None:

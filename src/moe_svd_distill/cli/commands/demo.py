@@ -12,7 +12,8 @@ import click
 from moe_svd_distill.cli.options import json_option
 
 PAIRS = ("sibling", "independent")
-EVALUATION_TOKENS = 24_000
+EVALUATION_TOKENS = 16_000
+SCALE_SEARCH_TOKENS = 8_192
 
 
 @click.command("demo", short_help="The whole pipeline, no download.")
@@ -43,6 +44,7 @@ def command(output: Path, pairs: tuple[str, ...], as_json: bool) -> None:
                 "student": str(pair.student),
                 "output": output / name,
                 "calibration": [pair.calibration],
+                "scale_search_tokens": SCALE_SEARCH_TOKENS,
                 "rank": 16,
             }
         )
