@@ -16,8 +16,8 @@ from torch import Tensor
 from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint
 
 
-def run(teacher_folder: Path, student_folder: Path, rank: int) -> int:
-    """Distil the pair; returns how many student tensors were done."""
+def run(teacher_folder: Path, student_folder: Path, rank: int, restarts: int) -> int:
+    """Distil the pair with so many restarts of k-means; returns how many student tensors were done."""
     with open_checkpoint(teacher_folder) as teacher, open_checkpoint(student_folder) as student:
         layers, teacher_layers = student.config["num_hidden_layers"], teacher.config["num_hidden_layers"]
         done = 0
@@ -25,13 +25,15 @@ def run(teacher_folder: Path, student_folder: Path, rank: int) -> int:
             position = layer * teacher_layers / layers
             lower = int(position)
             upper = min(lower + 1, teacher_layers - 1)
-            done += _layer(teacher, student, layer, (lower, upper, position - lower), rank)
+            done += _layer(teacher, student, layer, (lower, upper, position - lower), rank, restarts)
         head = "lm_head.weight"
         factors(project(teacher.read(head).float(), student[head].shape) - student.read(head).float(), rank)
     return done + 1
 
 
-def _layer(teacher: Checkpoint, student: Checkpoint, layer: int, step: tuple[int, int, float], rank: int) -> int:
+def _layer(
+    teacher: Checkpoint, student: Checkpoint, layer: int, step: tuple[int, int, float], rank: int, restarts: int
+) -> int:
     lower, upper, weight = step
 
     def interpolated(tail: str) -> Tensor:
@@ -51,7 +53,7 @@ def _layer(teacher: Checkpoint, student: Checkpoint, layer: int, step: tuple[int
             for expert in range(experts)
         ]
     )
-    labels = KMeans(clusters, n_init="auto", random_state=42).fit(fingerprints.numpy()).labels_
+    labels = KMeans(clusters, n_init=restarts, random_state=42).fit(fingerprints.numpy()).labels_
     del fingerprints
     for cluster in range(clusters):
         members = [expert for expert in range(experts) if labels[expert] == cluster]

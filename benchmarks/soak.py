@@ -55,11 +55,9 @@ def kills(folder: Path, trials: int, seed: int) -> None:
     """
     teacher = write_model(folder / "teacher", SMALL_TEACHER, 1)
     student = write_model(folder / "student", SMALL_STUDENT, 2)
-    started = time.monotonic()
     peaceful = _run(_command(teacher, student, folder / "peaceful", 2))
-    usual = time.monotonic() - started
     units = peaceful["execution"]["units_computed"]
-    print(f"undisturbed: {units} units in {usual:.1f} s, sha256 {peaceful['adapter_sha256'][:16]}…")
+    print(f"undisturbed: {units} units, sha256 {peaceful['adapter_sha256'][:16]}…")
     for workers in (1, 3):
         other = _run(_command(teacher, student, folder / f"workers-{workers}", workers))
         _demand(other["adapter_sha256"] == peaceful["adapter_sha256"], f"{workers} workers give other bytes")
@@ -67,16 +65,17 @@ def kills(folder: Path, trials: int, seed: int) -> None:
     chance = random.Random(seed)
     for trial in range(trials):
         output = folder / f"trial-{trial}"
-        delay = chance.uniform(0.1, 1.0) * usual
-        process = subprocess.Popen(
-            _command(teacher, student, output, 2), start_new_session=True, stdout=subprocess.DEVNULL
-        )
+        wanted, delay = chance.randrange(units), chance.uniform(0.0, 0.5)
+        command = _command(teacher, student, output, 2)
+        process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+        while process.poll() is None and _parts(output) < wanted:
+            time.sleep(0.01)
         time.sleep(delay)
-        finished = process.poll() is not None
-        os.killpg(process.pid, signal.SIGKILL) if not finished else None
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         time.sleep(1.5)  # orphaned workers notice within a second
-        parts = len(list((output / "parts").glob("part-*.safetensors"))) if output.exists() else 0
+        parts = _parts(output)
         again = _run(_command(teacher, student, output, 2))
         computed = again["execution"]["units_computed"]
         _demand(again["adapter_sha256"] == peaceful["adapter_sha256"], f"trial {trial} gives other bytes")
@@ -135,6 +134,11 @@ def _run(command: Sequence[str], group: Path | None = None) -> dict[str, Any]:
     output = json.loads(done.stdout)["output"]
     record: dict[str, Any] = json.loads((Path(output) / "run.json").read_text())
     return record
+
+
+def _parts(output: Path) -> int:
+    """Finished parts in an output folder."""
+    return len(list((output / "parts").glob("part-*.safetensors")))
 
 
 def _memory_group(limit: int) -> Path | None:

@@ -17,7 +17,8 @@ from moe_svd_distill.algebra.orthonormal import orthonormal_rows
 TOLERANCE = 0.001  # allowed excess of the residual over the Eckart-Young optimum
 ORTHOGONALITY = 1e-3  # loss above which a block is orthogonalised once more
 LATER_BLOCKS = 1.6
-RATE = 2.0  # by which one more block at least divides the missing energy, as a rule
+AIM = 1.15  # how far below the allowed missing energy the next size is aimed
+DECAY_BOUNDS = (0.1, 0.8)  # what is believed of the decay from block to block
 LARGEST_SHARE = 0.75  # of min(m, n): beyond this size the whole eigendecomposition is cheaper
 
 
@@ -63,9 +64,18 @@ def krylov_factors(
         excess = float(torch.where(energy > 0, missing / allowed, torch.zeros_like(missing)).max())
         if excess <= 1.0:
             return space.lift(vectors[..., -rank:])
-        more = math.ceil(math.log(excess) / math.log(RATE)) if math.isfinite(excess) else wanted // 4
+        decay = decay_per_block(vectors, space.width, rank)
+        more = math.ceil(math.log(AIM * excess) / -math.log(decay)) if math.isfinite(excess) else wanted // 4
         wanted += max(1, min(more, wanted // 3))
     return gram_factors(matrix, rank)
+
+
+def decay_per_block(vectors: Float[Tensor, "*e k k"], width: int, rank: int) -> float:
+    """By how much the last block's weight in the best Ritz vectors is below the one before; slowest of a stack."""
+    last = vectors[..., -width:, -rank:].square().sum(dim=(-2, -1))
+    before = vectors[..., -2 * width : -width, -rank:].square().sum(dim=(-2, -1))
+    decay = float((last / before.clamp_min(torch.finfo(before.dtype).tiny)).max())
+    return min(max(decay, DECAY_BOUNDS[0]), DECAY_BOUNDS[1])
 
 
 def missing_energy(
