@@ -6,9 +6,8 @@ from collections import Counter, defaultdict
 from math import prod
 from typing import Any
 
-from moe_svd_distill.pairing.plan import make_plan
 from moe_svd_distill.pipeline.pair import open_pair
-from moe_svd_distill.pipeline.relatedness import embedding_similarity
+from moe_svd_distill.pipeline.preparation import plan_pair
 from moe_svd_distill.recipe import Recipe
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -22,14 +21,7 @@ def look_ahead(recipe: Recipe) -> dict[str, Any]:
     """
     with open_pair(recipe.teacher, recipe.student) as pair:
         teacher, student = pair.teacher, pair.student
-        plan = make_plan(
-            teacher.layout,
-            student.layout,
-            teacher.shapes,
-            student.shapes,
-            recipe,
-            embedding_similarity=embedding_similarity(pair),
-        )
+        plan = plan_pair(recipe, pair)
     tasks = [task for unit in plan.units for task in unit.tasks]
     changed = Counter(task.role for task in tasks if task.change)
     kept = Counter(task.role for task in tasks if not task.change)

@@ -32,17 +32,26 @@ def prepare(recipe: Recipe, pair: ModelPair, execution: Settings) -> Plan:
         IncompatiblePairError: Nothing of the student can be made from the teacher.
         UsageError: The recipe does not fit the models.
     """
-    teacher, student = pair.teacher, pair.student
-    plan = make_plan(
-        teacher.layout,
-        student.layout,
-        teacher.shapes,
-        student.shapes,
+    plan = plan_pair(recipe, pair)
+    context = identity(recipe, pair, execution)
+    return replace(plan, units=tuple(with_key(unit, context) for unit in plan.units))
+
+
+def plan_pair(recipe: Recipe, pair: ModelPair) -> Plan:
+    """The plan of ``make_plan`` with what it needs to know of the embeddings.
+
+    Raises:
+        IncompatiblePairError: Nothing of the student can be made from the teacher.
+        UsageError: The recipe does not fit the models.
+    """
+    return make_plan(
+        pair.teacher.layout,
+        pair.student.layout,
+        pair.teacher.shapes,
+        pair.student.shapes,
         recipe,
         embedding_similarity=embedding_similarity(pair),
     )
-    context = identity(recipe, pair, execution)
-    return replace(plan, units=tuple(with_key(unit, context) for unit in plan.units))
 
 
 def identity(recipe: Recipe, pair: ModelPair, execution: Settings) -> dict[str, Any]:
