@@ -24,7 +24,7 @@ def cheapest_method(m: int, n: int, rank: int, pass_dtype: torch.dtype) -> str:
         return "eigh"
     if pass_dtype != torch.float32:
         return "momentum" if rank <= LARGEST_MOMENTUM_SHARE * small else "eigh"
-    size = 1.15 * first_size(rank)
+    size = 1.15 * first_size(rank, by_gram=False)
     overhead = 4 * size**2 * small + 11 * size**3
     half_gram, image = 1.2 * small**2 * large, 2 * small * large * rank
     costs = {

@@ -84,7 +84,8 @@ def exact_truncated_svd(matrix: Float[Tensor, "m n"], rank: int) -> LowRank:
     U, S, Vh = torch.linalg.svd(D, full_matrices=False)
     kept = min(rank, S.shape[0])
     root = S[:kept].sqrt()
-    left, right = _fix_signs(U[:, :kept] * root, root[:, None] * Vh[:kept])
+    factor = root * _signs(U[:, :kept])
+    left, right = U[:, :kept] * factor, factor[:, None] * Vh[:kept]
     rest = float(S[kept:].square().sum())
     return LowRank(
         left=_pad(left, columns=rank).float(),
@@ -193,11 +194,10 @@ def _finish(
 def _balance(U: Tensor, W: Tensor, sigma: Tensor, upright: bool) -> tuple[Tensor, Tensor]:
     """``(left, right)`` with the root of each singular value on either side."""
     root = sigma.sqrt()
-    rows = W * torch.where(root > 0, 1.0 / root, torch.zeros_like(root))[:, None]
-    columns = (U * root[:, None]).mT
-    left, right = (rows.mT, columns.mT) if upright else (columns, rows)
-    left, right = _fix_signs(left, right)
-    return left.contiguous(), right.contiguous()
+    inverse = torch.where(root > 0, 1.0 / root, torch.zeros_like(root))
+    sign = _signs(W.mT if upright else U.mT)
+    short, long = U * (sign * root)[:, None], W * (sign * inverse)[:, None]
+    return (long.mT.contiguous(), short) if upright else (short.mT.contiguous(), long)
 
 
 def _checked_norms(matrices: Float[Tensor, "e m n"], rank: int) -> list[float]:
@@ -234,11 +234,10 @@ def _zero_factors(matrix: Float[Tensor, "m n"], rank: int) -> LowRank:
     return LowRank(zeros(m, rank), zeros(rank, n), 0.0, 1.0, zeros(rank), "exact")
 
 
-def _fix_signs(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Make the largest entry of every column of ``left`` positive, so that equal inputs give equal factors."""
-    largest = left.gather(0, left.abs().argmax(0, keepdim=True))
-    sign = torch.where(largest < 0, -1.0, 1.0).to(left.dtype)
-    return left * sign, right * sign.T
+def _signs(left: Tensor) -> Tensor:
+    """Signs that make the largest entry of every column positive, so that equal inputs give equal factors."""
+    largest = left.gather(0, left.abs().argmax(0, keepdim=True)).squeeze(0)
+    return torch.where(largest < 0, -1.0, 1.0).to(left.dtype)
 
 
 def _pad(matrix: Tensor, *, rows: int | None = None, columns: int | None = None) -> Tensor:
