@@ -66,6 +66,8 @@ class UnitContext:
         own = self.reader.student(name)
         ratio = self.reader.blend(sources) / own
         usable = own.abs() > SMALLEST_GAIN * own.abs().max()
+        if left := int((~usable).sum()):
+            self.facts.setdefault("norm_channels_not_folded", {})[name] = left
         return torch.where(usable, ratio, torch.ones_like(ratio))
 
     def bring(self, task: TensorTask, matrix: Tensor) -> tuple[Tensor, dict[str, Any]]:

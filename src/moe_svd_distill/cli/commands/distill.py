@@ -48,6 +48,11 @@ def show(folder: Path, record: Mapping[str, Any]) -> None:
     print_table(f"Adapter in {folder}", ("what", "tensors"), rows)
     for name, reason in summary["projection_fallbacks"].items():
         output.print(f"{name}: {reason}", soft_wrap=True, highlight=False)
+    for unit in record["units"]:
+        for name, count in unit.get("replaced_by_zero", {}).items():
+            output.print(f"{name}: {count} NaN or Inf taken as zero", soft_wrap=True, highlight=False)
+        for name, count in unit.get("norm_channels_not_folded", {}).items():
+            output.print(f"{name}: {count} channels with a gain near zero not folded", soft_wrap=True, highlight=False)
     output.print(record["scale_search"]["decision"], soft_wrap=True, highlight=False)
     output.print(
         f"sha256 {record['adapter_sha256']}\nNext: moe-svd-distill evaluate {folder} --teacher "
