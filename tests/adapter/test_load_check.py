@@ -130,7 +130,9 @@ def test_leaf_names_in_target_modules_are_caught(make_case: Callable[[str], Case
 def test_pairs_of_tied_embeddings_are_an_error(tmp_path: Path) -> None:
     student = tiny.save_student(tmp_path / "student", "llama", tie_word_embeddings=True)
     pairs = tiny.random_pairs(student, ["model.embed_tokens.weight"])
-    adapter = tiny.save_adapter(tmp_path / "adapter", student, pairs)
+    shapes = {key: tuple(value.shape) for key, value in pairs.items()}
+    untied = build_configuration(shapes, families()["llama"], base_model="student", student_layers=tiny.LAYERS)
+    adapter = tiny.save_adapter(tmp_path / "adapter", student, pairs, untied)
     with pytest.raises(BadDataError, match="ties its head"):
         check_loads(adapter, student)
 

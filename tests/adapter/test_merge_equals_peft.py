@@ -171,7 +171,7 @@ def test_blocks_of_rows_do_not_change_the_result(
     import sys
 
     merge(dense.adapter, dense.student, tmp_path / "whole")
-    monkeypatch.setattr(sys.modules["moe_svd_distill.adapter.merge"], "BLOCK_ELEMENTS", rows * 32)
+    monkeypatch.setattr(sys.modules["moe_svd_distill.adapter.blocks"], "BLOCK_ELEMENTS", rows * 32)
     merge(dense.adapter, dense.student, tmp_path / "blocks")
     whole, blocks = tiny.hub_weights(tmp_path / "whole"), tiny.hub_weights(tmp_path / "blocks")
     for name, weight in whole.items():

@@ -134,7 +134,26 @@ def save_adapter(
 
 def configure(student: Path, pairs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     shapes = {key: tuple(value.shape) for key, value in pairs.items()}
-    return build_configuration(shapes, family_of(student), base_model=str(student), student_layers=LAYERS)
+    tied = bool(config_of(student).get("tie_word_embeddings"))
+    return build_configuration(
+        shapes, family_of(student), base_model=str(student), student_layers=LAYERS, tied_embeddings=tied
+    )
+
+
+def own_head(student: Path) -> torch.Tensor:
+    """The weight that the student's head multiplies by, in fp32."""
+    weights = hub_weights(student)
+    return weights.get("lm_head.weight", weights["model.embed_tokens.weight"]).float()
+
+
+def with_whole_head(
+    student: Path, pairs: Mapping[str, torch.Tensor], *, size: float = 0.1, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
+    """The pairs with the head's taken out and a head saved whole put in, which differs by random numbers."""
+    base = own_head(student)
+    head = base + size * torch.randn(base.shape, generator=torch.Generator().manual_seed(3))
+    kept = {key: value for key, value in pairs.items() if "lm_head" not in key}
+    return kept | {"base_model.model.lm_head.weight": head.to(dtype)}
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -154,8 +173,10 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def truth(student: Path, pairs: Mapping[str, torch.Tensor], scale: float = 1.0) -> dict[str, torch.Tensor]:
-    """Hub name to ``W + scale·B·A`` in fp32, computed here from the definition and by none of the code under test."""
+    """Hub name to ``W + scale·B·A``, or the head saved whole, in fp32: from the definition, by no code under test."""
     weights = {name: weight.float() for name, weight in hub_weights(student).items()}
+    if "base_model.model.lm_head.weight" in pairs:
+        weights["lm_head.weight"] = pairs["base_model.model.lm_head.weight"].float()
     for name in weights:
         module = name.removesuffix(".weight")
         if f"base_model.model.{module}.lora_A.weight" in pairs:

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from moe_svd_distill.calibration.documents import (
     Document,
     cut_long_documents,
-    read_documents,
     split_documents,
     without,
 )
+from moe_svd_distill.calibration.reading import read_documents
 from moe_svd_distill.errors import BadDataError, MissingInputError, UsageError
 
 

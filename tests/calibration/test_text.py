@@ -10,10 +10,10 @@ import pytest
 
 from moe_svd_distill.calibration.text import (
     Document,
+    compare_vocabularies,
     load_tokenizer,
     require_shared_vocabulary,
     tokenize,
-    vocabularies_match,
 )
 from moe_svd_distill.errors import BadDataError, IncompatiblePairError, MissingInputError
 from tests.evaluation.conftest import write_tokenizer
@@ -105,7 +105,7 @@ def test_the_end_of_text_token_is_found_in_the_model_settings(folder: Path, tmp_
 
 
 def test_same_tokenizer(folder: Path) -> None:
-    comparison = vocabularies_match(folder, folder)
+    comparison = compare_vocabularies(folder, folder)
     assert comparison.equal
     assert comparison.reasons == ()
     assert comparison.shared == 320 or comparison.shared > 256
@@ -120,7 +120,7 @@ def test_added_special_tokens_of_one_side_do_not_matter(folder: Path, tmp_path: 
 
 def test_different_tokenizers_are_refused(folder: Path, tmp_path: Path) -> None:
     write_tokenizer(tmp_path, ["completely other words in this training text"] * 3)
-    assert not vocabularies_match(folder, tmp_path).equal
+    assert not compare_vocabularies(folder, tmp_path).equal
     with pytest.raises(IncompatiblePairError, match="different vocabularies"):
         require_shared_vocabulary(folder, tmp_path)
 

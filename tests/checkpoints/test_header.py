@@ -211,7 +211,7 @@ def test_a_damaged_file_is_explained_or_read_as_the_library_reads_it(data: st.Da
 
 
 def test_every_dtype_of_the_allow_list_has_a_torch_dtype_of_that_size() -> None:
-    from moe_svd_distill.checkpoints.tensors import _TORCH_NAMES
+    from moe_svd_distill.checkpoints.tensors import TORCH_NAMES
 
-    sizes: dict[str, Any] = {name: getattr(torch, torch_name).itemsize for name, torch_name in _TORCH_NAMES.items()}
+    sizes: dict[str, Any] = {name: getattr(torch, torch_name).itemsize for name, torch_name in TORCH_NAMES.items()}
     assert sizes == BYTES_PER_ELEMENT

@@ -79,7 +79,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     (model / "original").mkdir()
     (model / "original" / "model.safetensors").write_bytes(b"once more")
     (model / "pytorch_model.bin").write_bytes(b"and once more")
-    quantised = write_model(root / "quantised", config=CONFIG | {"quantization_config": {"quant_method": "fp8"}})
+    quantised = write_model(root / "quantised", config=CONFIG | {"quantization_config": {"quant_method": "quip"}})
     pickled = write_model(root / "pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     lacking = write_model(root / "lacking", shards=2)
@@ -181,7 +181,7 @@ def test_only_the_needed_files_are_fetched_and_each_once(full: Asked) -> None:
         ("org/gated", 66, "is gated. Accept its terms on the hub"),
         ("org/lacking", 66, f"'{SECOND}' of org/lacking is missing"),
         ("org/bare", 66, "config.json"),
-        ("org/quantised", 65, "quant_method=fp8"),
+        ("org/quantised", 65, "quant_method=quip"),
         ("org/pickled", 65, "Convert the model to safetensors"),
         ("org/broken", 65, FIRST),
         ("org/hostile", 65, "outside the model's folder"),
@@ -226,7 +226,7 @@ def test_header_longer_than_the_first_piece(headers: Asked) -> None:
         ("org/broken", 65, FIRST),
         ("org/norange", 69, "does not send a part"),
         ("org/cut", 69, "sent 4 bytes"),
-        ("org/quantised", 65, "quant_method=fp8"),
+        ("org/quantised", 65, "quant_method=quip"),
         ("org/lacking", 66, "is not there"),
         ("org/down", 69, "status 503"),
     ],

@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 
+from moe_svd_distill.evaluation.bootstrap import Bootstrap
 from moe_svd_distill.evaluation.figures import (
     Change,
     Measurement,
     cross_entropy_gap_closed,
-    gap_intervals,
     kl_change,
     kl_gap_closed,
     mean_and_error,
@@ -84,7 +84,8 @@ def test_intervals_hold_the_truth_and_narrow_with_documents(rng: np.random.Gener
         for _ in range(100):
             before = _measurement(1.0, 4.0, 0.0, rng, documents)
             teacher = _shifted(before, 0.0, -1.0, 0.1, rng)
-            kl, entropy = gap_intervals(before, _shifted(before, -0.4, -0.5, 0.1, rng), teacher, resamples=300)
+            after = _shifted(before, -0.4, -0.5, 0.1, rng)
+            kl, entropy = Bootstrap(documents, resamples=300).gaps(before, after, teacher)
             assert kl is not None
             assert entropy is not None
             held += (kl.low < 40 < kl.high) + (entropy.low < 50 < entropy.high)

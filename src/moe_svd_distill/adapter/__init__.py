@@ -19,8 +19,8 @@ from moe_svd_distill.adapter.key_repair import repair_keys, repaired_keys, unmat
 from moe_svd_distill.adapter.load_check import LoadReport, check_loads
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPair, LowRankPairs
 from moe_svd_distill.adapter.merge import MergeReport, merge
-from moe_svd_distill.adapter.naming import is_embedding, lora_keys, parse_key
-from moe_svd_distill.adapter.pair_shapes import PairShape, pair_shapes
+from moe_svd_distill.adapter.naming import is_embedding, lora_keys, parse_key, whole_key
+from moe_svd_distill.adapter.pair_shapes import PairShape, WholeShape, pair_shapes, whole_shapes
 from moe_svd_distill.adapter.random_control import write_random_control
 from moe_svd_distill.adapter.rebuild import inference_of, rebuild_configuration
 from moe_svd_distill.adapter.scaling import scaled_copy
@@ -38,6 +38,7 @@ __all__ = [
     "MergeReport",
     "PairShape",
     "VerifyReport",
+    "WholeShape",
     "adapter_header",
     "build_configuration",
     "check_agreement",
@@ -57,6 +58,8 @@ __all__ = [
     "shapes_of",
     "unmatched_keys",
     "verify",
+    "whole_key",
+    "whole_shapes",
     "write_json",
     "write_random_control",
 ]

@@ -24,7 +24,7 @@ _UNSUPPORTED = {
     "lora_bias": (False, None),
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
+    "ensure_weight_tying": (False, None),
     "exclude_modules": (None, []),
     "layers_to_transform": (None, []),
     "layer_replication": (None, []),
@@ -45,18 +45,25 @@ class Agreement:
     scales: Mapping[str, float]
 
 
-def check_agreement(pairs: Mapping[str, PairShape], family: Family, configuration: Mapping[str, Any]) -> Agreement:
+def check_agreement(
+    pairs: Mapping[str, PairShape],
+    family: Family,
+    configuration: Mapping[str, Any],
+    whole: Collection[str] = (),
+) -> Agreement:
     """Check that a configuration targets exactly these pairs with their ranks.
 
     Args:
         pairs: Hub name to pair, from the header.
         family: The student's architecture.
         configuration: The content of adapter_config.json.
+        whole: Hub names of the tensors that are saved whole, from the header.
 
     Raises:
-        BadDataError: A pair is not targeted or has another rank, a target has no pair, or the configuration asks for
-            something that plain pairs cannot do, such as DoRA.
+        BadDataError: A pair is not targeted or has another rank, a target has no pair, ``modules_to_save`` is not
+            what is saved whole, or the configuration asks for something that plain pairs cannot do, such as DoRA.
     """
+    check_saved_modules(configuration, whole)
     for option, plain in _UNSUPPORTED.items():
         if configuration.get(option, plain[0]) not in plain:
             raise BadDataError(
@@ -85,6 +92,28 @@ def check_agreement(pairs: Mapping[str, PairShape], family: Family, configuratio
             raise BadDataError(f"adapter_config.json gives {peft_name} rank {rank}, expected {found}", _ACTION)
     _refuse_unused(modules, parameters, used)
     return Agreement(targets, scales)
+
+
+def check_saved_modules(configuration: Mapping[str, Any], whole: Collection[str]) -> None:
+    """Check that ``modules_to_save`` names exactly what is saved whole.
+
+    With a tensor saved whole and no entry for it, PEFT overwrites the base model's own weight without a word.
+
+    Args:
+        configuration: The content of adapter_config.json.
+        whole: Hub names of the tensors that are saved whole.
+
+    Raises:
+        BadDataError: It names something else.
+    """
+    found = configuration.get("modules_to_save") or []
+    expected = sorted(name.removesuffix(".weight") for name in whole)
+    if isinstance(found, str) or sorted(map(str, found)) != expected:
+        raise BadDataError(
+            f"adapter_config.json: modules_to_save is {configuration.get('modules_to_save')!r}, expected "
+            f"{expected or None!r}, which is what the adapter's file holds whole",
+            _ACTION,
+        )
 
 
 def _is_parameter(target: Target) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from moe_svd_distill.adapter.publication import new_file
@@ -14,7 +14,9 @@ _OTHER_WEIGHTS = frozenset(
 )
 
 
-def copy_companions(source: Path, output: Path, weights: Collection[Path]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def copy_companions(
+    source: Path, output: Path, weights: Collection[Path], changed: Mapping[str, bytes] | None = None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Copy all files of a model but its weights.
 
     Weights in further formats are left out: they would still be the unmerged ones. Hidden files are left out as well.
@@ -23,6 +25,7 @@ def copy_companions(source: Path, output: Path, weights: Collection[Path]) -> tu
         source: The model's folder.
         output: The folder to copy into.
         weights: The weights files, which are written elsewhere.
+        changed: Files that are written with other content than the model's, by their name in its folder.
 
     Returns:
         Names of the files copied, and of those left out.
@@ -42,6 +45,9 @@ def copy_companions(source: Path, output: Path, weights: Collection[Path]) -> tu
             continue
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         with locate(source, name.as_posix()).open("rb") as stream, new_file(output / name) as copy:
-            shutil.copyfileobj(stream, copy)
+            if (content := (changed or {}).get(name.as_posix())) is not None:
+                copy.write(content)
+            else:
+                shutil.copyfileobj(stream, copy)
         copied.append(name.as_posix())
     return tuple(copied), tuple(left_out)

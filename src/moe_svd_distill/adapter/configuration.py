@@ -2,19 +2,20 @@
 
 The "explicit" configuration: everything that transformers 5 holds as an ``nn.Linear`` of its own in ``target_modules``,
 everything else (fused experts, routers, and the dense and shared MLPs of mixture-of-experts families) in
-``target_parameters``. ``lora_alpha`` equals ``r``, and wherever a rank differs both ``rank_pattern`` and
-``alpha_pattern`` say so: the scale of every pair is exactly 1.
+``target_parameters``. A head that is saved whole is in ``modules_to_save``. ``lora_alpha`` equals ``r``, and wherever a
+rank differs both ``rank_pattern`` and ``alpha_pattern`` say so: the scale of every pair is exactly 1.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from moe_svd_distill.adapter.coverage import check_coverage
-from moe_svd_distill.adapter.pair_shapes import PairShape, pair_shapes
+from moe_svd_distill.adapter.naming import EMBEDDING, HEAD
+from moe_svd_distill.adapter.pair_shapes import PairShape, pair_shapes, whole_shapes
 from moe_svd_distill.adapter.targets import Target, target_of
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.families import Carrier, Family
@@ -33,7 +34,7 @@ def build_configuration(
     """The content of adapter_config.json.
 
     Args:
-        shapes: Key of the adapter's tensor to its shape: A ``(r, in)``, B ``(out, r)``.
+        shapes: Key of the adapter's tensor to its shape: A ``(r, in)``, B ``(out, r)``, a head saved whole ``(V, d)``.
         family: The student's architecture.
         base_model: The student, as a hub id or a folder.
         student_layers: The student's decoder layers. Every targeted class of tensors must have a pair in each of them
@@ -44,15 +45,15 @@ def build_configuration(
     Raises:
         BadDataError: The tensors cannot be one PEFT adapter of the family, and why.
     """
-    pairs = pair_shapes(shapes)
+    pairs, whole = pair_shapes(shapes), whole_shapes(shapes)
     targets = {name: target_of(family, name) for name in pairs}
     if tied_embeddings:
-        refuse_tied(targets)
+        refuse_tied(targets, whole)
     check_coverage(family, targets, student_layers)
     ranks = memory_ranks(pairs, targets)
     rank = _body_rank(pairs, targets)
     patterns = _patterns(targets.values(), ranks, rank)
-    return {
+    configuration: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
@@ -69,21 +70,32 @@ def build_configuration(
         "rank_pattern": patterns,
         "alpha_pattern": dict(patterns),
     }
+    if whole:
+        configuration["modules_to_save"] = [target_of(family, name).role.target for name in whole]
+    return configuration
 
 
-def refuse_tied(hub_names: Iterable[str]) -> None:
-    """Refuse pairs of the embeddings or the head where these are one matrix.
+def refuse_tied(hub_names: Iterable[str], whole: Collection[str] = ()) -> None:
+    """Refuse pairs of the embeddings or the head where these are one matrix, unless the head is saved whole.
 
-    No single adapter would be right both merged and unmerged.
+    PEFT merges such a pair into the shared matrix and so changes both, while unmerged it changes one. A head saved
+    whole gets a matrix of its own, and then a pair of the embeddings stays with the embeddings (decision 9).
+
+    Args:
+        hub_names: The tensors with a pair.
+        whole: The tensors that are saved whole.
 
     Raises:
         BadDataError: There is such a pair.
     """
+    if HEAD in whole:
+        return
     for name in hub_names:
-        if name in ("lm_head.weight", "model.embed_tokens.weight"):
+        if name in (HEAD, EMBEDDING):
             raise BadDataError(
-                f"{name} has a LoRA pair, but the student ties its head to its embeddings",
-                "Leave embeddings and head out of the transfer",
+                f"{name} has a LoRA pair, but the student ties its head to its embeddings: merged by PEFT it would "
+                "change both",
+                "Save the head whole (modules_to_save), or leave embeddings and head out of the transfer",
             )
 
 

@@ -42,7 +42,7 @@ def infer_family(hub_names: Collection[str]) -> Inference:
         others = f" (also possible: {', '.join(sorted(also))})" if also else ""
         statement = (
             f"no student was given: from the tensors' names it was taken for a {family.model_type} model{others} "
-            f"of {layers} layers"
+            + (f"of {layers} layers" if any(target.layer is not None for target in targets) else "of any depth")
         )
         return Inference(family, layers, statement)
     raise BadDataError(

@@ -1,7 +1,8 @@
 """Renaming LoRA tensors that PEFT would silently ignore.
 
 Known wrong spellings: ``.weight`` kept before the LoRA suffix, no ``base_model.model.`` in front, PEFT's adapter name
-inside (``.lora_A.default.weight``), or no ``.weight`` behind. Only names change. A renamed adapter starts to act: what
+inside (``.lora_A.default.weight``), or no ``.weight`` behind; of a head saved whole the same, with PEFT's name in
+memory (``lm_head.modules_to_save.default.weight``). Only names change. A renamed adapter starts to act: what
 it then does to the student must be measured, above all its scale, which such files often carry inside B already.
 """
 
@@ -15,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_svd_distill.adapter.adapter_file import adapter_header
-from moe_svd_distill.adapter.naming import lora_keys, parse_key
+from moe_svd_distill.adapter.naming import is_whole_head, lora_keys, parse_key, whole_key
 from moe_svd_distill.adapter.publication import new_file
-from moe_svd_distill.adapter.rewriting import stored_blocks
+from moe_svd_distill.adapter.rewriting import packed_header, stored_blocks
 from moe_svd_distill.checkpoints.files import open_regular
 from moe_svd_distill.checkpoints.header import PREFIX_BYTES, raw_header
 from moe_svd_distill.errors import BadDataError, CannotWriteError
@@ -48,16 +49,22 @@ def repaired_keys(keys: Iterable[str]) -> dict[str, str]:
     renamed: dict[str, str] = {}
     taken: dict[str, str] = {}
     for key in keys:
-        match = _WRONG.fullmatch(key)
-        if match is None:
-            raise BadDataError(f"{key}: not the name of a LoRA tensor, in no known spelling", _ACTION)
-        new = lora_keys(f"{match['module']}.weight")["AB".index(match["side"])]
+        new = _right_name(key)
         parse_key(new)
         if new in taken:
             raise BadDataError(f"{key} and {taken[new]} would both become {new}", _ACTION)
         taken[new] = key
         renamed[key] = new
     return renamed
+
+
+def _right_name(key: str) -> str:
+    if is_whole_head(key):
+        return whole_key()
+    match = _WRONG.fullmatch(key)
+    if match is None:
+        raise BadDataError(f"{key}: not the name of a LoRA tensor, in no known spelling", _ACTION)
+    return lora_keys(f"{match['module']}.weight")["AB".index(match["side"])]
 
 
 def repair_keys(file: Path | str, output: Path | str) -> dict[str, str]:
@@ -92,8 +99,6 @@ def repair_keys(file: Path | str, output: Path | str) -> dict[str, str]:
 
 
 def _renamed_header(old: bytes, renamed: dict[str, str]) -> bytes:
-    """The header with other names and the same offsets, padded to eight bytes as safetensors does."""
+    """The header with other names and the same offsets."""
     content: dict[str, Any] = json.loads(old[PREFIX_BYTES:])
-    text = json.dumps({renamed.get(key, key): value for key, value in content.items()}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % PREFIX_BYTES)
-    return len(text).to_bytes(PREFIX_BYTES, "little") + text
+    return packed_header({renamed.get(key, key): value for key, value in content.items()})

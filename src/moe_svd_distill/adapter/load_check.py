@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.adapter.adapter_file import CONFIGURATION_FILE, adapter_header, read_json, shapes_of
+from moe_svd_distill.adapter.agreement import check_saved_modules
 from moe_svd_distill.adapter.configuration import refuse_tied
-from moe_svd_distill.adapter.pair_shapes import pair_shapes
+from moe_svd_distill.adapter.pair_shapes import pair_shapes, whole_shapes
 from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class LoadReport:
         scales: Name of each of them to the factor PEFT multiplies ``B @ A`` by.
         missing: LoRA weights of the loaded model that no key filled; they would stay at PEFT's start values.
         unexpected: Keys that found no place in the loaded model; PEFT would drop them.
+        replaced: Modules of the loaded model whose weight is replaced whole.
     """
 
     keys: int
@@ -44,6 +46,7 @@ class LoadReport:
     scales: Mapping[str, float]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
+    replaced: tuple[str, ...] = ()
 
 
 def check_loads(adapter_folder: Path | str, student: Mapping[str, Any] | Path | str) -> LoadReport:
@@ -58,14 +61,21 @@ def check_loads(adapter_folder: Path | str, student: Mapping[str, Any] | Path | 
 
     Raises:
         MissingInputError: A file is not there.
-        BadDataError: A key is missing or unexpected, a shape differs, or the configuration is not PEFT's.
+        BadDataError: A key is missing or unexpected, a shape differs, ``modules_to_save`` is not what the file holds
+            whole, or the configuration is not PEFT's.
     """
     folder = Path(adapter_folder)
     shapes = shapes_of(adapter_header(folder))
+    configuration, whole = _configuration(folder), whole_shapes(shapes)
+    # Without its entry the key would fill the base model's own weight, and PEFT would report nothing.
+    check_saved_modules(read_json(folder / CONFIGURATION_FILE), whole)
     model = _student_on_meta(student)
     if model.config.get_text_config().tie_word_embeddings:
-        refuse_tied(pair_shapes(shapes))
-    report = _load(model, _configuration(folder), shapes)
+        refuse_tied(pair_shapes(shapes), whole)
+    report = _load(model, configuration, shapes)
+    if set(report.replaced) != (expected := {name.removesuffix(".weight") for name in whole}):
+        found = ", ".join(report.replaced) or "no module"
+        raise BadDataError(f"PEFT replaces {found} whole, expected {', '.join(expected) or 'none'}", _ACTION)
     if report.unexpected:
         _refuse("PEFT would drop", report.unexpected, "no module of the student takes it")
     if report.missing:
@@ -135,8 +145,13 @@ def _load(model: PreTrainedModel, configuration: PeftConfig, shapes: Mapping[str
     except Exception as error:
         raise BadDataError(f"PEFT cannot load the adapter: {_first_line(error)}", _ACTION) from error
     scales = _scales(loaded)
-    missing = tuple(key for key in result.missing_keys if ".lora_" in key and f".{_NAME}" in key)
-    return LoadReport(len(stand_ins), len(scales), scales, missing, tuple(result.unexpected_keys))
+    missing = tuple(key for key in result.missing_keys if _is_of_adapter(key))
+    unexpected = tuple(result.unexpected_keys)
+    return LoadReport(len(stand_ins), len(scales), scales, missing, unexpected, _replaced(loaded))
+
+
+def _is_of_adapter(key: str) -> bool:
+    return (".lora_" in key and f".{_NAME}" in key) or f".modules_to_save.{_NAME}." in key
 
 
 def _first_line(error: Exception) -> str:
@@ -160,3 +175,11 @@ def _scales(loaded: PeftModel) -> dict[str, float]:
             parameter = f".{module.parameter_name}" if isinstance(module, ParamWrapper) else ""
             scales[plain + parameter] = float(module.scaling[_NAME])
     return scales
+
+
+def _replaced(loaded: PeftModel) -> tuple[str, ...]:
+    """The modules that PEFT keeps a second copy of, to be used instead of the base model's."""
+    from peft.utils import ModulesToSaveWrapper
+
+    modules = loaded.base_model.model.named_modules()
+    return tuple(name for name, module in modules if isinstance(module, ModulesToSaveWrapper))

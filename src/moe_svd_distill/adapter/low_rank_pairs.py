@@ -1,4 +1,4 @@
-"""An adapter's pairs as a read-only mapping; each pair's tensors are read when they are asked for."""
+"""An adapter's pairs as a read-only mapping, and its head saved whole; tensors are read when they are asked for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_svd_distill.adapter.adapter_file import adapter_header, read_tensor, shapes_of
-from moe_svd_distill.adapter.pair_shapes import PairShape, pair_shapes
+from moe_svd_distill.adapter.pair_shapes import PairShape, WholeShape, pair_shapes, whole_shapes
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +47,10 @@ class LowRankPairs(Mapping[str, LowRankPair]):
     Args:
         path: The adapter's folder or file. Its header is checked at once.
 
+    Attributes:
+        shapes: Hub name to the sizes of its pair.
+        whole: Hub name to what is replaced whole and has no pair; not part of the mapping.
+
     Raises:
         MissingInputError: There is no such file.
         BadDataError: The header is damaged, or its tensors are not whole pairs under names PEFT matches.
@@ -54,12 +58,21 @@ class LowRankPairs(Mapping[str, LowRankPair]):
 
     def __init__(self, path: Path | str) -> None:
         self.header = adapter_header(path)
-        self.shapes = pair_shapes(shapes_of(self.header))
+        self.shapes: dict[str, PairShape] = pair_shapes(shapes_of(self.header))
+        self.whole: dict[str, WholeShape] = whole_shapes(shapes_of(self.header))
 
     def __getitem__(self, hub_name: str) -> LowRankPair:
         shape = self.shapes[hub_name]
         tensors = self.header.tensors
         return LowRankPair(shape, read_tensor(tensors[shape.key_a]), read_tensor(tensors[shape.key_b]))
+
+    def read_whole(self, hub_name: str) -> torch.Tensor:
+        """The new weight ``(rows, columns)`` of a tensor that is replaced whole, as stored.
+
+        Raises:
+            KeyError: It is not replaced whole.
+        """
+        return read_tensor(self.header.tensors[self.whole[hub_name].key])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)

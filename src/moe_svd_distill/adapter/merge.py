@@ -2,7 +2,8 @@
 
 The merged model has the student's own layout: the same files, headers, names and dtypes. A tensor without a pair is
 copied byte for byte; a changed one is summed in fp32 block by block and rounded once to its stored dtype. So the memory
-needed is one block, whatever the size of the model.
+needed is one block, whatever the size of the model. A head that the adapter saves whole replaces the student's; where
+that was tied to the embeddings, it becomes a tensor of its own and the merged config.json says so.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from typing import TYPE_CHECKING
 
 from moe_svd_distill.adapter.adapter_file import CONFIGURATION_FILE, read_json
 from moe_svd_distill.adapter.agreement import check_agreement
+from moe_svd_distill.adapter.blocks import row_blocks
 from moe_svd_distill.adapter.companions import copy_companions
 from moe_svd_distill.adapter.configuration import refuse_tied
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.adapter.pair_shapes import PairShape
 from moe_svd_distill.adapter.publication import new_folder
-from moe_svd_distill.adapter.rewriting import rewrite
+from moe_svd_distill.adapter.rewriting import Addition, rewrite
+from moe_svd_distill.adapter.untying import added_head, untied_files
+from moe_svd_distill.adapter.whole_head import FLOATS, base_head, replaced_blocks
 from moe_svd_distill.checkpoints import Checkpoint, TensorInfo, open_checkpoint, refuse_quantised
 from moe_svd_distill.checkpoints.header import read_header
 from moe_svd_distill.errors import BadDataError, CannotWriteError
@@ -28,9 +32,6 @@ from moe_svd_distill.families.registry import family_of
 
 if TYPE_CHECKING:
     import torch
-
-BLOCK_ELEMENTS = 8 * 1024 * 1024
-_DTYPES = ("F64", "F32", "F16", "BF16")
 
 Progress = Callable[[int, int], None]
 
@@ -41,12 +42,13 @@ class MergeReport:
 
     Attributes:
         output: The merged model's folder.
-        merged: Tensors with a pair.
+        merged: Tensors with a pair or saved whole.
         copied: Tensors copied byte for byte.
         weights_files: Weights files written.
         bytes: Their tensors' size.
         companions: Other files copied.
         left_out: Files of the student that were not copied: other formats of its weights, and hidden files.
+        untied: Whether the student tied its head to its embeddings and the merged model does not any more.
     """
 
     output: Path
@@ -56,6 +58,7 @@ class MergeReport:
     bytes: int
     companions: tuple[str, ...]
     left_out: tuple[str, ...]
+    untied: bool = False
 
 
 def merge(
@@ -74,8 +77,8 @@ def merge(
         on_progress: Told the bytes of tensors done and their total.
 
     Raises:
-        BadDataError: A pair has no tensor of its name and shape in the student, the configuration disagrees with the
-            pairs, or a merged value is not finite. Nothing is written then.
+        BadDataError: A pair or a head saved whole has no tensor of its name and shape in the student, the
+            configuration disagrees with them, or a merged value is not finite. Nothing is written then.
         CannotWriteError: The output is not empty, or the disk is full.
     """
     checkpoint = student if isinstance(student, Checkpoint) else open_checkpoint(student)
@@ -83,11 +86,15 @@ def merge(
     pairs = LowRankPairs(adapter_folder)
     family = family_of(checkpoint.config, checkpoint.source)
     configuration = read_json(Path(adapter_folder) / CONFIGURATION_FILE)
-    scales = check_agreement(pairs.shapes, family, configuration).scales
-    if family.geometry(checkpoint.config).tied_embeddings:
-        refuse_tied(pairs)
+    scales = check_agreement(pairs.shapes, family, configuration, pairs.whole).scales
+    tied = family.geometry(checkpoint.config).tied_embeddings
+    if tied:
+        refuse_tied(pairs, pairs.whole)
     _check_places(pairs.shapes, checkpoint)
-    target, total = Path(output).absolute(), checkpoint.total_bytes
+    for shape in pairs.whole.values():
+        base_head(checkpoint, shape)
+    addition = added_head(pairs, checkpoint)
+    target, total = Path(output).absolute(), checkpoint.total_bytes + (addition[1].bytes if addition else 0)
     _check_space(target, total)
     done = 0
 
@@ -97,16 +104,25 @@ def merge(
         on_progress(done, total)
 
     def change(info: TensorInfo) -> Iterator[torch.Tensor] | None:
+        if info.name in pairs.whole:
+            return replaced_blocks(pairs.read_whole(info.name), checkpoint.read(info.name).dtype, info.name)
         return _merged_blocks(checkpoint, info, pairs, scales[info.name]) if info.name in pairs else None
+
+    def added(file: Path) -> Addition | None:
+        return addition[1] if addition and addition[0] == file else None
 
     files = sorted({info.file for info in checkpoint.values()})
     with new_folder(target) as folder:
         for file in files:
             place = folder / file.relative_to(checkpoint.folder)
             place.parent.mkdir(parents=True, exist_ok=True)
-            rewrite(read_header(file), place, change, advance)
-        companions, left_out = copy_companions(checkpoint.folder, folder, set(files))
-    return MergeReport(target, len(pairs), len(checkpoint) - len(pairs), len(files), total, companions, left_out)
+            rewrite(read_header(file), place, change, advance, added(file))
+        untied = tied and bool(pairs.whole)
+        changed = untied_files(checkpoint, addition) if untied else {}
+        companions, left_out = copy_companions(checkpoint.folder, folder, set(files), changed)
+    copied = len(checkpoint) - len(pairs) - sum(name in checkpoint for name in pairs.whole)
+    merged = len(pairs) + len(pairs.whole)
+    return MergeReport(target, merged, copied, len(files), total, companions, left_out, untied)
 
 
 def _check_places(shapes: Mapping[str, PairShape], checkpoint: Checkpoint) -> None:
@@ -124,9 +140,9 @@ def _check_places(shapes: Mapping[str, PairShape], checkpoint: Checkpoint) -> No
         if info.shape != (pair.rows, pair.columns):
             found = "×".join(map(str, info.shape))
             raise BadDataError(f"{name} is {found} in the student, the pair needs {pair.rows}×{pair.columns}", action)
-        if info.dtype not in _DTYPES:
+        if info.dtype not in FLOATS:
             raise BadDataError(
-                f"{name} is {info.dtype} in the student, expected one of {', '.join(_DTYPES)}",
+                f"{name} is {info.dtype} in the student, expected one of {', '.join(FLOATS)}",
                 "Use the unquantised student",
             )
 
@@ -148,9 +164,7 @@ def _merged_blocks(
 
     left, right = (factor.float() for factor in pairs[info.name].factors())  # (rows, rank), (rank, columns)
     weight = checkpoint.read(info.name)
-    step = max(1, BLOCK_ELEMENTS // info.shape[1])
-    for begin in range(0, info.shape[0], step):
-        rows = slice(begin, begin + step)
+    for rows in row_blocks(info.shape[0], info.shape[1]):
         block = weight[rows]
         wide = block.double() if block.dtype is torch.float64 else block.float()
         merged = (wide + scale * (left[rows] @ right)).to(block.dtype)

@@ -1,7 +1,8 @@
-"""Names of LoRA tensors: the hub name of the changed tensor inside PEFT's prefix and suffix.
+"""Names of an adapter's tensors: the hub name of the changed tensor inside PEFT's prefix and suffix.
 
 Whether PEFT finds a tensor depends on the name alone, and what it does not find it drops without a word. So names are
-made and read here only.
+made and read here only. A head that is saved whole (``modules_to_save``) has its hub name behind the prefix and no
+suffix at all.
 """
 
 from __future__ import annotations
@@ -13,10 +14,15 @@ from moe_svd_distill.errors import BadDataError
 
 PREFIX = "base_model.model."
 EMBEDDING_LEAVES = frozenset({"embed_tokens"})
+HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+WHOLE_MODULES = ("lm_head",)
+"""The modules that an adapter may replace whole, as ``modules_to_save`` names them."""
 
-Side = Literal["A", "B"]
+Side = Literal["A", "B", "whole"]
 
 _ACTION = "Write the adapter again, or a copy with repaired names"
+_WHOLE_HEAD = re.compile(r"(?:base_model\.model\.)*lm_head(?:\.modules_to_save(?:\.default)?)?\.weight")
 _KEY = re.compile(
     r"base_model\.model\.(?P<module>.+?)\.(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<embedding_side>[AB]))"
 )
@@ -43,12 +49,25 @@ def lora_keys(hub_name: str) -> tuple[str, str]:
     return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
 
 
+def whole_key(hub_name: str = HEAD) -> str:
+    """The key of a tensor that the adapter replaces whole: the new weight itself ``(V, d)``, not a change of it.
+
+    Raises:
+        BadDataError: The tensor is not the head; of other modules no loader takes a replacement.
+    """
+    if hub_name.removesuffix(".weight") not in WHOLE_MODULES or not hub_name.endswith(".weight"):
+        raise BadDataError(f"{hub_name}: only {HEAD} can be saved whole", "Give a LoRA pair for it")
+    return f"{PREFIX}{hub_name}"
+
+
 def parse_key(key: str) -> tuple[str, Side]:
-    """The hub name and the side of a LoRA key: the inverse of `lora_keys`.
+    """The hub name of a key and what it holds: the inverse of `lora_keys` and `whole_key`.
 
     Raises:
         BadDataError: PEFT would not match the key, and why.
     """
+    if key in {whole_key(f"{module}.weight") for module in WHOLE_MODULES}:
+        return key.removeprefix(PREFIX), "whole"
     match = _KEY.fullmatch(key)
     side = match and (match["side"] or match["embedding_side"])
     if match is None or side not in ("A", "B"):
@@ -57,6 +76,15 @@ def parse_key(key: str) -> tuple[str, Side]:
     if key not in lora_keys(hub_name) or _fault_of_module(match["module"]):
         raise BadDataError(_why_unmatched(key), _ACTION)
     return hub_name, "A" if side == "A" else "B"
+
+
+def is_whole_head(key: str) -> bool:
+    """Whether a key, rightly spelt or not, means a head that is saved whole: no LoRA factor, and no copy of the base.
+
+    Known wrong spellings: no ``base_model.model.`` in front, that prefix twice, PEFT's name in memory
+    (``lm_head.modules_to_save.default.weight``), or without the adapter's name in it.
+    """
+    return bool(_WHOLE_HEAD.fullmatch(key))
 
 
 def is_embedding(hub_name: str) -> bool:
@@ -74,6 +102,8 @@ def _fault_of_module(module: str) -> str:
 
 def _why_unmatched(key: str) -> str:
     module = re.sub(r"\.lora_(embedding_)?[AB](\.default)?(\.weight)?\Z", "", key)
+    if module == key and is_whole_head(key):
+        return f"{key}: PEFT does not match this name of a head saved whole, expected {whole_key()}"
     if module == key:
         return f"{key}: not the name of a LoRA tensor"
     if not key.startswith(PREFIX):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -23,24 +23,17 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         CannotWriteError: The operating system refuses to write.
     """
-    temporary: Path | None = None
-    try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".writing", dir=path.parent)
-        temporary = Path(name)
-        with os.fdopen(descriptor, "wb") as stream:
-            yield stream
-            stream.flush()
-            os.fchmod(stream.fileno(), FILE_MODE)
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-        temporary = None
-        flush_folder(path.parent)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    finally:
-        if temporary is not None:
-            with suppress(OSError):
-                temporary.unlink()
+
+    def make(prefix: str, suffix: str) -> Path:
+        descriptor, name = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=path.parent)
+        os.close(descriptor)
+        return Path(name)
+
+    with _becoming(path, make, Path.unlink) as temporary, temporary.open("wb") as stream:
+        yield stream
+        stream.flush()
+        os.fchmod(stream.fileno(), FILE_MODE)
+        os.fsync(stream.fileno())
 
 
 @contextmanager
@@ -53,13 +46,33 @@ def new_folder(path: Path) -> Iterator[Path]:
     path = path.absolute()
     if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
         raise CannotWriteError(f"{path} exists and is not an empty folder", "Give another output folder")
-    temporary: Path | None = None
-    try:
+
+    def make(prefix: str, suffix: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".writing", dir=path.parent))
+        return Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=path.parent))
+
+    with _becoming(path, make, lambda temporary: shutil.rmtree(temporary, ignore_errors=True)) as temporary:
         yield temporary
         temporary.chmod(FOLDER_MODE)
         flush_folder(temporary)
+
+
+@contextmanager
+def _becoming(path: Path, make: Callable[[str, str], Path], remove: Callable[[Path], None]) -> Iterator[Path]:
+    """Something new beside ``path`` that takes its place when the block ends without an error, and else is removed.
+
+    Args:
+        path: Where it belongs.
+        make: Makes it, given the beginning and the end of its temporary name.
+        remove: Removes it.
+
+    Raises:
+        CannotWriteError: The operating system refuses to write.
+    """
+    temporary: Path | None = None
+    try:
+        temporary = make(f".{path.name}.", ".writing")
+        yield temporary
         temporary.replace(path)
         temporary = None
         flush_folder(path.parent)
@@ -67,7 +80,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise cannot_write(path, error) from error
     finally:
         if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+            with suppress(OSError):
+                remove(temporary)
 
 
 def flush_folder(folder: Path) -> None:

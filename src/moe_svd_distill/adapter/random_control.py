@@ -1,4 +1,7 @@
-"""A random adapter with the size of a real one: the control that tells "this change helps" from "any change does"."""
+"""A random adapter with the size of a real one: the control that tells "this change helps" from "any change does".
+
+A head saved whole becomes the student's own head plus Gaussian noise of the Frobenius norm of its change.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +11,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE, CONFIGURATION_FILE, RECORD_FILE, read_json, write_json
+from moe_svd_distill.adapter.blocks import row_blocks
 from moe_svd_distill.adapter.digest import sha256_of
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs, frobenius_of_product
 from moe_svd_distill.adapter.naming import parse_key
 from moe_svd_distill.adapter.publication import new_folder
 from moe_svd_distill.adapter.rewriting import rewrite
-from moe_svd_distill.checkpoints import TensorInfo
+from moe_svd_distill.adapter.whole_head import base_head, change_norm, norm_of_blocks, shifted, student_of
+from moe_svd_distill.checkpoints import Checkpoint, TensorInfo
 
 if TYPE_CHECKING:
     import torch
 
 
-def write_random_control(adapter_folder: Path | str, output_folder: Path | str, seed: int) -> None:
+def write_random_control(
+    adapter_folder: Path | str,
+    output_folder: Path | str,
+    seed: int,
+    student: Checkpoint | Path | str | None = None,
+) -> None:
     """Write an adapter of random pairs, each with the Frobenius norm of ``B @ A`` of the original's pair.
 
-    A pair's values depend on the seed and on its name alone. Norms agree up to rounding to the stored dtype.
+    A tensor's values depend on the seed and on its name alone. Norms agree up to rounding to the stored dtype.
 
     Args:
         adapter_folder: The original; its configuration is taken over.
         output_folder: A new or empty folder.
         seed: Seed of the random numbers.
+        student: The student or its folder, for a head saved whole. Without it the base model that the configuration
+            names is used, if that is a folder here.
 
     Raises:
+        UsageError: The adapter saves a head whole and no student is at hand.
         CannotWriteError: The output exists and is not empty, or cannot be written.
         BadDataError: The original is damaged.
     """
@@ -40,6 +53,8 @@ def write_random_control(adapter_folder: Path | str, output_folder: Path | str, 
 
     def change(info: TensorInfo) -> Iterator[torch.Tensor]:
         hub_name, side = parse_key(info.name)
+        if side == "whole":
+            return _random_head(pairs, hub_name, seed, student_of(student, configuration, "a random control"))
         if hub_name not in latest:  # A and B of a pair follow each other in the file: one pair is in memory at a time
             latest.clear()
             latest[hub_name] = _random_pair(pairs, hub_name, seed)
@@ -58,9 +73,30 @@ def _random_pair(pairs: LowRankPairs, hub_name: str, seed: int) -> tuple[torch.T
 
     original = pairs[hub_name]
     norm = original.norm()
-    digest = hashlib.sha256(f"{seed} {hub_name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    generator = _generator(seed, hub_name)
     a = torch.randn(original.a.shape, generator=generator)
     b = torch.randn(original.b.shape, generator=generator)
     factor = (norm / frobenius_of_product(a, b)) ** 0.5
     return (a * factor).to(original.a.dtype), (b * factor).to(original.b.dtype)
+
+
+def _random_head(pairs: LowRankPairs, hub_name: str, seed: int, student: Checkpoint) -> Iterator[torch.Tensor]:
+    """The student's head ``(V, d)`` plus Gaussian noise with the norm of the original's change, in blocks of rows."""
+    import torch
+
+    new, base = pairs.read_whole(hub_name), base_head(student, pairs.whole[hub_name])
+
+    def noise(rows: slice) -> torch.Tensor:
+        """Made twice from the same seed, so that it is never in memory as a whole."""
+        count = rows.stop - rows.start
+        return torch.randn((count, base.shape[1]), generator=_generator(seed, f"{hub_name} {rows.start}"))
+
+    factor = change_norm(new, base) / norm_of_blocks(noise(rows) for rows in row_blocks(*base.shape))
+    return shifted(base, noise, factor, new.dtype, pairs.whole[hub_name].key)
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    import torch
+
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

@@ -9,7 +9,7 @@ from moe_svd_distill.adapter.adapter_file import adapter_header, read_json, shap
 from moe_svd_distill.adapter.configuration import build_configuration
 from moe_svd_distill.adapter.inference import Inference, infer_family
 from moe_svd_distill.adapter.key_repair import unmatched_keys
-from moe_svd_distill.adapter.pair_shapes import pair_shapes
+from moe_svd_distill.adapter.pair_shapes import pair_shapes, whole_shapes
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.families.registry import family_of
 
@@ -32,7 +32,7 @@ def rebuild_configuration(
     shapes = shapes_of(adapter_header(adapter_file))
     _refuse_unmatched(shapes, adapter_file)
     if student is None:
-        guess = infer_family(list(pair_shapes(shapes)))
+        guess = infer_family(_changed(shapes))
         return build_configuration(shapes, guess.family, base_model=base_model or "", student_layers=guess.layers)
     config = read_json(Path(student) / "config.json")
     family = family_of(config, str(student))
@@ -53,7 +53,11 @@ def inference_of(adapter_file: Path | str) -> Inference:
         MissingInputError: There is no such file.
         BadDataError: The keys are not PEFT's, or no known family has all of the tensors.
     """
-    return infer_family(list(pair_shapes(shapes_of(adapter_header(adapter_file)))))
+    return infer_family(_changed(shapes_of(adapter_header(adapter_file))))
+
+
+def _changed(shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    return [*pair_shapes(shapes), *whole_shapes(shapes)]
 
 
 def _refuse_unmatched(keys: dict[str, tuple[int, ...]], adapter_file: Path | str) -> None:

@@ -27,7 +27,8 @@ def scan_values(pairs: LowRankPairs, *, digest_checked: bool) -> tuple[str, ...]
         Hub names of the pairs that are zero, sorted.
 
     Raises:
-        BadDataError: A tensor has NaN or Inf, is not of a floating-point dtype, or breaks off into zeros.
+        BadDataError: A tensor has NaN or Inf, is not of a floating-point dtype, or breaks off into zeros; or a head
+            that is saved whole is zero.
     """
     zero: set[str] = set()
     broken_off, tail = "", 0  # the tensor that holds the file's last nonzero value, and the zero bytes behind it
@@ -40,7 +41,12 @@ def scan_values(pairs: LowRankPairs, *, digest_checked: bool) -> tuple[str, ...]
         _refuse_not_finite(name, tensor)
         filled = tensor.any(dim=1).nonzero()
         if not len(filled):
-            zero.add(parse_key(name)[0])
+            hub_name, side = parse_key(name)
+            if side == "whole":
+                raise BadDataError(
+                    f"{name} is zero throughout: a head of zeros says nothing", "Write the adapter again"
+                )
+            zero.add(hub_name)
             tail += info.bytes
             continue
         end = int(filled[-1])

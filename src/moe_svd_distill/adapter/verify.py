@@ -14,6 +14,7 @@ from moe_svd_distill.adapter.inference import infer_family
 from moe_svd_distill.adapter.load_check import LoadReport, check_loads
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.adapter.values import scan_values
+from moe_svd_distill.adapter.whole_change import WholeChange, changes_of_whole
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.errors import BadDataError, MissingInputError, NothingToTransferError
 from moe_svd_distill.families.registry import family_of
@@ -32,6 +33,7 @@ class VerifyReport:
         load: What PEFT's load path did, or None where no student was at hand.
         transferred: False for an adapter that run.json declares to be scaled to zero.
         warnings: What is not wrong but should be known.
+        whole: Hub names of the tensors that are saved whole.
     """
 
     pairs: int
@@ -42,17 +44,19 @@ class VerifyReport:
     load: LoadReport | None
     transferred: bool
     warnings: tuple[str, ...]
+    whole: tuple[str, ...] = ()
 
     @property
     def summary(self) -> str:
         """The outcome in a few words."""
         if not self.transferred:
             return "valid, but scaled to zero: nothing was transferred"
-        return f"valid: {self.pairs} pairs, {len(self.zero_pairs)} of them zero"
+        whole = f", and {', '.join(self.whole)} saved whole" if self.whole else ""
+        return f"valid: {self.pairs} pairs, {len(self.zero_pairs)} of them zero{whole}"
 
 
 def verify(folder: Path | str, student: Checkpoint | Path | str | None = None) -> VerifyReport:
-    """Check an adapter's folder; memory stays at one tensor.
+    """Check an adapter's folder; memory stays at one tensor, or two where a head is saved whole.
 
     Args:
         folder: Folder with adapter_model.safetensors, adapter_config.json and, if this tool wrote it, run.json.
@@ -62,7 +66,7 @@ def verify(folder: Path | str, student: Checkpoint | Path | str | None = None) -
     Raises:
         MissingInputError: A file is not there.
         BadDataError: Header, digest, configuration, load check or values are wrong.
-        NothingToTransferError: Every pair is zero and run.json does not declare it.
+        NothingToTransferError: Neither the pairs nor a head saved whole change anything, undeclared by run.json.
     """
     place = Path(folder)
     if not place.is_dir():
@@ -81,20 +85,25 @@ def verify(folder: Path | str, student: Checkpoint | Path | str | None = None) -
         warnings.append(f"{RECORD_FILE} records no digest: a half-written file cannot be told from a complete one")
     config, source = _student_config(student, configuration)
     if config is None:
-        guess = infer_family(list(pairs))
+        guess = infer_family([*pairs, *pairs.whole])
         family, load = guess.family, None
         warnings.append(f"the load check was left out, because {guess.statement}")
     else:
         family, load = family_of(config, source), check_loads(place, config)
-    agreement = check_agreement(pairs.shapes, family, configuration)
+    agreement = check_agreement(pairs.shapes, family, configuration, pairs.whole)
     scale = _common_scale(agreement.scales, ours=recorded is not None)
     if scale != 1.0:
         warnings.append(f"PEFT multiplies every pair by {scale:g}")
     zero = scan_values(pairs, digest_checked=recorded is not None)
-    transferred = _check_effect(pairs, zero, record)
+    changes = changes_of_whole(pairs, student, configuration)
+    warnings += [change.note for change in changes if change.note]
+    transferred = _check_effect(pairs, zero, record, changes)
     if zero and transferred:
         warnings.append(f"{len(zero)} of {len(pairs)} pairs are zero and change nothing")
-    return VerifyReport(len(pairs), zero, scale, digest, recorded is not None, load, transferred, tuple(warnings))
+    complete = recorded is not None
+    return VerifyReport(
+        len(pairs), zero, scale, digest, complete, load, transferred, tuple(warnings), tuple(sorted(pairs.whole))
+    )
 
 
 def _student_config(
@@ -124,10 +133,19 @@ def _common_scale(scales: Mapping[str, float], *, ours: bool) -> float:
     return expected
 
 
-def _check_effect(pairs: LowRankPairs, zero: tuple[str, ...], record: Mapping[str, Any]) -> bool:
-    """Whether the adapter changes the student; an adapter that does not must have declared it."""
+def _check_effect(
+    pairs: LowRankPairs, zero: tuple[str, ...], record: Mapping[str, Any], whole: tuple[WholeChange, ...]
+) -> bool:
+    """Whether the adapter changes the student; an adapter that does not must have declared it.
+
+    A head saved whole that could not be compared is believed to be what run.json says, or a change if it says nothing.
+    """
     declared = record.get("transferred") is False
-    if len(zero) == len(pairs):
+    replaced = any(change.relative for change in whole)
+    unknown = any(change.relative is None for change in whole)
+    if len(zero) == len(pairs) and not replaced:
+        if unknown:
+            return not declared
         if not declared:
             raise NothingToTransferError(
                 f"all {len(pairs)} pairs are zero: the adapter changes nothing",
@@ -135,8 +153,11 @@ def _check_effect(pairs: LowRankPairs, zero: tuple[str, ...], record: Mapping[st
             )
         return False
     if declared:
+        changed = f"{len(pairs) - len(zero)} pairs are not zero" + (
+            " and a head saved whole differs" if replaced else ""
+        )
         raise BadDataError(
-            f"{RECORD_FILE} declares that nothing was transferred, but {len(pairs) - len(zero)} pairs are not zero",
+            f"{RECORD_FILE} declares that nothing was transferred, but {changed}",
             "Run the distillation again",
         )
     return True

@@ -1,22 +1,14 @@
-"""Reading text from files and folders, and dividing it so that no document serves two purposes."""
+"""Documents, and dividing them so that none serves two purposes."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
-from moe_svd_distill.errors import BadDataError, MissingInputError, UsageError
-
-RECORD_SUFFIXES = frozenset({".jsonl", ".ndjson"})
-TEXT_SUFFIXES = re.compile(
-    r"\.(txt|text|md|markdown|rst|tex|html?|xml|csv|tsv|ya?ml|toml|ini|cfg|json|ipynb"
-    r"|pyi?|[jt]sx?|c|cc|cpp|h|hpp|cu|java|kt|scala|go|rs|rb|php|swift|m|r|jl|lua|pl|sh|bash|sql|css)"
-)
+from moe_svd_distill.calibration.chat import Chat
+from moe_svd_distill.errors import BadDataError, UsageError
 
 MINIMUM_UNITS = 24
 """With fewer documents than this, long ones are cut into sections before they are divided or counted."""
@@ -24,39 +16,36 @@ MINIMUM_UNITS = 24
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it came from; `origin` is the digest of the whole document if this is a section of one."""
+    """One text and where it came from.
+
+    Attributes:
+        source: File, or file and line, or data set and row.
+        text: What is read. Of a conversation, only what was said, for counting: `Tokenizer.render` makes its text.
+        origin: The digest of the whole document if this is a section of one, or of the conversation it was rendered
+            from.
+        chat: The conversation, as long as no tokenizer has rendered it.
+    """
 
     source: str
     text: str
     origin: str | None = None
+    chat: Chat | None = None
+
+    @classmethod
+    def of_chat(cls, source: str, chat: Chat) -> Document:
+        """A conversation that a tokenizer has yet to render."""
+        return cls(source, chat.said, chat=chat)
 
     @cached_property
     def digest(self) -> str:
         """A name for the content alone, so that a copy under another file name is recognised."""
-        return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest()
+        content = self.text if self.chat is None else self.chat.content
+        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
     def digests(self) -> tuple[str, ...]:
         """What to write down once the document is used, so that `without` recognises it and the whole it is of."""
         return (self.digest,) if self.origin is None else (self.digest, self.origin)
-
-
-def read_documents(paths: Sequence[str | Path], *, field: str = "text") -> tuple[Document, ...]:
-    """Read every document in files and folders; copies of the same text are kept once.
-
-    A folder is searched recursively for files with a text suffix, in the order of their names. A file of JSON
-    lines holds one document per line, in `field`; any other file is one document.
-    """
-    found: dict[str, Document] = {}
-    for path in map(Path, paths):
-        for file in _files(path):
-            for document in _documents(file, field):
-                if document.text.strip():
-                    found.setdefault(document.digest, document)
-    if not found:
-        named = ", ".join(map(str, paths)) or "nothing was named"
-        raise BadDataError(f"There is no text in {named}", "Name a text file, a JSON-lines file or a folder of them")
-    return tuple(found.values())
 
 
 def without(documents: Sequence[Document], digests: Collection[str]) -> tuple[Document, ...]:
@@ -103,7 +92,7 @@ def cut_long_documents(
 ) -> tuple[Document, ...]:
     """Cut documents into sections of at least `shortest` characters, at line ends, until there are about `minimum`.
 
-    Enough documents come back as they are.
+    Enough documents come back as they are, and so do conversations that are not rendered yet.
     """
     if len(documents) >= minimum:
         return tuple(documents)
@@ -114,7 +103,7 @@ def cut_long_documents(
 
 def _sections(document: Document, size: int) -> Iterator[Document]:
     text = document.text
-    if len(text) < 2 * size:
+    if len(text) < 2 * size or document.chat is not None:
         yield document
         return
     begin = number = 0
@@ -125,53 +114,3 @@ def _sections(document: Document, size: int) -> Iterator[Document]:
             yield Document(f"{document.source}#{number}", text[begin:end], document.origin or document.digest)
             number += 1
         begin = end
-
-
-def _files(path: Path) -> Iterator[Path]:
-    if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-            suffix = file.suffix.lower()
-            readable = suffix in RECORD_SUFFIXES or TEXT_SUFFIXES.fullmatch(suffix)
-            if readable and not hidden and file.is_file():
-                yield file
-    elif path.exists():
-        yield path
-    else:
-        raise MissingInputError(f"The text {path} does not exist", "Check the path")
-
-
-def _documents(file: Path, field: str) -> Iterator[Document]:
-    text = _read(file)
-    if file.suffix.lower() not in RECORD_SUFFIXES:
-        yield Document(str(file), text)
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{file}:{number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise BadDataError(f"{where} is not a line of JSON ({error})", "Mend or remove the line") from error
-        value = record.get(field) if isinstance(record, dict) else None
-        if not isinstance(value, str):
-            there = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
-            raise BadDataError(
-                f"{where} has no text in the field {field!r} (found: {there})", "Name the field that holds it"
-            )
-        yield Document(where, value)
-
-
-def _read(file: Path) -> str:
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadDataError(f"{file} is not UTF-8 text (byte {error.start})", "Convert it or leave it out") from error
-    except OSError as error:
-        raise MissingInputError(
-            f"{file} cannot be read ({error.strerror})", "Check the path and its permissions"
-        ) from error
-    if "\0" in text:
-        raise BadDataError(f"{file} is a binary file, not text", "Leave it out, or export it as text or JSON lines")
-    return text

@@ -5,46 +5,44 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moe_svd_distill.calibration.documents import (
     MINIMUM_UNITS,
     Document,
-    read_documents,
     split_documents,
     without,
 )
-from moe_svd_distill.calibration.tokenizer import (
-    Tokenizer,
+from moe_svd_distill.calibration.reading import read_documents
+from moe_svd_distill.calibration.tokenizer import IntArray, Tokenizer, load_tokenizer
+from moe_svd_distill.calibration.vocabulary import (
     VocabularyComparison,
-    load_tokenizer,
+    compare_vocabularies,
     require_shared_vocabulary,
-    vocabularies_match,
 )
 from moe_svd_distill.errors import BadDataError
 
 __all__ = [
     "Document",
+    "IntArray",
     "TokenizedText",
     "Tokenizer",
     "VocabularyComparison",
+    "compare_vocabularies",
     "load_tokenizer",
     "read_documents",
     "require_shared_vocabulary",
     "split_documents",
     "tokenize",
-    "vocabularies_match",
     "without",
 ]
 
-IntArray: TypeAlias = NDArray[np.int64]
-
 FEWEST_DOCUMENTS = 8
-_BATCH = 64
-_SHORTEST_SHARE = 64
+SHORTEST_SHARE = 64
+"""Tokens of a document that are taken at least, however many documents there are."""
+BATCH = 64
+"""Documents that are tokenised at a time."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +51,12 @@ class TokenizedText:
 
     Attributes:
         sequences: Token ids, (n, length). Documents follow one another, each ended by the end-of-text token.
-        document_of_token: Index into `sources` for every token, (n, length).
+        document_of_token: Index into `sources` for every token, (n, length); -1 for padding at the end of a sequence,
+            which only the text of a pair with different tokenizers has.
         sources: Where each document came from.
         digests: What to write down to recognise the same text elsewhere (see `without`).
         skipped: Documents left out because they hold a token that only one of the two models knows.
+        asked: Tokens that were asked for, or None if all there are.
     """
 
     sequences: IntArray
@@ -64,6 +64,7 @@ class TokenizedText:
     sources: tuple[str, ...]
     digests: tuple[str, ...]
     skipped: int = 0
+    asked: int | None = None
 
     @property
     def length(self) -> int:
@@ -72,13 +73,18 @@ class TokenizedText:
 
     @property
     def tokens(self) -> int:
-        """Tokens in all sequences."""
-        return int(self.sequences.size)
+        """Tokens in all sequences, padding not counted."""
+        return int(np.count_nonzero(self.document_of_token >= 0))
 
     @property
     def predicted(self) -> int:
         """Tokens that have a predecessor in their sequence, which are those that figures are taken over."""
-        return int(self.sequences.shape[0]) * (self.length - 1)
+        return self.tokens - int(self.sequences.shape[0])
+
+    @property
+    def short(self) -> bool:
+        """Whether there are fewer tokens than were asked for, beyond rounding to whole sequences."""
+        return self.asked is not None and self.tokens < self.asked // self.length * self.length
 
     @property
     def unit(self) -> str:
@@ -102,7 +108,8 @@ def tokenize(
 ) -> TokenizedText:
     """Pack documents, in their order, into sequences of `length` tokens; the incomplete last one is dropped.
 
-    Under a limit, long documents are cut short where there are more of them: figures over many documents say more.
+    Conversations are rendered by the tokenizer's chat template. Under a limit, long documents are cut short where there
+    are more of them: figures over many documents say more.
 
     Args:
         documents: What to read; reading stops as soon as the limit is reached.
@@ -111,49 +118,116 @@ def tokenize(
         length: Tokens of one sequence, at least 2.
         vocabulary: Documents with a token number at or above this are skipped (see `VocabularyComparison.shared`).
     """
-    wanted = None if limit_tokens is None else max(limit_tokens // length, 1) * length
-    share = None if wanted is None else max(wanted // MINIMUM_UNITS, _SHORTEST_SHARE)
+    wanted = None if limit_tokens is None else whole(limit_tokens, length)
+    share = None if wanted is None else max(wanted // MINIMUM_UNITS, SHORTEST_SHARE)
     ids: list[IntArray] = []
     used: list[Document] = []
     enough = skipped = 0
-    for begin in range(0, len(documents), _BATCH):
-        batch = documents[begin : begin + _BATCH]
-        for document, encoded in zip(batch, tokenizer.encode([document.text for document in batch]), strict=True):
-            if vocabulary is not None and max(encoded, default=0) >= vocabulary:
+    for begin in range(0, len(documents), BATCH):
+        for document, encoded in encode_documents(documents[begin : begin + BATCH], tokenizer):
+            if not fits(encoded, vocabulary):
                 skipped += 1
                 continue
-            ids.append(np.asarray(encoded, dtype=np.int64))
+            ids.append(encoded)
             used.append(document)
             enough += len(encoded) if share is None else min(len(encoded), share)
         if wanted is not None and enough >= wanted:
             break
+    longest = None
     if wanted is not None and share is not None:
-        longest = max(share, _even_share([len(part) for part in ids], wanted))
-        ids = [part[:longest] for part in ids]
-    ids = [_ended(part, tokenizer.end_of_text) for part in ids]
-    total = sum(len(part) for part in ids)
+        longest = max(share, even_share([len(part) for part in ids], wanted))
+    end = tokenizer.end_of_text
+    return pack(used, ids, end, length=length, wanted=wanted, longest=longest, skipped=skipped, asked=limit_tokens)
+
+
+def pack(
+    documents: Sequence[Document],
+    ids: Sequence[IntArray],
+    end_of_text: int | None,
+    *,
+    length: int,
+    wanted: int | None,
+    longest: int | None,
+    skipped: int = 0,
+    asked: int | None = None,
+) -> TokenizedText:
+    """Put tokenised documents one after another, each ended, into sequences of `length` tokens.
+
+    Args:
+        documents: What the tokens are of.
+        ids: Tokens of each document.
+        end_of_text: What ends each, if anything.
+        length: Tokens of one sequence.
+        wanted: Tokens to take at most, whole sequences; None for all.
+        longest: Tokens to take of one document at most, the one that ends it not counted; None for all.
+        skipped: As in `TokenizedText`.
+        asked: As in `TokenizedText`.
+
+    Raises:
+        BadDataError: There is not even one sequence.
+    """
+    parts = [ended(part[:longest], end_of_text) for part in ids]
+    total = sum(len(part) for part in parts)
     count = (total if wanted is None else min(total, wanted)) // length
     if count == 0:
-        note = f" ({skipped} documents were skipped for tokens unknown to one of the models)" if skipped else ""
-        raise BadDataError(
-            f"The text is too short: {total} tokens, one sequence takes {length}{note}", "Give more text"
-        )
-    owners = np.repeat(np.arange(len(ids)), [len(part) for part in ids])[: count * length]
-    last = int(owners[-1]) + 1
+        raise too_short(total, length, skipped)
+    owners = np.repeat(np.arange(len(parts)), [len(part) for part in parts])[: count * length]
+    used = documents[: int(owners[-1]) + 1]
     return TokenizedText(
-        sequences=np.concatenate(ids)[: count * length].reshape(count, length),
+        sequences=np.concatenate(parts)[: count * length].reshape(count, length),
         document_of_token=owners.reshape(count, length),
-        sources=tuple(document.source for document in used[:last]),
-        digests=tuple(sorted({digest for document in used[:last] for digest in document.digests})),
+        sources=tuple(document.source for document in used),
+        digests=all_digests(used),
         skipped=skipped,
+        asked=asked,
     )
 
 
-def _ended(ids: IntArray, end: int | None) -> IntArray:
+def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> list[tuple[Document, IntArray]]:
+    """Render what are conversations, and tokenise; each document comes back as the text that was read."""
+    read = [rendered(document, tokenizer) for document in documents]
+    encoded = tokenizer.encode([document.text for document in read])
+    return [(document, np.asarray(ids, dtype=np.int64)) for document, ids in zip(read, encoded, strict=True)]
+
+
+def rendered(document: Document, tokenizer: Tokenizer) -> Document:
+    """The document as text: a conversation as the tokenizer's chat template writes it, anything else as it is.
+
+    The conversation's own digest stays with it as `origin`, so it is recognised whichever template it went through.
+    """
+    if document.chat is None:
+        return document
+    return Document(document.source, tokenizer.render(document.chat, document.source), document.digest)
+
+
+def fits(ids: IntArray, vocabulary: int | None) -> bool:
+    """Whether every token is below `vocabulary`."""
+    return vocabulary is None or int(ids.max(initial=0)) < vocabulary
+
+
+def ended(ids: IntArray, end: int | None) -> IntArray:
+    """The tokens with the end-of-text token after them, unless it is there."""
     return ids if end is None or (len(ids) and ids[-1] == end) else np.append(ids, end)
 
 
-def _even_share(lengths: Sequence[int], wanted: int) -> int:
+def whole(tokens: int, length: int) -> int:
+    """Tokens rounded down to whole sequences, but never to none."""
+    return max(tokens // length, 1) * length
+
+
+def even_share(lengths: Sequence[int] | IntArray, wanted: int) -> int:
     """The fewest tokens to take of each document at most so that together they are as many as wanted."""
-    taken = np.asarray(lengths)
-    return bisect_left(range(max(lengths, default=0)), wanted, key=lambda most: int(np.minimum(taken, most).sum()))
+    taken = np.asarray(lengths, dtype=np.int64)
+    longest = int(taken.max(initial=0))
+    return bisect_left(range(longest), wanted, key=lambda most: int(np.minimum(taken, most).sum()))
+
+
+def all_digests(documents: Sequence[Document]) -> tuple[str, ...]:
+    """What to write down of documents that are used."""
+    return tuple(sorted({digest for document in documents for digest in document.digests}))
+
+
+def too_short(total: int, length: int, skipped: int) -> BadDataError:
+    """The refusal of text that does not fill what it must."""
+    note = f" ({skipped} documents were skipped for tokens unknown to one of the models)" if skipped else ""
+    return BadDataError(f"The text is too short: {total} tokens, one sequence takes {length}{note}", "Give more text")

@@ -1,14 +1,39 @@
-"""A model folder's tokenizer, and whether two folders number their tokens alike."""
+"""A model folder's tokenizer: token ids, what characters each token reads, and conversations as text."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
-from moe_svd_distill.errors import BadDataError, IncompatiblePairError, MissingInputError
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_svd_distill.calibration.chat import Chat
+from moe_svd_distill.calibration.chat_template import render_chat
+from moe_svd_distill.errors import BadDataError, MissingInputError
+
+IntArray: TypeAlias = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TokenSpans:
+    """One text's tokens and the characters they stand for.
+
+    Attributes:
+        ids: Token ids, (tokens,), with the special tokens the tokenizer puts around a text by itself.
+        begin: First character of each token in the text, (tokens,).
+        end: One past its last, (tokens,). Where a character takes several tokens each of them spans all of it.
+        read: Whether the token stands for text, (tokens,); not so for those put around it.
+    """
+
+    ids: IntArray
+    begin: IntArray
+    end: IntArray
+    read: NDArray[np.bool_]
 
 
 class Tokenizer(Protocol):
@@ -21,33 +46,40 @@ class Tokenizer(Protocol):
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, with the special tokens the tokenizer puts around a text by itself."""
 
+    def encode_spans(self, texts: Sequence[str]) -> list[TokenSpans]:
+        """The same tokens with the characters each of them reads."""
 
-@dataclass(frozen=True)
-class VocabularyComparison:
-    """Whether two models number their tokens alike.
-
-    Attributes:
-        equal: Every ordinary token has the same number in both, so the two distributions can be compared.
-        shared: Numbers 0 … shared-1 mean the same token in both; logits are compared on these.
-        reasons: What differs, in words; may be filled although `equal` holds (extra special tokens).
-    """
-
-    equal: bool
-    shared: int
-    reasons: tuple[str, ...]
+    def render(self, chat: Chat, where: str) -> str:
+        """The text that the chat template makes of a conversation; `where` names the record in errors."""
 
 
 @dataclass(frozen=True)
 class _FastTokenizer:
+    folder: Path
     inner: Any
     end_of_text: int | None
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.inner.encode_batch_fast(list(texts))]
 
+    def encode_spans(self, texts: Sequence[str]) -> list[TokenSpans]:
+        return _spans(self._exact, texts)
+
+    def render(self, chat: Chat, where: str) -> str:
+        return render_chat(chat, self._transformers, where=where, begins=_begins(self, self._transformers))
+
+    @cached_property
+    def _exact(self) -> Any:
+        return _with_exact_offsets(self.inner)
+
+    @cached_property
+    def _transformers(self) -> Any:
+        return auto_tokenizer(self.folder)
+
 
 @dataclass(frozen=True)
 class _AutoTokenizer:
+    folder: Path
     inner: Any
 
     @property
@@ -57,64 +89,99 @@ class _AutoTokenizer:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(ids) for ids in self.inner(list(texts), verbose=False)["input_ids"]]
 
+    def encode_spans(self, texts: Sequence[str]) -> list[TokenSpans]:
+        return _spans(self._exact, texts)
+
+    def render(self, chat: Chat, where: str) -> str:
+        return render_chat(chat, self.inner, where=where, begins=_begins(self, self.inner))
+
+    @cached_property
+    def _exact(self) -> Any:
+        return _with_exact_offsets(backend(self.folder))
+
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Load a folder's tokenizer: `tokenizer.json` directly, others through transformers; never run code from it."""
+    """Load a folder's tokenizer: `tokenizer.json` directly, others through transformers; never run code from it.
+
+    Raises:
+        MissingInputError: The folder has no tokenizer.
+        BadDataError: Its files are damaged.
+    """
     folder = Path(folder)
     if (folder / "tokenizer.json").is_file():
         inner = _fast(folder)
         inner.no_truncation()
         inner.no_padding()
-        return _FastTokenizer(inner, _end_of_text(folder, inner))
-    return _AutoTokenizer(_auto(folder))
+        return _FastTokenizer(folder, inner, _end_of_text(folder, inner))
+    return _AutoTokenizer(folder, auto_tokenizer(folder))
 
 
-def vocabularies_match(teacher_folder: str | Path, student_folder: str | Path) -> VocabularyComparison:
-    """Compare what each token number means in both models.
+def backend(folder: Path) -> Any:
+    """Return a folder's `tokenizers.Tokenizer`.
 
-    A different padded size of the embedding does not matter, nor do special tokens that one has added at the end.
+    Raises:
+        BadDataError: There is none, because the tokenizer is of a kind that does not say what its tokens read.
     """
-    teacher, teacher_ordinary = _vocabulary(Path(teacher_folder))
-    student, student_ordinary = _vocabulary(Path(student_folder))
-    limit = min(max(teacher, default=-1), max(student, default=-1)) + 1
-    shared = next((number for number in range(limit) if teacher.get(number) != student.get(number)), limit)
-    reasons = []
-    if len(teacher) != len(student):
-        reasons.append(f"the teacher has {len(teacher)} tokens and the student {len(student)}")
-    if shared < max(max(teacher, default=-1), max(student, default=-1)) + 1:
-        reasons.append(
-            f"token {shared} is {_quoted(teacher.get(shared))} for the teacher "
-            f"and {_quoted(student.get(shared))} for the student"
-        )
-    equal = shared > 0 and all(number < shared for number in teacher_ordinary | student_ordinary)
-    return VocabularyComparison(equal, shared, tuple(reasons))
-
-
-def require_shared_vocabulary(teacher_folder: str | Path, student_folder: str | Path) -> VocabularyComparison:
-    """Compare as `vocabularies_match` does, and refuse a pair whose distributions cannot be compared."""
-    comparison = vocabularies_match(teacher_folder, student_folder)
-    if not comparison.equal:
-        raise IncompatiblePairError(
-            f"Teacher and student have different vocabularies: {'; '.join(comparison.reasons)}",
-            "Choose a pair with the same tokenizer, or use method 'weights', which needs no text",
-        )
-    return comparison
-
-
-def _quoted(token: str | None) -> str:
-    return "undefined" if token is None else repr(token)
-
-
-def _vocabulary(folder: Path) -> tuple[dict[int, str], set[int]]:
-    """Return number → token, and the numbers of the ordinary tokens (those that are not added ones)."""
     if (folder / "tokenizer.json").is_file():
-        inner = _fast(folder)
-        by_token, added = inner.get_vocab(with_added_tokens=True), set(inner.get_added_tokens_decoder())
-    else:
-        slow = _auto(folder)
-        by_token, added = slow.get_vocab(), set(slow.added_tokens_decoder)
-    by_number = {number: token for token, number in by_token.items()}
-    return by_number, set(by_number) - added
+        return _fast(folder)
+    inner = getattr(auto_tokenizer(folder), "backend_tokenizer", None)
+    if inner is None:
+        raise BadDataError(
+            f"The tokenizer in {folder} does not say which characters a token reads", "Add a tokenizer.json"
+        )
+    return inner
+
+
+def auto_tokenizer(folder: Path) -> Any:
+    """Load a folder's tokenizer through transformers."""
+    from transformers import AutoTokenizer
+
+    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    if not any((folder / name).is_file() for name in files):
+        raise MissingInputError(
+            f"{folder} has no tokenizer (no tokenizer.json)", "Fetch the model with its tokenizer files"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a tokenizer class meets in damaged files
+        raise BadDataError(f"The tokenizer in {folder} cannot be loaded ({error})", "Add a tokenizer.json") from error
+
+
+def model_settings(folder: Path) -> dict[str, Any]:
+    """The folder's config.json, the part on text where there are several; empty without one."""
+    settings = _json(folder / "config.json")
+    return {**settings, **(settings.get("text_config") or {})}
+
+
+def _begins(tokenizer: Tokenizer, inner: Any) -> bool:
+    return tokenizer.encode([""])[0][:1] == [inner.bos_token_id]
+
+
+def _spans(inner: Any, texts: Sequence[str]) -> list[TokenSpans]:
+    result = []
+    for encoding in inner.encode_batch(list(texts)):
+        offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        read = np.asarray(encoding.special_tokens_mask, dtype=np.int64) == 0
+        result.append(TokenSpans(np.asarray(encoding.ids, dtype=np.int64), offsets[:, 0], offsets[:, 1], read))
+    return result
+
+
+def _with_exact_offsets(inner: Any) -> Any:
+    """Copy a tokenizer so that offsets hold the white space a token reads, which most leave out (`trim_offsets`)."""
+    from tokenizers import Tokenizer as FastTokenizer
+
+    def untrimmed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [untrimmed(item) for item in value]
+        if isinstance(value, dict):
+            return {key: False if key == "trim_offsets" else untrimmed(item) for key, item in value.items()}
+        return value
+
+    content = json.loads(inner.to_str())
+    for part in ("pre_tokenizer", "post_processor"):
+        content[part] = untrimmed(content.get(part))
+    content["truncation"] = content["padding"] = None
+    return FastTokenizer.from_str(json.dumps(content))
 
 
 def _fast(folder: Path) -> Any:
@@ -125,19 +192,6 @@ def _fast(folder: Path) -> Any:
         return FastTokenizer.from_file(str(file))
     except Exception as error:  # the library raises a bare Exception
         raise BadDataError(f"{file} is not a readable tokenizer ({error})", "Fetch the model again") from error
-
-
-def _auto(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.model", "vocab.json")):
-        raise MissingInputError(
-            f"{folder} has no tokenizer (no tokenizer.json)", "Fetch the model with its tokenizer files"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever a tokenizer class meets in damaged files
-        raise BadDataError(f"The tokenizer in {folder} cannot be loaded ({error})", "Add a tokenizer.json") from error
 
 
 def _end_of_text(folder: Path, inner: Any) -> int | None:

@@ -1,4 +1,4 @@
-"""A model's tensors as a read-only mapping, with their bytes on demand."""
+"""A model's weights as a read-only mapping, with their numbers on demand."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class Checkpoint(Mapping[str, TensorInfo]):
-    """A read-only mapping from tensor name to what its header says, and the way to its bytes.
+    """A read-only mapping from a weight's name to its shape and dtype, and the way to its numbers.
+
+    A quantised model looks like a plain one: each weight has the shape and dtype that it has when dequantised, and its
+    scales and other companions are no members. ``bytes`` of a weight counts what is in the files, companions included.
 
     The headers are read and checked at the first use; a checkpoint with a fault raises then. Files are opened when one
     of their tensors is read first, and stay open until :meth:`close`. A checkpoint may be sent to another process: it
@@ -34,8 +37,11 @@ class Checkpoint(Mapping[str, TensorInfo]):
     safe.
     """
 
-    def __init__(self, folder: Path, source: str | None = None, *, known: Survey | None = None) -> None:
+    def __init__(
+        self, folder: Path, source: str | None = None, *, known: Survey | None = None, as_stored: bool = False
+    ) -> None:
         self.folder = folder.absolute()
+        self._as_stored = as_stored
         self.source = str(folder) if source is None else source
         self._survey = known
         self._expected: dict[str, tuple[int, str]] | None = None
@@ -58,18 +64,38 @@ class Checkpoint(Mapping[str, TensorInfo]):
         return self.folder.name if is_snapshot else None
 
     @property
+    def quantisation(self) -> str | None:
+        """Method and codings of a quantised model in words, such as ``fp8: float8 in blocks of 128×128``."""
+        return self._sound().view.quantisation
+
+    @property
+    def stored(self) -> Mapping[str, TensorInfo]:
+        """The tensors as they are in the files: of a quantised model, codes and companions."""
+        return self._sound().stored
+
+    @property
+    def companions(self) -> Mapping[str, str]:
+        """Name of a stored tensor to that of the weight it is a part of, where the names differ."""
+        return self._sound().view.companions
+
+    @property
+    def set_aside(self) -> Mapping[str, str]:
+        """Name of a stored tensor that is no part of any weight to the reason why none needs it."""
+        return self._sound().view.set_aside
+
+    @property
     def total_bytes(self) -> int:
-        """The bytes of all tensors together, from the headers."""
-        return sum(info.bytes for info in self.values())
+        """The bytes of all stored tensors together, from the headers."""
+        return sum(info.bytes for info in self.stored.values())
 
     def __getitem__(self, name: str) -> TensorInfo:
-        return self._sound().tensors[name]
+        return self._sound().view.tensors[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._sound().tensors)
+        return iter(self._sound().view.tensors)
 
     def __len__(self) -> int:
-        return len(self._sound().tensors)
+        return len(self._sound().view.tensors)
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.source!r})"
@@ -80,20 +106,39 @@ class Checkpoint(Mapping[str, TensorInfo]):
         return self is other
 
     def read(self, name: str, *, device: str | torch.device = "cpu") -> torch.Tensor:
-        """The tensor in the dtype it is stored in.
+        """The weight: of a plain one the stored numbers, of a quantised one the dequantised numbers.
 
-        On the CPU it is a private view on the file: nothing is copied, and a change made in place stays in this one
-        tensor. On another device it is a copy there.
+        A plain weight on the CPU is a private view on the file: nothing is copied, and a change made in place stays in
+        this one tensor. On another device it is a copy there. Dequantising needs memory for the result and little more.
         """
-        info = self._sound().tensors.get(name)
+        return self.read_rows(name, 0, None, device=device)
+
+    def read_rows(self, name: str, begin: int, end: int | None, *, device: str | torch.device = "cpu") -> torch.Tensor:
+        """``read(name)[begin:end]``, along the first dimension; of a quantised weight only those are dequantised."""
+        info = self._sound().view.tensors.get(name)
         if info is None:
             raise BadDataError(f"{self.source} has no tensor {shown(name)}", "Check the names with `inspect`")
+        rows = slice(begin, end)
+        coded = self._sound().view.coded.get(name)
+        if coded is None:
+            tensor = self._stored_view(info)
+            tensor = tensor[rows] if tensor.ndim and rows != slice(0, None) else tensor
+            return tensor if str(device) == "cpu" else tensor.to(device)
+        from moe_svd_distill.checkpoints.quantisation.decoding import dequantise
+
+        parts = {part: self._stored_view(stored) for part, stored in coded.parts.items()}
+        return dequantise(coded, parts, rows, device)
+
+    def _stored_view(self, info: TensorInfo) -> torch.Tensor:
+        """A stored tensor, as a view on its file."""
         from moe_svd_distill.checkpoints.tensors import tensor_view
 
         with self._lock:  # the descriptor must not be closed by another thread before the file is mapped
-            descriptor = self._open(info)
-            tensor = tensor_view(descriptor, info)
-        return tensor if str(device) == "cpu" else tensor.to(device)
+            return tensor_view(self._open(info), info)
+
+    def look_again(self) -> Survey:
+        """What the headers say now, with all that is wrong with them."""
+        return survey(self.folder, as_stored=self._as_stored, source=self.source)
 
     def fingerprint(self) -> str:
         """A digest that changes when the model does: sizes, headers, first and last MiB of each file, ``config.json``.
@@ -142,10 +187,15 @@ class Checkpoint(Mapping[str, TensorInfo]):
     def __getstate__(self) -> dict[str, Any]:
         headers = self._sound().headers
         expected = {name: (header.file_bytes, header.digest) for name, header in headers.items()}
-        return {"folder": self.folder, "source": self.source, "expected": expected}
+        return {
+            "folder": self.folder,
+            "source": self.source,
+            "expected": expected,
+            "as_stored": self._as_stored,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        Checkpoint.__init__(self, state["folder"], state["source"])
+        Checkpoint.__init__(self, state["folder"], state["source"], as_stored=state["as_stored"])
         self._expected = state["expected"]
 
     def _sound(self) -> Survey:
@@ -153,7 +203,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         if self._survey is None:
             with self._lock:
                 if self._survey is None:
-                    found = survey(self.folder)
+                    found = self.look_again()
                     raise_faults(found.faults)
                     self._compare(found.headers)
                     self._survey = found

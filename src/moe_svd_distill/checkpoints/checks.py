@@ -9,19 +9,39 @@ from pathlib import Path
 from typing import Any
 
 from moe_svd_distill.checkpoints.faults import shown
-from moe_svd_distill.checkpoints.files import FETCH_AGAIN, explain, json_object, locate, read_small
+from moe_svd_distill.checkpoints.files import (
+    FETCH_AGAIN,
+    explain,
+    json_object,
+    locate,
+    open_regular,
+    read_at,
+    read_small,
+)
 from moe_svd_distill.checkpoints.header import Header, TensorInfo, read_header
 from moe_svd_distill.checkpoints.layout import CONFIG, Layout, find_layout
+from moe_svd_distill.checkpoints.quantisation.view import View, view_of
 from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError
+
+MAX_SMALL_TENSOR = 64 * 1024
 
 
 @dataclass
 class Survey:
-    """What the headers of a model say, and all that is wrong with them."""
+    """What the headers of a model say, and all that is wrong with them.
+
+    Attributes:
+        config: The parsed ``config.json``.
+        headers: File name to header.
+        stored: Every tensor in the files.
+        view: The weights that they make up.
+        faults: All that is wrong.
+    """
 
     config: dict[str, Any] = field(default_factory=dict)
     headers: dict[str, Header] = field(default_factory=dict)
-    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    stored: dict[str, TensorInfo] = field(default_factory=dict)
+    view: View = field(default_factory=lambda: View({}))
     faults: list[DistillError] = field(default_factory=list)
 
 
@@ -29,6 +49,9 @@ def survey(
     folder: Path,
     names: Collection[str] | None = None,
     headers_of: Callable[[Sequence[str]], Mapping[str, Header | DistillError]] | None = None,
+    *,
+    as_stored: bool = False,
+    source: str | None = None,
 ) -> Survey:
     """Read the configuration, the index and every header; gather the faults instead of stopping at the first.
 
@@ -36,6 +59,8 @@ def survey(
         folder: Where the configuration and the index lie.
         names: All files of the model, where they are not all in the folder.
         headers_of: How to read the headers, where the weights files are not in the folder.
+        as_stored: Leave quantised weights as the codes and companions that they are stored as.
+        source: What the model is called in messages.
     """
     result = Survey()
     if names is None:
@@ -62,6 +87,10 @@ def survey(
             result.headers[name] = header
     result.faults += _merge(result)
     result.faults += _compare_with_index(layout, result, folder)
+    result.view = View(result.stored)
+    if not as_stored and not result.faults:
+        result.view, faults = view_of(result.stored, result.config, source or str(folder), _small_tensor)
+        result.faults += faults
     return result
 
 
@@ -89,16 +118,30 @@ def _local_header(folder: Path, name: str) -> Header | DistillError:
         return fault
 
 
+def _small_tensor(info: TensorInfo) -> bytes | None:
+    """The bytes of a small tensor that says how others are stored; ``None`` where only the headers were fetched."""
+    if not info.file.exists():
+        return None
+    if info.bytes > MAX_SMALL_TENSOR:
+        found = f"found {info.bytes} bytes, expected at most {MAX_SMALL_TENSOR}"
+        raise BadDataError(f"tensor {shown(info.name)} is not what its name says: {found}", FETCH_AGAIN)
+    descriptor = open_regular(info.file)
+    try:
+        return read_at(descriptor, info.file, info.offset, info.bytes)
+    finally:
+        os.close(descriptor)
+
+
 def _merge(result: Survey) -> list[DistillError]:
     """One mapping from all headers; a tensor that two files hold is a fault."""
     faults: list[DistillError] = []
     for name, header in result.headers.items():
         for info in header.tensors.values():
-            earlier = result.tensors.setdefault(info.name, info)
+            earlier = result.stored.setdefault(info.name, info)
             if earlier is not info:
                 what = f"tensor {shown(info.name)} is in two files, {shown(earlier.file)} and {shown(name)}"
                 faults.append(BadDataError(what, FETCH_AGAIN))
-    if result.headers and not result.tensors:
+    if result.headers and not result.stored:
         file = next(iter(result.headers.values())).file
         faults.append(BadDataError(f"{shown(file)} holds no tensor at all", FETCH_AGAIN))
     return faults
@@ -112,7 +155,7 @@ def _compare_with_index(layout: Layout, result: Survey, folder: Path) -> list[Di
     for name, file in layout.weight_map.items():
         header = result.headers.get(file)
         if header is not None and name not in header.tensors:
-            elsewhere = result.tensors.get(name)
+            elsewhere = result.stored.get(name)
             found = f"found in {shown(elsewhere.file.relative_to(folder))}" if elsewhere else "found in no file"
             faults.append(
                 BadDataError(f"the index puts tensor {shown(name)} into {shown(file)}, but it is {found}", FETCH_AGAIN)

@@ -44,7 +44,16 @@ BYTES_PER_ELEMENT = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a header says about one tensor; ``offset`` counts from the beginning of the file."""
+    """One tensor: what the header says of a stored one, or what a quantised weight is when it is read.
+
+    Attributes:
+        name: The hub name.
+        shape: Its shape.
+        dtype: Its dtype in the words of safetensors.
+        bytes: What it takes in the files; of a quantised weight, with its companions.
+        file: Where it is; of a quantised weight, where its codes are.
+        offset: Where in the file it begins, from the beginning of the file.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -52,6 +61,11 @@ class TensorInfo:
     bytes: int
     file: Path
     offset: int
+
+    @property
+    def memory_bytes(self) -> int:
+        """What it takes in memory when it is read: more than ``bytes`` where it is quantised."""
+        return math.prod(self.shape) * BYTES_PER_ELEMENT[self.dtype]
 
 
 @dataclass(frozen=True)

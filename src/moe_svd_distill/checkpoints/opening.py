@@ -10,36 +10,38 @@ from moe_svd_distill.checkpoints.faults import raise_faults, shown
 from moe_svd_distill.checkpoints.files import explain
 from moe_svd_distill.checkpoints.hub import fetch_small, fetch_weights, parse_hub_id
 from moe_svd_distill.checkpoints.hub_headers import fetch_headers
-from moe_svd_distill.checkpoints.quantised import refuse_quantised, refuse_quantised_config
+from moe_svd_distill.checkpoints.quantisation.declared import declared_quantisation
 from moe_svd_distill.errors import MissingInputError, RemoteError
 
 
 def open_checkpoint(
-    model: str | Path, *, token: str | None = None, allow_quantised: bool = False, headers_only: bool = False
+    model: str | Path, *, token: str | None = None, as_stored: bool = False, headers_only: bool = False
 ) -> Checkpoint:
     """Open a model: a local folder, or a hub id ``organisation/name`` with an optional ``@revision``.
 
     Every header is read and checked before this returns; all faults are raised in one error, whose ``faults`` lists
     them. A hub model is downloaded into the hub's cache first, and refused before that if its small files say enough.
+    A quantised model is a mapping of its dequantised weights; a quantisation that is not known is refused.
 
     Args:
         model: What the user typed.
         token: The hub's access token; by default the one that the user is logged in with.
-        allow_quantised: Let quantised models pass, for looking at them.
+        as_stored: Show quantised weights as the codes and companions that they are stored as, for looking at them.
         headers_only: Of a hub model, fetch the small files and the headers only. Tensors cannot be read then.
     """
     source = str(model)
     folder = _local_folder(model)
-    checkpoint = Checkpoint(folder, source) if folder else _from_hub(source, token, allow_quantised, headers_only)
+    if folder:
+        checkpoint = Checkpoint(folder, source, as_stored=as_stored)
+    else:
+        checkpoint = _from_hub(source, token, as_stored, headers_only)
     checkpoint.check()
-    if not allow_quantised:
-        refuse_quantised(checkpoint)
     return checkpoint
 
 
 def check_checkpoint(checkpoint: Checkpoint) -> list[str]:
     """Everything that is wrong with the model's files as they are now; empty if nothing is."""
-    return [fault.what for fault in survey(checkpoint.folder).faults]
+    return [fault.what for fault in checkpoint.look_again().faults]
 
 
 def _local_folder(model: str | Path) -> Path | None:
@@ -64,28 +66,34 @@ def _local_folder(model: str | Path) -> Path | None:
     return None
 
 
-def _from_hub(source: str, token: str | None, allow_quantised: bool, headers_only: bool) -> Checkpoint:
+def _from_hub(source: str, token: str | None, as_stored: bool, headers_only: bool) -> Checkpoint:
     """The model in the hub's cache: all of it, or the small files with the headers of the weights."""
     model = parse_hub_id(source)
     if model is None:
         what = f"{shown(source)} is neither a folder nor the name of a hub model"
         raise MissingInputError(what, "Give the folder of a model, or organisation/name@revision")
     snapshot = fetch_small(model, token)
-    if not allow_quantised:
-        refuse_quantised_config(read_config(snapshot.folder), source)
+    if not as_stored:
+        declared_quantisation(read_config(snapshot.folder), source)  # refused before anything large is downloaded
     if snapshot.unreachable is not None:
-        return _from_cache(snapshot.folder, source, snapshot.unreachable)
+        return _from_cache(snapshot.folder, source, snapshot.unreachable, as_stored)
     if headers_only:
-        found = survey(snapshot.folder, snapshot.names, lambda files: fetch_headers(model, snapshot, files, token))
+        found = survey(
+            snapshot.folder,
+            snapshot.names,
+            lambda files: fetch_headers(model, snapshot, files, token),
+            as_stored=as_stored,
+            source=source,
+        )
         raise_faults(found.faults)
-        return Checkpoint(snapshot.folder, source, known=found)
+        return Checkpoint(snapshot.folder, source, known=found, as_stored=as_stored)
     fetch_weights(model, snapshot, token)
-    return Checkpoint(snapshot.folder, source)
+    return Checkpoint(snapshot.folder, source, as_stored=as_stored)
 
 
-def _from_cache(folder: Path, source: str, unreachable: RemoteError) -> Checkpoint:
+def _from_cache(folder: Path, source: str, unreachable: RemoteError, as_stored: bool) -> Checkpoint:
     """What an earlier run has downloaded, if it is complete; if not, the network is what is missing."""
-    checkpoint = Checkpoint(folder, source)
+    checkpoint = Checkpoint(folder, source, as_stored=as_stored)
     try:
         checkpoint.check()
     except MissingInputError as incomplete:

@@ -14,7 +14,7 @@ from moe_svd_distill.errors import DistillError
 if TYPE_CHECKING:
     import torch
 
-_TORCH_NAMES = {
+TORCH_NAMES = {
     "BOOL": "bool",
     "U8": "uint8",
     "I8": "int8",
@@ -42,7 +42,7 @@ def tensor_view(descriptor: int, info: TensorInfo) -> torch.Tensor:
     """
     import torch
 
-    dtype: torch.dtype = getattr(torch, _TORCH_NAMES[info.dtype])
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[info.dtype])
     if not info.bytes:
         return torch.empty(info.shape, dtype=dtype)
     buffer: Any

@@ -6,15 +6,15 @@ import gc
 import tempfile
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from moe_svd_distill.adapter.load_check import check_loads
 from moe_svd_distill.adapter.random_control import write_random_control
+from moe_svd_distill.calibration.domain import DomainDistance, domain_distance
 from moe_svd_distill.calibration.text import (
     Document,
     TokenizedText,
@@ -25,87 +25,26 @@ from moe_svd_distill.calibration.text import (
     without,
 )
 from moe_svd_distill.errors import BadDataError
-from moe_svd_distill.evaluation.adapted import AdaptedStudent
-from moe_svd_distill.evaluation.figures import Figures, Interval, Measurement, gap_intervals, plain
-from moe_svd_distill.evaluation.figures import cross_entropy_gap_closed as cross_entropy_gap
-from moe_svd_distill.evaluation.figures import kl_gap_closed as kl_gap
+from moe_svd_distill.evaluation.bootstrap import Bootstrap
+from moe_svd_distill.evaluation.figures import Measurement
+from moe_svd_distill.evaluation.from_states import Progress, Reader, TeacherRecord, compare
 from moe_svd_distill.evaluation.loading import load_model
-from moe_svd_distill.evaluation.resident import Progress, TeacherRecord, measure, record_teacher
-from moe_svd_distill.evaluation.verdict import Effect, effect_of, sentence
+from moe_svd_distill.evaluation.resident import ResidentStudent, record_teacher
+from moe_svd_distill.evaluation.result import (
+    Control,
+    Evaluation,
+    TemperatureControl,
+    gap_between,
+    mean_gap,
+)
+from moe_svd_distill.evaluation.scale_search import halves
+from moe_svd_distill.evaluation.sources import Mode, StudentSource, place_of
+from moe_svd_distill.evaluation.streamed import PredictingRows, StreamedStudent, record_teacher_streamed
+from moe_svd_distill.evaluation.temperature import HIGHEST, LOWEST, TemperatureCurve, TemperatureReader
+from moe_svd_distill.evaluation.verdict import effect_of, sentence
 
-
-@dataclass(frozen=True)
-class GapClosed:
-    """Percent of the way from the untouched student to the teacher; None where the student is not behind.
-
-    Attributes:
-        kl: (before − after) / before, of KL to the teacher.
-        cross_entropy: (before − after) / (before − teacher's), of cross-entropy.
-        kl_interval: 95 % bootstrap interval over documents.
-        cross_entropy_interval: The same.
-    """
-
-    kl: float | None
-    cross_entropy: float | None
-    kl_interval: Interval | None = None
-    cross_entropy_interval: Interval | None = None
-
-
-@dataclass(frozen=True)
-class Control:
-    """The student with a random delta of the adapter's norms in its place."""
-
-    seed: int
-    figures: Figures
-    gap_closed: GapClosed
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Everything measured on one held-out text.
-
-    Attributes:
-        effect: In one word, from figures beyond noise.
-        verdict: In one or two sentences, for the user.
-        teacher: The teacher itself.
-        student: The untouched student.
-        adapted: The student with the adapter as PEFT loads it.
-        gap_closed: What the adapter closes.
-        controls: Random deltas of equal norm, one for each seed.
-        vocabulary: Tokens the distributions are taken over.
-        sequence_length: Tokens of a sequence.
-        unit: What the standard errors treat as independent: documents or sequences.
-        seconds: Wall time.
-    """
-
-    effect: Effect
-    verdict: str
-    teacher: Figures
-    student: Figures
-    adapted: Figures
-    gap_closed: GapClosed
-    controls: tuple[Control, ...]
-    vocabulary: int
-    sequence_length: int
-    unit: str
-    seconds: float
-
-    @property
-    def control_gap_closed(self) -> GapClosed | None:
-        """The controls' mean; None without controls."""
-        return _mean_gap([control.gap_closed for control in self.controls]) if self.controls else None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        control = self.control_gap_closed
-        return {
-            **plain(self),
-            "teacher": self.teacher.as_dict(),
-            "student": self.student.as_dict(),
-            "adapted": self.adapted.as_dict(),
-            "controls": [{**plain(control), "figures": control.figures.as_dict()} for control in self.controls],
-            "control_gap_closed": None if control is None else plain(control),
-        }
+FIT_TOKENS = 4_096  # of calibration text for one temperature, which is one number
+_EDGE = 1.01
 
 
 def evaluate(
@@ -119,12 +58,15 @@ def evaluate(
     seed: int = 0,
     controls: int = 1,
     used: Collection[str] = (),
+    calibration: Sequence[Document] = (),
     device: str = "cpu",
+    mode: Mode = "auto",
+    cache: str | Path | None = None,
     on_progress: Progress | None = None,
 ) -> Evaluation:
-    """Measure the teacher, the untouched student, the adapter as PEFT loads it and random controls.
+    """Measure the teacher, the untouched student, the adapter as PEFT loads it, random controls and one temperature.
 
-    One model is in memory at a time.
+    One model is in memory at a time, or one layer of it.
 
     Args:
         adapter_folder: The adapter.
@@ -136,22 +78,65 @@ def evaluate(
         seed: Of the order of documents, the controls and the bootstrap.
         controls: How many random deltas to measure.
         used: Digests of documents the adapter was fitted or scaled on; these are left out.
+        calibration: Other text to fit the temperature control on; by default one half of the documents read.
         device: Where the models run.
+        mode: Whether models are held in memory; `auto` decides for each of them by the free memory.
+        cache: Where streamed states lie, by default `cache` in the adapter's folder. Those of the teacher and of the
+            untouched student stay there for the next evaluation on the same text.
         on_progress: Told about every batch.
+
+    Raises:
+        IncompatiblePairError: The models have different vocabularies.
+        BadDataError: No text is left, PEFT would not load the adapter whole, or figures are not finite.
+        UsageError: A model is asked to be resident and does not fit.
     """
+    start = time.monotonic()
     comparison = require_shared_vocabulary(teacher_folder, student_folder)
     fresh = without(documents, used)
     if not fresh:
         raise BadDataError("All of the text was used to make the adapter", "Name text the adapter has not seen")
     ordered = split_documents(fresh, {"held-out": 1.0}, seed)["held-out"]
-    text = tokenize(ordered, load_tokenizer(student_folder), limit_tokens, length=length, vocabulary=comparison.shared)
+    tokenizer = load_tokenizer(student_folder)
+    text = tokenize(ordered, tokenizer, limit_tokens, length=length, vocabulary=comparison.shared)
+    others = without(calibration, text.digests)
+    texts = [text]
+    with suppress(BadDataError):  # less than a sequence of it: then half of the text itself is what T is fitted on
+        texts += [tokenize(others, tokenizer, FIT_TOKENS, length=length, vocabulary=comparison.shared)]
     check_loads(adapter_folder, student_folder)
-    with random_controls(adapter_folder, range(seed, seed + controls)) as folders:
-        record = teacher_pass(
-            teacher_folder, text, vocabulary=comparison.shared, device=device, on_progress=on_progress
+    cached = Path(adapter_folder) / "cache" if cache is None else Path(cache)
+    teacher_place, student_place = (place_of(Path(folder), device, mode) for folder in (teacher_folder, student_folder))
+    kept: list[Path] = []
+    with ExitStack() as stack:
+        random_folders = stack.enter_context(random_controls(adapter_folder, range(seed, seed + controls)))
+        if teacher_place == "resident":
+            records = _teacher_passes(teacher_folder, texts, comparison.shared, device, on_progress)
+        else:
+            records = record_teacher_streamed(
+                teacher_folder, texts, cached, vocabulary=comparison.shared, device=device, on_progress=on_progress
+            )
+            kept += [record.hidden.states.path for record in records[:1] if isinstance(record.hidden, PredictingRows)]
+        source: ResidentStudent | StreamedStudent
+        if student_place == "resident":
+            source = ResidentStudent(load_model(student_folder, device))
+        else:
+            source = stack.enter_context(StreamedStudent(student_folder, texts, cached, device=device))
+        result = evaluate_student(
+            source,
+            records[0],
+            adapter_folder,
+            seed=seed,
+            controls=random_folders,
+            fit=records[1] if len(records) > 1 else None,
+            domain=domain_distance(texts[1], text, seed=seed) if len(texts) > 1 else None,
+            on_progress=on_progress,
         )
-        student = load_model(student_folder, device)
-        return evaluate_resident(student, record, adapter_folder, seed=seed, controls=folders, on_progress=on_progress)
+        kept += source.kept
+    return replace(
+        result,
+        places={"teacher": teacher_place, "student": student_place},
+        kept_states=tuple(map(str, kept)),
+        seconds=time.monotonic() - start,
+    )
 
 
 @contextmanager
@@ -168,96 +153,137 @@ def teacher_pass(
     folder: str | Path, text: TokenizedText, *, vocabulary: int, device: str, on_progress: Progress | None = None
 ) -> TeacherRecord:
     """Load the teacher, record its pass, and let go of it."""
-    teacher = load_model(folder, device)
-    record = record_teacher(teacher, text, vocabulary=vocabulary, on_progress=on_progress)
-    del teacher
-    gc.collect()
-    return record
+    return _teacher_passes(folder, [text], vocabulary, device, on_progress)[0]
 
 
-def evaluate_resident(
-    student: Any,
+def evaluate_student(
+    source: StudentSource,
     record: TeacherRecord,
     adapter_folder: str | Path,
     *,
     seed: int = 0,
     controls: Mapping[int, Path] | None = None,
+    fit: TeacherRecord | None = None,
+    domain: DomainDistance | None = None,
     on_progress: Progress | None = None,
 ) -> Evaluation:
-    """Measure an adapter on a student in memory; the student comes out as it went in.
+    """Measure an adapter on a student.
 
     Args:
-        student: A transformers causal language model.
+        source: The student; it comes out as it went in.
         record: The teacher's pass over the text.
         adapter_folder: The adapter.
         seed: Of the bootstrap.
         controls: Seed to folder of the random adapters to measure beside it (see `random_controls`).
+        fit: The teacher's pass over the text to fit the temperature on; by default half of the documents.
+        domain: How far the text is from what the adapter was fitted on, for the record and the verdict.
         on_progress: Told about every batch.
     """
     start = time.monotonic()
-    before = measure(student, record, name="student", on_progress=on_progress)
-    after = _with_adapter(student, record, adapter_folder, "adapter", on_progress)
-    kl_interval, entropy_interval = gap_intervals(before, after, record.measurement, seed=seed)
-    gap = _gap(before, after, record.measurement, kl_interval, entropy_interval)
-    measured = tuple(
-        _control(student, record, before, control_seed, folder, on_progress)
-        for control_seed, folder in (controls or {}).items()
+    teacher, bootstrap = record.measurement, Bootstrap(len(record.measurement.tokens), seed=seed)
+
+    def with_adapter(folder: Path, name: str) -> Measurement:
+        return _measured(source, record, folder, name, on_progress)
+
+    curve = _temperature_curve(source, record, "student", on_progress)
+    before = curve.untouched
+    fitted = None if fit is None else _temperature_curve(source, fit, "student on calibration text", on_progress)
+    after = with_adapter(Path(adapter_folder), "adapter")
+    measured = []
+    for control_seed, folder in (controls or {}).items():
+        control = with_adapter(folder, "control")
+        gap = gap_between(before, control, teacher, bootstrap)
+        measured.append(Control(control_seed, bootstrap.figures(control), gap))
+    gap = gap_between(before, after, teacher, bootstrap)
+    temperature = _temperature_control(curve, fitted, after, teacher, seed)
+    recalibrated = temperature.gap_closed if temperature else None
+    effect = effect_of(
+        before,
+        after,
+        kl_interval=gap.kl_interval,
+        ahead_of_temperature=temperature.adapter_ahead if temperature else None,
     )
-    effect = effect_of(before, after)
-    control_gap = _mean_gap([control.gap_closed for control in measured]).kl if measured else None
+    control_gap = mean_gap([control.gap_closed for control in measured]) if measured else None
     return Evaluation(
         effect=effect,
         verdict=sentence(
-            effect, gap.kl, gap.kl_interval, gap.cross_entropy, control_gap, before.figures, after.figures
+            effect,
+            before.figures,
+            after.figures,
+            kl=(gap.kl, gap.kl_interval),
+            cross_entropy=(gap.cross_entropy, gap.cross_entropy_interval),
+            control=(control_gap.kl, control_gap.kl_interval) if control_gap else (None, None),
+            temperature=(recalibrated.kl, recalibrated.kl_interval) if recalibrated else (None, None),
+            other_domain=domain is not None and domain.different,
         ),
-        teacher=record.measurement.figures,
-        student=before.figures,
-        adapted=after.figures,
+        teacher=bootstrap.figures(teacher),
+        student=bootstrap.figures(before),
+        adapted=bootstrap.figures(after),
         gap_closed=gap,
-        controls=measured,
+        controls=tuple(measured),
+        temperature_control=temperature,
         vocabulary=record.vocabulary,
         sequence_length=record.text.length,
         unit=record.text.unit,
         seconds=time.monotonic() - start,
+        places={"student": source.place},
+        domain=domain,
     )
 
 
-def _with_adapter(
-    student: Any, record: TeacherRecord, folder: str | Path, name: str, on_progress: Progress | None
+def _teacher_passes(
+    folder: str | Path, texts: Sequence[TokenizedText], vocabulary: int, device: str, on_progress: Progress | None
+) -> list[TeacherRecord]:
+    teacher = load_model(folder, device)
+    records = [record_teacher(teacher, text, vocabulary=vocabulary, on_progress=on_progress) for text in texts]
+    del teacher
+    gc.collect()
+    return records
+
+
+def _measured(
+    source: StudentSource,
+    record: TeacherRecord,
+    adapter: Path | None,
+    name: str,
+    on_progress: Progress | None,
+    readers: Sequence[Reader] = (),
 ) -> Measurement:
-    adapted = AdaptedStudent.load(student, folder)
-    try:
-        return measure(adapted.model, record, name=name, on_progress=on_progress)
-    finally:
-        adapted.detach()
+    with source.reading(record.text, adapter, name, on_progress) as (blocks, logits):
+        return compare(blocks, logits, record, name, readers)
 
 
-def _control(
-    student: Any, record: TeacherRecord, before: Measurement, seed: int, folder: Path, on_progress: Progress | None
-) -> Control:
-    after = _with_adapter(student, record, folder, "control", on_progress)
-    return Control(seed, after.figures, _gap(before, after, record.measurement))
+def _temperature_curve(
+    source: StudentSource, record: TeacherRecord, name: str, on_progress: Progress | None
+) -> TemperatureCurve:
+    """Measure the untouched student, and what it would be at other temperatures, in one pass."""
+    reader = TemperatureReader(record.text)
+    return reader.curve(_measured(source, record, None, name, on_progress, (reader,)))
 
 
-def _gap(
-    before: Measurement,
-    after: Measurement,
-    teacher: Measurement,
-    kl_interval: Interval | None = None,
-    cross_entropy_interval: Interval | None = None,
-) -> GapClosed:
-    old, new = before.figures, after.figures
-    return GapClosed(
-        kl_gap(old.kl, new.kl),
-        cross_entropy_gap(old.cross_entropy, new.cross_entropy, teacher.figures.cross_entropy),
-        kl_interval,
-        cross_entropy_interval,
+def _temperature_control(
+    curve: TemperatureCurve, fitted: TemperatureCurve | None, after: Measurement, teacher: Measurement, seed: int
+) -> TemperatureControl | None:
+    """Fit T on one text, or one half, and measure it on the other; None where a single document leaves no other."""
+    if fitted is None:
+        fitted_on, (fit, measured) = "half of the text", halves(after.tokens)
+        fitted = curve
+    else:
+        fitted_on, measured = "calibration text", np.arange(len(after.tokens))
+        fit = np.arange(len(fitted.untouched.tokens))
+    if not len(fit) or not len(measured):
+        return None
+    temperature = fitted.best(fit)
+    bootstrap = Bootstrap(len(measured), seed=seed)
+    before, adapted, own = (part.of(measured) for part in (curve.untouched, after, teacher))
+    recalibrated = curve.at(temperature).of(measured)
+    return TemperatureControl(
+        temperature=temperature,
+        fitted_on=fitted_on,
+        at_edge=not LOWEST * _EDGE < temperature < HIGHEST / _EDGE,
+        student=bootstrap.figures(before),
+        figures=bootstrap.figures(recalibrated),
+        gap_closed=gap_between(before, recalibrated, own, bootstrap),
+        adapter_gap_closed=gap_between(before, adapted, own, bootstrap),
+        adapter_ahead=bootstrap.kl_fall(recalibrated, adapted),
     )
-
-
-def _mean_gap(gaps: Sequence[GapClosed]) -> GapClosed:
-    def mean(values: Sequence[float | None]) -> float | None:
-        known = [value for value in values if value is not None]
-        return float(np.mean(known)) if known else None
-
-    return GapClosed(mean([gap.kl for gap in gaps]), mean([gap.cross_entropy for gap in gaps]))

@@ -18,6 +18,14 @@ FloatArray: TypeAlias = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class Interval:
+    """A 95 % interval."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Figures:
     """A model's means over all predicted tokens, each with its standard error over documents.
 
@@ -27,6 +35,8 @@ class Figures:
         top1_agreement: Share of tokens for which teacher and student put the same token first.
         tokens: Predicted tokens.
         documents: Independent units behind the standard errors.
+        kl_interval: 95 % bootstrap interval over documents (see `bootstrap`); None where none was drawn.
+        cross_entropy_interval: The same.
     """
 
     kl: float
@@ -37,6 +47,8 @@ class Figures:
     kl_error: float
     cross_entropy_error: float
     top1_agreement_error: float
+    kl_interval: Interval | None = None
+    cross_entropy_interval: Interval | None = None
 
     @property
     def perplexity(self) -> float:
@@ -112,14 +124,6 @@ class Change:
         return float(stdtrit(self.documents - 1, ndtr(errors))) * self.error
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A 95 % interval."""
-
-    low: float
-    high: float
-
-
 def plain(record: DataclassInstance) -> dict[str, Any]:
     """A dataclass as JSON values; what is not a number becomes None."""
 
@@ -163,30 +167,3 @@ def kl_gap_closed(before: float, after: float) -> float | None:
 def cross_entropy_gap_closed(before: float, after: float, teacher: float) -> float | None:
     """Percent of the way to the teacher's cross-entropy; None if the student is not behind the teacher."""
     return 100.0 * (before - after) / (before - teacher) if before > teacher else None
-
-
-def gap_intervals(
-    before: Measurement, after: Measurement, teacher: Measurement, *, resamples: int = 2000, seed: int = 0
-) -> tuple[Interval | None, Interval | None]:
-    """95 % bootstrap intervals over documents of the KL and the cross-entropy gap closed, in percent.
-
-    None for a gap that is absent in more than a few resamples, or with a single document.
-    """
-    documents = len(before.tokens)
-    if documents < 2:
-        return None, None
-    generator = np.random.default_rng(seed)
-    drawn = generator.multinomial(documents, np.full(documents, 1.0 / documents), size=resamples).astype(np.float64)
-    kl = _interval(drawn @ (before.kl - after.kl), drawn @ before.kl)
-    cross_entropy = _interval(
-        drawn @ (before.cross_entropy - after.cross_entropy), drawn @ (before.cross_entropy - teacher.cross_entropy)
-    )
-    return kl, cross_entropy
-
-
-def _interval(fall: FloatArray, gap: FloatArray) -> Interval | None:
-    defined = gap > 0
-    if defined.mean() < 0.99:
-        return None
-    low, high = np.percentile(100.0 * fall[defined] / gap[defined], [2.5, 97.5])
-    return Interval(float(low), float(high))

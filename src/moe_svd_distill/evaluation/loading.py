@@ -30,7 +30,7 @@ def load_model(folder: str | Path, device: str = "cpu", dtype: torch.dtype | Non
     if not (folder / "config.json").is_file():
         raise MissingInputError(f"{folder} holds no model (no config.json)", "Check the path")
     if dtype is None:
-        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        dtype = default_dtype(device)
     require_memory(folder, device, dtype)
     try:
         with _no_progress_bar():
@@ -51,14 +51,29 @@ def load_model(folder: str | Path, device: str = "cpu", dtype: torch.dtype | Non
 
 def require_memory(folder: Path, device: str, dtype: torch.dtype) -> None:
     """Refuse before loading when the free memory of the device is smaller than the model."""
-    needed = int(model_bytes(folder, dtype.itemsize) * _HEADROOM)
-    available = available_bytes(device)
+    needed, available = _needed_bytes(folder, dtype), available_bytes(device)
     if needed > available:
         raise UsageError(
             f"{folder} takes {needed / 2**30:.1f} GiB as {str(dtype).removeprefix('torch.')} and {device} has "
             f"{available / 2**30:.1f} GiB free",
-            "Evaluate on a machine with more memory, or free some",
+            "Evaluate it streamed, free some memory, or take a machine with more",
         )
+
+
+def fits(folder: Path, device: str) -> bool:
+    """Whether `load_model` would find enough free memory on the device."""
+    return _needed_bytes(folder, default_dtype(device)) <= available_bytes(device)
+
+
+def default_dtype(device: str) -> torch.dtype:
+    """float32 on the CPU and bfloat16 elsewhere."""
+    import torch
+
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
+def _needed_bytes(folder: Path, dtype: torch.dtype) -> int:
+    return int(model_bytes(folder, dtype.itemsize) * _HEADROOM)
 
 
 def model_bytes(folder: Path, itemsize: int) -> int:

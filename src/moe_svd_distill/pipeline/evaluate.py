@@ -1,19 +1,24 @@
-"""Evaluate a finished adapter on held-out text and keep the figures beside it."""
+"""Evaluate a finished adapter on held-out text and on benchmarks, and keep the figures beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moe_svd_distill.adapter.adapter_file import read_json
+from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE, read_json
+from moe_svd_distill.adapter.digest import sha256_of
 from moe_svd_distill.errors import MissingInputError, UsageError
 from moe_svd_distill.execution.publish import write_json_atomic, write_text_atomic
-from moe_svd_distill.pipeline.pair import open_pair
+from moe_svd_distill.pipeline.pair import open_model, open_pair
 from moe_svd_distill.pipeline.scale import sequence_length
 from moe_svd_distill.report.card import adapter_card
 from moe_svd_distill.report.html import html_report
+
+if TYPE_CHECKING:
+    from moe_svd_distill.calibration.text import Document
+    from moe_svd_distill.evaluation.sources import Mode
 
 EVALUATION = "evaluation.json"
 REPORT = "report.html"
@@ -27,6 +32,21 @@ class EvaluatedAdapter:
     report: Path | None
 
 
+@dataclass(frozen=True)
+class BenchmarkRequest:
+    """What to run of the lm-evaluation-harness.
+
+    Attributes:
+        tasks: Names of tasks.
+        limit: Examples of each task at most.
+        include_path: Folder with task files of one's own.
+    """
+
+    tasks: tuple[str, ...]
+    limit: int | None = None
+    include_path: Path | None = None
+
+
 def evaluate_adapter(
     folder: Path,
     teacher: str | None,
@@ -37,12 +57,17 @@ def evaluate_adapter(
     seed: int = 0,
     device: str = "cpu",
     controls: int = 1,
+    mode: Mode = "auto",
+    cache: Path | None = None,
+    benchmarks: BenchmarkRequest | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
+    on_stage: Callable[[str], None] | None = None,
 ) -> EvaluatedAdapter:
-    """Measure teacher, untouched student, adapter and a random delta of equal norm on text.
+    """Measure teacher, untouched student, adapter and controls on text, and run benchmarks.
 
     Text that the scale was searched on is left out. The figures are written to evaluation.json, and into README.md and
-    report.html where the folder holds the record of a run.
+    report.html where the folder holds the record of a run. Text or benchmarks alone leave the figures that an earlier
+    evaluation of the same adapter has of the other.
 
     Args:
         folder: The adapter.
@@ -53,37 +78,54 @@ def evaluate_adapter(
         seed: Of the order of documents and the control.
         device: Where the models run.
         controls: Random deltas to measure.
+        mode: Whether the models are held in memory.
+        cache: Where streamed states lie; default: `cache` in the adapter's folder.
+        benchmarks: Tasks of the lm-evaluation-harness to run.
         on_progress: Told the pass, tokens done and tokens to do.
+        on_stage: Told what has no count.
 
     Raises:
         DistillError: One of its kinds, each with its exit code.
     """
-    from moe_svd_distill.calibration.text import read_documents
-    from moe_svd_distill.evaluation.evaluate import evaluate
-
-    if not texts:
+    if not texts and not benchmarks:
         raise UsageError("no text to evaluate on", "Give --text FILE")
+    if benchmarks:
+        from moe_svd_distill.evaluation.benchmarks import require_harness
+
+        require_harness()
     record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
-    teacher = teacher or record.get("teacher", {}).get("source")
     student = student or record.get("student", {}).get("source") or _base_model(folder)
-    if not teacher:
-        raise UsageError(f"{folder} does not say which teacher it came from", "Give --teacher")
-    used = record.get("scale_search", {}).get("used_documents", ())
-    with open_pair(teacher, student) as pair:
-        result = evaluate(
-            folder,
-            pair.teacher.checkpoint.folder,
-            pair.student.checkpoint.folder,
-            read_documents(texts),
-            limit_tokens=tokens,
-            length=sequence_length(pair),
-            seed=seed,
-            controls=controls,
-            used=used,
-            device=device,
-            on_progress=on_progress,
-        )
-    figures = {**result.as_dict(), "texts": [str(path) for path in texts], "left_out_documents": len(used)}
+    digest = sha256_of(folder / ADAPTER_FILE) if (folder / ADAPTER_FILE).is_file() else None
+    figures = _kept(folder, digest, drop="text" if texts else "benchmarks")
+    if texts:
+        from moe_svd_distill.calibration.text import read_documents
+        from moe_svd_distill.evaluation.evaluate import evaluate
+
+        teacher = teacher or record.get("teacher", {}).get("source")
+        if not teacher:
+            raise UsageError(f"{folder} does not say which teacher it came from", "Give --teacher")
+        used = record.get("scale_search", {}).get("used_documents", ())
+        with open_pair(teacher, student) as pair:
+            result = evaluate(
+                folder,
+                pair.teacher.checkpoint.folder,
+                pair.student.checkpoint.folder,
+                read_documents(texts),
+                limit_tokens=tokens,
+                length=sequence_length(pair),
+                seed=seed,
+                controls=controls,
+                used=used,
+                calibration=_calibration(record),
+                device=device,
+                mode=mode,
+                cache=cache,
+                on_progress=on_progress,
+            )
+        figures |= result.as_dict() | {"texts": [str(path) for path in texts], "left_out_documents": len(used)}
+    if benchmarks:
+        figures["benchmarks"] = _benchmarks(folder, student, benchmarks, device, seed, on_stage)
+    figures["adapter_sha256"] = digest
     write_json_atomic(folder / EVALUATION, figures)
     if not record:
         return EvaluatedAdapter(figures, None)
@@ -91,6 +133,50 @@ def evaluate_adapter(
     write_text_atomic(folder / "README.md", adapter_card(complete))
     write_text_atomic(folder / REPORT, html_report(complete))
     return EvaluatedAdapter(figures, folder / REPORT)
+
+
+def _kept(folder: Path, digest: str | None, drop: str) -> dict[str, Any]:
+    """What an earlier evaluation of the same bytes found and this one does not find anew."""
+    earlier = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else {}
+    if digest is None or earlier.get("adapter_sha256") != digest:
+        return {}
+    if drop == "text":
+        return {key: value for key, value in earlier.items() if key == "benchmarks"}
+    return {key: value for key, value in earlier.items() if key != "benchmarks"}
+
+
+def _calibration(record: Mapping[str, Any]) -> Sequence[Document]:
+    """The text the adapter was calibrated on, where the run names files that are still here; else nothing."""
+    from moe_svd_distill.calibration.text import read_documents
+
+    named = (record.get("recipe") or {}).get("calibration") or ()
+    paths = [Path(str(path)).expanduser() for path in named]
+    return read_documents(paths) if paths and all(path.exists() for path in paths) else ()
+
+
+def _benchmarks(
+    folder: Path,
+    student: str,
+    request: BenchmarkRequest,
+    device: str,
+    seed: int,
+    on_stage: Callable[[str], None] | None,
+) -> dict[str, Any]:
+    from moe_svd_distill.evaluation.benchmarks import run_benchmarks
+
+    model = open_model(student)
+    student_folder = model.checkpoint.folder
+    model.checkpoint.close()
+    return run_benchmarks(
+        folder,
+        student_folder,
+        request.tasks,
+        limit=request.limit,
+        include_path=request.include_path,
+        device=device,
+        seed=seed,
+        on_stage=on_stage,
+    ).as_dict()
 
 
 def _base_model(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""What a recipe would do, from the headers alone: pairings, unmatched tensors, ranks and sizes."""
+"""What a recipe would do: pairings, unmatched tensors, ranks and sizes, and how the models are related."""
 
 from __future__ import annotations
 
@@ -6,22 +6,28 @@ from collections import Counter, defaultdict
 from math import prod
 from typing import Any
 
+from moe_svd_distill.pipeline.comparison import outlook_of_method
 from moe_svd_distill.pipeline.pair import open_pair
 from moe_svd_distill.pipeline.preparation import plan_pair
+from moe_svd_distill.pipeline.relatedness import measure_relatedness, weights_at_hand
 from moe_svd_distill.recipe import Recipe
 
+UNDECIDED = "decided once the weights are on this machine: the embeddings get a pair if they are related"
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 def look_ahead(recipe: Recipe) -> dict[str, Any]:
-    """Everything ``distill`` would do, as plain JSON types.
+    """Everything ``distill`` would do, as plain JSON types. Of hub models nothing large is fetched.
 
     Raises:
         DistillError: Whatever would stop ``distill`` before its first unit.
     """
-    with open_pair(recipe.teacher, recipe.student) as pair:
+    with open_pair(recipe.teacher, recipe.student, headers_only=True) as pair:
         teacher, student = pair.teacher, pair.student
-        plan = plan_pair(recipe, pair)
+        at_hand = weights_at_hand(pair)
+        undecided = not at_hand and recipe.embeddings == "auto"
+        plan = plan_pair(recipe.model_copy(update={"embeddings": "keep"}) if undecided else recipe, pair)
+        relatedness = measure_relatedness(pair, sample_weights=at_hand)
     tasks = [task for unit in plan.units for task in unit.tasks]
     changed = Counter(task.role for task in tasks if task.change)
     kept = Counter(task.role for task in tasks if not task.change)
@@ -47,9 +53,15 @@ def look_ahead(recipe: Recipe) -> dict[str, Any]:
             ["adapter, and as much again in parts", _readable(factors)],
             ["adapter relative to the weights it changes", f"{factors / covered:.0%}" if covered else "-"],
         ],
-        "kept": {task.name: task.reason for task in tasks if not task.change},
+        "kept": {
+            task.name: UNDECIDED if undecided and task.role == "embedding" else task.reason
+            for task in tasks
+            if not task.change
+        },
         "unused_teacher": dict(plan.unused_teacher),
         "ignored_student": dict(plan.ignored_student),
+        "relatedness": relatedness.as_dict(),
+        "method": outlook_of_method(recipe.method, relatedness, has_text=bool(recipe.calibration)),
     }
 
 

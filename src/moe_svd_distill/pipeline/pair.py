@@ -33,29 +33,38 @@ class ModelPair:
     student: Model
 
 
-def open_model(source: str) -> Model:
+def open_model(source: str, *, headers_only: bool = False) -> Model:
     """Open a model and check its headers against its config.json.
+
+    Args:
+        source: Folder or hub id.
+        headers_only: Of a hub model, fetch no weights; they can be read only if they are in the cache already.
 
     Raises:
         MissingInputError: The model or one of its files is not there.
         BadDataError: Files that contradict each other, or an unknown architecture.
     """
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, headers_only=headers_only)
     family = family_of(checkpoint.config, source)
     shapes = {name: info.shape for name, info in checkpoint.items()}
     return Model(checkpoint, read_layout(family, checkpoint.config, shapes))
 
 
 @contextmanager
-def open_pair(teacher: str, student: str) -> Iterator[ModelPair]:
+def open_pair(teacher: str, student: str, *, headers_only: bool = False) -> Iterator[ModelPair]:
     """Open both models; their files are closed at the end.
+
+    Args:
+        teacher: Folder or hub id.
+        student: Folder or hub id.
+        headers_only: As ``open_model``.
 
     Raises:
         MissingInputError: As ``open_model``.
         BadDataError: As ``open_model``.
         IncompatiblePairError: The student has tensors that no loader of its family would read.
     """
-    pair = ModelPair(open_model(teacher), open_model(student))
+    pair = ModelPair(open_model(teacher, headers_only=headers_only), open_model(student, headers_only=headers_only))
     try:
         unknown = pair.student.layout.unknown
         if unknown:

@@ -57,14 +57,19 @@ def _figures(record: Record) -> Iterator[str]:
     evaluation = record.get("evaluation") or {}
     rows = facts.figure_rows(evaluation)
     yield "## Figures"
-    if not rows:
+    benchmarks = facts.benchmark_rows(evaluation)
+    if not rows and not benchmarks:
         yield "None: the adapter has not been evaluated on held-out text. `moe-svd-distill evaluate` does it."
         return
-    yield _table(("", *facts.FIGURE_COLUMNS), ((row.name, *row.cells) for row in rows))
-    yield (
-        "KL is KL(teacher ‖ student). *Gap closed* is the part of the way from the untouched student to the teacher; a "
-        f"gain in KL with a loss in cross-entropy is no transfer. {facts.text_note(evaluation)}"
-    )
+    if rows:
+        yield _table(("", *facts.FIGURE_COLUMNS), ((row.name, *row.cells) for row in rows))
+        yield (
+            "KL is KL(teacher ‖ student). *Gap closed* is the part of the way from the untouched student to the "
+            f"teacher; a gain in KL with a loss in cross-entropy is no transfer. {facts.text_note(evaluation)}"
+        )
+    if benchmarks:
+        yield _table(facts.BENCHMARK_COLUMNS, benchmarks)
+        yield facts.benchmark_note(evaluation)
 
 
 def _done(record: Record) -> Iterator[str]:

@@ -39,6 +39,9 @@ FIGURE_COLUMNS = (
 )
 
 
+BENCHMARK_COLUMNS = ("benchmark", "student, untouched", "student with this adapter", "change")
+
+
 @dataclass(frozen=True)
 class Grid:
     """One value for each role and layer; None where nothing was measured.
@@ -79,7 +82,7 @@ def headline(record: Record) -> str:
 
 def figure_rows(evaluation: Record) -> list[FigureRow]:
     """The table of figures: untouched student, adapter, controls, teacher."""
-    if not evaluation:
+    if not evaluation.get("student"):
         return []
     rows = [
         _figure_row("student, untouched", evaluation.get("student"), None),
@@ -88,8 +91,38 @@ def figure_rows(evaluation: Record) -> list[FigureRow]:
     for control in evaluation.get("controls") or ():
         name = f"control: random delta of the same size, seed {control.get('seed', '?')}"
         rows.append(_figure_row(name, control.get("figures"), control.get("gap_closed")))
+    temperature = _part(evaluation, "temperature_control")
+    if temperature:
+        name = f"control: only the temperature of the student's logits, {number(temperature.get('temperature'), 3)}"
+        rows.append(_figure_row(name, temperature.get("figures"), temperature.get("gap_closed")))
     rows.append(_figure_row("teacher", evaluation.get("teacher"), None))
     return rows
+
+
+def benchmark_rows(evaluation: Record) -> list[tuple[str, str, str, str]]:
+    """Scores of the lm-evaluation-harness: task and metric, untouched student, with the adapter, change."""
+    return [
+        (
+            f"{score.get('task')}, {score.get('metric')}"
+            + ("" if score.get("filter") in (None, "none") else f" ({score['filter']})"),
+            _with_error(score.get("student"), score.get("student_error")),
+            _with_error(score.get("adapted"), score.get("adapted_error")),
+            _with_error(score.get("change"), score.get("change_error"), "+"),
+        )
+        for score in _part(evaluation, "benchmarks").get("scores") or ()
+    ]
+
+
+def benchmark_note(evaluation: Record) -> str:
+    """How the benchmarks were run."""
+    found = _part(evaluation, "benchmarks")
+    if not found:
+        return ""
+    limit = f", at most {found['limit']} examples of each task" if found.get("limit") else ""
+    return (
+        f"By lm-evaluation-harness {found.get('harness', '?')} in {found.get('dtype', '?')}{limit}; ± is one standard "
+        "error, that of the change paired over examples."
+    )
 
 
 def text_note(evaluation: Record) -> str:
@@ -97,12 +130,18 @@ def text_note(evaluation: Record) -> str:
     student = _part(evaluation, "student")
     if not student:
         return ""
+    temperature = _part(evaluation, "temperature_control")
     texts = ", ".join(Path(str(text)).name for text in evaluation.get("texts") or ())
     parts = [
         f"{student.get('tokens', 0):,} predicted tokens of held-out text{f' ({texts})' if texts else ''}",
         f"sequences of {evaluation['sequence_length']} tokens" if evaluation.get("sequence_length") else "",
         f"± is one standard error over {student.get('documents', '?')} {evaluation.get('unit', 'documents')}",
+        f"the temperature was fitted on {temperature.get('fitted_on', '?')} and measured on the rest"
+        if temperature
+        else "",
     ]
+    if _part(evaluation, "domain").get("different"):
+        parts.append("calibrated on text of another domain")
     return ", ".join(part for part in parts if part) + "; intervals and whiskers are 95 %; all in nats per token."
 
 
@@ -196,8 +235,9 @@ def _figure_row(name: str, figures: Record | None, gap: Record | None) -> Figure
     found = figures or {}
     agreement = found.get("top1_agreement")
     cells = (
-        _with_error(found.get("kl"), found.get("kl_error")),
-        _with_error(found.get("cross_entropy"), found.get("cross_entropy_error")),
+        _with_error(found.get("kl"), found.get("kl_error")) + _interval(found.get("kl_interval")),
+        _with_error(found.get("cross_entropy"), found.get("cross_entropy_error"))
+        + _interval(found.get("cross_entropy_interval")),
         number(found.get("perplexity"), 2),
         f"{agreement:.1%}" if isinstance(agreement, int | float) else "–",
         _gap(gap, "kl"),
@@ -216,8 +256,12 @@ def _gap(gap: Record | None, field: str) -> str:
     return f"{value:+.1f} %{within}"
 
 
-def _with_error(value: Any, error: Any) -> str:
-    shown = number(value)
+def _interval(interval: Record | None) -> str:
+    return f" ({interval['low']:.3f} … {interval['high']:.3f})" if interval and interval["high"] else ""
+
+
+def _with_error(value: Any, error: Any, sign: str = "") -> str:
+    shown = f"{value:{sign}.4f}" if isinstance(value, int | float) else number(value)
     return f"{shown} ± {error:.4f}" if isinstance(error, int | float) and error > 0 else shown
 
 

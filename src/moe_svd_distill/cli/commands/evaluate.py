@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from moe_svd_distill.cli.options import json_option
+
+if TYPE_CHECKING:
+    from moe_svd_distill.evaluation.sources import Mode
 
 
 @click.command("evaluate", short_help="Measure what an adapter does.")
@@ -21,6 +24,27 @@ from moe_svd_distill.cli.options import json_option
 )
 @click.option("--controls", type=click.IntRange(min=0), default=1, show_default=True, help="Random deltas to measure.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--mode",
+    type=click.Choice(["auto", "resident", "streamed"]),
+    default="auto",
+    show_default=True,
+    help="Models in memory, or one layer at a time; auto: in memory where they fit.",
+)
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for the states of streamed models; default: FOLDER/cache.",
+)
+@click.option(
+    "--benchmark", "benchmarks", multiple=True, help="Tasks of the lm-evaluation-harness: NAME[,NAME]; repeatable."
+)
+@click.option("--benchmark-limit", type=click.IntRange(min=1), help="Examples of each task at most, for a first look.")
+@click.option(
+    "--benchmark-include-path",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder with task files (YAML) of your own.",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda:N.")
 @json_option
 def command(
@@ -31,20 +55,29 @@ def command(
     tokens: int,
     controls: int,
     seed: int,
+    mode: str,
+    cache: Path | None,
+    benchmarks: tuple[str, ...],
+    benchmark_limit: int | None,
+    benchmark_include_path: Path | None,
     device: str,
     as_json: bool,
 ) -> None:
     """Measure the adapter in FOLDER on held-out text.
 
     Prints KL(teacher‖student), cross-entropy and top-1 agreement of the untouched student, of the student with the
-    adapter as PEFT loads it, and of a random delta of equal norm.
+    adapter as PEFT loads it, of a random delta of equal norm, and of one temperature on the untouched student's logits.
+    With --benchmark also what the lm-evaluation-harness makes of the student with and without the adapter.
     """
     from moe_svd_distill.cli.screen import Monitor, print_json
-    from moe_svd_distill.errors import MissingInputError
-    from moe_svd_distill.pipeline.evaluate import evaluate_adapter
+    from moe_svd_distill.errors import MissingInputError, UsageError
+    from moe_svd_distill.pipeline.evaluate import BenchmarkRequest, evaluate_adapter
 
     if not folder.is_dir():
         raise MissingInputError(f"{folder} is not a folder", "Give the folder of an adapter")
+    tasks = tuple(task.strip() for named in benchmarks for task in named.split(",") if task.strip())
+    if not tasks and (benchmark_limit or benchmark_include_path or benchmarks):
+        raise UsageError("no benchmark is named", "Give --benchmark TASK")
     with Monitor(quiet=as_json) as monitor:
         result = evaluate_adapter(
             folder,
@@ -55,7 +88,11 @@ def command(
             seed=seed,
             device=_device(device),
             controls=controls,
+            mode=cast("Mode", mode),
+            cache=cache,
+            benchmarks=BenchmarkRequest(tasks, benchmark_limit, benchmark_include_path) if tasks else None,
             on_progress=lambda name, done, total: monitor.on_stage(f"reading: {name}", done / total),
+            on_stage=monitor.on_stage,
         )
     if as_json:
         print_json(result.evaluation)
@@ -66,7 +103,14 @@ def command(
 
 
 def show(title: str, evaluation: Mapping[str, Any]) -> None:
-    """The figures as a table, and the verdict."""
+    """The figures and the benchmarks as tables, and the verdict."""
+    if "student" in evaluation:
+        _show_figures(title, evaluation)
+    if evaluation.get("benchmarks"):
+        _show_benchmarks(title, evaluation["benchmarks"])
+
+
+def _show_figures(title: str, evaluation: Mapping[str, Any]) -> None:
     from moe_svd_distill.cli.screen import output, print_table
 
     rows = [
@@ -77,24 +121,64 @@ def show(title: str, evaluation: Mapping[str, Any]) -> None:
         _row(f"random delta of equal norm, seed {control['seed']}", control["figures"], control["gap_closed"])
         for control in evaluation["controls"]
     ]
+    temperature = evaluation.get("temperature_control")
+    if temperature:
+        name = f"temperature {temperature['temperature']:.3f} only{'*' if _on_half(temperature) else ''}"
+        rows.append(_row(name, temperature["figures"], temperature["gap_closed"]))
     rows.append(_row("teacher", evaluation["teacher"], None))
-    columns = ("", "KL to teacher", "cross-entropy", "top-1 agreement", "KL gap closed", "CE gap closed")
+    columns = ("", "KL to teacher", "cross-entropy", "top-1 agreement", "KL gap closed, %", "CE gap closed, %")
     print_table(f"{title}: {evaluation['student']['tokens']:,} held-out tokens", columns, rows)
+    notes = [f"[…]: 95 %, by bootstrap over {evaluation['unit']}."]
+    if temperature and _on_half(temperature):
+        notes.append("*: fitted on half of the text and measured on the other half.")
+    output.print(" ".join(notes), soft_wrap=True, highlight=False, markup=False)
     output.print(evaluation["verdict"], soft_wrap=True, highlight=False)
 
 
+def _show_benchmarks(title: str, benchmarks: Mapping[str, Any]) -> None:
+    from moe_svd_distill.cli.screen import print_table
+
+    rows = [
+        (
+            f"{score['task']}: {score['metric']}" + ("" if score["filter"] == "none" else f" ({score['filter']})"),
+            "" if score["examples"] is None else f"{score['examples']:,}",
+            _with_error(score["student"], score["student_error"]),
+            _with_error(score["adapted"], score["adapted_error"]),
+            _with_error(score["change"], score["change_error"], "+"),
+        )
+        for score in benchmarks["scores"]
+    ]
+    limited = "" if benchmarks["limit"] is None else f", at most {benchmarks['limit']} examples of each task"
+    columns = ("", "examples", "student, untouched", "with the adapter", "change")
+    print_table(f"{title}: lm-evaluation-harness {benchmarks['harness']}{limited}", columns, rows)
+
+
 def _row(name: str, figures: Mapping[str, Any], gap: Mapping[str, Any] | None) -> tuple[str, ...]:
-    def percent(value: float | None) -> str:
-        return "-" if value is None else f"{value:+.1f} %"
+    def percent(field: str) -> str:
+        if gap is None:
+            return ""
+        return "-" if gap[field] is None else f"{gap[field]:+.1f}{_interval(gap.get(f'{field}_interval'), '+.1f')}"
 
     return (
         name,
-        f"{figures['kl']:.4f}",
-        f"{figures['cross_entropy']:.4f}",
+        f"{figures['kl']:.4f}{_interval(figures.get('kl_interval'), '.3f') if figures['kl'] else ''}",
+        f"{figures['cross_entropy']:.4f}{_interval(figures.get('cross_entropy_interval'), '.2f')}",
         f"{figures['top1_agreement']:.1%}",
-        "" if gap is None else percent(gap["kl"]),
-        "" if gap is None else percent(gap["cross_entropy"]),
+        percent("kl"),
+        percent("cross_entropy"),
     )
+
+
+def _interval(interval: Mapping[str, float] | None, digits: str) -> str:
+    return "" if interval is None else f" [{interval['low']:{digits}} … {interval['high']:{digits}}]"
+
+
+def _with_error(value: float, error: float | None, sign: str = "") -> str:
+    return f"{value:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def _on_half(temperature: Mapping[str, Any]) -> bool:
+    return bool(temperature["fitted_on"] != "calibration text")
 
 
 def _device(asked: str) -> str:

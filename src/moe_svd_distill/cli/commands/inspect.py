@@ -1,4 +1,4 @@
-"""inspect: what a model is."""
+"""inspect: what a model is, or how two are related."""
 
 from __future__ import annotations
 
@@ -10,15 +10,25 @@ import click
 from moe_svd_distill.cli.options import json_option
 
 
-@click.command("inspect", short_help="Show what a model is.")
+@click.command("inspect", short_help="Show what a model is, or how two are related.")
 @click.argument("model")
+@click.argument("student", required=False)
 @json_option
-def command(model: str, as_json: bool) -> None:
-    """Show architecture, sizes, tensors and files of MODEL from its headers; no weight is read."""
+def command(model: str, student: str | None, as_json: bool) -> None:
+    """Show architecture, sizes, tensors and files of MODEL from its headers; no weight is read.
+
+    With a STUDENT as well, MODEL is its teacher: show both side by side, how they are related by a few rows of their
+    weights (at most 64 MiB of each model), and what method auto would run. Of hub models nothing large is fetched.
+    """
+    if student is not None:
+        from moe_svd_distill.cli.relation import show_pair
+
+        show_pair(model, student, as_json=as_json)
+        return
     from moe_svd_distill.cli.screen import print_json, print_table
     from moe_svd_distill.pipeline.pair import open_model
 
-    facts = _facts(open_model(model))
+    facts = _facts(open_model(model, headers_only=True))
     if as_json:
         print_json(facts)
         return
@@ -37,10 +47,11 @@ def _facts(opened: Any) -> dict[str, Any]:
     return {
         "family": layout.family.model_type,
         **asdict(layout.geometry),
+        "quantisation": checkpoint.quantisation,
         "tensors": len(checkpoint),
         "bytes": checkpoint.total_bytes,
-        "files": len({info.file for info in checkpoint.values()}),
+        "files": len({info.file for info in checkpoint.stored.values()}),
         "types": dict(Counter(info.dtype for info in checkpoint.values())),
         "roles": dict(roles),
-        "not_used": {**layout.ignored, **unknown},
+        "not_used": {**layout.ignored, **unknown, **checkpoint.set_aside},
     }

@@ -14,8 +14,12 @@ from moe_svd_distill.cli.options import json_option, read_recipe, recipe_options
 @recipe_options
 @json_option
 def command(recipe: Path | None, as_json: bool, **given: Any) -> None:
-    """Show every pairing and every unmatched tensor, ranks and sizes of a run, from the headers alone."""
+    """Show every pairing and every unmatched tensor, ranks and sizes of a run, and how the models are related.
+
+    Headers and a few rows of the weights are read. Of hub models nothing large is fetched.
+    """
     wanted = read_recipe(recipe, given)
+    from moe_svd_distill.cli.relation import show_choice, show_relatedness
     from moe_svd_distill.cli.screen import print_json, print_table
     from moe_svd_distill.pipeline.outlook import look_ahead
 
@@ -26,5 +30,7 @@ def command(recipe: Path | None, as_json: bool, **given: Any) -> None:
     print_table("depth", ("student layer", "teacher layers"), outlook["depth"])
     print_table("tensors", ("role", "with a pair", "kept", "rank"), outlook["roles"])
     print_table("sizes", ("what", ""), outlook["sizes"])
+    show_relatedness(outlook["relatedness"])
+    show_choice("method auto", outlook["method"]["auto"])
     for name, reason in {**outlook["kept"], **outlook["unused_teacher"]}.items():
         click.echo(f"{name}: {reason}")

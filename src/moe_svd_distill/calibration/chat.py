@@ -1,0 +1,137 @@
+"""Conversations: what records of chat messages hold, before a tokenizer makes one text of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+"""`from` of the ShareGPT form to the role that chat templates know."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """One conversation, kept as JSON so that it can be compared and hashed.
+
+    Attributes:
+        record: `{"messages": [{"role", "content", …}], "tools": [...] or null}`, keys in the record's own order,
+            because templates write tool calls out in it.
+    """
+
+    record: str
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """Messages as a chat template takes them: every one with a `role` and a `content` string."""
+        return list(json.loads(self.record)["messages"])
+
+    @property
+    def tools(self) -> list[dict[str, Any]] | None:
+        """JSON schemas of the tools that were offered, or None."""
+        tools: list[dict[str, Any]] | None = json.loads(self.record)["tools"]
+        return tools
+
+    @property
+    def content(self) -> str:
+        """The conversation in one spelling, whatever the order of the keys was."""
+        return json.dumps(json.loads(self.record), sort_keys=True, ensure_ascii=False)
+
+    @property
+    def said(self) -> str:
+        """What the messages say, without roles."""
+        return "\n".join(message["content"] for message in self.messages)
+
+
+def as_chat(value: Any, record: Mapping[str, Any]) -> Chat:
+    """Read a list of messages, in either form; `record` may offer `tools` and a `system` prompt beside it.
+
+    Content of None becomes empty, and lists of text parts become their text. The ShareGPT form (`from`, `value`) is
+    translated to roles.
+
+    Raises:
+        ValueError: It is not a conversation of text; the message says what is wrong with which message.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
+        raise ValueError("it is not a list of messages")
+    messages = [_message(message, number) for number, message in enumerate(value, start=1)]
+    system = record.get("system")
+    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    return Chat(json.dumps({"messages": messages, "tools": _tools(record.get("tools"))}, ensure_ascii=False))
+
+
+def _message(message: Any, number: int) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise ValueError(f"message {number} is a {type(message).__name__}, expected role and content")
+    if "role" in message:
+        role, content, known = message["role"], message.get("content"), {"role", "content"}
+        if not isinstance(role, str) or not role:
+            raise ValueError(f"message {number} has the role {role!r}")
+    elif "from" in message:
+        role, content, known = SHAREGPT_ROLES.get(str(message["from"])), message.get("value"), {"from", "value"}
+        if role is None:
+            raise ValueError(f"message {number} is from {message['from']!r}, expected human, gpt, system or tool")
+    else:
+        raise ValueError(f"message {number} has neither role and content nor from and value")
+    rest = {key: value for key, value in message.items() if key not in known and value is not None}
+    if message.get("from") == "function_call":
+        return {"role": role, "content": "", "tool_calls": _tool_calls(content, number), **rest}
+    return {"role": role, "content": _text(content, number), **rest}
+
+
+def _text(content: Any, number: int) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Sequence) and not isinstance(content, bytes):
+        parts = []
+        for part in content:
+            if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+                kind = part.get("type", "unknown") if isinstance(part, Mapping) else type(part).__name__
+                raise ValueError(f"message {number} holds a part that is not text ({kind})")
+            parts.append(part["text"])
+        return "".join(parts)
+    raise ValueError(f"message {number} has content of type {type(content).__name__}, expected text")
+
+
+def _tool_calls(content: Any, number: int) -> list[dict[str, Any]]:
+    try:
+        calls = json.loads(content) if isinstance(content, str) else content
+    except ValueError as error:
+        raise ValueError(f"message {number} is a function call that is not JSON ({error})") from error
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, Mapping) and "name" in call for call in calls):
+        raise ValueError(f"message {number} is a function call without a name")
+    return [{"type": "function", "function": dict(call)} for call in calls]
+
+
+def _tools(tools: Any) -> list[Any] | None:
+    """Return tools as a list: many data sets keep them as a string of JSON."""
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise ValueError(f"its tools are not JSON ({error})") from error
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise ValueError("its tools are not a list of JSON schemas")
+    return tools

@@ -1,0 +1,154 @@
+"""Packing one text for two tokenizers, so that row i of both holds the same characters.
+
+Each row of both begins and ends at a character where both tokenisations have a boundary; what is left of a row is
+padded. So wherever two positions of a row align, both models have seen the same context, up to the row's beginning: had
+each model's tokens been packed by themselves, rows would begin at different characters, and the difference between the
+models would partly be one of context. Padding costs a few tokens a row, and the difference in tokens for the same text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moe_svd_distill.calibration.alignment import common_cuts
+from moe_svd_distill.calibration.division import TextPart
+from moe_svd_distill.calibration.documents import Document
+from moe_svd_distill.calibration.text import BATCH, TokenizedText, all_digests, ended, fits, too_short
+from moe_svd_distill.calibration.tokenizer import IntArray, Tokenizer
+
+
+@dataclass(frozen=True)
+class _PairedDocument:
+    """One document in both tokenisations, cut where it is to end, each ended.
+
+    `cuts`, (cuts, 2), are where both have read the same characters; `breaks`, (breaks, 2), where a row may end.
+    """
+
+    document: Document
+    ids: tuple[IntArray, IntArray]
+    cuts: IntArray
+    breaks: IntArray
+
+
+@dataclass
+class _Rows:
+    """Rows of both models under construction, column 0 the student and 1 the teacher."""
+
+    length: int
+    filler: tuple[int, int]
+    done: int = 0
+    tokens: int = 0
+    used: list[int] = field(default_factory=lambda: [0, 0])
+    sequences: tuple[list[IntArray], list[IntArray]] = field(default_factory=lambda: ([], []))
+    owners: tuple[list[IntArray], list[IntArray]] = field(default_factory=lambda: ([], []))
+    positions: list[IntArray] = field(default_factory=list)
+
+    def add(self, paired: _PairedDocument, number: int, wanted: int) -> bool:
+        """Write a document, until `wanted` student tokens are there; False if a stretch of it fits in no row."""
+        at = np.zeros(2, dtype=np.int64)
+        end = paired.breaks[-1]
+        while (at < end).any() and self.tokens < wanted:
+            room = self.length - np.asarray(self.used)
+            reachable = np.flatnonzero((paired.breaks - at <= room).all(axis=1) & (paired.breaks > at).any(axis=1))
+            if not len(reachable):
+                if not any(self.used):
+                    return False
+                self.finish()
+                continue
+            enough = np.flatnonzero(paired.breaks[:, 0] - at[0] >= wanted - self.tokens)
+            to = paired.breaks[min([reachable[-1], *enough[:1]])]
+            for side in (0, 1):
+                self._write(side, paired.ids[side][at[side] : to[side]], number)
+            inside = paired.cuts[(paired.cuts > at).all(axis=1) & (paired.cuts <= to).all(axis=1)]
+            self.positions.append(inside - at - 1 + self.used + self.done * self.length)
+            self.tokens += int(to[0] - at[0])
+            self.used = [int(used) for used in self.used + to - at]
+            at = to
+        return True
+
+    def finish(self) -> None:
+        """Pad the row in both and begin the next."""
+        for side in (0, 1):
+            missing = self.length - self.used[side]
+            self._write(side, np.full(missing, self.filler[side], dtype=np.int64), -1)
+        self.used = [0, 0]
+        self.done += 1
+
+    def _write(self, side: int, ids: IntArray, number: int) -> None:
+        self.sequences[side].append(ids)
+        self.owners[side].append(np.full(len(ids), number, dtype=np.int64))
+
+
+def pack_pair(
+    part: TextPart, student: Tokenizer, teacher: Tokenizer, *, length: int, teacher_vocabulary: int | None
+) -> tuple[TokenizedText, TokenizedText, IntArray, IntArray]:
+    """Pack a part's documents for both tokenizers into rows that hold the same characters.
+
+    Args:
+        part: What to pack, until there are `part.wanted` student tokens.
+        student: One tokenizer.
+        teacher: The other.
+        length: Tokens of a row, for both.
+        teacher_vocabulary: Documents with a teacher token at or above this are skipped.
+
+    Returns:
+        Student's text, teacher's text, and the flat positions in each that align, (positions,) each.
+
+    Raises:
+        BadDataError: Nothing could be packed.
+    """
+    rows = _Rows(length, (student.end_of_text or 0, teacher.end_of_text or 0))
+    used: list[Document] = []
+    skipped = 0
+    for paired in _paired_documents(part, student, teacher, teacher_vocabulary):
+        if rows.tokens >= part.wanted:
+            break
+        if paired is None:
+            skipped += 1
+            continue
+        complete = rows.add(paired, len(used), part.wanted)
+        skipped += not complete
+        used.append(paired.document)
+    if any(rows.used):
+        rows.finish()
+    if not rows.done:
+        raise too_short(rows.tokens, length, skipped)
+    texts = [
+        TokenizedText(
+            sequences=np.concatenate(rows.sequences[side]).reshape(rows.done, length),
+            document_of_token=np.concatenate(rows.owners[side]).reshape(rows.done, length),
+            sources=tuple(document.source for document in used),
+            digests=all_digests(used),
+            skipped=part.skipped + skipped,
+            asked=part.asked,
+        )
+        for side in (0, 1)
+    ]
+    positions = np.concatenate(rows.positions)
+    return texts[0], texts[1], positions[:, 0].copy(), positions[:, 1].copy()
+
+
+def _paired_documents(
+    part: TextPart, student: Tokenizer, teacher: Tokenizer, teacher_vocabulary: int | None
+) -> Iterator[_PairedDocument | None]:
+    """Every document in both tokenisations; None for one with a token the teacher's head has no row for."""
+    for begin in range(0, len(part.documents), BATCH):
+        documents = part.documents[begin : begin + BATCH]
+        texts = [document.text for document in documents]
+        both = zip(documents, student.encode_spans(texts), teacher.encode_spans(texts), strict=True)
+        for document, mine, other in both:
+            if not fits(other.ids, teacher_vocabulary):
+                yield None
+                continue
+            cuts = common_cuts(mine, other, len(document.text))
+            taken = (mine.ids, other.ids)
+            far_enough = np.flatnonzero(cuts[:, 0] >= part.longest)
+            if len(far_enough) and part.longest < len(mine.ids):
+                cuts = cuts[: far_enough[0] + 1]
+                taken = (mine.ids[: cuts[-1, 0]], other.ids[: cuts[-1, 1]])
+            complete = (ended(taken[0], student.end_of_text), ended(taken[1], teacher.end_of_text))
+            end = np.asarray([[len(complete[0]), len(complete[1])]], dtype=np.int64)
+            yield _PairedDocument(document, complete, cuts, np.concatenate([cuts, end]))

@@ -1,0 +1,96 @@
+"""Which stored tensor belongs to which weight: the account that a format's reader fills."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from moe_svd_distill.checkpoints.faults import shown
+from moe_svd_distill.checkpoints.files import FETCH_AGAIN
+from moe_svd_distill.checkpoints.header import TensorInfo
+from moe_svd_distill.checkpoints.quantisation.coded import Coded, Coding, Part
+from moe_svd_distill.errors import BadDataError, DistillError
+
+Bytes = Callable[[TensorInfo], bytes | None]
+"""The bytes of a small stored tensor, or ``None`` where the file is not at hand."""
+
+ACTIVATIONS = (
+    *("input_scale", "input_scale_ub", "input_zero_point", "input_global_scale", "activation_scale"),
+    *("output_scale", "output_zero_point", "output_global_scale"),
+)
+CACHE = re.compile(r"(.*\.)?(q|k|v|kv|prob)_(global_)?(scale|zero_point)")
+OF_THE_CACHE = "quantises the attention or its cache when the model serves; no weight needs it"
+WIDE = frozenset({"F16", "BF16"})
+
+
+@dataclass
+class Claims:
+    """The stored tensors of a model, and what is made of them.
+
+    Attributes:
+        stored: Everything that the headers name.
+        dtype: The dtype of a weight whose scales do not say one.
+        read_bytes: See ``Bytes``.
+        coded: Name of a weight to how it is stored.
+        companions: Name of a stored tensor to that of the weight it belongs to, other than by its own name.
+        set_aside: Name of a stored tensor that belongs to no weight to the reason why none needs it.
+        faults: All that is wrong.
+    """
+
+    stored: Mapping[str, TensorInfo]
+    dtype: str
+    read_bytes: Bytes
+    coded: dict[str, Coded] = field(default_factory=dict)
+    companions: dict[str, str] = field(default_factory=dict)
+    set_aside: dict[str, str] = field(default_factory=dict)
+    faults: list[DistillError] = field(default_factory=list)
+
+    def named(self, suffix: str) -> Iterator[tuple[str, TensorInfo]]:
+        """The stored tensors with a suffix, and their names without it."""
+        for name, info in self.stored.items():
+            if name.endswith(suffix) and len(name) > len(suffix):
+                yield name.removesuffix(suffix), info
+
+    def claim(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        coding: Coding,
+        parts: Mapping[Part, TensorInfo],
+        label: str,
+        unused: Mapping[str, TensorInfo] | None = None,
+    ) -> None:
+        """Make one weight of its parts; ``unused`` are companions that its numbers do not depend on."""
+        codes, scale = parts["codes"], parts.get("scale")
+        dtype = scale.dtype if scale is not None and scale.dtype in WIDE else self.dtype
+        owned = {info.name: info for info in (*parts.values(), *(unused or {}).values())}
+        if name in self.coded or (name in self.stored and name not in owned):
+            self.fault(f"{shown(name)} is stored twice, one time as codes ({shown(codes.name)})")
+            return
+        total = sum(info.bytes for info in owned.values())
+        info = TensorInfo(name, shape, dtype, total, codes.file, codes.offset)
+        self.coded[name] = Coded(info, coding, dict(parts), label)
+        self.companions |= {stored: name for stored in owned if stored != name}
+
+    def activations(self, module: str) -> dict[str, TensorInfo]:
+        """The companions of a module that only quantise what flows through it; ``module`` ends with its separator."""
+        return {name: self.stored[name] for suffix in ACTIVATIONS if (name := module + suffix) in self.stored}
+
+    def fault(self, what: str, action: str = FETCH_AGAIN) -> None:
+        """Note what is wrong."""
+        self.faults.append(BadDataError(what, action))
+
+    def misfit(self, codes: TensorInfo, other: TensorInfo, expected: str) -> None:
+        """Note that a companion's shape or dtype does not fit the codes."""
+        self.fault(
+            f"{shown(other.name)} is {other.dtype} {list(other.shape)} beside {shown(codes.name)}, which is "
+            f"{codes.dtype} {list(codes.shape)} (expected {expected})"
+        )
+
+    def set_cache_aside(self) -> None:
+        """Account for the scales of a quantised key and value cache."""
+        taken = self.companions.keys() | self.coded.keys()
+        for name, info in self.stored.items():
+            if name not in taken and CACHE.fullmatch(name) and len(info.shape) <= 2:
+                self.set_aside[name] = OF_THE_CACHE

@@ -1,0 +1,127 @@
+"""compressed-tensors, the format of llm-compressor: FP8, INT8, W4A16, NVFP4, MXFP4, MXFP8.
+
+``weight`` or ``weight_packed`` with ``weight_scale`` and, as the scheme has it, ``weight_zero_point``,
+``weight_shape``, ``weight_global_scale``, ``weight_g_idx``. What is quantised shows in the tensors; the configuration
+says how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moe_svd_distill.checkpoints.faults import shown
+from moe_svd_distill.checkpoints.header import BYTES_PER_ELEMENT, TensorInfo
+from moe_svd_distill.checkpoints.quantisation.claims import Claims
+from moe_svd_distill.checkpoints.quantisation.coded import Part, Scaled, align, blocks, grid_words
+from moe_svd_distill.checkpoints.quantisation.declared import USE_PLAIN
+from moe_svd_distill.checkpoints.quantisation.schemes import Scheme, read_schemes, scheme_of
+
+WORD = 32
+WHOLE_BITS = (1, 2, 4, 8)  # other widths are packed differently by different versions of the library
+ELEMENT_DTYPES = {"float": ("F8_E4M3",), "int": ("I8",)}
+EXPONENTS = ("U8", "F8_E8M0")
+SCALE_DTYPES = ("F32", "F16", "BF16", "F8_E4M3")
+
+
+def read_compressed(claims: Claims, settings: Mapping[str, Any]) -> None:
+    """Claim every module with a ``weight_packed`` or a ``weight_scale``.
+
+    Raises:
+        BadDataError: A scheme that is not read here.
+    """
+    schemes = read_schemes(settings)
+    modules = [module for suffix in (".weight_packed", ".weight_scale") for module, _ in claims.named(suffix)]
+    for module in dict.fromkeys(modules):
+        packed, plain = (claims.stored.get(f"{module}.{own}") for own in ("weight_packed", "weight"))
+        codes, scale = packed or plain, claims.stored.get(f"{module}.weight_scale")
+        if codes is None or scale is None:
+            missing, found = ("weight", "weight_scale") if codes is None else ("weight_scale", "weight_packed")
+            claims.fault(f"{shown(f'{module}.{found}')} has no {shown(f'{module}.{missing}')} beside it")
+            continue
+        scheme = scheme_of(module, schemes)
+        if scheme is None:
+            claims.fault(f"{shown(codes.name)} is quantised, but no scheme of config.json is for it alone", USE_PLAIN)
+        else:
+            _claim(claims, module, scheme, codes, scale)
+
+
+def _claim(claims: Claims, module: str, scheme: Scheme, codes: TensorInfo, scale: TensorInfo) -> None:
+    """One weight, if its tensors are what the scheme says."""
+    packing = _packing(scheme, codes)
+    if packing is None:
+        claims.fault(
+            f"{shown(codes.name)} is {codes.dtype} of shape {list(codes.shape)}, which does not fit config.json or is "
+            f"not read here ({scheme.kind} of {scheme.bits} bits)",
+            USE_PLAIN,
+        )
+        return
+    shape = _shape(claims, module, scheme, codes, packing)
+    if shape is None:
+        return
+    block = scheme.block_of(shape)
+    grid = tuple(blocks(length, side) for length, side in zip(shape, block, strict=True))
+    exponents = scale.dtype in EXPONENTS
+    if align(shape, scale.shape) != grid or not (exponents or scale.dtype in SCALE_DTYPES):
+        claims.misfit(codes, scale, f"{scheme.strategy} scales {list(grid)}")
+        return
+    parts: dict[Part, TensorInfo] = {"codes": codes, "scale": scale}
+    stored = claims.stored
+    if (index := stored.get(f"{module}.weight_g_idx")) is not None:
+        if index.shape != shape[1:] or index.dtype not in ("I32", "I64"):
+            claims.misfit(codes, index, f"I32 {list(shape[1:])}")
+            return
+        parts["column_group"] = index
+    if (overall := stored.get(f"{module}.weight_global_scale")) is not None:
+        parts["global_scale"] = overall
+    elif scheme.strategy == "tensor_group":
+        claims.fault(f"{shown(codes.name)} has no {shown(f'{module}.weight_global_scale')} beside it")
+        return
+    zero_words = False
+    if not scheme.symmetric:
+        zero = stored.get(f"{module}.weight_zero_point")
+        if zero is None:
+            claims.fault(f"{shown(codes.name)} has no {shown(f'{module}.weight_zero_point')} beside it")
+            return
+        zero_words = packing == "words" and zero.dtype == "I32"
+        expected = (blocks(shape[0] * scheme.bits, WORD), grid[1]) if zero_words else grid
+        if (zero.shape if zero_words else align(shape, zero.shape)) != expected:
+            claims.misfit(codes, zero, f"zero points {list(expected)}")
+            return
+        parts["zero"] = zero
+    coding = Scaled(packing, block, scheme.bits, exponents, zero_words)
+    unused = claims.activations(f"{module}.")
+    for name in ("weight_shape", "weight_zero_point"):
+        if (info := stored.get(f"{module}.{name}")) is not None:
+            unused[name] = info
+    kind = ("mx" if exponents else "nv" if overall is not None else "") + ("fp" if scheme.kind == "float" else "int")
+    label = f"{kind}{scheme.bits} {grid_words(block, shape)}"
+    claims.claim(f"{module}.weight", shape, coding, parts, label, unused)
+
+
+def _packing(scheme: Scheme, codes: TensorInfo) -> Any:
+    """How the codes lie in the tensor, or ``None`` if it is not what the scheme says."""
+    if len(codes.shape) != 2:
+        return None
+    if not codes.name.endswith("_packed"):
+        return "element" if scheme.bits == 8 and codes.dtype in ELEMENT_DTYPES.get(scheme.kind, ()) else None
+    if scheme.kind == "int":
+        return "words" if codes.dtype == "I32" and scheme.bits in WHOLE_BITS else None
+    return "e2m1" if codes.dtype == "U8" and scheme.bits == 4 else None
+
+
+def _shape(claims: Claims, module: str, scheme: Scheme, codes: TensorInfo, packing: str) -> tuple[int, int] | None:
+    """The weight's own shape. The last word of a row may be ragged, so ``weight_shape`` says where the row ends."""
+    rows, width = codes.shape
+    if packing != "words":
+        return rows, width * (2 if packing == "e2m1" else 1)
+    said = claims.stored.get(f"{module}.weight_shape")
+    raw = None if said is None else claims.read_bytes(said)
+    if said is None or raw is None:
+        return rows, width * WORD // scheme.bits
+    size = BYTES_PER_ELEMENT[said.dtype]
+    numbers = tuple(int.from_bytes(raw[at : at + size], "little", signed=True) for at in range(0, len(raw), size))
+    if len(numbers) != 2 or numbers[0] != rows or blocks(numbers[1] * scheme.bits, WORD) != width:
+        claims.fault(f"{shown(said.name)} says {list(numbers)}, which does not fit the {rows}×{width} words")
+        return None
+    return numbers[0], numbers[1]

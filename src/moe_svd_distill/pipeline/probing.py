@@ -1,0 +1,294 @@
+"""Sampling matching tensors of two models: the ends first, which say where the channels are, then layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moe_svd_distill.errors import DistillError
+from moe_svd_distill.families.family import Axis
+from moe_svd_distill.pairing.depth import map_depth
+from moe_svd_distill.pairing.lineage import ENDS, Comparison, Probe, Vocabularies, VocabularyRelation
+from moe_svd_distill.pipeline.pair import ModelPair
+from moe_svd_distill.pipeline.sampling import RowSampler, spread_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe_svd_distill.algebra.similarity import Similarity
+
+MIB = 1024 * 1024
+ALLOWANCE = {"embedding": 16 * MIB, "head": 12 * MIB}  # with the following two: 64 MiB of each model
+BODY_ALLOWANCE = 28 * MIB
+CONFIRMATION = 8 * MIB
+END_ROWS = 1024  # tokens
+BODY_ROWS = 64  # rows of the student that are compared or looked for
+LEAST_TOKENS = 32
+TESTED_CHANNELS = 256  # looked for before all are
+# One role of each kind says enough; norm gains are alike in all models and say nothing.
+PREFERRED = ("attention.q", "attention.k", "router", "experts.gate", "dense.gate", "shared.gate")
+MOST_ROLES = 5
+DOUBLE = frozenset({"attention.k", "router"})  # small tensors, read whole if possible and searched for moved rows
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the samples say.
+
+    Attributes:
+        probes: The measurements.
+        skipped: What was not measured, and why.
+        all_alike: Every tensor has its counterpart, and a row of each is identical in both.
+        bytes_read: Of teacher and student.
+    """
+
+    probes: tuple[Probe, ...]
+    skipped: tuple[str, ...]
+    all_alike: bool
+    bytes_read: tuple[int, int]
+
+
+def probe_pair(pair: ModelPair, vocabulary: VocabularyRelation, *, same_shape: bool) -> Found:
+    """Measure everything there is to measure within the budget.
+
+    Args:
+        pair: Teacher and student.
+        vocabulary: Which token numbers mean the same.
+        same_shape: Whether to look for identical weights at all.
+    """
+    run = _Probing(pair, vocabulary)
+    run.probe_ends()
+    run.probe_layers()
+    alike = same_shape and bool(run.probes) and all(probe.identical for probe in run.probes) and run.confirm()
+    return Found(tuple(run.probes), tuple(run.skipped), alike, (run.teacher.bytes_read, run.student.bytes_read))
+
+
+class _Probing:
+    def __init__(self, pair: ModelPair, vocabulary: VocabularyRelation) -> None:
+        self.pair, self.vocabulary = pair, vocabulary
+        self.teacher, self.student = RowSampler(pair.teacher), RowSampler(pair.student)
+        self.probes: list[Probe] = []
+        self.skipped: list[str] = []
+        self.experts: dict[tuple[int, int], int] = {}  # by layers: the teacher's expert behind the student's first
+        self.channels: Tensor | None = None  # teacher channel of each student channel; None: where they stand
+
+    def probe_ends(self) -> None:
+        """Embedding and head: rows of the same tokens, and channels looked for where rows do not agree."""
+        tokens = self._tokens()
+        flat: dict[str, tuple[Tensor, Tensor]] = {}
+        for role in sorted(ENDS):
+            names = self.pair.teacher.layout.find(role), self.pair.student.layout.find(role)
+            if names[0] is None or names[1] is None:
+                self.skipped.append(f"{role}: not in both models")
+            elif len(tokens) < LEAST_TOKENS:
+                self.skipped.append(f"{role}: only {len(tokens)} tokens are known to mean the same in both")
+            else:
+                self._try(role, self._probe_end, role, *names, tokens, flat)
+        related = [role for role in flat if self._related(role, Comparison.CHANNELS)]
+        if related and not any(self._related(role, Comparison.IN_PLACE) for role in ENDS):
+            from moe_svd_distill.algebra.similarity import match_channels
+
+            self.channels = match_channels(*flat[related[0]])[0]
+
+    def _tokens(self) -> list[tuple[int, int]]:
+        """Numbers of the same token in teacher and student."""
+        if self.vocabulary.kind is not Vocabularies.DIFFERENT:
+            if self.vocabulary.kind is Vocabularies.UNKNOWN:
+                self.skipped.append("vocabularies: unknown, so rows of the same number were taken for the same token")
+            return [(number, number) for number in range(self.vocabulary.shared)]
+        from moe_svd_distill.calibration.vocabulary import common_tokens
+
+        folders = (self.pair.teacher.checkpoint.folder, self.pair.student.checkpoint.folder)
+        limits = (self.pair.teacher.layout.geometry.vocabulary, self.pair.student.layout.geometry.vocabulary)
+        try:
+            student, teacher = common_tokens(*folders)
+        except DistillError as error:
+            self.skipped.append(f"tokens that both have: {error.what}")
+            return []
+        both = zip(teacher.tolist(), student.tolist(), strict=True)
+        return [(left, right) for left, right in both if left < limits[0] and right < limits[1]]
+
+    def _probe_end(
+        self,
+        role: str,
+        teacher: str,
+        student: str,
+        tokens: list[tuple[int, int]],
+        flat: dict[str, tuple[Tensor, Tensor]],
+    ) -> None:
+        from moe_svd_distill.algebra.similarity import flattened, match_channels, row_similarity
+
+        row_bytes = max(self.teacher.row_bytes(teacher), self.student.row_bytes(student))
+        wanted = max(LEAST_TOKENS, min(END_ROWS, ALLOWANCE[role] // row_bytes))
+        chosen = [tokens[place] for place in spread_rows(len(tokens), wanted, row_bytes)]
+        left = self.teacher.rows(teacher, [token for token, _ in chosen])
+        right = self.student.rows(student, [token for _, token in chosen])
+        if left.shape == right.shape:
+            self._add(role, teacher, student, Comparison.IN_PLACE, left, right, row_similarity(left, right))
+            if self.probes[-1].related:
+                return
+        flat[role] = flattened(left), flattened(right)
+        tested = flat[role][1][:, :: max(1, right.shape[1] // TESTED_CHANNELS)]
+        self._add(role, teacher, student, Comparison.CHANNELS, left, right, match_channels(flat[role][0], tested)[1])
+
+    def probe_layers(self) -> None:
+        """The same roles at the first, the middle and the last layer of the student, each with the teacher's nearest.
+
+        Where several teacher layers come into question, the probes of the most similar one are kept.
+        """
+        widths = (self.pair.teacher.layout.geometry.hidden, self.pair.student.layout.geometry.hidden)
+        if widths[0] != widths[1] and self.channels is None:
+            self.skipped.append("layers: the widths differ and no channel was found again")
+            return
+        candidates = self._candidates()
+        share = BODY_ALLOWANCE // sum(map(len, candidates.values()))
+        for student_layer, teacher_layers in candidates.items():
+            tried = [self._probe_layer(layer, student_layer, share) for layer in teacher_layers]
+            self.probes += max(tried, key=lambda probes: sum(probe.above_chance for probe in probes))
+
+    def _candidates(self) -> dict[int, list[int]]:
+        """The first, the middle and the last student layer, each with the teacher layers it may have come from.
+
+        Models cropped in depth keep either evenly spread layers, the first and the last among them, or those at equal
+        relative depth; where neither is so, the first layer and the ends still speak.
+        """
+        layers, teacher_layers = (m.layout.geometry.layers for m in (self.pair.student, self.pair.teacher))
+        maps = [map_depth(name, layers, teacher_layers) for name in ("endpoints", "linear")]
+        nearest = [[max(blend.teacher, key=lambda part: part[1])[0] for blend in blends] for blends in maps]
+        chosen = dict.fromkeys((0, layers // 2, layers - 1))
+        return {layer: list(dict.fromkeys(found[layer] for found in nearest)) for layer in chosen}
+
+    def _probe_layer(self, teacher_layer: int, student_layer: int, allowance: int) -> list[Probe]:
+        """The probes of one pair of layers, taken out of ``probes``."""
+        before = len(self.probes)
+        for role, share in self._roles(teacher_layer, student_layer, allowance):
+            self._try(f"{role} of layer {student_layer}", self._probe_role, role, teacher_layer, student_layer, share)
+        found = self.probes[before:]
+        del self.probes[before:]
+        return found
+
+    def _roles(self, teacher_layer: int, student_layer: int, allowance: int) -> list[tuple[str, int]]:
+        """Roles that both layers have and that read the residual stream, each with its share of the bytes."""
+        teacher, student = self.pair.teacher.layout, self.pair.student.layout
+        known = [
+            entry.role
+            for entry in student.family.roles
+            if len(entry.axes) == 2 and entry.axes[1] is Axis.RESIDUAL and "{layer}" in entry.template
+        ]
+        order = [role for role in PREFERRED if role in known] + [role for role in known if role not in PREFERRED]
+        roles = [
+            role
+            for role in order
+            if teacher.find(role, teacher_layer, _expert(role)) and student.find(role, student_layer, _expert(role))
+        ][:MOST_ROLES]
+        shares = {role: 2 if role in DOUBLE else 1 for role in roles}
+        return [(role, allowance * share // sum(shares.values())) for role, share in shares.items()]
+
+    def _probe_role(self, role: str, teacher_layer: int, student_layer: int, allowance: int) -> None:
+        expert = _expert(role)
+        source = expert if expert is None else self.experts.get((teacher_layer, student_layer), expert)
+        teacher = self.pair.teacher.layout.find(role, teacher_layer, source)
+        student = self.pair.student.layout.find(role, student_layer, expert)
+        if teacher is not None and student is not None:
+            found = self._compare(role, teacher, student, allowance)
+            if role == "router" and found is not None:
+                self.experts[teacher_layer, student_layer] = int(found[0])
+
+    def _compare(self, role: str, teacher: str, student: str, allowance: int) -> Tensor | None:
+        """Compare in place and, if that shows nothing, look for moved rows; the teacher row of each, if they moved."""
+        from moe_svd_distill.algebra.similarity import match_best_rows, row_similarity
+
+        shapes = self.pair.teacher.shapes[teacher], self.pair.student.shapes[student]
+        row_bytes = max(self.teacher.row_bytes(teacher), self.student.row_bytes(student))
+        index = spread_rows(shapes[1][0], min(BODY_ROWS, allowance // row_bytes), row_bytes)
+        whole = (shapes[0][0] + len(index)) * row_bytes <= allowance  # to look for rows that moved
+        right = self.student.rows(student, index)
+        if shapes[0][0] == shapes[1][0] and len(index) > 1:
+            left = self._in_channels(self.teacher.rows(teacher, index))
+            how = Comparison.IN_PLACE if self.channels is None else Comparison.CHANNELS
+            self._add(role, teacher, student, how, left, right, row_similarity(left, right))
+            if self.probes[-1].related:
+                return None
+        if not whole:
+            self.skipped.append(f"{student}: too large to look for moved rows")
+            return None
+        left = self._in_channels(self.teacher.rows(teacher, list(range(shapes[0][0]))))
+        found, similarity = match_best_rows(left, right)
+        self._add(role, teacher, student, Comparison.ROWS, left, right, similarity)
+        return found if self.probes[-1].related else None
+
+    def _in_channels(self, rows: Tensor) -> Tensor:
+        """The columns of the teacher's rows in the student's order."""
+        return rows if self.channels is None else rows[:, self.channels]
+
+    def confirm(self) -> bool:
+        """Whether nothing contradicts that the weights are the same."""
+        try:
+            return self._all_alike()
+        except DistillError as error:
+            self.skipped.append(f"whether all weights are the same: {error.what}")
+            return False
+
+    def _all_alike(self) -> bool:
+        """Whether the middle row of every tensor (of one expert in each layer) is identical in both models."""
+        import torch
+
+        teacher, student = self.pair.teacher.layout, self.pair.student.layout
+        if {m.role.role for m in teacher.meanings.values()} != {m.role.role for m in student.meanings.values()}:
+            return False
+        chosen = [
+            meaning
+            for meaning in student.meanings.values()
+            if meaning.expert is None or meaning.expert == (meaning.layer or 0) % self._experts_at(meaning.layer or 0)
+        ]
+        spent = 0
+        for meaning in chosen:
+            other = teacher.find(meaning.role.role, meaning.layer, meaning.expert)
+            shape = self.pair.student.shapes[meaning.name]
+            if other is None or self.pair.teacher.shapes[other] != shape:
+                return False
+            spent += self.student.row_bytes(meaning.name)
+            if spent > CONFIRMATION:
+                self.skipped.append(f"from {meaning.name} on, whether tensors are identical")
+                break
+            if not shape:
+                self.skipped.append(f"{meaning.name}: a single number, not compared")
+                continue
+            middle = [shape[0] // 2]
+            if not torch.equal(self.teacher.rows(other, middle), self.student.rows(meaning.name, middle)):
+                return False
+        return True
+
+    def _experts_at(self, layer: int) -> int:
+        return max(1, self.pair.student.layout.experts_at(layer))
+
+    def _add(
+        self,
+        role: str,
+        teacher: str,
+        student: str,
+        comparison: Comparison,
+        left: Tensor,
+        right: Tensor,
+        similarity: Similarity,
+    ) -> None:
+        import torch
+
+        identical = comparison is Comparison.IN_PLACE and torch.equal(left, right)
+        figures = (similarity.cosine, similarity.chance, similarity.spread)
+        self.probes.append(Probe(role, teacher, student, comparison, len(right), *figures, identical))
+
+    def _related(self, role: str, comparison: Comparison) -> bool:
+        return any(p.related for p in self.probes if p.role == role and p.comparison is comparison)
+
+    def _try(self, what: str, measure: Callable[..., None], *arguments: Any) -> None:
+        """Measure, or note why not: one unreadable tensor does not hide the others."""
+        try:
+            measure(*arguments)
+        except DistillError as error:
+            self.skipped.append(f"{what}: {error.what}")
+
+
+def _expert(role: str) -> int | None:
+    return 0 if role.startswith("experts.") else None

@@ -1,0 +1,262 @@
+"""Which tensors of a checkpoint make which tensors in memory, settled from the headers before anything is read.
+
+The names and the operations are transformers' own (`conversion_mapping`, `core_model_loading`). Experts that are stored
+one by one and held fused are copied one by one into their place; any other operation is left to transformers.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_svd_distill.checkpoints import Checkpoint, TensorInfo
+from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.streaming.skeleton import EMBEDDING, ENDS, OUTSIDE, Part, Place, Skeleton
+
+_FETCH = "Fetch the model again, or report the architecture to the project"
+_OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")  # transformers ignores these in every model
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stored tensor that goes into its place as it is: at ``[index]``, in the range from ``begin`` along ``dim``."""
+
+    hub_name: str
+    index: int | None = None
+    dim: int = 0
+    begin: int | None = None
+    length: int = 0
+
+    def within(self, whole: Tensor) -> Tensor:
+        """The region of the place, as a view."""
+        region = whole if self.index is None else whole[self.index]
+        return region if self.begin is None else region.narrow(self.dim, self.begin, self.length)
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """What one or more places are made from: pieces, or an operation of transformers.
+
+    Attributes:
+        places: What is made.
+        hub_names: Stored tensors it takes, with the pattern each was found by.
+        pieces: How to copy them in; empty where `converter` does it.
+        converter: transformers' operation.
+        first_name: The name that transformers gives the result first.
+    """
+
+    places: tuple[Place, ...]
+    hub_names: tuple[tuple[str, str], ...]
+    pieces: tuple[Piece, ...] = ()
+    converter: Any = None
+    first_name: str = ""
+
+    def convert(self, tensors: Iterable[Tensor], names: Any) -> dict[str, Tensor]:
+        """Let transformers make the places' tensors, by name, from the stored ones in the order of `hub_names`."""
+        converter = copy.deepcopy(self.converter)
+        for (pattern, hub_name), tensor in zip(self.hub_names, tensors, strict=True):
+            converter.add_tensor(self.first_name, hub_name, pattern, tensor)
+        made = converter.convert(self.first_name, model=names, config=names.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+class Sources:
+    """The origins of every part.
+
+    Attributes:
+        of_part: Part to its origins.
+        unused: Stored tensors that have no place in the model, or none in its decoder or head.
+        names: What transformers' operations may ask a model for.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton) -> None:
+        self._checkpoint, self._skeleton = checkpoint, skeleton
+        self.names = SimpleNamespace(
+            config=skeleton.model.config,
+            get_parameter=lambda name: torch.empty(skeleton.places[name].shape, device="meta"),
+        )
+        self.of_part: dict[Part, list[Origin]] = defaultdict(list)
+        unused: list[str] = []
+        origins = self._origins(unused)
+        filled: dict[str, Origin] = {}
+        for origin in origins:
+            part = self._only_part(origin)
+            if part == OUTSIDE:
+                unused += [name for _, name in origin.hub_names]
+                continue
+            self.of_part[part].append(origin)
+            filled |= {place.name: origin for place in origin.places}
+        self.unused = tuple(sorted(unused))
+        self._fill_tied(filled)
+
+    def bytes_of(self, part: Part) -> int:
+        """Stored bytes of a part."""
+        return sum(self._checkpoint[name].bytes for origin in self.of_part[part] for _, name in origin.hub_names)
+
+    def decoder_bytes(self) -> int:
+        """Stored bytes of everything between token ids and final hidden states."""
+        return sum(self.bytes_of(part) for part in (EMBEDDING, ENDS, *range(len(self._skeleton.originals))))
+
+    def _origins(self, unused: list[str]) -> list[Origin]:
+        ignored = _ignored(self._skeleton.model)
+        gathered: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
+        for hub_name, name, pattern, converter in in_memory(self._skeleton, self._checkpoint):
+            if name not in self._skeleton.places:
+                self._refuse_left_over(hub_name, name, ignored)
+                unused.append(hub_name)
+                continue
+            gathered.setdefault(name, (converter, []))[1].append((pattern, hub_name))
+        return [self._origin(name, converter, taken) for name, (converter, taken) in gathered.items()]
+
+    def _refuse_left_over(self, hub_name: str, name: str, ignored: re.Pattern[str]) -> None:
+        """What a decoder layer has and the model does not would be lost silently."""
+        part = self._skeleton.part_of_name(name)
+        inside = isinstance(part, int) and part < len(self._skeleton.originals)
+        if inside and not ignored.search(hub_name) and not ignored.search(name):
+            kind = type(self._skeleton.model).__name__
+            raise BadDataError(f"{self._checkpoint.source}: tensor {hub_name} has no place in {kind}", _FETCH)
+
+    def _origin(self, name: str, converter: Any, taken: list[tuple[str, str]]) -> Origin:
+        place = self._skeleton.places[name]
+        infos = [self._checkpoint[hub_name] for _, hub_name in taken]
+        if converter is None:
+            if len(taken) > 1:
+                both = " and ".join(hub_name for _, hub_name in taken[:2])
+                raise BadDataError(f"{self._checkpoint.source}: {both} are both {name} in memory", _FETCH)
+            self._check_shape(name, infos[0].shape, place.shape)
+            return Origin((place,), tuple(taken), (Piece(taken[0][1]),))
+        pieces = _pieces(converter, taken, infos, place.shape)
+        if pieces is not None:
+            return Origin((place,), tuple(taken), pieces)
+        if missing := _missing_expert(converter, taken, place.shape):
+            raise BadDataError(f"{self._checkpoint.source}: {missing} is missing, {name} needs it", _FETCH)
+        trial = Origin((), tuple(taken), converter=converter, first_name=name)
+        try:
+            made = trial.convert((torch.empty(info.shape, device="meta") for info in infos), self.names)
+        except Exception as error:
+            raise BadDataError(
+                f"{self._checkpoint.source}: transformers cannot make {name} from {taken[0][1]}: {error}", _FETCH
+            ) from error
+        for made_name, tensor in made.items():
+            if made_name not in self._skeleton.places:
+                raise BadDataError(f"{self._checkpoint.source}: {made_name} has no place in the model", _FETCH)
+            self._check_shape(made_name, tuple(tensor.shape), self._skeleton.places[made_name].shape)
+        targets = tuple(self._skeleton.places[made_name] for made_name in made)
+        return Origin(targets, tuple(taken), converter=converter, first_name=name)
+
+    def _check_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        if tuple(found) != expected:
+            sizes = ["×".join(map(str, shape)) for shape in (found, expected)]
+            raise BadDataError(f"{self._checkpoint.source}: {name} is {sizes[0]}, the config needs {sizes[1]}", _FETCH)
+
+    def _only_part(self, origin: Origin) -> Part:
+        parts = {place.part for place in origin.places}
+        if len(parts) > 1:
+            name = origin.hub_names[0][1]
+            raise BadDataError(f"{self._checkpoint.source}: {name} holds weights of several layers", _FETCH)
+        return parts.pop()
+
+    def _fill_tied(self, filled: Mapping[str, Origin]) -> None:
+        """Give a place that is tied to another one the other's tensor; refuse what is missing after that."""
+        tied: dict[str, str] = getattr(self._skeleton.model, "all_tied_weights_keys", None) or {}
+        for name, place in self._skeleton.places.items():
+            if name in filled or place.part == OUTSIDE:
+                continue
+            root = tied.get(name, name)
+            partners = [root, *(target for target, source in tied.items() if source == root)]
+            partner = next((other for other in partners if other in filled), None) if name in {root, *tied} else None
+            if partner is None:
+                raise BadDataError(f"{self._checkpoint.source}: {name} is missing", _FETCH)
+            origin = filled[partner]
+            if not origin.pieces:
+                raise BadDataError(f"{self._checkpoint.source}: {name} is tied to a converted tensor", _FETCH)
+            self.of_part[place.part].append(Origin((place,), origin.hub_names, origin.pieces))
+
+
+def in_memory(skeleton: Skeleton, hub_names: Iterable[str]) -> Iterator[tuple[str, str, str, Any]]:
+    """Every stored name, in the order that transformers takes them, with what becomes of it.
+
+    Yields:
+        Stored name, name in memory (of the first result, where an operation makes several), the pattern that an
+        operation found it by (the stored name itself without one), and the operation or None.
+    """
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    prefix = skeleton.model.base_model_prefix
+    renamings = [rule for rule in skeleton.rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in skeleton.rules if isinstance(rule, WeightConverter)]
+    of_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    known = dict.fromkeys(skeleton.places, True)
+    for hub_name in sorted(hub_names, key=dot_natural_key):
+        name, pattern = rename_source_key(hub_name, renamings, converters, prefix, known)
+        if name not in known and hub_name in known:
+            name, pattern = rename_source_key(hub_name, [], [], prefix, known)
+        yield hub_name, name, pattern or hub_name, None if pattern is None else of_pattern[pattern]
+
+
+def _ignored(model: Any) -> re.Pattern[str]:
+    """What transformers leaves out of a checkpoint on purpose, such as layers for multi-token prediction."""
+    own = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return re.compile("|".join(f"({pattern})" for pattern in (*own, *_OLD_BUFFERS)))
+
+
+def _pieces(
+    converter: Any, taken: list[tuple[str, str]], infos: list[TensorInfo], shape: tuple[int, ...]
+) -> tuple[Piece, ...] | None:
+    """How to copy experts stored one by one into their fused tensor, if that is all the operation does."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
+    operations = converter.operations
+    if not operations or type(operations[0]) is not MergeModulelist or operations[0].dim != 0:
+        return None
+    patterns: list[str] = list(converter.source_patterns)
+    if len(operations) == 1 and len(patterns) == 1:
+        dim = None
+    elif len(operations) == 2 and type(operations[1]) is Concatenate and operations[1].dim in range(1, len(shape)):
+        dim = operations[1].dim - 1
+    else:
+        return None
+    experts: dict[str, list[tuple[str, TensorInfo]]] = {pattern: [] for pattern in patterns}
+    for (pattern, hub_name), info in zip(taken, infos, strict=True):
+        experts[pattern].append((hub_name, info))
+    pieces = []
+    begin = 0
+    for pattern in patterns:
+        if len(experts[pattern]) != shape[0]:
+            return None
+        sizes = {tuple(info.shape) for _, info in experts[pattern]}
+        if len(sizes) != 1:
+            return None
+        size = sizes.pop()
+        if dim is None:
+            pieces += [Piece(hub_name, index) for index, (hub_name, _) in enumerate(experts[pattern])]
+            complete = size == shape[1:]
+        else:
+            entries = enumerate(experts[pattern])
+            pieces += [Piece(hub_name, index, dim, begin, size[dim]) for index, (hub_name, _) in entries]
+            begin += size[dim]
+            complete = (*size[:dim], *size[dim + 1 :]) == (*shape[1 : dim + 1], *shape[dim + 2 :])
+        if not complete:
+            return None
+    return tuple(pieces) if dim is None or begin == shape[dim + 1] else None
+
+
+def _missing_expert(converter: Any, taken: list[tuple[str, str]], shape: tuple[int, ...]) -> str | None:
+    """The name of an expert's tensor that is not there, where experts are gathered into one tensor."""
+    from transformers.core_model_loading import MergeModulelist
+
+    if not converter.operations or type(converter.operations[0]) is not MergeModulelist:
+        return None
+    numbered = [re.fullmatch(r"(.*\.)(\d+)(\..*)", hub_name) for _, hub_name in taken]
+    found = {(match[1], int(match[2]), match[3]) for match in numbered if match}
+    ends = sorted({(begin, end) for begin, _, end in found})
+    expected = ((begin, number, end) for begin, end in ends for number in range(shape[0]))
+    return next((f"{begin}{number}{end}" for begin, number, end in expected if (begin, number, end) not in found), None)

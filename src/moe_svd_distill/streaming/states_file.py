@@ -1,0 +1,146 @@
+"""Hidden states of all sequences in one safetensors file that can be written while they are computed.
+
+The last tensor of the file, ``sha256``, is the digest of every byte before it, header included: the only place for a
+digest that is not known before the last state is. A file counts only if that digest agrees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.execution.durable import durable_file
+from moe_svd_distill.execution.parts import tensor_bytes
+from moe_svd_distill.execution.tensor_file import (
+    DamagedFileError,
+    Header,
+    dtype_code,
+    encode_header,
+    lay_out,
+    read_bytes,
+    read_header,
+)
+
+_METADATA = "moe_svd_distill"
+_STATES, _DIGEST = "states", "sha256"
+_DIGEST_BYTES = 32
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def write_states(path: Path, body: Mapping[str, Any], sequences: int, batches: Iterable[Tensor]) -> None:
+    """Write states batch by batch; the file is whole or absent.
+
+    Args:
+        path: Where to.
+        body: What the file says about itself.
+        sequences: How many sequences the batches have together.
+        batches: States (rows, length, d) on the CPU, in the order of the sequences; at least one batch.
+
+    Raises:
+        CannotWriteError: The disk is full, or the folder does not let itself be written to.
+    """
+    iterator = iter(batches)
+    first = next(iterator)
+    slots = lay_out(
+        [
+            (_STATES, dtype_code(first.dtype), (sequences, *first.shape[1:])),
+            (_DIGEST, "U8", (_DIGEST_BYTES,)),
+        ]
+    )
+    text = json.dumps(dict(body), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    written = 0
+    with durable_file(path) as sink:
+        sink.write(encode_header(slots, {_METADATA: text}))
+        for batch in chain([first], iterator):
+            sink.write(tensor_bytes(batch.contiguous()))
+            written += batch.shape[0]
+        if written != sequences:
+            raise ValueError(f"{written} sequences were written to {path}, expected {sequences}")
+        sink.write(bytes.fromhex(sink.sha256))
+
+
+def find_fault(path: Path, body: Mapping[str, Any]) -> str | None:
+    """What is wrong with a file of states, or None when every byte of it is as it was written.
+
+    Args:
+        path: The file.
+        body: What it must say about itself, key by key.
+    """
+    try:
+        header = read_header(path)
+        found = _body(header)
+        if different := next((key for key in body if found.get(key) != body[key]), None):
+            return f"its {different} is {found.get(different)!r}, expected {body[different]!r}"
+        digest = hashlib.sha256()
+        end = header.size + header.payload_bytes - _DIGEST_BYTES
+        for piece in read_bytes(path, 0, end):
+            digest.update(piece)
+        if b"".join(read_bytes(path, end, end + _DIGEST_BYTES)) != digest.digest():
+            return "its bytes differ from their digest"
+    except DamagedFileError as error:
+        return str(error)
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    return None
+
+
+class StatesFile:
+    """A checked file of states, mapped into memory; pages come and go as the system likes.
+
+    Attributes:
+        path: The file.
+        shape: Sequences, length, width.
+        dtype: Type of the states.
+        body: What the file says about itself.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            header = read_header(path)
+            self.body = _body(header)
+            slot = next(slot for slot in header.slots if slot.name == _STATES)
+            with path.open("rb") as file:
+                # A private mapping: a change made in place stays in this process.
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (DamagedFileError, OSError) as error:
+            raise BadDataError(f"{path} cannot be used: {error}", "Run the same command again") from error
+        self.path = path
+        self.shape: tuple[int, int, int] = (slot.shape[0], slot.shape[1], slot.shape[2])
+        self.dtype = _DTYPES[slot.dtype]
+        count = math.prod(slot.shape)
+        flat = torch.frombuffer(self._map, dtype=self.dtype, count=count, offset=header.size + slot.begin)
+        self._states = flat.view(slot.shape)
+
+    def rows(self, rows: slice) -> Tensor:
+        """The states of some sequences, (rows, length, d), as a view on the file."""
+        return self._states[rows]
+
+    def batches(self, step: int) -> Iterator[Tensor]:
+        """All of them, this many sequences at a time."""
+        for begin in range(0, self.shape[0], step):
+            yield self.rows(slice(begin, begin + step))
+
+
+def _body(header: Header) -> dict[str, Any]:
+    slots = {slot.name: slot for slot in header.slots}
+    try:
+        body = json.loads(header.metadata[_METADATA])
+        states, digest = slots[_STATES], slots[_DIGEST]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise DamagedFileError("it is no file of hidden states") from error
+    in_order = states.begin == 0 and digest.end == header.payload_bytes and digest.shape == (_DIGEST_BYTES,)
+    if not isinstance(body, dict) or len(slots) != 2 or not in_order:
+        raise DamagedFileError("it is no file of hidden states")
+    if len(states.shape) != 3 or states.dtype not in _DTYPES or digest.dtype != "U8":
+        raise DamagedFileError("it is no file of hidden states")
+    return body

@@ -1,0 +1,382 @@
+"""A head saved whole, through every verb of the room and through PEFT itself."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from moe_svd_distill.adapter import (
+    LowRankPairs,
+    check_loads,
+    infer_family,
+    lora_keys,
+    merge,
+    pair_shapes,
+    parse_key,
+    rebuild_configuration,
+    repair_keys,
+    scaled_copy,
+    unmatched_keys,
+    verify,
+    whole_key,
+    whole_shapes,
+    write_random_control,
+)
+from moe_svd_distill.adapter.whole_change import changes_of_whole, rounding_norm
+from moe_svd_distill.errors import BadDataError, NothingToTransferError, UsageError
+from tests.adapter import tiny
+from tests.adapter.conftest import Case
+
+KEY = "base_model.model.lm_head.weight"
+Write = Callable[..., Path]
+
+
+def loaded(student: Path, adapter: Path, dtype: torch.dtype = torch.float32) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(tiny.load_model(student, dtype), str(adapter)).eval()
+
+
+def adapter_of(case: Case, folder: Path, **changes: Any) -> tuple[Path, dict[str, torch.Tensor]]:
+    tensors = tiny.with_whole_head(case.student, case.pairs, **changes)
+    return tiny.save_adapter(folder / "adapter", case.student, tensors), tensors
+
+
+def silent(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same adapter with every pair at zero: only the head acts."""
+    return {key: torch.zeros_like(value) if "lora_B" in key else value for key, value in tensors.items()}
+
+
+def test_the_key_is_the_one_peft_saves(dense: Case, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    get_peft_model(tiny.load_model(dense.student), config).save_pretrained(str(tmp_path / "by_peft"))
+    saved = load_file(tmp_path / "by_peft" / "adapter_model.safetensors")
+    assert [key for key in saved if "lora" not in key] == [KEY] == [whole_key()]
+    assert torch.equal(saved[KEY], tiny.own_head(dense.student))
+    report = check_loads(tmp_path / "by_peft", dense.student)
+    assert (report.replaced, report.missing, report.unexpected) == (("lm_head",), (), ())
+
+
+def test_peft_live_merged_and_saved_again_is_the_truth(case: Case, tmp_path: Path) -> None:
+    adapter, tensors = adapter_of(case, tmp_path)
+    report = check_loads(adapter, case.student)
+    assert report.replaced == ("lm_head",)
+    assert report.keys == len(tensors)
+    model = loaded(case.student, adapter)
+    live = tiny.logits(model)
+    model.save_pretrained(str(tmp_path / "again"))
+    torch.testing.assert_close(tiny.logits(loaded(case.student, tmp_path / "again")), live, rtol=0, atol=1e-5)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged.lm_head.weight, tensors[KEY], rtol=0, atol=1e-6)
+    torch.testing.assert_close(tiny.logits(merged), live, rtol=0, atol=1e-4)
+    for name, weight in tiny.truth(case.student, tensors).items():
+        if "self_attn" in name and name.endswith("proj.weight"):
+            torch.testing.assert_close(merged.get_parameter(name), weight, rtol=1e-6, atol=1e-6, msg=name)
+    merged.save_pretrained(str(tmp_path / "merged"))
+    torch.testing.assert_close(tiny.logits(tiny.load_model(tmp_path / "merged")), live, rtol=0, atol=1e-4)
+    only_head = tiny.save_adapter(tmp_path / "head", case.student, silent(tensors))
+    assert (tiny.logits(loaded(case.student, only_head)) - live).abs().max() > 1e-2
+    assert (tiny.logits(loaded(case.student, only_head)) - tiny.logits(tiny.load_model(case.student))).abs().max() > 0.1
+
+
+def test_our_merge_replaces_the_head(case: Case, tmp_path: Path) -> None:
+    adapter, tensors = adapter_of(case, tmp_path)
+    report = merge(adapter, case.student, tmp_path / "merged")
+    before, after = tiny.hub_weights(case.student), tiny.hub_weights(tmp_path / "merged")
+    assert before.keys() == after.keys()
+    assert (report.merged, report.untied) == (len(tensors) // 2 + 1, False)
+    assert report.merged + report.copied == len(before)
+    assert torch.equal(after["lm_head.weight"], tensors[KEY].to(torch.bfloat16))
+    assert after["lm_head.weight"].dtype is before["lm_head.weight"].dtype
+    assert (tmp_path / "merged" / "config.json").read_bytes() == (case.student / "config.json").read_bytes()
+    for name, weight in tiny.truth(case.student, tensors).items():
+        assert bool(((after[name].float() - weight).abs() <= 2.0**-8 * weight.abs() + 1e-6).all()), name
+
+
+def test_a_pair_of_full_rank_says_the_same(case: Case, tmp_path: Path) -> None:
+    adapter, tensors = adapter_of(case, tmp_path)
+    base = tiny.own_head(case.student)
+    key_a, key_b = lora_keys("lm_head.weight")
+    exact = {key_a: torch.eye(base.shape[1]), key_b: tensors[KEY] - base}
+    body = {key: value for key, value in tensors.items() if key != KEY}
+    full = tiny.save_adapter(tmp_path / "full", case.student, body | exact)
+    configuration = json.loads((full / "adapter_config.json").read_text())
+    assert configuration["rank_pattern"]["lm_head"] == configuration["alpha_pattern"]["lm_head"] == base.shape[1]
+    found = tiny.logits(loaded(case.student, full))
+    torch.testing.assert_close(found, tiny.logits(loaded(case.student, adapter)), rtol=0, atol=1e-4)
+
+
+def test_peft_fills_the_base_weight_without_a_word_where_the_entry_is_missing(dense: Case, tmp_path: Path) -> None:
+    """Why the load check looks at modules_to_save itself: PEFT reports nothing missing and nothing unexpected."""
+    adapter, tensors = adapter_of(dense, tmp_path)
+    configuration = json.loads((adapter / "adapter_config.json").read_text())
+    assert configuration.pop("modules_to_save") == ["lm_head"]
+    (adapter / "adapter_config.json").write_text(json.dumps(configuration))
+    model = loaded(dense.student, adapter)
+    assert torch.equal(model.get_base_model().lm_head.weight, tensors[KEY])  # not even disabling the adapter helps
+    for check in (check_loads, merge):
+        arguments = [tmp_path / "out"] if check is merge else []
+        with pytest.raises(BadDataError, match=r"modules_to_save is None, expected \['lm_head'\]"):
+            check(adapter, dense.student, *arguments)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("named", [["lm_head", "embed_tokens"], ["norm"], "lm_head", []])
+def test_another_list_of_modules_is_refused(dense: Case, tmp_path: Path, named: Any) -> None:
+    adapter, _ = adapter_of(dense, tmp_path)
+    configuration = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(configuration | {"modules_to_save": named}))
+    for call in (
+        lambda: check_loads(adapter, dense.student),
+        lambda: verify(adapter),
+        lambda: merge(adapter, dense.student, tmp_path / "out"),
+    ):
+        with pytest.raises(BadDataError, match="modules_to_save"):
+            call()
+
+
+def test_an_entry_without_its_tensor_is_refused(case: Case, write: Write) -> None:
+    configuration = json.loads((case.adapter / "adapter_config.json").read_text())
+    changed = write(case, case.pairs, configuration | {"modules_to_save": ["lm_head"]})
+    with pytest.raises(BadDataError, match=r"modules_to_save is \['lm_head'\], expected None"):
+        check_loads(changed, case.student)
+
+
+def test_another_vocabulary_is_refused(dense: Case, tmp_path: Path) -> None:
+    adapter, tensors = adapter_of(dense, tmp_path)
+    wide = tensors | {KEY: torch.ones(65, 32)}
+    tiny.save_adapter(adapter, dense.student, wide)
+    with pytest.raises(BadDataError, match="size mismatch"):
+        check_loads(adapter, dense.student)
+    for call in (
+        lambda: merge(adapter, dense.student, tmp_path / "out"),
+        lambda: scaled_copy(adapter, tmp_path / "scaled", lambda name: 0.5, dense.student),
+        lambda: write_random_control(adapter, tmp_path / "random", 0, dense.student),
+    ):
+        with pytest.raises(BadDataError, match="64×32 in the student, the adapter's head saved whole is 65×32"):
+            call()
+
+
+def test_a_whole_head_needs_a_pair_beside_it_and_none_of_its_own(dense: Case, tmp_path: Path) -> None:
+    tensors = tiny.with_whole_head(dense.student, dense.pairs)
+    with pytest.raises(BadDataError, match="PEFT loads no adapter without a LoRA pair"):
+        tiny.configure(dense.student, {KEY: tensors[KEY]})
+    with pytest.raises(ValueError, match="No modules were targeted"):  # what PEFT itself says of it
+        get_peft_model(tiny.load_model(dense.student), LoraConfig(target_modules=[], modules_to_save=["lm_head"]))
+    with pytest.raises(BadDataError, match="saved whole and has a LoRA pair as well"):
+        tiny.configure(dense.student, dense.pairs | {KEY: tensors[KEY]})
+    with pytest.raises(BadDataError, match="expected vocabulary×hidden"):
+        tiny.configure(dense.student, tensors | {KEY: torch.ones(64)})
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.25, 1.0, 2.0, -1.0])
+def test_scaling_moves_the_head_on_the_straight_line(case: Case, tmp_path: Path, factor: float) -> None:
+    adapter, tensors = adapter_of(case, tmp_path)
+    (tmp_path / "scaled").mkdir()
+    scaled_copy(adapter, tmp_path / "scaled" / "adapter_model.safetensors", lambda name: factor, case.student)
+    found = load_file(tmp_path / "scaled" / "adapter_model.safetensors")
+    base = tiny.own_head(case.student)
+    torch.testing.assert_close(found[KEY], base + factor * (tensors[KEY] - base), rtol=1e-6, atol=1e-6)
+    assert found.keys() == tensors.keys()
+    if factor == 0.0:
+        assert torch.equal(found[KEY], base)
+    if factor == 1.0:
+        assert torch.equal(found[KEY], tensors[KEY])
+
+
+def test_scaling_in_bf16_rounds_once(dense: Case, tmp_path: Path) -> None:
+    adapter, tensors = adapter_of(dense, tmp_path, dtype=torch.bfloat16)
+    scaled_copy(adapter, tmp_path / "scaled", lambda name: 0.5, dense.student)
+    base = tiny.own_head(dense.student)
+    exact = base + 0.5 * (tensors[KEY].float() - base)
+    assert torch.equal(load_file(tmp_path / "scaled")[KEY], exact.to(torch.bfloat16))
+
+
+def test_scaling_needs_the_student_and_finds_the_named_one(dense: Case, tmp_path: Path) -> None:
+    adapter, tensors = adapter_of(dense, tmp_path)
+    scaled_copy(adapter, tmp_path / "by_name", lambda name: 0.5)
+    assert not torch.equal(load_file(tmp_path / "by_name")[KEY], tensors[KEY])
+    (adapter / "adapter_config.json").unlink()
+    with pytest.raises(UsageError, match=r"scaling needs the student's own lm_head\.weight"):
+        scaled_copy(adapter, tmp_path / "out", lambda name: 0.5)
+    assert not (tmp_path / "out").exists()
+    scaled_copy(adapter, tmp_path / "kept", lambda name: 1.0 if "lm_head" in name else 0.5)  # nothing to scale it by
+    assert torch.equal(load_file(tmp_path / "kept")[KEY], tensors[KEY])
+
+
+def test_a_scaled_head_that_leaves_its_dtype_is_refused(dense: Case, tmp_path: Path) -> None:
+    adapter, _ = adapter_of(dense, tmp_path, size=10.0, dtype=torch.float16)
+    with pytest.raises(BadDataError, match=r"lm_head\.weight: values that are not finite"):
+        scaled_copy(adapter, tmp_path / "scaled", lambda name: 1e5 if "lm_head" in name else 1.0, dense.student)
+
+
+def test_the_random_control_has_the_norm_and_another_direction(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    adapter, tensors = adapter_of(case, tmp_path)
+    base = tiny.own_head(case.student)
+    found = {}
+    for name, seed in (("one", 1), ("again", 1), ("two", 2)):
+        write_random_control(adapter, tmp_path / name, seed, case.student)
+        found[name] = load_file(tmp_path / name / "adapter_model.safetensors")[KEY] - base
+    assert torch.equal(found["one"], found["again"])
+    assert not torch.equal(found["one"], found["two"])
+    change = tensors[KEY] - base
+    torch.testing.assert_close(found["one"].norm(), change.norm(), rtol=1e-5, atol=0)
+    for other in (change, found["two"]):
+        assert abs(float((found["one"] * other).sum() / (found["one"].norm() * other.norm()))) < 0.15
+    assert check_loads(tmp_path / "one", case.student).replaced == ("lm_head",)
+    assert verify(tmp_path / "one", case.student).whole == ("lm_head.weight",)
+    monkeypatch.setattr(sys.modules["moe_svd_distill.adapter.blocks"], "BLOCK_ELEMENTS", 7 * 32)
+    write_random_control(adapter, tmp_path / "blocks", 1)  # the student that the configuration names
+    blocks = load_file(tmp_path / "blocks" / "adapter_model.safetensors")[KEY] - base
+    torch.testing.assert_close(blocks.norm(), change.norm(), rtol=1e-5, atol=0)
+
+
+def test_verify_knows_whether_the_head_changes_anything(dense: Case, tmp_path: Path) -> None:
+    adapter, tensors = adapter_of(dense, tmp_path)
+    report = verify(adapter, dense.student)
+    assert (report.whole, report.warnings[1:]) == (("lm_head.weight",), ())
+    assert "lm_head.weight saved whole" in report.summary
+    zero = silent(tensors)
+    quiet = verify(tiny.save_adapter(tmp_path / "quiet", dense.student, zero), dense.student)
+    assert quiet.transferred
+    assert len(quiet.zero_pairs) == quiet.pairs
+    nothing = tiny.save_adapter(tmp_path / "nothing", dense.student, zero | {KEY: tiny.own_head(dense.student)})
+    with pytest.raises(NothingToTransferError):
+        verify(nothing, dense.student)
+    (nothing / "run.json").write_text('{"transferred": false}')
+    assert not verify(nothing, dense.student).transferred
+    (tmp_path / "quiet" / "run.json").write_text('{"transferred": false}')
+    with pytest.raises(BadDataError, match="a head saved whole differs"):
+        verify(tmp_path / "quiet", dense.student)
+
+
+def test_verify_says_that_it_could_not_compare(dense: Case, tmp_path: Path) -> None:
+    _, tensors = adapter_of(dense, tmp_path)
+    configuration = tiny.configure(dense.student, tensors) | {"base_model_name_or_path": "organisation/student"}
+    away = tiny.save_adapter(tmp_path / "away", dense.student, silent(tensors), configuration)
+    report = verify(away)
+    assert report.transferred
+    assert any("lm_head.weight is saved whole; whether it differs" in warning for warning in report.warnings)
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "config.json").write_text((dense.student / "config.json").read_text())
+    assert any("was not checked" in warning for warning in verify(away, tmp_path / "config").warnings)
+
+
+@pytest.mark.parametrize(("size", "warned"), [(0.1, False), (2e-4, True)])
+def test_a_change_that_bf16_swallows_is_named(dense: Case, tmp_path: Path, size: float, warned: bool) -> None:
+    adapter, _ = adapter_of(dense, tmp_path, size=size, dtype=torch.bfloat16)
+    assert any("rounding alone" in warning for warning in verify(adapter, dense.student).warnings) is warned
+    exact, _ = adapter_of(dense, tmp_path / "exact", size=size)
+    assert not any("rounding alone" in warning for warning in verify(exact, dense.student).warnings)
+    (change,) = changes_of_whole(LowRankPairs(adapter), dense.student, {})
+    wanted = size * (64 * 32) ** 0.5 / float(tiny.own_head(dense.student).norm())
+    assert change.relative == pytest.approx(wanted, rel=0.1 if not warned else 1.0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(scale=st.floats(-12, 8), seed=st.integers(0, 2**31), dtype=st.sampled_from([torch.bfloat16, torch.float16]))
+def test_the_expected_rounding_is_what_rounding_does(scale: float, seed: int, dtype: torch.dtype) -> None:
+    exact = torch.randn(64, 64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    exact = exact * 2.0 ** (scale if dtype is torch.bfloat16 else scale / 8)
+    rounded = exact.to(dtype)
+    wanted = float((rounded.double() - exact).norm())
+    assert rounding_norm(rounded, 8 if dtype is torch.bfloat16 else 11) == pytest.approx(wanted, rel=0.1)
+
+
+@pytest.mark.parametrize("fault", ["nan", "zero"])
+def test_values_of_the_head_are_looked_at(dense: Case, tmp_path: Path, fault: str) -> None:
+    _, tensors = adapter_of(dense, tmp_path)
+    head = torch.full((64, 32), float("nan")) if fault == "nan" else torch.zeros(64, 32)
+    broken = tiny.save_adapter(tmp_path / "broken", dense.student, tensors | {KEY: head})
+    with pytest.raises(BadDataError, match="NaN or Inf" if fault == "nan" else "a head of zeros says nothing"):
+        verify(broken, dense.student)
+    if fault == "nan":
+        with pytest.raises(BadDataError, match="not finite"):
+            merge(broken, dense.student, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "lm_head.weight",
+        "base_model.model.base_model.model.lm_head.weight",
+        "base_model.model.lm_head.modules_to_save.default.weight",
+        "base_model.model.lm_head.modules_to_save.weight",
+        "lm_head.modules_to_save.default.weight",
+    ],
+)
+def test_misspelt_names_are_told_and_repaired(dense: Case, tmp_path: Path, wrong: str) -> None:
+    _, tensors = adapter_of(dense, tmp_path)
+    misspelt = {wrong if key == KEY else key: value for key, value in tensors.items()}
+    configuration = tiny.configure(dense.student, tensors)
+    folder = tiny.save_adapter(tmp_path / "wrong", dense.student, misspelt, configuration)
+    assert "a head saved whole, expected base_model.model.lm_head.weight" in unmatched_keys(misspelt)[wrong]
+    with pytest.raises(BadDataError):
+        check_loads(folder, dense.student)
+    assert repair_keys(folder, tmp_path / "right.safetensors") == {wrong: KEY}
+    (tmp_path / "right.safetensors").replace(folder / "adapter_model.safetensors")
+    assert check_loads(folder, dense.student).replaced == ("lm_head",)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "base_model.model.model.norm.weight",
+        "base_model.model.model.embed_tokens.weight",
+        "base_model.model.lm_head.base_layer.weight",
+        "base_model.model.lm_head.bias",
+    ],
+)
+def test_nothing_else_can_be_saved_whole(key: str) -> None:
+    with pytest.raises(BadDataError):
+        parse_key(key)
+    with pytest.raises(BadDataError, match=r"only lm_head\.weight can be saved whole"):
+        whole_key(key.removeprefix("base_model.model."))
+
+
+def test_names_and_shapes(dense: Case) -> None:
+    shapes = {
+        key: tuple(value.shape) for key, value in tiny.with_whole_head(dense.student, dense.pairs, size=0.1).items()
+    }
+    assert parse_key(whole_key()) == ("lm_head.weight", "whole")
+    (found,) = whole_shapes(shapes).values()
+    assert (found.hub_name, found.key, found.rows, found.columns) == ("lm_head.weight", KEY, 64, 32)
+    assert "lm_head.weight" not in pair_shapes(shapes)
+
+
+def test_the_configuration_is_rebuilt(case: Case, tmp_path: Path) -> None:
+    adapter, tensors = adapter_of(case, tmp_path)
+    written = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").unlink()
+    assert rebuild_configuration(adapter, case.student) == written
+    guessed = rebuild_configuration(adapter)
+    assert guessed["modules_to_save"] == written["modules_to_save"] == ["lm_head"]
+    assert infer_family([parse_key(key)[0] for key in tensors]).layers == tiny.LAYERS
+
+
+def test_in_a_bf16_model_a_head_in_fp32_is_rounded_on_load(dense: Case, tmp_path: Path) -> None:
+    """Why the student's dtype is the one to store: PEFT keeps a replaced module in the model's own."""
+    adapter, tensors = adapter_of(dense, tmp_path)
+    head = loaded(dense.student, adapter, torch.bfloat16).get_base_model().lm_head.modules_to_save["default"].weight
+    assert head.dtype is torch.bfloat16
+    assert torch.equal(head, tensors[KEY].to(torch.bfloat16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = PeftModel.from_pretrained(
+            tiny.load_model(dense.student, torch.bfloat16), str(adapter), low_cpu_mem_usage=True
+        )
+    with pytest.raises(RuntimeError, match="dtype"):
+        tiny.logits(model)

@@ -1,0 +1,159 @@
+"""Quantised models through the whole pipeline: an FP8 teacher, and a student that is quantised itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from moe_svd_distill.adapter import check_loads
+from moe_svd_distill.cli.main import program
+from moe_svd_distill.pipeline.distill import Adapter, distill
+from moe_svd_distill.pipeline.pair import open_model, open_pair
+from tests.checkpoints.quantisation.quantisers import QWEN3_FP8, float8_blocks
+from tests.support.models import saved
+from tests.support.pairs import delta, recipe_for, records, run_units
+
+BLOCK = (32, 24)  # ragged on most of the tiny shapes
+FP8 = QWEN3_FP8 | {"weight_block_size": list(BLOCK)}
+WIDE = {"hidden_size": 48, "num_hidden_layers": 3, "num_experts": 6, "moe_intermediate_size": 24}
+FULL_RANK = {"rank": "full", "head_rank": "full"}
+
+
+def in_float8(model: Path, folder: Path) -> Path:
+    """A copy of a model with its linear layers in FP8 blocks, as Qwen3-30B-A3B-FP8 is stored."""
+    shutil.copytree(model, folder)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        tensors[name] = tensor
+        if "_proj" in name and tensor.ndim == 2:
+            tensors[name], tensors[f"{name}_scale_inv"] = float8_blocks(tensor.float(), BLOCK)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    declare(folder, FP8)
+    return folder
+
+
+def declare(folder: Path, quantisation: dict[str, Any]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
+
+
+def deltas(folder: Path) -> dict[str, torch.Tensor]:
+    """Hub name to the product of its pair."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    prefix, a, b = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+    return {
+        key.removeprefix(prefix).replace(".lora_A", ""): tensors[key.replace(a, b)].float() @ tensors[key].float()
+        for key in tensors
+        if key.endswith(a)
+    }
+
+
+def distance(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """Of all deltas together, relative."""
+    assert found.keys() == wanted.keys()
+    difference = sum(float((found[key] - wanted[key]).square().sum()) for key in wanted)
+    return (difference / sum(float(tensor.square().sum()) for tensor in wanted.values())) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    teacher = saved("qwen3_moe", folder / "teacher", seed=1, **WIDE)
+    student = saved("qwen3_moe", folder / "student", seed=2, **WIDE)
+    return {
+        "teacher": teacher,
+        "student": student,
+        "teacher_fp8": in_float8(teacher, folder / "teacher_fp8"),
+        "student_fp8": in_float8(student, folder / "student_fp8"),
+    }
+
+
+@pytest.fixture(scope="module")
+def adapter(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Adapter:
+    """From the FP8 teacher, by worker processes."""
+    out = tmp_path_factory.mktemp("adapter") / "out"
+    return distill(recipe_for(models["teacher_fp8"], models["student"], out, **FULL_RANK))
+
+
+def test_the_pair_opens_and_has_the_same_shapes(models: dict[str, Path]) -> None:
+    plain = open_model(str(models["teacher"]))
+    with open_pair(str(models["teacher_fp8"]), str(models["student_fp8"])) as pair:
+        assert pair.teacher.shapes == plain.shapes
+        assert pair.teacher.checkpoint.quantisation == "fp8: float8 in blocks of 32×24"
+        assert not pair.teacher.layout.unknown
+        for name in pair.teacher.checkpoint:
+            read, wanted = pair.teacher.checkpoint.read(name).float(), plain.checkpoint.read(name).float()
+            assert float((read - wanted).norm()) <= 0.05 * float(wanted.norm())
+
+
+def test_an_fp8_teacher_gives_nearly_the_adapter_of_its_original(
+    models: dict[str, Path], adapter: Adapter, tmp_path: Path
+) -> None:
+    original = run_units(recipe_for(models["teacher"], models["student"], tmp_path / "out", **FULL_RANK))
+    found = deltas(adapter.folder)
+    wanted = {name: delta(original, name) for name, row in records(original).items() if row["fate"] == "lora"}
+    assert 0 < distance(found, {name: wanted[name] for name in found}) < 0.03
+    fates = {name: row["fate"] for name, row in records(original).items()}
+    assert fates == {row["name"]: row["fate"] for row in adapter.record["tensors"]}
+    stored = (models["teacher_fp8"] / "model.safetensors").stat().st_size
+    assert stored * 0.8 < adapter.record["teacher"]["bytes"] < stored
+
+
+def test_the_delta_of_a_quantised_student_starts_from_its_own_numbers(models: dict[str, Path], tmp_path: Path) -> None:
+    """Student in FP8, teacher the plain model it was quantised from: the adapter is the error of quantising."""
+    contents = run_units(recipe_for(models["student"], models["student_fp8"], tmp_path / "out", **FULL_RANK))
+    plain, coded = open_model(str(models["student"])).checkpoint, open_model(str(models["student_fp8"])).checkpoint
+    changed = [name for name, row in records(contents).items() if row["fate"] == "lora" and "_proj" in name]
+    assert len(changed) == 3 * (4 + 3 * 6)
+    for name in changed:
+        wanted = plain.read(name).float() - coded.read(name).float()
+        assert float(wanted.norm()) > 0
+        assert float((delta(contents, name) - wanted).norm()) <= 0.02 * float(wanted.norm()), name
+
+
+@pytest.mark.parametrize(
+    "quantisation",
+    [
+        FP8,
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True, "sym": True},
+        {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "ignore": ["lm_head"],
+            "config_groups": {
+                "group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 128, "strategy": "group"}}
+            },
+        },
+    ],
+    ids=lambda quantisation: quantisation["quant_method"],
+)
+def test_peft_loads_the_adapter_whatever_the_student_declares(
+    quantisation: dict[str, Any], models: dict[str, Path], adapter: Adapter, tmp_path: Path
+) -> None:
+    expected = check_loads(adapter.folder, models["student"])
+    shutil.copy(models["student"] / "config.json", tmp_path)
+    declare(tmp_path, quantisation)
+    assert check_loads(adapter.folder, tmp_path) == expected
+    assert check_loads(adapter.folder, json.loads((tmp_path / "config.json").read_text())) == expected
+
+
+def test_inspect_says_the_format(models: dict[str, Path]) -> None:
+    def facts(name: str) -> Any:
+        done = CliRunner().invoke(program, ["inspect", str(models[name]), "--json"])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.output)
+
+    assert facts("teacher_fp8")["quantisation"] == "fp8: float8 in blocks of 32×24"
+    assert facts("teacher")["quantisation"] is None
+    assert facts("teacher_fp8")["tensors"] == facts("teacher")["tensors"]
+    assert facts("teacher_fp8")["bytes"] < facts("teacher")["bytes"]

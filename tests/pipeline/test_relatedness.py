@@ -1,0 +1,269 @@
+"""How related two models are, measured on real files: trained pairs, planted students, bounds on what is read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from moe_svd_distill.families.family import Axis
+from moe_svd_distill.families.registry import families
+from moe_svd_distill.pairing.lineage import Comparison, Lineage, Relatedness, Vocabularies, choose_method
+from moe_svd_distill.pipeline import probing, sampling
+from moe_svd_distill.pipeline.comparison import compare_models
+from moe_svd_distill.pipeline.outlook import look_ahead
+from moe_svd_distill.pipeline.pair import open_model, open_pair
+from moe_svd_distill.pipeline.relatedness import measure_relatedness
+from moe_svd_distill.pipeline.sampling import runs, spread_rows
+from tests.support.models import saved
+from tests.support.pairs import planted_pair, recipe_for, with_tensors
+
+LAB = Path(__file__).parents[2] / "lab"
+PAIRS = yaml.safe_load((LAB / "pairs.yaml").read_text(encoding="utf-8"))["pairs"]
+
+
+def measure(teacher: Path, student: Path) -> Relatedness:
+    with open_pair(str(teacher), str(student)) as pair:
+        return measure_relatedness(pair)
+
+
+def lab(pair: str, which: str) -> Path:
+    return LAB / PAIRS[pair][which]
+
+
+def changed(model: Path, folder: Path, change: Callable[[Any, str, torch.Tensor], torch.Tensor]) -> Path:
+    """A copy of a model with `change(layout, name, tensor)` applied to every tensor."""
+    opened = open_model(str(model))
+    tensors = {name: change(opened.layout, name, opened.checkpoint.read(name).clone()) for name in opened.checkpoint}
+    return with_tensors(model, folder, tensors)
+
+
+EXPECTED = {
+    "sibling": (Lineage.ONE, ("weights", "calibrated"), ("weights",)),
+    "pruned": (Lineage.CROPPED, ("calibrated",), ("weights",)),
+    "independent": (Lineage.INDEPENDENT, ("calibrated",), ("weights",)),
+    "dense": (Lineage.INDEPENDENT, ("calibrated",), ("weights",)),
+}
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_the_lab_pairs_are_told_apart(name: str) -> None:
+    lineage, with_text, without = EXPECTED[name]
+    found = measure(lab(name, "teacher"), lab(name, "student"))
+    assert found.lineage is lineage, found.reason
+    assert found.vocabulary.kind is Vocabularies.EQUAL
+    assert choose_method(found, has_text=True).stages == with_text
+    assert choose_method(found, has_text=False).stages == without
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student"),
+    [
+        (("sibling", "teacher"), ("dense", "student")),  # MoE to dense, other width
+        (("sibling", "teacher"), ("dense", "teacher")),  # MoE to dense, same width and heads
+        (("independent", "student"), ("pruned", "student")),  # one architecture, one shape, one text
+    ],
+)
+def test_one_text_and_one_shape_make_no_lineage(teacher: tuple[str, str], student: tuple[str, str]) -> None:
+    found = measure(lab(*teacher), lab(*student))
+    assert found.lineage is Lineage.INDEPENDENT, found.reason
+    assert not any(probe.related for probe in found.probes)
+
+
+def test_a_pruned_student_shows_which_layers_and_experts_were_kept() -> None:
+    found = measure(lab("pruned", "teacher"), lab("pruned", "student"))
+    layers = {
+        probe.student.split(".")[2]: probe.teacher.split(".")[2] for probe in found.probes if "layers" in probe.teacher
+    }
+    assert layers == {"0": "0", "1": "2", "2": "4"}
+    assert all(probe.related for probe in found.probes)
+    assert {probe.comparison for probe in found.probes} == {Comparison.CHANNELS, Comparison.ROWS}
+
+
+@pytest.mark.parametrize(
+    ("noise", "lineage"), [(0.5, Lineage.CROPPED), (1.5, Lineage.CROPPED), (8.0, Lineage.INDEPENDENT)]
+)
+def test_a_cropped_student_is_recognised_through_noise(noise: float, lineage: Lineage, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy(layout: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        error = noise * tensor.float().std() * torch.randn(tensor.shape, generator=generator)
+        return (tensor.float() + error).to(tensor.dtype) if tensor.ndim == 2 else tensor
+
+    student = changed(lab("pruned", "student"), tmp_path / "noisy", noisy)
+    assert measure(lab("pruned", "teacher"), student).lineage is lineage
+
+
+@pytest.mark.parametrize("model_type", sorted(families()))
+def test_permuted_heads_neurons_and_experts_are_one_lineage(model_type: str, tmp_path: Path) -> None:
+    teacher, student, _ = planted_pair(model_type, tmp_path)
+    found = measure(teacher, student)
+    assert found.lineage is Lineage.ONE, found.reason
+    assert any(probe.related and probe.comparison is Comparison.ROWS for probe in found.probes)
+    assert not any(probe.identical for probe in found.probes if probe.role != "embedding")
+
+
+@pytest.mark.parametrize("model_type", sorted(families()))
+def test_random_models_are_independent_whatever_their_shape(model_type: str, tmp_path: Path) -> None:
+    student = saved(model_type, tmp_path / "s", seed=2)
+    for seed, changes in ((1, {}), (3, {"hidden_size": 48})):
+        teacher = saved(model_type, tmp_path / f"t{seed}", seed=seed, **changes)
+        found = measure(teacher, student)
+        assert found.lineage is Lineage.INDEPENDENT, found.reason
+        assert found.same_shape is (not changes)
+
+
+def test_a_residual_stream_in_another_order_is_found_and_is_no_plain_difference(tmp_path: Path) -> None:
+    teacher = lab("sibling", "teacher")
+    order = torch.randperm(192, generator=torch.Generator().manual_seed(0))
+
+    def permuted(layout: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        for dimension, axis in enumerate(layout.meanings[name].role.axes):
+            tensor = tensor.index_select(dimension, order) if axis is Axis.RESIDUAL else tensor
+        return tensor
+
+    found = measure(teacher, changed(teacher, tmp_path / "s", permuted))
+    assert found.lineage is Lineage.CROPPED
+    assert "another order" in found.reason
+    assert choose_method(found, has_text=True).stages == ("calibrated",)
+
+
+def test_the_same_weights_are_recognised_and_one_changed_tensor_denies_it(tmp_path: Path) -> None:
+    teacher = saved("qwen3_moe", tmp_path / "t")
+    same = shutil.copytree(teacher, tmp_path / "same")
+    found = measure(teacher, same)
+    assert found.lineage is Lineage.SAME
+    assert choose_method(found, has_text=True).stages == ()
+
+    def touch(layout: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor * 2 if name == "model.layers.1.self_attn.o_proj.weight" else tensor
+
+    assert measure(teacher, changed(teacher, tmp_path / "touched", touch)).lineage is Lineage.ONE
+
+
+def test_fewer_layers_are_a_crop(tmp_path: Path) -> None:
+    teacher = saved("llama", tmp_path / "t", num_hidden_layers=4)
+    student = saved("llama", tmp_path / "s", num_hidden_layers=2, seed=5)
+    source = open_model(str(teacher)).checkpoint
+    kept = {name: source.read(name.replace("layers.1.", "layers.3.")) for name in open_model(str(student)).checkpoint}
+    found = measure(teacher, with_tensors(student, tmp_path / "crop", kept))
+    assert found.lineage is Lineage.CROPPED
+    assert [item.name for item in found.differences] == ["layers"]
+    assert any(".layers.3." in probe.teacher and probe.identical for probe in found.probes)
+
+
+@pytest.mark.parametrize(("teacher_layers", "student_layers"), [(1, 1), (1, 4), (4, 1)])
+def test_any_depths_can_be_compared(teacher_layers: int, student_layers: int, tmp_path: Path) -> None:
+    teacher = saved("llama", tmp_path / "t", num_hidden_layers=teacher_layers)
+    student = saved("llama", tmp_path / "s", num_hidden_layers=student_layers, seed=5)
+    found = measure(teacher, student)
+    assert found.lineage is Lineage.INDEPENDENT
+    assert {"attention.q", "attention.k", "dense.gate"} <= {probe.role for probe in found.probes}
+
+
+def test_no_tensor_is_skipped_in_silence(tmp_path: Path) -> None:
+    teacher = saved("llama", tmp_path / "t", dtype=torch.float32)
+
+    def broken(layout: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name == "model.embed_tokens.weight":
+            tensor[:, 3] = float("nan")
+        return tensor
+
+    found = measure(teacher, changed(teacher, tmp_path / "nan", broken))
+    assert any("model.embed_tokens.weight holds NaN" in line for line in found.skipped)
+    assert any("vocabularies: unknown" in line for line in found.skipped)
+    tied = saved("llama", tmp_path / "tied", tie_word_embeddings=True)
+    assert any(line.startswith("head: not in both") for line in measure(teacher, tied).skipped)
+
+
+def test_what_is_read_is_bounded_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("ALLOWANCE", {"embedding": 16384, "head": 12288}), ("BODY_ALLOWANCE", 28672)):
+        monkeypatch.setattr(probing, name, value)
+    monkeypatch.setattr(probing, "CONFIRMATION", 8192)
+    monkeypatch.setattr(sampling, "BLOCK_BYTES", 256)
+    read: list[int] = []
+    original = sampling.RowSampler.rows
+
+    def counted(self: sampling.RowSampler, name: str, index: list[int]) -> torch.Tensor:
+        read.append(
+            len(index) * self.model.shapes[name][-1] * 2 if len(self.model.shapes[name]) == 2 else len(index) * 2
+        )
+        return original(self, name, index)
+
+    monkeypatch.setattr(sampling.RowSampler, "rows", counted)
+    big: dict[str, Any] = {"hidden_size": 128, "vocab_size": 4096, "num_experts": 16, "moe_intermediate_size": 128}
+    teacher = saved("qwen3_moe", tmp_path / "t", seed=1, **big)
+    student = saved("qwen3_moe", tmp_path / "s", seed=2, **big)
+    found = measure(teacher, student)
+    assert sum(found.bytes_read) == sum(read)
+    assert max(found.bytes_read) <= 64 * 1024 < open_model(str(teacher)).checkpoint.total_bytes
+    assert found.lineage is Lineage.INDEPENDENT
+    assert measure(teacher, shutil.copytree(teacher, tmp_path / "same")).lineage is Lineage.SAME
+
+
+def test_rows_are_spread_in_runs() -> None:
+    assert spread_rows(10, 10, 4) == list(range(10))
+    chosen = spread_rows(100_000, 1024, 4096)
+    assert len(chosen) == len(set(chosen)) == 1024
+    assert (chosen[0], chosen[-1]) == (0, 99_999)
+    breaks = sum(after != before + 1 for before, after in pairwise(chosen))
+    assert breaks == 15
+    assert spread_rows(7, 3, 10**9) == [0, 3, 6]
+    assert runs([4, 5, 6, 2, 3, 9]) == [(4, 7), (2, 4), (9, 10)]
+
+
+def test_without_weights_the_sizes_are_still_compared(tmp_path: Path) -> None:
+    with open_pair(str(lab("pruned", "teacher")), str(lab("pruned", "student"))) as pair:
+        found = measure_relatedness(pair, sample_weights=False)
+    assert (found.lineage, found.bytes_read, found.probes) == (Lineage.UNKNOWN, (0, 0), ())
+    assert any("not on this machine" in line for line in found.skipped)
+    assert "hidden" in {item.name for item in found.differences}
+    assert choose_method(found, has_text=True).stages == ("calibrated",)
+
+
+def test_tokens_that_moved_are_found_by_their_text(tmp_path: Path) -> None:
+    """A student whose vocabulary is numbered otherwise, its embeddings along with it."""
+    teacher = lab("sibling", "teacher")
+    content = json.loads((teacher / "tokenizer.json").read_text(encoding="utf-8"))
+    count = len(content["model"]["vocab"])
+    order = [
+        0,
+        *(number + 1 for number in torch.randperm(count - 1, generator=torch.Generator().manual_seed(0)).tolist()),
+    ]
+    content["model"]["vocab"] = {token: order[number] for token, number in content["model"]["vocab"].items()}
+
+    def renumbered(layout: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if layout.meanings[name].role.axes[0] is not Axis.VOCABULARY:
+            return tensor
+        moved = tensor.clone()
+        moved[torch.tensor(order)] = tensor[:count]
+        return moved
+
+    student = changed(lab("sibling", "student"), tmp_path / "s", renumbered)
+    (student / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    found = measure(teacher, student)
+    assert found.vocabulary.kind is Vocabularies.DIFFERENT
+    assert found.lineage is Lineage.ONE
+    assert all(probe.related for probe in found.probes if probe.role in ("embedding", "head"))
+    assert choose_method(found, has_text=True).stages == ("weights",)
+
+
+def test_inspect_and_plan_say_the_same(tmp_path: Path) -> None:
+    teacher, student = lab("sibling", "teacher"), lab("sibling", "student")
+    facts = compare_models(str(teacher), str(student))
+    assert facts["relatedness"]["lineage"] == "one lineage"
+    assert facts["student"]["hidden"] == 192
+    text = tmp_path / "text.txt"
+    text.write_text("words", encoding="utf-8")
+    for calibration, key in (([], "without_text"), ([str(text)], "with_text")):
+        outlook = look_ahead(recipe_for(teacher, student, tmp_path / "out", calibration=calibration))
+        assert outlook["method"]["auto"] == facts["method"][key]
+        assert outlook["relatedness"] == facts["relatedness"]
+        json.dumps(outlook)

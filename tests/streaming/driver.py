@@ -1,0 +1,35 @@
+"""A pass as a program of its own, to be killed: ``python -m tests.streaming.driver MODEL ADAPTER IDS FOLDER LAYERS``.
+
+Prints a line when a layer's results are on the disk, and waits for its end after as many layers as it is told.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moe_svd_distill.checkpoints import open_checkpoint
+from moe_svd_distill.streaming import PassSettings, stream_states
+
+
+def main() -> None:
+    """Run the pass."""
+    model, adapter, ids, folder, layers = sys.argv[1:]
+    torch.set_num_threads(1)
+
+    def show(done: int, total: int) -> None:
+        print("done", done, flush=True)
+        if done == int(layers):
+            time.sleep(600)
+
+    sequences = np.load(ids)
+    settings = PassSettings(batch_tokens=2 * sequences.shape[1])
+    stream_states(open_checkpoint(model), sequences, Path(folder), settings, adapter=Path(adapter), on_progress=show)
+
+
+if __name__ == "__main__":
+    main()
