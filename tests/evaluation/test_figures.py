@@ -10,6 +10,7 @@ import pytest
 from moe_svd_distill.evaluation.bootstrap import Bootstrap
 from moe_svd_distill.evaluation.figures import (
     Change,
+    Interval,
     Measurement,
     cross_entropy_gap_closed,
     kl_change,
@@ -109,3 +110,31 @@ def test_effects(kl: float, entropy: float, effect: str, rng: np.random.Generato
     before = _measurement(1.0, 4.0, 0.3, rng)
     after = _shifted(before, kl, entropy, 0.02 if kl or entropy else 0.0, rng)
     assert effect_of(before, after) == effect
+
+
+def test_what_one_temperature_does_as_well_is_recalibration(rng: np.random.Generator) -> None:
+    before = _measurement(1.0, 4.0, 0.3, rng)
+    after = _shifted(before, -0.2, -0.2, 0.02, rng)
+    assert effect_of(before, after, ahead_of_temperature=Interval(0.01, 0.02)) == "helps"
+    assert effect_of(before, after, ahead_of_temperature=Interval(-0.01, 0.02)) == "recalibrates"
+    assert effect_of(before, after, kl_interval=Interval(-0.1, 30.0)) == "none"
+    worse = _shifted(before, -0.2, 0.2, 0.02, rng)
+    assert effect_of(before, worse, ahead_of_temperature=Interval(-0.01, 0.02)) == "mixed"
+
+
+def test_intervals_of_the_figures_hold_the_truth(rng: np.random.Generator) -> None:
+    held = 0
+    for _ in range(100):
+        figures = Bootstrap(40, resamples=300).figures(_measurement(1.0, 4.0, 0.2, rng))
+        assert figures.kl_interval is not None
+        assert figures.cross_entropy_interval is not None
+        held += figures.kl_interval.low < 1.0 < figures.kl_interval.high
+        held += figures.cross_entropy_interval.low < 4.0 < figures.cross_entropy_interval.high
+    assert 0.86 < held / 200 < 0.99
+
+
+def test_a_single_document_has_no_interval() -> None:
+    one = np.array([3.0])
+    measurement = Measurement(one, one, one, one)
+    assert Bootstrap(1).figures(measurement).kl_interval is None
+    assert Bootstrap(1).kl_fall(measurement, measurement) is None

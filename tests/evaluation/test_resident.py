@@ -11,7 +11,7 @@ import torch
 
 from moe_svd_distill.calibration.text import TokenizedText, tokenize
 from moe_svd_distill.errors import BadDataError, IncompatiblePairError, MissingInputError, UsageError
-from moe_svd_distill.evaluation import loading
+from moe_svd_distill.evaluation import from_states, loading
 from moe_svd_distill.evaluation.loading import load_model, model_bytes
 from moe_svd_distill.evaluation.resident import measure, record_teacher
 from tests.evaluation.conftest import LENGTH, Lab, llama, qwen3_moe
@@ -132,3 +132,25 @@ def test_a_single_sequence_is_enough(lab: Lab) -> None:
     figures = measure(llama(320), record_teacher(llama(320), text)).figures
     assert figures.tokens == LENGTH - 1
     assert figures.documents == 1
+
+
+def test_the_logits_of_few_tokens_exist_at_a_time(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, student = qwen3_moe(320), llama(320)
+    expected = measure(student, record_teacher(teacher, lab.text))
+    seen: list[int] = []
+    linear = torch.nn.functional.linear
+
+    def watched(states: Any, weight: Any, bias: Any = None) -> Any:
+        result = linear(states, weight, bias)
+        if weight.shape[0] == 320:
+            seen.append(result.numel() * 4)
+        return result
+
+    monkeypatch.setattr(from_states, "LOGIT_BYTES", 20_000)
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    found = measure(student, record_teacher(teacher, lab.text))
+    model_probe = 16 * 320 * 4
+    assert max(size for size in seen if size != model_probe) <= 20_000
+    assert len(seen) > 3 * lab.text.predicted * 320 * 4 / 20_000
+    np.testing.assert_allclose(found.kl, expected.kl, rtol=1e-5)
+    np.testing.assert_allclose(found.cross_entropy, expected.cross_entropy, rtol=1e-5)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe_svd_distill.adapter import build_configuration
 from moe_svd_distill.calibration.text import Document, tokenize
 from moe_svd_distill.calibration.tokenizer import load_tokenizer
 from moe_svd_distill.errors import UsageError
@@ -19,6 +20,7 @@ from moe_svd_distill.evaluation import loading, streamed
 from moe_svd_distill.evaluation.evaluate import evaluate
 from moe_svd_distill.evaluation.result import Evaluation
 from moe_svd_distill.evaluation.streamed import PredictingRows, record_teacher_streamed
+from tests.adapter.tiny import family_of, random_pairs, save_adapter
 from tests.evaluation.conftest import LENGTH, Lab, documents, llama, qwen3_moe
 
 
@@ -33,11 +35,8 @@ class Pair:
 
 @pytest.fixture(scope="module", params=["dense", "experts"])
 def pair(request: pytest.FixtureRequest, lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    from peft import LoraConfig, get_peft_model
-
     folder = tmp_path_factory.mktemp(request.param)
-    make, parameters = (llama, None) if request.param == "dense" else (qwen3_moe, ["gate.weight", "experts.down_proj"])
-    targets = ["q_proj", "lm_head", *(["up_proj"] if request.param == "dense" else [])]
+    make = llama if request.param == "dense" else qwen3_moe
     for name, seed in (("teacher", 1), ("student", 2)):
         model = make(320, tie_word_embeddings=False)
         generator = torch.Generator().manual_seed(seed)
@@ -48,14 +47,15 @@ def pair(request: pytest.FixtureRequest, lab: Lab, tmp_path_factory: pytest.Temp
         model.save_pretrained(folder / name)
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(lab.student / file, folder / name)
-    adapted = get_peft_model(
-        model, LoraConfig(r=4, lora_alpha=4, target_modules=targets, target_parameters=parameters)
+    pairs = random_pairs(folder / "student", dtype=torch.float32)
+    configuration = build_configuration(
+        {key: tuple(value.shape) for key, value in pairs.items()},
+        family_of(folder / "student"),
+        base_model=str(folder / "student"),
+        student_layers=2,
+        tied_embeddings=False,
     )
-    with torch.no_grad():
-        for name, tensor in adapted.named_parameters():
-            if "lora_B" in name:
-                tensor.normal_(0, 0.05, generator=generator)
-    adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    save_adapter(folder / "adapter", folder / "student", pairs, configuration)
     return Pair(folder / "teacher", folder / "student", folder / "adapter")
 
 
@@ -116,16 +116,16 @@ def test_states_of_teacher_and_student_are_kept_and_used_again(
 
 
 def test_a_stopped_evaluation_goes_on(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stopped(Exception):
+    class StoppedError(Exception):
         pass
 
     computed: list[tuple[str, int]] = []
 
     def stop(name: str, done: int, total: int) -> None:
         if name == "adapter, layer by layer" and done >= total / 2:
-            raise Stopped
+            raise StoppedError
 
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         _evaluate(pair, "streamed", tmp_path, on_progress=stop)
     stream = streamed.stream_states
 

@@ -32,9 +32,7 @@ def test_the_curve_is_what_divided_logits_give(lab: Lab, temperature: float) -> 
     with ResidentStudent(student).reading(lab.text, None, "student") as (blocks, logits):
         expected = compare(blocks, lambda states: logits(states) / temperature, record, "student")
     np.testing.assert_allclose(found.kl / found.tokens, expected.kl / expected.tokens, atol=2e-5)
-    np.testing.assert_allclose(
-        found.cross_entropy / found.tokens, expected.cross_entropy / expected.tokens, atol=2e-5
-    )
+    np.testing.assert_allclose(found.cross_entropy / found.tokens, expected.cross_entropy / expected.tokens, atol=2e-5)
     np.testing.assert_array_equal(found.agreement, expected.agreement)
 
 
@@ -80,7 +78,6 @@ def test_an_adapter_that_only_cools_is_recalibration(lab: Lab, tmp_path: Any) ->
         layer.lora_B.default.weight.copy_(layer.base_layer.weight * (1 / 1.5 - 1))
     adapted.save_pretrained(tmp_path, save_embedding_layers=False)
     plain = adapted.unload()
-    del plain.peft_config
     result = evaluate_student(ResidentStudent(plain), record_teacher(teacher, lab.text), tmp_path)
     control = result.temperature_control
     assert control is not None
@@ -112,5 +109,4 @@ def _nothing(lab: Lab, student: Any) -> Any:
         model = get_peft_model(student, LoraConfig(r=1, lora_alpha=1, target_modules=["q_proj"]))
         model.save_pretrained(folder)
         model.unload()
-        del student.peft_config
     return folder

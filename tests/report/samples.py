@@ -100,3 +100,32 @@ def record(**changes: Any) -> dict[str, Any]:
         "finished": "2026-11-22T18:39:36+00:00",
         **changes,
     }
+
+
+def temperature_control() -> dict[str, Any]:
+    """One temperature on the untouched student, fitted on half of the text."""
+    interval = {"low": 0.7, "high": 1.9}
+    return {
+        "temperature": 1.0712,
+        "fitted_on": "half of the text",
+        "at_edge": False,
+        "student": figures(0.51, 4.39),
+        "figures": figures(0.5034, 4.381),
+        "gap_closed": {"kl": 1.3, "cross_entropy": 1.8, "kl_interval": interval, "cross_entropy_interval": None},
+        "adapter_gap_closed": {"kl": 33.0, "cross_entropy": 30.0},
+        "adapter_ahead": {"low": 0.1, "high": 0.2},
+    }
+
+
+def benchmarks() -> dict[str, Any]:
+    """What the lm-evaluation-harness found."""
+    score = {"task": "arc_easy", "metric": "acc", "filter": "none", "higher_is_better": True, "examples": 500}
+    score |= {"student": 0.251, "student_error": 0.019, "adapted": 0.282, "adapted_error": 0.02}
+    score |= {"change": 0.031, "change_error": 0.011}
+    return {
+        "scores": [score],
+        "tasks": {"arc_easy": {"version": 1}},
+        "limit": 500,
+        "dtype": "float32",
+        "harness": "1.2",
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from moe_svd_distill.streaming import PassSettings, load_head, stream_states
 from moe_svd_distill.streaming.skeleton import build_skeleton
 from moe_svd_distill.streaming.sources import Sources
 from tests.adapter import tiny
+from tests.checkpoints.quantisation.quantisers import float8_blocks
 from tests.streaming.conftest import LENGTH, Case, resident
 
 Ids = NDArray[np.int64]
@@ -75,13 +77,15 @@ def test_experts_are_placed_as_transformers_places_them(case: Case) -> None:
     assert seen == set(expected)
 
 
-def rewritten(case: Case, folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Checkpoint:
-    """The model with its tensors changed, in one file."""
+def rewritten(
+    case: Case, folder: Path, change: Callable[[dict[str, torch.Tensor]], object], **fields: Any
+) -> Checkpoint:
+    """The model with its tensors changed, in one file, and fields added to its configuration."""
     weights = tiny.hub_weights(case.folder)
     change(weights)
     folder.mkdir()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text((case.folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(tiny.config_of(case.folder) | fields))
     return open_checkpoint(folder)
 
 
@@ -142,3 +146,24 @@ def test_a_buffer_that_nobody_computes_is_named(
     monkeypatch.setattr(Glm4MoePreTrainedModel, "_init_weights", lambda self, module: None)
     with pytest.raises(BadDataError, match=r"does not compute the buffer model.rotary_emb.\w+"):
         stream_states(sparse.checkpoint, sequences, tmp_path, SETTINGS)
+
+
+def test_a_quantised_model_is_run_with_its_dequantised_weights(sparse: Case, sequences: Ids, tmp_path: Path) -> None:
+    """Blocks of fp8; the same numbers in a plain checkpoint give the same bits."""
+    names = [name for name in sparse.checkpoint if name.endswith("_proj.weight")]
+
+    def quantise(weights: dict[str, torch.Tensor]) -> None:
+        for name in names:
+            codes, scales = float8_blocks(weights[name].float(), (128, 128))
+            weights |= {name: codes, f"{name}_scale_inv": scales}
+
+    declared = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    quantised = rewritten(sparse, tmp_path / "quantised", quantise, quantization_config=declared)
+    plain = rewritten(
+        sparse, tmp_path / "plain", lambda weights: weights.update({name: quantised.read(name) for name in names})
+    )
+    expected = stream_states(plain, sequences, tmp_path, SETTINGS)
+    result = stream_states(quantised, sequences, tmp_path, SETTINGS)
+    assert torch.equal(result.rows(slice(None)), expected.rows(slice(None)))
+    stored = sum(info.bytes for name, info in quantised.stored.items() if name != "lm_head.weight")
+    assert result.record.bytes_read == result.record.bytes_needed == stored

@@ -216,3 +216,30 @@ def test_on_a_gpu(case: Case, sequences: Ids, tmp_path: Path, devices: tuple[str
     result = stream_states(case.checkpoint, sequences, tmp_path, settings, adapter=case.adapter)
     torch.testing.assert_close(result.rows(slice(None)), states, rtol=1e-2, atol=1e-2)
     assert load_head(case.checkpoint, devices[0]).weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_factors_keep_the_type_that_users_get(
+    make_case: Any, sequences: Ids, tmp_path: Path, stored: torch.dtype
+) -> None:
+    """Beside a bf16 model PEFT keeps factors in float32, and so must a pass: rounded they would be others."""
+    student = make_case("qwen3_moe").folder
+    adapter = tiny.save_adapter(tmp_path / "adapter", student, tiny.random_pairs(student, dtype=stored))
+    expected = {
+        name: value
+        for name, value in resident(student, adapter, torch.bfloat16).state_dict().items()
+        if ".lora_" in name
+    }
+    seen = {}
+
+    def visit(layer: Any) -> None:
+        for name, value in layer.layer.state_dict().items():
+            if ".lora_" in name:
+                seen[f"{layer.name}.{name}"] = value.clone()
+
+    settings = PassSettings(dtype=torch.bfloat16)
+    stream_states(open_checkpoint(student), sequences, tmp_path, settings, adapter=adapter, visit=visit)
+    assert seen.keys() == {name for name in expected if ".layers." in name}
+    for name, value in seen.items():
+        assert (value.dtype, expected[name].dtype) == (torch.float32, torch.float32)
+        assert torch.equal(value, expected[name])

@@ -6,18 +6,28 @@ import sys
 from pathlib import Path
 
 _SHARE = 0.25
+_GROUPS = Path("/sys/fs/cgroup")
 
 
 def activation_budget() -> int:
     """Bytes that hidden states may take when nobody says how many: a quarter of what is free now."""
     import psutil
 
-    return int(_SHARE * min(int(psutil.virtual_memory().available), _left_in_group()))
+    return int(_SHARE * max(0, min(int(psutil.virtual_memory().available), _left_in_groups())))
 
 
-def _left_in_group() -> int:
-    """What the control group of a container or a batch job leaves; very much where there is none."""
-    group = Path("/sys/fs/cgroup")
+def _left_in_groups() -> int:
+    """What the control groups of a container or a batch job leave; very much where there is none."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return sys.maxsize
+    path = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    own = _GROUPS / path
+    return min(_left(group) for group in (own, *own.parents) if group.is_relative_to(_GROUPS))
+
+
+def _left(group: Path) -> int:
     try:
         limit = int((group / "memory.max").read_text())
         used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["anon"]

@@ -73,17 +73,22 @@ class AdapterOverlay:
         """The adapter's tensors of a part, by key, in memory of their own."""
         return {key: read_tensor(self._tensors[key]).clone() for key in self._keys.get(part, ())}
 
-    def attach(self, part: Part, tensors: dict[str, Tensor], device: torch.device) -> None:
-        """Let PEFT load the tensors of a part whose base weights are there.
+    def load(self, part: Part, tensors: dict[str, Tensor], device: torch.device) -> None:
+        """Let PEFT load the tensors of a part, before the base weights are there.
+
+        PEFT moves them to the device and the type of the base weight. A user who loads the whole model in bf16 has
+        them in float32 nevertheless, so a stand-in of that type lies there meanwhile.
 
         Raises:
-            BadDataError: PEFT does not take one of them, or leaves something empty.
+            BadDataError: PEFT does not take one of them.
         """
         if not self.changes(part):
             return
         from peft import set_peft_model_state_dict
-        from peft.tuners.tuners_utils import cast_adapter_dtype
 
+        for place in self._skeleton.of_part(part):
+            wide = torch.promote_types(place.dtype, torch.float32)
+            place.fill(torch.empty(0, dtype=wide, device=device))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # check_loads has settled what PEFT warns about
             result = set_peft_model_state_dict(
@@ -91,11 +96,17 @@ class AdapterOverlay:
             )
         if result.unexpected_keys:
             raise BadDataError(f"{self._folder}: PEFT drops {result.unexpected_keys[0]}", _VERIFY)
-        for name, module in self._modules[part]:
+
+    def settle(self, part: Part, device: torch.device) -> None:
+        """Turn the dial and merge what is merged, now that the base weights of a part are there.
+
+        Raises:
+            BadDataError: PEFT has left something empty.
+        """
+        for name, module in self._modules.get(part, ()):
             for own_name, parameter in module.named_parameters():
                 if parameter.is_meta:
                     raise BadDataError(f"{self._folder}: nothing fills {own_name} of {name}", _VERIFY)
-            cast_adapter_dtype(module, _NAME)
             self._scale(name, module, device)
         self._peft.eval().requires_grad_(False)
 

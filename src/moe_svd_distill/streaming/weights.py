@@ -62,11 +62,14 @@ class Weights:
 
     def attach(self, part: Part, loaded: Loaded) -> None:
         """Put what was read into the skeleton, with the adapter around it as PEFT puts it."""
+        if self._overlay is not None:
+            self._overlay.load(part, loaded.adapter, self._device)
+            loaded.adapter.clear()
         while loaded.base:
             place, tensor = loaded.base.pop()
             place.fill(tensor)
         if self._overlay is not None:
-            self._overlay.attach(part, loaded.adapter, self._device)
+            self._overlay.settle(part, self._device)
         self._look()
 
     def release(self, part: Part) -> None:
@@ -98,7 +101,9 @@ class Weights:
         return [(place, made[place.name].to(place.dtype).contiguous()) for place in origin.places]
 
     def _fetch(self, hub_name: str) -> Tensor:
-        tensor = self._checkpoint.read(hub_name)
+        # What is quantised is dequantised where it is needed; anything else is copied from the file to its place.
+        device = "cpu" if self._checkpoint.quantisation is None else self._device
+        tensor = self._checkpoint.read(hub_name, device=device)
         self.bytes_read += self._checkpoint[hub_name].bytes
         return tensor
 
@@ -115,6 +120,7 @@ class Prefetcher:
         self._weights, self._device = weights, device
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
         self._coming: tuple[Part, Future[Loaded]] | None = None
+        self._stream: torch.cuda.Stream | None = None
         self.seconds_reading = self.seconds_waiting = 0.0
 
     def start(self, part: Part) -> None:
@@ -148,11 +154,13 @@ class Prefetcher:
         try:
             if self._device.type != "cuda":
                 return self._weights.read(part)
-            # On a stream of its own: on the default stream a copy would wait for the kernels of the layer before.
-            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            with torch.cuda.device(self._device), torch.cuda.stream(stream):
+            if self._stream is None:
+                # One for all layers, because memory is used again within a stream only. On the default stream a copy
+                # would wait for the kernels of the layer before.
+                self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
                 loaded = self._weights.read(part)
-                stream.synchronize()
+                self._stream.synchronize()
             return loaded
         finally:
             self.seconds_reading += time.perf_counter() - begin

@@ -134,8 +134,6 @@ def test_the_library_compresses_and_we_read(case: str, tmp_path: Path) -> None:
     if "weight_zero_point" not in state and scheme.weights.symmetric:
         bound = 0.2 if scheme.weights.num_bits == 4 else 0.05
         assert float((read.float() - weight.float()).norm() / weight.float().norm()) < bound
-    library = BaseCompressor.get_value_from_registry(form)
-    assert set(library.compression_param_names(scheme)) <= set(state), "the fixture has what the library reads"
 
 
 @pytest.mark.parametrize("columns", [9, 37, 61, 96])

@@ -1,0 +1,67 @@
+"""What of an earlier evaluation stays beside a new one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from moe_svd_distill.errors import MissingInputError, UsageError
+from moe_svd_distill.evaluation import benchmarks, evaluate
+from moe_svd_distill.pipeline.evaluate import EVALUATION, BenchmarkRequest, evaluate_adapter
+from tests.support.models import saved
+
+REQUEST = BenchmarkRequest(("task",), limit=7, include_path=Path("tasks"))
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with an adapter's bytes; measuring is left to others."""
+    student = saved("llama", tmp_path / "student")
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(student)}))
+    (folder / "adapter_model.safetensors").write_bytes(b"one")
+    (tmp_path / "text.txt").write_text("some words")
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: SimpleNamespace(as_dict=lambda: {"verdict": "new"}))
+    monkeypatch.setattr(benchmarks, "version", lambda name: "0.4.13")
+    monkeypatch.setattr(
+        benchmarks, "run_benchmarks",
+        lambda *where, **how: SimpleNamespace(as_dict=lambda: {"tasks": list(where[2]), "limit": how["limit"]}),
+    )  # fmt: skip
+    return folder
+
+
+def _evaluate(folder: Path, texts: bool, request: BenchmarkRequest | None) -> dict[str, Any]:
+    student = str(folder.parent / "student")
+    named = [folder.parent / "text.txt"] if texts else []
+    result = evaluate_adapter(folder, student, student, named, benchmarks=request)
+    assert json.loads((folder / EVALUATION).read_text()) == json.loads(json.dumps(result.evaluation))
+    return result.evaluation
+
+
+def test_text_and_benchmarks_do_not_overwrite_one_another(adapter: Path) -> None:
+    assert "benchmarks" not in _evaluate(adapter, True, None)
+    both = _evaluate(adapter, False, REQUEST)
+    assert both["verdict"] == "new"
+    assert both["benchmarks"] == {"tasks": ["task"], "limit": 7}
+    assert _evaluate(adapter, True, None) == both
+
+
+def test_figures_of_other_bytes_are_dropped(adapter: Path) -> None:
+    _evaluate(adapter, True, REQUEST)
+    (adapter / "adapter_model.safetensors").write_bytes(b"another")
+    assert "verdict" not in _evaluate(adapter, False, REQUEST)
+    assert "benchmarks" in _evaluate(adapter, False, REQUEST)
+
+
+def test_nothing_to_do_and_no_harness_are_refused(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="no text to evaluate on"):
+        _evaluate(adapter, False, None)
+    monkeypatch.setattr(benchmarks, "version", lambda name: "0.4.9")
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: pytest.fail("measured before the refusal"))
+    with pytest.raises(MissingInputError, match=r"found lm-eval 0\.4\.9"):
+        _evaluate(adapter, True, REQUEST)

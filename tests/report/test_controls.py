@@ -1,0 +1,45 @@
+"""Controls, intervals and benchmarks on the card and on the page."""
+
+from __future__ import annotations
+
+import pytest
+
+from moe_svd_distill.report import facts
+from moe_svd_distill.report.card import adapter_card
+from moe_svd_distill.report.html import html_report
+from tests.report.samples import benchmarks, evaluation, figures, record, temperature_control
+
+
+@pytest.mark.parametrize("write", [adapter_card, html_report])
+def test_temperature_and_benchmarks_are_shown(write: object) -> None:
+    assert callable(write)
+    full = evaluation() | {"temperature_control": temperature_control(), "benchmarks": benchmarks()}
+    page = write(record(evaluation=full | {"domain": {"different": True}}))
+    assert "control: only the temperature of the student" in page
+    assert "+1.3 % (+0.7 … +1.9)" in page
+    assert "the temperature was fitted on half of the text and measured on the rest" in page
+    assert "calibrated on text of another domain" in page
+    assert "arc_easy, acc" in page
+    assert "0.2820 ± 0.0200" in page
+    assert "+0.0310 ± 0.0110" in page
+    assert "at most 500 examples of each task" in page
+    plain = write(record())
+    assert "temperature" not in plain
+    assert "lm-evaluation-harness" not in plain
+    assert "another domain" not in plain
+
+
+@pytest.mark.parametrize("write", [adapter_card, html_report])
+def test_benchmarks_alone_are_figures_too(write: object) -> None:
+    assert callable(write)
+    page = write(record(evaluation={"benchmarks": benchmarks()}))
+    assert "arc_easy, acc" in page
+    assert "random delta" not in page
+    assert "Not evaluated on held-out text" in page
+
+
+def test_intervals_of_the_figures_themselves_are_shown() -> None:
+    student = figures(0.513, 4.395) | {"kl_interval": {"low": 0.501, "high": 0.525}, "cross_entropy_interval": None}
+    row = facts.figure_rows(evaluation() | {"student": student})[0]
+    assert row.cells[0] == "0.5130 ± 0.0120 (0.501 … 0.525)"
+    assert row.cells[1] == "4.3950 ± 0.0500"
