@@ -14,18 +14,21 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 
 class RankType(click.ParamType[int | str]):
-    """A positive integer or 'full'."""
+    """A positive integer, 'full', or another word that is allowed."""
 
     name = "rank"
 
+    def __init__(self, *words: str) -> None:
+        self.words = ("full", *words)
+
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int | str:
         """Parse the word."""
-        if value == "full" or isinstance(value, int):
+        if value in self.words or isinstance(value, int):
             return value
         try:
             return int(value)
         except ValueError:
-            self.fail(f"{value!r} is neither a number nor 'full'", parameter, context)
+            self.fail(f"{value!r} is neither a number nor {' nor '.join(map(repr, self.words))}", parameter, context)
 
 
 def recipe_options(function: Function) -> Function:
@@ -35,16 +38,18 @@ def recipe_options(function: Function) -> Function:
         click.option("--teacher", help="Folder or hub id of the teacher."),
         click.option("--student", help="Folder or hub id of the student."),
         click.option("--output", type=click.Path(path_type=Path), help="Folder for the adapter."),
-        click.option("--method", help="auto or weights."),
+        click.option("--method", help="auto, weights, calibrated or weights+calibrated."),
         click.option(
             "--calibration",
             multiple=True,
-            type=click.Path(path_type=Path),
-            help="Text file or folder for the scale search; repeatable.",
+            help="Text the adapter is fitted and scaled on: file, folder or datasets:NAME; repeatable.",
         ),
-        click.option("--tokens", type=int, help="Tokens the adapter is fitted on; the weights stage uses none."),
+        click.option("--tokens", type=int, help="Tokens the adapter is fitted on; scale search text comes on top."),
         click.option("--rank", type=RankType(), help="Rank of the body, or 'full'."),
-        click.option("--head-rank", type=RankType(), help="Rank of the head, or 'full'."),
+        click.option("--head-rank", type=RankType("auto"), help="Rank of the head, 'full' or 'auto'."),
+        click.option("--head-format", help="How a fitted head is carried: auto, pair or whole."),
+        click.option("--vocabulary", help="equal, or shared to compare different tokenizers on what both have."),
+        click.option("--cache", type=click.Path(path_type=Path), help="Folder for hidden states, shared between runs."),
         click.option("--energy", type=float, help="Choose ranks that keep this share of each delta's energy."),
         click.option("--projection", help="svd, fourier, slice or procrustes."),
         click.option("--depth-map", help="linear, endpoints or tanh."),

@@ -203,15 +203,16 @@ def judge(probes: tuple[Probe, ...], *, same_shape: bool, all_alike: bool) -> tu
     return Lineage.CROPPED, f"{where}, but {grounds}"
 
 
-def choose_method(relatedness: Relatedness, has_text: bool) -> MethodChoice:
+def choose_method(relatedness: Relatedness, has_text: bool, *, shared: bool = False) -> MethodChoice:
     """The stages that measurements recommend for such a pair (docs/decisions has the figures).
 
     Args:
         relatedness: What is known of the pair.
         has_text: Whether calibration text was given.
+        shared: Whether different vocabularies are to be compared on what they have in common.
     """
     lineage, vocabulary = relatedness.lineage, relatedness.vocabulary
-    usable = has_text and vocabulary.comparable
+    usable = has_text and (vocabulary.comparable or shared)
     if has_text and not usable:
         why = "the vocabularies differ" if vocabulary.kind is Vocabularies.DIFFERENT else "the vocabularies are unknown"
         without = f"{why}, so the text cannot be used"

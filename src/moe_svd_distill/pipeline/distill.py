@@ -5,31 +5,39 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_svd_distill.adapter import build_configuration, check_loads, lora_keys
+from moe_svd_distill.adapter import check_loads
 from moe_svd_distill.errors import BadDataError, CannotWriteError, MissingInputError, NothingToTransferError
-from moe_svd_distill.execution.consolidation import consolidate
 from moe_svd_distill.execution.events import Event
 from moe_svd_distill.execution.publish import OutputFolder, write_json_atomic, write_text_atomic
-from moe_svd_distill.execution.supervisor import Settings, execute
-from moe_svd_distill.execution.tensor_file import read_header
+from moe_svd_distill.execution.supervisor import ExecutionSummary, Settings, execute
 from moe_svd_distill.pairing.plan import Plan
+from moe_svd_distill.pipeline.assembly import ADAPTER, Ingredients, head_is_whole, stage_adapter, write_head_part
+from moe_svd_distill.pipeline.method import Stages, choose_stages
 from moe_svd_distill.pipeline.pair import ModelPair, open_pair
 from moe_svd_distill.pipeline.preparation import execution_settings, make_work, prepare
-from moe_svd_distill.pipeline.record import is_nothing, make_record, tensor_records, unit_records
-from moe_svd_distill.pipeline.scale import ScaleDecision, SearchText, decide_scale, not_searched, read_search_text
+from moe_svd_distill.pipeline.record import (
+    head_record,
+    is_nothing,
+    kept_records,
+    make_record,
+    tensor_records,
+    unit_records,
+)
+from moe_svd_distill.pipeline.scale import ScaleDecision, combined_decision, decide_scale, not_searched
+from moe_svd_distill.pipeline.texts import RunText, read_run_text
 from moe_svd_distill.recipe import Recipe
 from moe_svd_distill.report.card import adapter_card
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from moe_svd_distill.pipeline.calibrate import CalibratedHead
 
-ADAPTER = "adapter_model.safetensors"
-CONFIGURATION = "adapter_config.json"
 MANIFEST = "run.json"
 CARD = "README.md"
+HEAD_ALONE = "the calibrated stage changes the head alone"
 
 
 @dataclass(frozen=True)
@@ -40,11 +48,13 @@ class Listener:
         on_plan: Told the number of units and their total cost before work begins.
         on_event: Told every event of the workers.
         on_stage: Told the name of each later stage, and a fraction done or None.
+        on_note: Told what people should know before the work begins.
     """
 
     on_plan: Callable[[list[tuple[str, int]]], None] = field(default=lambda units: None)
     on_event: Callable[[Event], None] = field(default=lambda event: None)
     on_stage: Callable[[str, float | None], None] = field(default=lambda name, fraction: None)
+    on_note: Callable[[str], None] = field(default=lambda note: None)
 
 
 @dataclass(frozen=True)
@@ -79,43 +89,141 @@ def distill(recipe: Recipe, listener: Listener | None = None) -> Adapter:
 
     Raises:
         DistillError: One of its kinds, each with its exit code; nothing half-written is left looking complete.
-        NothingToTransferError: Every delta is exactly zero.
+        NothingToTransferError: Every delta is exactly zero, or the pair has nothing to transfer.
     """
     listener = listener or Listener()
     settings = execution_settings(recipe)
     _refuse_foreign_folder(recipe.output)
     with open_pair(recipe.teacher, recipe.student) as pair:
-        plan = prepare(recipe, pair, settings)
-        searching = bool(recipe.calibration) and recipe.scale_search
-        text = read_search_text(recipe, pair, settings.devices[0]) if searching else None
+        stages = choose_stages(recipe, pair)
+        listener.on_note(f"method: {' and '.join(stages.names)} ({stages.reason})")
+        searching = stages.calibrated or (bool(recipe.calibration) and recipe.scale_search)
+        text = read_run_text(recipe, pair, fitting=stages.calibrated) if searching else None
+        for shortfall in text.shortfalls() if text else ():
+            listener.on_note(shortfall)
+        plan = prepare(recipe, pair, settings) if stages.weights else None
         with OutputFolder(recipe.output) as output:
-            listener.on_plan([(unit.label, unit.cost) for unit in plan.units])
-            summary = execute(plan.units, make_work(recipe, pair), output.parts, settings, listener.on_event)
-            _refuse_changed_models(plan, recipe, pair, settings)
-            units = unit_records(plan, summary.parts)
-            if is_nothing(tensor_records(units)):
-                raise NothingToTransferError(
-                    f"every delta between {recipe.teacher} and {recipe.student} is exactly zero, so the adapter would "
-                    "do nothing and is not written",
-                    "Choose a teacher that differs from the student",
-                )
-            parts = [summary.parts[unit.key] for unit in plan.units]
-            listener.on_stage("writing the adapter", None)
-            digest = _stage_adapter(output, parts, recipe, pair, ScaleDecision.keep())
-            listener.on_stage("checking that PEFT loads it", None)
-            check_loads(output.staged(ADAPTER).parent, pair.student.checkpoint.folder)
-            decision = _scale(output, recipe, pair, text, settings.devices[0], listener)
-            if decision.changes:
-                digest = _stage_adapter(output, parts, recipe, pair, decision)
-            record = make_record(recipe, pair, plan, units, summary, settings) | {
-                "adapter_sha256": digest,
-                "transferred": decision.transferred,
-                "scale_search": decision.as_dict(),
-            }
-            write_text_atomic(output.staged(CARD), adapter_card(record))
-            write_json_atomic(output.staged(MANIFEST), record)
-            output.publish()
+            run = _Run(recipe, pair, settings, stages, text, output, listener)
+            record = run.complete(plan)
     return Adapter(recipe.output, record)
+
+
+class _Run:
+    """One run that holds the output folder."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        pair: ModelPair,
+        settings: Settings,
+        stages: Stages,
+        text: RunText | None,
+        output: OutputFolder,
+        listener: Listener,
+    ) -> None:
+        self.recipe, self.pair, self.settings, self.stages = recipe, pair, settings, stages
+        self.text, self.output, self.listener = text, output, listener
+        self.device = settings.devices[0]
+
+    def complete(self, plan: Plan | None) -> dict[str, Any]:
+        """Run the stages and publish the adapter."""
+        units: list[dict[str, Any]] = []
+        parts: tuple[Path, ...] = ()
+        summary, decision = None, ScaleDecision.keep()
+        if plan is not None:
+            summary, parts, units = self.weights(plan)
+            self.stage(Ingredients(parts, decision))
+            decision = self.scale()
+        calibrated, head = None, None
+        if self.stages.calibrated:
+            calibrated, head = self.calibrate(plan is not None, decision)
+        digest = self.stage(Ingredients(parts, decision, head))
+        record = self.record(plan, units, summary, calibrated)
+        scale = combined_decision(decision if plan is not None else None, calibrated)
+        record |= {
+            "adapter_sha256": digest,
+            "transferred": scale.transferred,
+            "scale_search": scale.as_dict() | {"used_documents": self.text.used_documents if self.text else []},
+        }
+        write_text_atomic(self.output.staged(CARD), adapter_card(record))
+        write_json_atomic(self.output.staged(MANIFEST), record)
+        self.output.publish()
+        return record
+
+    def weights(self, plan: Plan) -> tuple[ExecutionSummary, tuple[Path, ...], list[dict[str, Any]]]:
+        """The weights stage: every unit of the plan, computed or found on the disk."""
+        self.listener.on_plan([(unit.label, unit.cost) for unit in plan.units])
+        work = make_work(self.recipe, self.pair)
+        summary = execute(plan.units, work, self.output.parts, self.settings, self.listener.on_event)
+        _refuse_changed_models(plan, self.recipe, self.pair, self.settings)
+        units = unit_records(plan, summary.parts)
+        if is_nothing(tensor_records(units)):
+            raise NothingToTransferError(
+                f"every delta between {self.recipe.teacher} and {self.recipe.student} is exactly zero, so the adapter "
+                "would do nothing and is not written",
+                "Choose a teacher that differs from the student",
+            )
+        return summary, tuple(summary.parts[unit.key] for unit in plan.units), units
+
+    def stage(self, made_of: Ingredients) -> str:
+        """Write the adapter as it stands and make sure that PEFT loads it."""
+        self.listener.on_stage("writing the adapter", None)
+        digest = stage_adapter(self.output, self.recipe, self.pair, made_of)
+        self.listener.on_stage("checking that PEFT loads it", None)
+        check_loads(self.output.staged(ADAPTER).parent, self.pair.student.checkpoint.folder)
+        return digest
+
+    def scale(self) -> ScaleDecision:
+        """Scales of the weights stage."""
+        if self.text is None or not self.recipe.scale_search:
+            return not_searched("recipe: scale_search: false" if self.text else _no_text(self.recipe))
+        step = "searching the scale on calibration text"
+        self.listener.on_stage(step, 0.0)
+        staged = self.output.staged(ADAPTER).parent
+        report = partial(self.listener.on_stage, step)
+        return decide_scale(staged, self.pair, self.text.search, self.device, self.cache, report)
+
+    def calibrate(self, on_top: bool, decision: ScaleDecision) -> tuple[CalibratedHead, Path | None]:
+        """The calibrated stage; no part where nothing of it is kept."""
+        from moe_svd_distill.pipeline.calibrate import Body, calibrate
+
+        assert self.text is not None
+        acting = on_top and any(decision.scales.values())
+        body = Body(self.output.staged(ADAPTER).parent, dict(decision.scales)) if acting else None
+        fitted = calibrate(
+            self.recipe, self.pair, self.text, self.output.parts, self.settings.devices, body, self.listener.on_stage
+        )
+        if on_top and not fitted.search.accepted:
+            return fitted, None
+        return fitted, write_head_part(self.output.parts, self.pair, self.recipe, fitted, alone=not on_top)
+
+    def record(
+        self,
+        plan: Plan | None,
+        units: list[dict[str, Any]],
+        summary: ExecutionSummary | None,
+        calibrated: CalibratedHead | None,
+    ) -> dict[str, Any]:
+        """Everything about the run but the figures."""
+        tensors = tensor_records(units)
+        if calibrated is not None and (plan is None or calibrated.search.accepted):
+            head = head_record(self.pair, calibrated, head_is_whole(self.recipe, self.pair))
+            tensors = [row for row in tensors if row["name"] != head["name"]] + [head]
+        if plan is None:
+            tensors += kept_records(self.pair, [row["name"] for row in tensors], HEAD_ALONE)
+        record = make_record(self.recipe, self.pair, self.stages, plan, units, tensors, summary, self.settings)
+        text = {} if self.text is None else {"text": self.text.as_dict(), "shortfalls": self.text.shortfalls()}
+        fit = {} if calibrated is None else calibrated.record
+        return record | {"calibration": text | fit}
+
+    @property
+    def cache(self) -> Path:
+        """Where hidden states lie."""
+        return self.recipe.cache or self.recipe.output / "cache"
+
+
+def _no_text(recipe: Recipe) -> str:
+    return "no calibration text was given" if not recipe.calibration else "recipe: scale_search: false"
 
 
 def load_adapter(folder: Path) -> Adapter:
@@ -132,62 +240,6 @@ def load_adapter(folder: Path) -> Adapter:
     return Adapter(folder, json.loads(manifest.read_text(encoding="utf-8")))
 
 
-def _scale(
-    output: OutputFolder, recipe: Recipe, pair: ModelPair, text: SearchText | None, device: str, listener: Listener
-) -> ScaleDecision:
-    if text is None:
-        reason = "recipe: scale_search: false" if recipe.calibration else "no calibration text was given"
-        return not_searched(reason)
-    stage = "searching the scale on calibration text"
-    listener.on_stage(stage, 0.0)
-    staged = output.staged(ADAPTER).parent
-    return decide_scale(staged, pair, text, device, lambda fraction: listener.on_stage(stage, fraction))
-
-
-def _stage_adapter(
-    output: OutputFolder, parts: list[Path], recipe: Recipe, pair: ModelPair, decision: ScaleDecision
-) -> str:
-    """Write adapter and configuration to the staging area; returns the adapter's sha256."""
-    layout = pair.student.layout
-    slots = [slot for part in parts for slot in read_header(part).slots]
-    configuration = build_configuration(
-        {_peft_key(slot.name): slot.shape for slot in slots},
-        layout.family,
-        base_model=_base_model(pair),
-        student_layers=layout.geometry.layers,
-        tied_embeddings=layout.geometry.tied_embeddings,
-    )
-    # PEFT multiplies B·A by alpha / r. With an alpha of the user's own, B carries the inverse: the product stays.
-    peft_scale = 1.0 if recipe.alpha is None else recipe.alpha / configuration["r"]
-    if recipe.alpha is not None:
-        scaled = {key: rank * peft_scale for key, rank in configuration["alpha_pattern"].items()}
-        configuration |= {"lora_alpha": recipe.alpha, "alpha_pattern": scaled}
-
-    def scale(key: str, tensor: Tensor) -> Tensor:
-        return tensor * (decision.factor_of(key) / peft_scale) if _is_b(key) else tensor
-
-    unchanged = peft_scale == 1.0 and not decision.changes
-    digest = consolidate(parts, output.staged(ADAPTER), rename=_peft_key, scale=None if unchanged else scale)
-    write_json_atomic(output.staged(CONFIGURATION), configuration)
-    return digest
-
-
-def _peft_key(name: str) -> str:
-    hub_name, _, side = name.rpartition("#")
-    key_a, key_b = lora_keys(hub_name)
-    return key_a if side == "A" else key_b
-
-
-def _is_b(key: str) -> bool:
-    return key.endswith((".lora_B.weight", ".lora_embedding_B"))
-
-
-def _base_model(pair: ModelPair) -> str:
-    source = pair.student.checkpoint.source
-    folder = Path(source).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else source.partition("@")[0]
-
-
 def _refuse_foreign_folder(folder: Path) -> None:
     """Refuse to write into a folder that holds something else than an earlier run."""
     if folder.exists() and not folder.is_dir():
@@ -195,7 +247,7 @@ def _refuse_foreign_folder(folder: Path) -> None:
     if not folder.is_dir():
         return
     names = {path.name for path in folder.iterdir()}
-    if names and not names & {MANIFEST, "parts", ".lock"}:
+    if names and not names & {MANIFEST, "parts", "cache", ".lock"}:
         raise CannotWriteError(
             f"output {folder} is not empty and holds no earlier run (found {sorted(names)[0]})",
             "Choose another --output",

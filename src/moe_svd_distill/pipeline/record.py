@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.execution.parts import read_record
 from moe_svd_distill.execution.supervisor import ExecutionSummary, Settings
@@ -16,6 +16,10 @@ from moe_svd_distill.pairing.plan import Plan
 from moe_svd_distill.pipeline.pair import Model, ModelPair
 from moe_svd_distill.pipeline.preparation import NUMERIC_LIBRARIES, PROJECT
 from moe_svd_distill.recipe import Recipe
+
+if TYPE_CHECKING:
+    from moe_svd_distill.pipeline.calibrate import CalibratedHead
+    from moe_svd_distill.pipeline.method import Stages
 
 SCHEMA = 1
 
@@ -49,40 +53,93 @@ def summarise(tensors: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def head_record(pair: ModelPair, fitted: CalibratedHead, whole: bool) -> dict[str, Any]:
+    """The fate of the head's tensor after the calibrated stage."""
+    layout = pair.student.layout
+    left, right = fitted.factors
+    return {
+        "name": layout.find("head") or "lm_head.weight",
+        "role": "head",
+        "shape": [left.shape[0], right.shape[1]],
+        "fate": "lora",
+        "rank": left.shape[1],
+        "format": "whole" if whole else "pair",
+        "stage": "calibrated",
+        "delta_norm": float(fitted.delta.double().norm()),
+        "layer": None,
+    }
+
+
+def kept_records(pair: ModelPair, changed: Iterable[str], reason: str) -> list[dict[str, Any]]:
+    """The fate of every student tensor that no stage looked at."""
+    known = set(changed)
+    return [
+        {
+            "name": name,
+            "role": meaning.role.role,
+            "shape": list(pair.student.shapes[name]),
+            "fate": "kept",
+            "reason": reason,
+            "layer": meaning.layer,
+        }
+        for name, meaning in pair.student.layout.meanings.items()
+        if name not in known
+    ]
+
+
 def make_record(
     recipe: Recipe,
     pair: ModelPair,
-    plan: Plan,
+    stages: Stages,
+    plan: Plan | None,
     units: list[dict[str, Any]],
-    execution: ExecutionSummary,
+    tensors: list[dict[str, Any]],
+    execution: ExecutionSummary | None,
     settings: Settings,
 ) -> dict[str, Any]:
-    """The record without figures; the caller adds ``adapter_sha256``, ``scale_search`` and ``transferred``."""
-    tensors = tensor_records(units)
+    """The record without figures; the caller adds ``adapter_sha256``, ``scale_search`` and ``transferred``.
+
+    Args:
+        recipe: What was asked for.
+        pair: Teacher and student.
+        stages: What was run, and why.
+        plan: Of the weights stage.
+        units: Its units.
+        tensors: The fate of every student tensor.
+        execution: How the units were computed.
+        settings: Devices and workers.
+    """
     return {
         "schema": SCHEMA,
         "teacher": _model(pair.teacher),
         "student": _model(pair.student),
         "recipe": recipe.model_dump(mode="json"),
-        "method": "weights",
-        "depth_map": [[blend.student, [list(step) for step in blend.teacher]] for blend in plan.depth],
+        "method": "+".join(stages.names),
+        "method_choice": stages.as_dict(),
+        "depth_map": [[blend.student, [list(step) for step in blend.teacher]] for blend in plan.depth] if plan else [],
         "summary": summarise(tensors),
         "tensors": tensors,
         "units": [{key: value for key, value in unit.items() if key != "tensors"} for unit in units],
-        "ignored_student_tensors": dict(plan.ignored_student),
-        "unused_teacher_tensors": dict(plan.unused_teacher),
+        "ignored_student_tensors": dict(plan.ignored_student if plan else pair.student.layout.ignored),
+        "unused_teacher_tensors": dict(plan.unused_teacher) if plan else {},
         "execution": {
             "workers": settings.workers,
             "devices": list(settings.devices),
             "threads_per_worker": settings.threads_per_worker,
-            "units_computed": execution.computed,
-            "units_reused": execution.reused,
-            "peak_anonymous_bytes_by_worker": {str(worker): peak for worker, peak in execution.peak_memory.items()},
-        },
-        "timing": {"transfer_seconds": round(execution.seconds, 3)},
+        }
+        | (_executed(execution) if execution else {}),
+        "timing": {"transfer_seconds": round(execution.seconds, 3) if execution else 0.0},
         "versions": {name: version(name) for name in (PROJECT, *NUMERIC_LIBRARIES, "transformers", "peft")}
         | {"python": platform.python_version()},
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _executed(execution: ExecutionSummary) -> dict[str, Any]:
+    return {
+        "units_computed": execution.computed,
+        "units_reused": execution.reused,
+        "peak_anonymous_bytes_by_worker": {str(worker): peak for worker, peak in execution.peak_memory.items()},
     }
 
 

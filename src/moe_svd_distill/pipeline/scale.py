@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.adapter import parse_key
 from moe_svd_distill.evaluation.adapted import GROUPS, AdaptedStudent, group_of
-from moe_svd_distill.evaluation.loading import load_model, require_memory
+from moe_svd_distill.evaluation.loading import fits, load_model
 
 if TYPE_CHECKING:
-    from moe_svd_distill.calibration.text import TokenizedText
+    from moe_svd_distill.calibration.paired import PairedText
+    from moe_svd_distill.evaluation.figures import Measurement
+    from moe_svd_distill.pipeline.calibrate import CalibratedHead
     from moe_svd_distill.pipeline.pair import ModelPair
-    from moe_svd_distill.recipe import Recipe
 
-LONGEST_SEQUENCE = 512
+Report = Callable[[float], None]
+At = Callable[[Mapping[str, float]], "Measurement"]
 
 
 @dataclass(frozen=True)
@@ -60,94 +63,109 @@ def not_searched(reason: str) -> ScaleDecision:
     return ScaleDecision(dict.fromkeys(GROUPS, 1.0), None, text)
 
 
-@dataclass(frozen=True)
-class SearchText:
-    """Text both models can read, checked before any work.
-
-    Attributes:
-        text: The tokens the scale is searched on.
-        vocabulary: Tokens both models share.
-    """
-
-    text: TokenizedText
-    vocabulary: int
-
-
-def read_search_text(recipe: Recipe, pair: ModelPair, device: str) -> SearchText:
-    """Read the calibration text and make sure that the search will be possible.
-
-    Raises:
-        MissingInputError: A text is not there.
-        BadDataError: There is too little text.
-        IncompatiblePairError: The models have different vocabularies.
-        UsageError: A model does not fit in memory.
-    """
-    import torch
-
-    from moe_svd_distill.calibration.text import (
-        load_tokenizer,
-        read_documents,
-        require_shared_vocabulary,
-        split_documents,
-        tokenize,
-    )
-
-    teacher, student = pair.teacher.checkpoint.folder, pair.student.checkpoint.folder
-    comparison = require_shared_vocabulary(teacher, student)
-    documents = split_documents(read_documents(recipe.calibration), {"scale search": 1.0}, recipe.seed)["scale search"]
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    for folder in (teacher, student):
-        require_memory(folder, device, dtype)
-    text = tokenize(
-        documents,
-        load_tokenizer(student),
-        recipe.scale_search_tokens,
-        length=sequence_length(pair),
-        vocabulary=comparison.shared,
-    )
-    return SearchText(text, comparison.shared)
-
-
-def sequence_length(pair: ModelPair) -> int:
-    """The longest sequence both models take, at most 512 tokens."""
-    limits = (model.checkpoint.config.get("max_position_embeddings") for model in (pair.teacher, pair.student))
-    return min(LONGEST_SEQUENCE, *(int(limit) for limit in limits if limit))
+def combined_decision(weights: ScaleDecision | None, fitted: CalibratedHead | None) -> ScaleDecision:
+    """What the searches of both stages say together."""
+    if fitted is None:
+        return weights or ScaleDecision.keep()
+    search = fitted.search
+    details = {key: value for key, value in search.as_dict().items() if key not in ("scales", "decision")}
+    if weights is None:
+        return ScaleDecision({**search.scales}, search.accepted, search.decision, details)
+    transferred = bool(weights.transferred) or search.accepted
+    text = f"Weights: {weights.text} Calibrated head, on top: {search.decision}"
+    scales = {**weights.scales} | ({"head": 1.0} if search.accepted else {})
+    return ScaleDecision(scales, transferred, text, {"weights": dict(weights.details), "calibrated": details})
 
 
 def decide_scale(
-    adapter_folder: Path, pair: ModelPair, search_text: SearchText, device: str, report: Callable[[float], None]
+    adapter_folder: Path, pair: ModelPair, text: PairedText, device: str, cache: Path, report: Report
 ) -> ScaleDecision:
     """Measure the adapter at several scales on calibration text and keep what helps.
+
+    Models that fit in memory stay there for all trials; larger ones are streamed once for each.
 
     Args:
         adapter_folder: The adapter at scale 1.
         pair: Teacher and student.
-        search_text: What to measure on.
+        text: What to measure on.
         device: Where the models run.
+        cache: Where streamed states lie.
         report: Told the fraction done.
     """
-    from moe_svd_distill.evaluation.evaluate import teacher_pass
-    from moe_svd_distill.evaluation.resident import measure
     from moe_svd_distill.evaluation.scale_search import GLOBAL_SCALES, search_scale
 
-    folder = pair.teacher.checkpoint.folder
-    record = teacher_pass(folder, search_text.text, vocabulary=search_text.vocabulary, device=device)
-    adapted = AdaptedStudent.load(load_model(pair.student.checkpoint.folder, device), adapter_folder)
-    most = len(GLOBAL_SCALES) + 2 + 2 * len(adapted.groups)
+    folders = (pair.teacher.checkpoint.folder, pair.student.checkpoint.folder)
+    resident = text.identical and all(fits(folder, device) for folder in folders)
+    trials = _resident if resident else _streamed
     done = 0
+    with trials(adapter_folder, pair, text, device, cache) as (at, groups):
+        most = len(GLOBAL_SCALES) + 2 + 2 * len(groups)
 
-    def at(scales: Mapping[str, float]) -> Any:
-        nonlocal done
-        adapted.set_scale(scales)
-        done += 1
-        measured = measure(adapted.model, record)
-        report(min(1.0, done / most))
-        return measured
+        def counted(scales: Mapping[str, float]) -> Measurement:
+            nonlocal done
+            measured = at(scales)
+            done += 1
+            report(min(1.0, done / most))
+            return measured
 
-    found = search_scale(at, adapted.groups)
+        found = search_scale(counted, groups)
     details = {
         **{key: value for key, value in found.as_dict().items() if key not in ("scales", "decision")},
-        "tokens": search_text.text.tokens,
-        "used_documents": sorted(search_text.text.digests),
+        "tokens": text.student.tokens,
+        "models": "resident" if resident else "streamed",
     }
     return ScaleDecision(dict(found.scales), found.accepted, found.decision, details)
+
+
+@contextmanager
+def _resident(
+    adapter_folder: Path, pair: ModelPair, text: PairedText, device: str, cache: Path
+) -> Iterator[tuple[At, tuple[str, ...]]]:
+    from moe_svd_distill.evaluation.evaluate import teacher_pass
+    from moe_svd_distill.evaluation.resident import measure
+
+    vocabulary = len(text.student_ids)
+    record = teacher_pass(pair.teacher.checkpoint.folder, text.student, vocabulary=vocabulary, device=device)
+    adapted = AdaptedStudent.load(load_model(pair.student.checkpoint.folder, device), adapter_folder)
+
+    def at(scales: Mapping[str, float]) -> Measurement:
+        adapted.set_scale(scales)
+        return measure(adapted.model, record)
+
+    yield at, adapted.groups
+
+
+@contextmanager
+def _streamed(
+    adapter_folder: Path, pair: ModelPair, text: PairedText, device: str, cache: Path
+) -> Iterator[tuple[At, tuple[str, ...]]]:
+    import torch
+
+    from moe_svd_distill.adapter.adapter_file import adapter_header
+    from moe_svd_distill.evaluation.figures import Measurement
+    from moe_svd_distill.fitting.check import figures_by_document, predicting_places
+    from moe_svd_distill.fitting.pairs import Segment, StatePairs, common_rows
+    from moe_svd_distill.streaming import PassSettings, load_head, stream_states
+
+    settings, places = PassSettings((device,)), predicting_places(text)
+    teacher = common_rows(load_head(pair.teacher.checkpoint, device, torch.float32), text.teacher_ids)
+    present = {group_of(parse_key(key)[0]) for key in adapter_header(adapter_folder).tensors}
+    groups = tuple(group for group in GROUPS if group in present)
+    with stream_states(pair.teacher.checkpoint, text.teacher.sequences, cache, settings) as theirs:
+
+        def at(scales: Mapping[str, float]) -> Measurement:
+            student = pair.student.checkpoint
+            acting = any(scales.values())
+            given: Any = {"adapter": adapter_folder, "scales": dict(scales)} if acting else {}
+            head = common_rows(load_head(student, device, torch.float32, **given), text.student_ids)
+            with stream_states(student, text.student.sequences, cache, settings, keep=not acting, **given) as mine:
+                segment = Segment(
+                    mine.rows(slice(None)).flatten(0, 1),
+                    theirs.rows(slice(None)).flatten(0, 1),
+                    places.student_position,
+                    places.teacher_position,
+                )
+                sums = figures_by_document(StatePairs([segment]), places, head, teacher)
+            return Measurement(sums.kl, sums.cross_entropy, sums.agreement, sums.tokens)
+
+        yield at, groups

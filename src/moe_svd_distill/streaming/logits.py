@@ -1,26 +1,12 @@
-"""What an architecture does between its final hidden states and its logits."""
+"""The logit transform that a model's configuration describes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+from moe_svd_distill.algebra.logits import LogitTransform
 
-
-@dataclass(frozen=True)
-class LogitTransform:
-    """What an architecture does to the head's output: logits = cap · tanh(multiplier · x / cap)."""
-
-    multiplier: float = 1.0
-    cap: float | None = None
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Apply it, (tokens, vocabulary) to the same."""
-        if self.multiplier != 1.0:
-            logits = logits * self.multiplier
-        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+__all__ = ["LogitTransform", "logit_transform"]
 
 
 def logit_transform(config: Any) -> LogitTransform:

@@ -51,7 +51,7 @@ def command(output: Path, pairs: tuple[str, ...], as_json: bool) -> None:
         if not as_json:
             screen.print(f"\n[bold]{name}[/bold]: {pair.description}", soft_wrap=True, highlight=False)
         with Monitor(quiet=as_json) as monitor:
-            adapter = distill(recipe, Listener(monitor.on_plan, monitor.on_event, monitor.on_stage))
+            adapter = distill(recipe, Listener(monitor.on_plan, monitor.on_event, monitor.on_stage, monitor.say))
             evaluated = evaluate_adapter(
                 adapter.folder,
                 None,

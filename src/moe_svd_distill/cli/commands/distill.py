@@ -25,9 +25,7 @@ def command(recipe: Path | None, as_json: bool, **given: Any) -> None:
     from moe_svd_distill.pipeline.distill import Listener, distill
 
     with Monitor(quiet=as_json) as monitor:
-        if wanted.tokens is not None:
-            monitor.say("tokens: the weights stage is fitted on no text; --tokens changes nothing")
-        adapter = distill(wanted, Listener(monitor.on_plan, monitor.on_event, monitor.on_stage))
+        adapter = distill(wanted, Listener(monitor.on_plan, monitor.on_event, monitor.on_stage, monitor.say))
     if as_json:
         print_json({"output": str(adapter.folder), **_essentials(adapter.record)})
     else:

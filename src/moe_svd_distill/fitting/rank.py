@@ -1,0 +1,104 @@
+"""The head's change as factors of a rank that keeps what the change is worth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from moe_svd_distill.algebra.whitening import Whitening, truncated_in_metric
+from moe_svd_distill.fitting.head import mean_kl
+from moe_svd_distill.fitting.pairs import HeadWeights, StatePairs
+
+SERVED_RANKS = (16, 32, 64, 128, 256, 320, 512)
+"""The ranks vLLM has kernels for, from the smallest that is worth having for a head."""
+KEPT_SHARE = 0.98
+HeadRank: TypeAlias = int | Literal["auto", "full"]
+
+
+@dataclass(frozen=True)
+class RankTrial:
+    """What a rank keeps: KL on the checking text, in nats per token, and the share of the whole change's fall."""
+
+    rank: int
+    kl: float
+    share: float
+
+
+@dataclass(frozen=True)
+class RankChoice:
+    """The rank taken and what was tried for it."""
+
+    rank: int
+    trials: tuple[RankTrial, ...]
+
+
+def choose_rank(
+    delta: Tensor,
+    metric: Whitening,
+    asked: HeadRank,
+    check: StatePairs,
+    student: HeadWeights,
+    teacher: HeadWeights,
+    untouched_kl: float,
+    dtype: torch.dtype,
+) -> RankChoice:
+    """The rank of the head's pair.
+
+    Args:
+        delta: Change of the head, (v, d).
+        metric: Second moment of the states it is applied to.
+        asked: A number; `full` for the width; `auto` for the smallest rank that a server takes and that keeps 98 % of
+            the fall of KL on the checking text, at most 512.
+        check: States of text the head was not fitted on.
+        student: The student's head.
+        teacher: The teacher's.
+        untouched_kl: KL on that text without any change.
+        dtype: Type the factors are stored in.
+    """
+    width = min(delta.shape)
+    if asked != "auto":
+        rank = width if asked == "full" else int(asked)
+        return RankChoice(rank, (_trial(rank, delta, metric, check, student, teacher, untouched_kl, None, dtype),))
+    candidates = [rank for rank in SERVED_RANKS if rank < width] + ([width] if width <= SERVED_RANKS[-1] else [])
+    whole = mean_kl(check, _changed(student, delta), teacher)
+    trials = []
+    for rank in candidates:
+        trials.append(_trial(rank, delta, metric, check, student, teacher, untouched_kl, whole, dtype))
+        if trials[-1].share >= KEPT_SHARE:
+            break
+    return RankChoice(trials[-1].rank, tuple(trials))
+
+
+def head_factors(delta: Tensor, metric: Whitening, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``(B, A)`` as stored; ranks above the width are padded with zeros, so that a rank that was asked for is kept."""
+    width = min(delta.shape)
+    b, a = truncated_in_metric(delta, metric, min(rank, width))
+    if rank > width:
+        b = torch.nn.functional.pad(b, (0, rank - width))
+        a = torch.nn.functional.pad(a, (0, 0, 0, rank - width))
+    return b.to(dtype), a.to(dtype)
+
+
+def _changed(student: HeadWeights, delta: Tensor) -> HeadWeights:
+    return HeadWeights(student.weight + delta, student.bias, student.transform)
+
+
+def _trial(
+    rank: int,
+    delta: Tensor,
+    metric: Whitening,
+    check: StatePairs,
+    student: HeadWeights,
+    teacher: HeadWeights,
+    untouched_kl: float,
+    whole_kl: float | None,
+    dtype: torch.dtype,
+) -> RankTrial:
+    b, a = head_factors(delta, metric, rank, dtype)
+    kl = mean_kl(check, _changed(student, b.float() @ a.float()), teacher)
+    best = mean_kl(check, _changed(student, delta), teacher) if whole_kl is None else whole_kl
+    fall = untouched_kl - best
+    return RankTrial(rank, kl, (untouched_kl - kl) / fall if fall > 0 else 1.0)
