@@ -125,7 +125,12 @@ class Recipe(_Section):
         description="Copies of the fitting text with tokens replaced by the student's own predictions; the teacher "
         "labels them too. auto: 7 for little text, 2 for much.",
     )
-    head_passes: int = Field(6, ge=1, description="Passes over the cached states in which the head is fitted.")
+    head_passes: int = Field(4, ge=1, description="Passes over the cached states in which the head is fitted.")
+    last_layers: int = Field(
+        1,
+        ge=0,
+        description="Decoder layers at the student's end that are fitted together with the head; 0 fits the head alone.",
+    )
     vocabulary: Literal["equal", "shared"] = Field(
         "equal",
         description="equal refuses a pair with different tokenizers; shared compares it on what both have in common.",

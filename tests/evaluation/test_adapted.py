@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from moe_svd_distill.errors import BadDataError, UsageError
-from moe_svd_distill.evaluation.adapted import AdaptedStudent, group_of
+from moe_svd_distill.evaluation.adapted import AdaptedStudent
+from moe_svd_distill.streaming.groups import group_of
 from tests.evaluation.conftest import qwen3_moe
 
 IDS = torch.arange(1, 65).reshape(2, 32)
@@ -24,14 +25,26 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     },
     "embeddings": {"target_modules": ["embed_tokens", "v_proj"]},
 }
+_TIED_SETTINGS: dict[str, dict[str, Any]] = {
+    "whole head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "whole head beside a pair of the embeddings": {
+        "target_modules": ["q_proj", "embed_tokens"],
+        "modules_to_save": ["lm_head"],
+    },
+}
 
 
-def _adapter(folder: Path, kind: str) -> Path:
+def _adapter(folder: Path, kind: str, *, tied: bool = False) -> Path:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(11)
-    settings = {"target_modules": [], **_SETTINGS[kind]}
-    model = get_peft_model(qwen3_moe(320), LoraConfig(r=4, lora_alpha=12, init_lora_weights=False, **settings))
+    settings = {"target_modules": [], **(_TIED_SETTINGS if tied else _SETTINGS)[kind]}
+    base = qwen3_moe(320, tie_word_embeddings=tied)
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=12, init_lora_weights=False, **settings))
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "modules_to_save" in name:
+                tensor.add_(0.1 * torch.randn(tensor.shape))
     model.save_pretrained(folder, save_embedding_layers=False)
     return folder
 
@@ -68,6 +81,36 @@ def test_scale_0_is_the_student_and_scale_1_the_plain_adapter(tmp_path: Path, ki
     adapted.set_live()
     assert torch.equal(_logits(adapted.model), plain)
     assert torch.equal(_logits(adapted.detach()), untouched)
+
+
+@pytest.mark.parametrize("kind", list(_TIED_SETTINGS))
+def test_the_other_side_of_a_tied_matrix_is_left_alone(tmp_path: Path, kind: str) -> None:
+    folder = _adapter(tmp_path, kind, tied=True)
+    student = qwen3_moe(320, tie_word_embeddings=True)
+    assert student.lm_head.weight is student.model.embed_tokens.weight
+    untouched, embeddings = _logits(student), student.get_input_embeddings().weight.detach().clone()
+    adapted = AdaptedStudent.load(student, folder)
+    plain = _logits(adapted.model)
+    assert (plain - untouched).abs().max() > 1e-2
+    previous = plain
+    for scale in (1.0, 0.4, 0.0, 1.3):
+        adapted.set_live(scale)
+        live = _logits(adapted.model)
+        assert (live - previous).abs().max() > 1e-2 or scale == 1.0
+        adapted.set_merged(scale)
+        torch.testing.assert_close(_logits(adapted.model), live, rtol=1e-4, atol=1e-5)
+        table = student.get_input_embeddings()
+        torch.testing.assert_close(getattr(table, "base_layer", table).weight, embeddings, rtol=0, atol=0)
+        previous = live
+    adapted.set_merged(0.0)
+    assert torch.equal(_logits(adapted.model), untouched)
+    adapted.set_merged(1.0)
+    assert any(part.group == "attention" and part.pristine is not None for part in adapted._parts)
+    assert not any(tensor.requires_grad for tensor in adapted.model.parameters())
+    adapted.set_live()
+    assert torch.equal(_logits(adapted.model), plain)
+    assert torch.equal(_logits(adapted.detach()), untouched)
+    assert student.lm_head.weight is student.model.embed_tokens.weight
 
 
 def test_groups_are_turned_by_themselves(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tests.evaluation.conftest import Lab, llama, qwen3_moe
 
 
 def _curve(student: Any, record: Any) -> TemperatureCurve:
-    reader = TemperatureReader(record.text)
+    reader = TemperatureReader(record.units)
     return reader.curve(measure(student, record, readers=(reader,)))
 
 

@@ -137,6 +137,39 @@ def test_cleaning_leaves_the_adapter_and_files_of_others(tmp_path: Path) -> None
     assert not (tmp_path / "parts").exists()
 
 
+def test_cleaning_takes_states_of_this_folder_only(tmp_path: Path) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    publish(out, "new")
+    cache = out / "cache"
+    cache.mkdir()
+    working = [
+        out / "parts" / "part-0f-pass-3.safetensors",
+        cache / "states-0f.safetensors",
+        cache / "states-0f.layer-0003.safetensors",
+        cache / "states-0f.safetensors.rejected-1",
+        cache / ".tmp~host~1~ff",
+    ]
+    for path in (*working, cache / "notes.txt"):
+        path.touch()
+    assert sorted(OutputFolder(out).cleanable()) == sorted(working)
+    assert sorted(OutputFolder(out).clean()) == sorted(working)
+    assert [path.name for path in cache.iterdir()] == ["notes.txt"]
+    (cache / "notes.txt").unlink()
+    (cache / "states-1f.safetensors").touch()
+    OutputFolder(out).clean()
+    assert not cache.exists()
+
+    elsewhere.mkdir()
+    (elsewhere / "states-2f.safetensors").touch()
+    cache.symlink_to(elsewhere)
+    assert OutputFolder(out).clean() == []
+    (out / "parts").mkdir(exist_ok=True)
+    (out / "parts" / "part-00.safetensors").touch()
+    assert len(OutputFolder(out).clean()) == 1
+    assert [path.name for path in elsewhere.iterdir()] == ["states-2f.safetensors"]
+    assert cache.is_symlink()
+
+
 def test_cleaning_where_nothing_is(tmp_path: Path) -> None:
     assert OutputFolder(tmp_path / "none").clean() == []
     assert OutputFolder(tmp_path).clean() == []

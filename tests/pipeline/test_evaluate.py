@@ -65,3 +65,23 @@ def test_nothing_to_do_and_no_harness_are_refused(adapter: Path, monkeypatch: py
     monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: pytest.fail("measured before the refusal"))
     with pytest.raises(MissingInputError, match=r"found lm-eval 0\.4\.9"):
         _evaluate(adapter, True, REQUEST)
+
+
+@pytest.mark.parametrize(("asked", "recorded", "expected"), [
+    (None, None, "equal"), (None, "shared", "shared"), ("equal", "shared", "equal"), ("shared", "equal", "shared"),
+])  # fmt: skip
+def test_vocabulary_is_what_is_asked_for_or_what_the_run_had(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch, asked: Any, recorded: str | None, expected: str
+) -> None:
+    told: dict[str, Any] = {}
+
+    def watched(*_: Any, **how: Any) -> Any:
+        told.update(how)
+        return SimpleNamespace(as_dict=lambda: {"verdict": "new"})
+
+    monkeypatch.setattr(evaluate, "evaluate", watched)
+    if recorded:
+        (adapter / "run.json").write_text(json.dumps({"recipe": {"vocabulary": recorded}}))
+    student = str(adapter.parent / "student")
+    evaluate_adapter(adapter, student, student, [adapter.parent / "text.txt"], vocabulary=asked)
+    assert told["vocabulary"] == expected

@@ -49,7 +49,8 @@ def build_configuration(
     targets = {name: target_of(family, name) for name in pairs}
     if tied_embeddings:
         refuse_tied(targets, whole)
-    check_coverage(family, targets, student_layers)
+    present = check_coverage(family, targets, student_layers)
+    by_layer = bool(present) and len(present) < student_layers
     ranks = memory_ranks(pairs, targets)
     rank = _body_rank(pairs, targets)
     patterns = _patterns(targets.values(), ranks, rank)
@@ -65,8 +66,8 @@ def build_configuration(
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,
-        "target_modules": _entries(family, targets.values(), {Carrier.MODULE, Carrier.EMBEDDING}),
-        "target_parameters": _entries(family, targets.values(), {Carrier.PARAMETER, Carrier.FUSED_EXPERT}),
+        "target_modules": _entries(family, targets.values(), {Carrier.MODULE, Carrier.EMBEDDING}, by_layer),
+        "target_parameters": _entries(family, targets.values(), {Carrier.PARAMETER, Carrier.FUSED_EXPERT}, by_layer),
         "rank_pattern": patterns,
         "alpha_pattern": dict(patterns),
     }
@@ -126,8 +127,17 @@ def _body_rank(pairs: Mapping[str, PairShape], targets: Mapping[str, Target]) ->
     return max(counts, key=lambda rank: (counts[rank], rank))
 
 
-def _entries(family: Family, targets: Iterable[Target], carriers: set[Carrier]) -> list[str]:
-    """The entries in the family's order, each once."""
+def _entries(family: Family, targets: Iterable[Target], carriers: set[Carrier], by_layer: bool) -> list[str]:
+    """The entries in the family's order, each once; full names where only some layers have pairs."""
+    targets = list(targets)
+    if by_layer:
+        order = {role.role: place for place, role in enumerate(family.roles)}
+        named = sorted(
+            (target.layer is None, target.layer or 0, order[target.role.role], target.memory_name)
+            for target in targets
+            if target.role.carrier in carriers
+        )
+        return list(dict.fromkeys(name for *_, name in named))
     found = {target.role.role for target in targets if target.role.carrier in carriers}
     return list(dict.fromkeys(role.target for role in family.roles if role.role in found))
 

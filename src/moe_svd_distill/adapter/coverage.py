@@ -12,17 +12,21 @@ _ACTION = "Write the adapter again with a pair for every tensor of the class, ze
 _Places = dict[str, dict[int, set[int]]]
 
 
-def check_coverage(family: Family, targets: Mapping[str, Target], layers: int) -> None:
+def check_coverage(family: Family, targets: Mapping[str, Target], layers: int) -> frozenset[int]:
     """Check that PEFT finds a pair for every module and parameter its configuration will name.
 
     A configuration names classes ("q_proj"), not tensors. A layer without a pair of a named class would load with a
-    key missing, so the class must be complete. Dense MLPs and mixture-of-experts MLPs are alternatives: a layer needs
+    key missing, so the class must be complete in every layer that the adapter changes at all. Layers without any pair
+    are left out of the configuration by name. Dense MLPs and mixture-of-experts MLPs are alternatives: a layer needs
     one of them.
 
     Args:
         family: The student's architecture.
         targets: Hub name to target, for every pair.
         layers: The student's decoder layers.
+
+    Returns:
+        The layers that have pairs.
 
     Raises:
         BadDataError: Naming the first hub tensor without a pair.
@@ -39,8 +43,10 @@ def check_coverage(family: Family, targets: Mapping[str, Target], layers: int) -
         experts = places.setdefault(target.role.role, {}).setdefault(target.layer, set())
         if target.expert is not None:
             experts.add(target.expert)
-    _check_layers(family, places, layers)
+    present = frozenset(layer for by_layer in places.values() for layer in by_layer)
+    _check_layers(family, places, present)
     _check_experts(family, places)
+    return present
 
 
 def _is_dense(role: TensorRole) -> bool:
@@ -51,7 +57,7 @@ def _is_sparse(role: TensorRole) -> bool:
     return role.role.startswith(("experts.", "shared.")) or role.role == "router"
 
 
-def _check_layers(family: Family, places: _Places, layers: int) -> None:
+def _check_layers(family: Family, places: _Places, layers: frozenset[int]) -> None:
     roles = [role for role in family.roles if role.role in places]
     dense = {layer for role in roles if _is_dense(role) for layer in places[role.role]}
     sparse = {layer for role in roles if _is_sparse(role) for layer in places[role.role]}
@@ -61,14 +67,14 @@ def _check_layers(family: Family, places: _Places, layers: int) -> None:
             "Check that the adapter belongs to this student",
         )
     # With both kinds targeted, each layer must have one. With one kind alone, the other layers may be of the other.
-    fallback = set(range(layers)) - dense - sparse if dense and sparse else set()
+    fallback = set(layers) - dense - sparse if dense and sparse else set()
     for role in roles:
         if _is_dense(role):
             expected = dense
         elif _is_sparse(role):
             expected = sparse | fallback
         else:
-            expected = set(range(layers))
+            expected = set(layers)
         if missing := sorted(expected - places[role.role].keys()):
             expert = 0 if role.carrier is Carrier.FUSED_EXPERT else None
             raise BadDataError(f"{role.name(missing[0], expert)} has no LoRA pair, but other layers have", _ACTION)

@@ -140,6 +140,8 @@ def _load(model: PreTrainedModel, configuration: PeftConfig, shapes: Mapping[str
             # PEFT looks for rank patterns among modules only, and warns about those of parameters that it does use.
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
             warnings.filterwarnings("ignore", message="Unsupported layer type")
+            # PEFT 0.21 still asks transformers for a property by its old name.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             loaded = PeftModel(model, configuration, adapter_name=_NAME, low_cpu_mem_usage=True)
             result = set_peft_model_state_dict(loaded, stand_ins, adapter_name=_NAME, low_cpu_mem_usage=True)
     except Exception as error:

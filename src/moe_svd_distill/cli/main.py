@@ -8,7 +8,6 @@ import os
 import sys
 import traceback
 import warnings
-from typing import Any
 
 import click
 
@@ -18,7 +17,7 @@ from moe_svd_distill.errors import DistillError
 COMMANDS = {
     "demo": "Distil the bundled lab pairs, evaluate, and show what the adapters do.",
     "init": "Write a recipe for a teacher and a student, every key explained.",
-    "inspect": "Show what a model is, from its headers only.",
+    "inspect": "Show what a model is, from its headers only; with a second model, how the two are related.",
     "plan": "Show what a recipe would do to every tensor, before any work.",
     "distill": "Make a LoRA adapter for the student from the teacher; resumes by default.",
     "evaluate": "Measure what an adapter does on held-out text, beside controls.",
@@ -64,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in words
     as_json = "--json" in words
-    _quiet_libraries()
+    _prepare_environment()
     if not debug:
         # Deprecations of libraries, and PEFT's false alarm about rank_pattern keys, are nothing a user could act on.
         warnings.simplefilter("ignore")
@@ -107,8 +106,11 @@ def _report(message: str, code: int, as_json: bool, debug: bool = False) -> int:
     return code
 
 
-def _quiet_libraries() -> None:
-    defaults: dict[str, Any] = {
+def _prepare_environment() -> None:
+    """What libraries read when they are imported, here and in workers; whatever is set already stays."""
+    defaults = {
+        # Threads that spin while they wait make everything up to ten times slower where cores are shared.
+        "OMP_WAIT_POLICY": "PASSIVE",
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",

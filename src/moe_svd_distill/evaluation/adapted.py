@@ -7,36 +7,20 @@ always from an untouched copy of W, and costs nothing per pass: the way for many
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_svd_distill.adapter.load_check import check_loads
-from moe_svd_distill.errors import BadDataError, UsageError
-
-Scales: TypeAlias = float | Mapping[str, float]
-"""One scale for the whole adapter, or one for each group."""
-
-GROUPS = ("attention", "mlp", "experts", "head", "embeddings")
+from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.streaming.groups import GROUPS, Scales, by_group, group_of
 
 _NAME = "default"
-_PATTERNS = {
-    "head": r"(^|\.)(lm_head|embed_out)(\.|$)|^output(\.|$)",
-    "embeddings": r"(^|\.)(embed_tokens|word_embeddings|wte)(\.|$)",
-    "attention": r"\.(self_attn|attn|attention|self_attention|linear_attn)(\.|$)",
-    "mlp": r"\.shared_(experts?|mlp)(\.|$)",
-    "experts": r"\.(experts|router|block_sparse_moe)(\.|$)|\.(mlp|feed_forward|ffn)\.gate(\.|$)",
-}
-
-
-def group_of(name: str) -> str:
-    """Return the group of a module or tensor name; what belongs to no other is `mlp`."""
-    return next((group for group, pattern in _PATTERNS.items() if re.search(pattern, name)), "mlp")
 
 
 class AdaptedStudent:
@@ -76,18 +60,23 @@ class AdaptedStudent:
 
     def set_live(self, scales: Scales = 1.0) -> None:
         """Let the adapter act as PEFT loads it, times `scales`."""
-        by_group = self._by_group(scales)
+        factors = by_group(scales, self.groups)
         self._restore()
         self._peft.base_model.enable_adapter_layers()
         for part in self._parts:
-            part.set_live(by_group[part.group])
+            part.set_live(factors[part.group])
 
     def set_merged(self, scales: Scales) -> None:
-        """Write W + scale·BA into the weights, and leave PEFT's own layers aside."""
-        by_group = self._by_group(scales)
+        """Write W + scale·BA into the weights, and leave PEFT's own layers aside.
+
+        What cannot be merged without changing something else stays live: a module that is replaced whole, and a weight
+        that another module holds as well, as a head that is tied to the embeddings.
+        """
+        factors = by_group(scales, self.groups)
+        self._restore()
         self._peft.base_model.disable_adapter_layers()
         for part in self._parts:
-            part.set_merged(by_group[part.group])
+            part.set_merged(factors[part.group])
 
     def set_scale(self, scales: Scales) -> None:
         """Turn the dial in the faster exact way: merged in float32, live where rounding would swallow the delta."""
@@ -109,25 +98,20 @@ class AdaptedStudent:
         for part in self._parts:
             part.restore()
 
-    def _by_group(self, scales: Scales) -> dict[str, float]:
-        if not isinstance(scales, Mapping):
-            return dict.fromkeys(self.groups, float(scales))
-        missing = [group for group in self.groups if group not in scales]
-        if missing:
-            raise UsageError(
-                f"No scale is given for {', '.join(missing)}", f"Give one for each of {', '.join(self.groups)}"
-            )
-        return {group: float(scales[group]) for group in self.groups}
-
 
 class _LowRankPart:
-    """One adapted weight: a layer, an embedding, or a parameter that holds all experts."""
+    """One adapted weight: a layer, an embedding, or a parameter that holds all experts.
 
-    def __init__(self, name: str, layer: Any) -> None:
-        parameter_name = getattr(layer, "parameter_name", "weight")
-        self.group = group_of(f"{name}.{parameter_name}")
-        self.layer = layer
-        self.weight: Tensor = getattr(layer.get_base_layer(), parameter_name)
+    Args:
+        name: Of the layer in the model.
+        layer: PEFT's.
+        shared: Whether another module has the same weight.
+    """
+
+    def __init__(self, name: str, layer: Any, shared: bool) -> None:
+        self.group = group_of(f"{name}.{_parameter_of(layer)}")
+        self.layer, self.shared = layer, shared
+        self.weight: Tensor = getattr(layer.get_base_layer(), _parameter_of(layer))
         self.factor = float(layer.scaling[_NAME])
         self.pristine: Tensor | None = None
 
@@ -135,11 +119,13 @@ class _LowRankPart:
         self.layer.scaling[_NAME] = self.factor * scale
 
     def set_merged(self, scale: float) -> None:
+        if self.shared:
+            _switch_on(self.layer)
+            self.set_live(scale)
+            return
         if self.pristine is None:
             self.pristine = self.weight.detach().clone()
-        self.weight.data.copy_(self.pristine)
         if scale != 0.0:
-            self.layer.scaling[_NAME] = self.factor
             self.weight.data.add_(self.layer.get_delta_weight(_NAME), alpha=scale)
 
     def restore(self) -> None:
@@ -149,39 +135,53 @@ class _LowRankPart:
 
 
 class _ReplacedPart:
-    """A module that the adapter replaces whole (`modules_to_save`); in between lies the straight line of weights."""
+    """A module that the adapter replaces whole (`modules_to_save`); in between lies the straight line of weights.
+
+    Only the replacement is ever written: the original may be tied to the embeddings.
+    """
 
     def __init__(self, name: str, wrapper: Any) -> None:
-        self.group = group_of(name)
+        self.group, self.wrapper = group_of(name), wrapper
         self.pairs: Sequence[tuple[Tensor, Tensor]] = list(
             zip(wrapper.original_module.parameters(), wrapper.modules_to_save[_NAME].parameters(), strict=True)
         )
-        self.pristine = [(old.detach().clone(), new.detach().clone()) for old, new in self.pairs]
+        self.pristine = [new.detach().clone() for _, new in self.pairs]
 
     def set_live(self, scale: float) -> None:
-        self._blend(scale, 1)
+        for (old, current), new in zip(self.pairs, self.pristine, strict=True):
+            if scale != 1.0:
+                current.data.copy_(old if scale == 0.0 else old + scale * (new - old))
 
     def set_merged(self, scale: float) -> None:
-        self._blend(scale, 0)
+        _switch_on(self.wrapper)
+        self.set_live(scale)
 
     def restore(self) -> None:
-        for pair, values in zip(self.pairs, self.pristine, strict=True):
-            for tensor, value in zip(pair, values, strict=True):
-                tensor.data.copy_(value)
+        for (_, current), new in zip(self.pairs, self.pristine, strict=True):
+            current.data.copy_(new)
 
-    def _blend(self, scale: float, side: int) -> None:
-        for pair, (old, new) in zip(self.pairs, self.pristine, strict=True):
-            pair[side].data.copy_(new if scale == 1.0 else old + scale * (new - old))
+
+def _parameter_of(layer: Any) -> str:
+    """Name of the weight that a layer of PEFT adapts."""
+    return str(getattr(layer, "parameter_name", "weight"))
+
+
+def _switch_on(layer: Any) -> None:
+    """Let one layer of PEFT act while the others are switched off."""
+    layer.enable_adapters(True)
+    layer.requires_grad_(False)
 
 
 def _parts(model: Any) -> Sequence[_LowRankPart | _ReplacedPart]:
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
 
+    holders = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
     parts: list[_LowRankPart | _ReplacedPart] = []
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            parts.append(_LowRankPart(name, module))
+            weight = getattr(module.get_base_layer(), _parameter_of(module))
+            parts.append(_LowRankPart(name, module, holders[id(weight)] > 1))
         elif isinstance(module, ModulesToSaveWrapper):
             parts.append(_ReplacedPart(name, module))
     return parts

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import tempfile
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,21 +14,13 @@ import numpy as np
 from moe_svd_distill.adapter.load_check import check_loads
 from moe_svd_distill.adapter.random_control import write_random_control
 from moe_svd_distill.calibration.domain import DomainDistance, domain_distance
-from moe_svd_distill.calibration.text import (
-    Document,
-    TokenizedText,
-    load_tokenizer,
-    require_shared_vocabulary,
-    split_documents,
-    tokenize,
-    without,
-)
-from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.calibration.paired import VocabularyMode
+from moe_svd_distill.calibration.text import Document
 from moe_svd_distill.evaluation.bootstrap import Bootstrap
 from moe_svd_distill.evaluation.figures import Measurement
-from moe_svd_distill.evaluation.from_states import Progress, Reader, TeacherRecord, compare
+from moe_svd_distill.evaluation.from_states import Progress, Reader, Record, compare
 from moe_svd_distill.evaluation.loading import load_model
-from moe_svd_distill.evaluation.resident import ResidentStudent, record_teacher
+from moe_svd_distill.evaluation.resident import ResidentStudent
 from moe_svd_distill.evaluation.result import (
     Control,
     Evaluation,
@@ -39,11 +30,14 @@ from moe_svd_distill.evaluation.result import (
 )
 from moe_svd_distill.evaluation.scale_search import halves
 from moe_svd_distill.evaluation.sources import Mode, StudentSource, place_of
-from moe_svd_distill.evaluation.streamed import PredictingRows, StreamedStudent, record_teacher_streamed
+from moe_svd_distill.evaluation.streamed import PredictingRows, StreamedStudent
+from moe_svd_distill.evaluation.teacher import resident_records, streamed_records, teacher_pass
 from moe_svd_distill.evaluation.temperature import HIGHEST, LOWEST, TemperatureCurve, TemperatureReader
+from moe_svd_distill.evaluation.texts import FIT_TOKENS, evaluation_texts
 from moe_svd_distill.evaluation.verdict import effect_of, sentence
 
-FIT_TOKENS = 4_096  # of calibration text for one temperature, which is one number
+__all__ = ["FIT_TOKENS", "evaluate", "evaluate_student", "random_controls", "teacher_pass"]
+
 _EDGE = 1.01
 
 
@@ -62,6 +56,7 @@ def evaluate(
     device: str = "cpu",
     mode: Mode = "auto",
     cache: str | Path | None = None,
+    vocabulary: VocabularyMode = "equal",
     on_progress: Progress | None = None,
 ) -> Evaluation:
     """Measure the teacher, the untouched student, the adapter as PEFT loads it, random controls and one temperature.
@@ -83,43 +78,45 @@ def evaluate(
         mode: Whether models are held in memory; `auto` decides for each of them by the free memory.
         cache: Where streamed states lie, by default `cache` in the adapter's folder. Those of the teacher and of the
             untouched student stay there for the next evaluation on the same text.
+        vocabulary: `equal` demands that both models number their tokens alike. `shared` takes any two tokenizers and
+            compares what they have in common, at the places where both have read the same characters.
         on_progress: Told about every batch.
 
     Raises:
-        IncompatiblePairError: The models have different vocabularies.
+        IncompatiblePairError: The models have different vocabularies, or for `shared` nothing in common.
         BadDataError: No text is left, PEFT would not load the adapter whole, or figures are not finite.
         UsageError: A model is asked to be resident and does not fit.
     """
     start = time.monotonic()
-    comparison = require_shared_vocabulary(teacher_folder, student_folder)
-    fresh = without(documents, used)
-    if not fresh:
-        raise BadDataError("All of the text was used to make the adapter", "Name text the adapter has not seen")
-    ordered = split_documents(fresh, {"held-out": 1.0}, seed)["held-out"]
-    tokenizer = load_tokenizer(student_folder)
-    text = tokenize(ordered, tokenizer, limit_tokens, length=length, vocabulary=comparison.shared)
-    others = without(calibration, text.digests)
-    texts = [text]
-    with suppress(BadDataError):  # less than a sequence of it: then half of the text itself is what T is fitted on
-        texts += [tokenize(others, tokenizer, FIT_TOKENS, length=length, vocabulary=comparison.shared)]
+    texts = evaluation_texts(
+        documents,
+        calibration,
+        used,
+        teacher_folder,
+        student_folder,
+        limit_tokens=limit_tokens,
+        length=length,
+        seed=seed,
+        mode=vocabulary,
+    )
+    read = [text.student for text in texts]
     check_loads(adapter_folder, student_folder)
     cached = Path(adapter_folder) / "cache" if cache is None else Path(cache)
     teacher_place, student_place = (place_of(Path(folder), device, mode) for folder in (teacher_folder, student_folder))
-    kept: list[Path] = []
     with ExitStack() as stack:
-        random_folders = stack.enter_context(random_controls(adapter_folder, range(seed, seed + controls)))
+        random_folders = stack.enter_context(
+            random_controls(adapter_folder, range(seed, seed + controls), student_folder)
+        )
         if teacher_place == "resident":
-            records = _teacher_passes(teacher_folder, texts, comparison.shared, device, on_progress)
+            records = resident_records(teacher_folder, texts, device, on_progress)
         else:
-            records = record_teacher_streamed(
-                teacher_folder, texts, cached, vocabulary=comparison.shared, device=device, on_progress=on_progress
-            )
-            kept += [record.hidden.states.path for record in records[:1] if isinstance(record.hidden, PredictingRows)]
+            records = streamed_records(teacher_folder, texts, cached, device, on_progress)
+        kept = [record.hidden.states.path for record in records[:1] if isinstance(record.hidden, PredictingRows)]
         source: ResidentStudent | StreamedStudent
         if student_place == "resident":
             source = ResidentStudent(load_model(student_folder, device))
         else:
-            source = stack.enter_context(StreamedStudent(student_folder, texts, cached, device=device))
+            source = stack.enter_context(StreamedStudent(student_folder, read, cached, device=device))
         result = evaluate_student(
             source,
             records[0],
@@ -127,7 +124,7 @@ def evaluate(
             seed=seed,
             controls=random_folders,
             fit=records[1] if len(records) > 1 else None,
-            domain=domain_distance(texts[1], text, seed=seed) if len(texts) > 1 else None,
+            domain=domain_distance(read[1], read[0], seed=seed) if len(read) > 1 else None,
             on_progress=on_progress,
         )
         kept += source.kept
@@ -140,30 +137,31 @@ def evaluate(
 
 
 @contextmanager
-def random_controls(adapter_folder: str | Path, seeds: Iterable[int]) -> Iterator[dict[int, Path]]:
-    """Write random adapters of the same norms into a temporary folder, one for each seed."""
+def random_controls(
+    adapter_folder: str | Path, seeds: Iterable[int], student_folder: str | Path | None = None
+) -> Iterator[dict[int, Path]]:
+    """Write random adapters of the same norms into a temporary folder, one for each seed.
+
+    Args:
+        adapter_folder: The adapter.
+        seeds: One random adapter for each.
+        student_folder: The student, which a head that is saved whole needs; by default the one the adapter names.
+    """
     with tempfile.TemporaryDirectory() as folder:
         written = {seed: Path(folder) / str(seed) for seed in seeds}
         for seed, path in written.items():
-            write_random_control(adapter_folder, path, seed)
+            write_random_control(adapter_folder, path, seed, student_folder)
         yield written
-
-
-def teacher_pass(
-    folder: str | Path, text: TokenizedText, *, vocabulary: int, device: str, on_progress: Progress | None = None
-) -> TeacherRecord:
-    """Load the teacher, record its pass, and let go of it."""
-    return _teacher_passes(folder, [text], vocabulary, device, on_progress)[0]
 
 
 def evaluate_student(
     source: StudentSource,
-    record: TeacherRecord,
+    record: Record,
     adapter_folder: str | Path,
     *,
     seed: int = 0,
     controls: Mapping[int, Path] | None = None,
-    fit: TeacherRecord | None = None,
+    fit: Record | None = None,
     domain: DomainDistance | None = None,
     on_progress: Progress | None = None,
 ) -> Evaluation:
@@ -215,6 +213,7 @@ def evaluate_student(
             control=(control_gap.kl, control_gap.kl_interval) if control_gap else (None, None),
             temperature=(recalibrated.kl, recalibrated.kl_interval) if recalibrated else (None, None),
             other_domain=domain is not None and domain.different,
+            aligned=record.aligned.note if record.aligned else None,
         ),
         teacher=bootstrap.figures(teacher),
         student=bootstrap.figures(before),
@@ -228,22 +227,13 @@ def evaluate_student(
         seconds=time.monotonic() - start,
         places={"student": source.place},
         domain=domain,
+        aligned=record.aligned,
     )
-
-
-def _teacher_passes(
-    folder: str | Path, texts: Sequence[TokenizedText], vocabulary: int, device: str, on_progress: Progress | None
-) -> list[TeacherRecord]:
-    teacher = load_model(folder, device)
-    records = [record_teacher(teacher, text, vocabulary=vocabulary, on_progress=on_progress) for text in texts]
-    del teacher
-    gc.collect()
-    return records
 
 
 def _measured(
     source: StudentSource,
-    record: TeacherRecord,
+    record: Record,
     adapter: Path | None,
     name: str,
     on_progress: Progress | None,
@@ -254,10 +244,10 @@ def _measured(
 
 
 def _temperature_curve(
-    source: StudentSource, record: TeacherRecord, name: str, on_progress: Progress | None
+    source: StudentSource, record: Record, name: str, on_progress: Progress | None
 ) -> TemperatureCurve:
     """Measure the untouched student, and what it would be at other temperatures, in one pass."""
-    reader = TemperatureReader(record.text)
+    reader = TemperatureReader(record.units)
     return reader.curve(_measured(source, record, None, name, on_progress, (reader,)))
 
 

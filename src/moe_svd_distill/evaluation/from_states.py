@@ -18,6 +18,7 @@ from moe_svd_distill.algebra.distribution import cross_entropy, kl_divergence, t
 from moe_svd_distill.calibration.text import IntArray, TokenizedText
 from moe_svd_distill.errors import BadDataError, IncompatiblePairError
 from moe_svd_distill.evaluation.figures import FloatArray, Measurement
+from moe_svd_distill.evaluation.result import Aligned
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with the name of a pass, the tokens done and the tokens to do."""
@@ -50,9 +51,66 @@ class Reader(Protocol):
         """Logits of teacher and student, (tokens, vocabulary), and the tokens that follow, (tokens,); on one device."""
 
 
+class Record(Protocol):
+    """All that is kept of the teacher after its one pass, and at which tokens a student is held against it."""
+
+    @property
+    def hidden(self) -> Hidden:
+        """The teacher's states."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens the distributions are taken over."""
+
+    @property
+    def measurement(self) -> Measurement:
+        """The teacher's own figures."""
+
+    @property
+    def text(self) -> TokenizedText:
+        """The text as the student reads it."""
+
+    @property
+    def units(self) -> IntArray:
+        """The independent unit of every token that is compared, in the order of the text, or -1 for padding; flat."""
+
+    @property
+    def aligned(self) -> Aligned | None:
+        """What of both models is compared; None where they number their tokens alike."""
+
+    def chunks(self, rows: slice, states: Tensor, logits: Logits) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Teacher's and student's logits, (tokens, vocabulary), and the tokens that follow, (tokens,), a few at a time.
+
+        Args:
+            rows: Rows of the text.
+            states: The student's states of these, (rows, length-1, d).
+            logits: The student's head.
+
+        Raises:
+            IncompatiblePairError: The student's head has fewer tokens than are compared.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherStates:
+    """A teacher's final states of a text and its whole head.
+
+    Attributes:
+        hidden: States after the last norm, (n, length-1, d).
+        weight: The head, float32, (V, d).
+        bias: The head's bias, float32, (V,), or None.
+        transform: What follows the head.
+    """
+
+    hidden: Hidden
+    weight: Tensor
+    bias: Tensor | None
+    transform: Logits
+
+
 @dataclass(frozen=True, eq=False)
 class TeacherRecord:
-    """All that is kept of the teacher after its one pass.
+    """The record of a teacher that numbers its tokens as the student does.
 
     Attributes:
         hidden: Final hidden states after the last norm, (n, length-1, d): a tensor on the CPU, which may be mapped
@@ -72,6 +130,20 @@ class TeacherRecord:
     vocabulary: int
     measurement: Measurement
     text: TokenizedText
+    aligned: None = None
+
+    @property
+    def units(self) -> IntArray:
+        """The independent unit of every token that has a predecessor; flat."""
+        return units_of(self.text)
+
+    def chunks(self, rows: slice, states: Tensor, logits: Logits) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Logits at every token that has a predecessor."""
+        for part, recorded, targets in _chunks(states, self.hidden[rows], self.text, rows, self.vocabulary):
+            given = logits(part)
+            require_tokens(given, self.vocabulary)
+            given = given[:, : self.vocabulary].float()
+            yield self.logits(recorded).to(given.device), given, targets.to(given.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The teacher's logits from its hidden states, (tokens, d) to (tokens, vocabulary), on the head's device."""
@@ -88,7 +160,7 @@ def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform
 @torch.no_grad()
 def own_figures(blocks: Iterable[Block], logits: Logits, text: TokenizedText, vocabulary: int) -> Measurement:
     """The teacher's own figures: its cross-entropy, with a KL of 0 and an agreement of 1."""
-    sums = Sums(text)
+    sums = Sums(units_of(text))
     for rows, states in blocks:
         for part, _, targets in _chunks(states, None, text, rows, vocabulary):
             given = logits(part)
@@ -98,7 +170,7 @@ def own_figures(blocks: Iterable[Block], logits: Logits, text: TokenizedText, vo
 
 @torch.no_grad()
 def compare(
-    blocks: Iterable[Block], logits: Logits, teacher: TeacherRecord, name: str, readers: Sequence[Reader] = ()
+    blocks: Iterable[Block], logits: Logits, teacher: Record, name: str, readers: Sequence[Reader] = ()
 ) -> Measurement:
     """Measure a student by its states on the text the teacher has read.
 
@@ -113,19 +185,10 @@ def compare(
         IncompatiblePairError: The student's head has fewer tokens than are compared.
         BadDataError: The figures are not finite.
     """
-    sums = Sums(teacher.text)
+    sums = Sums(teacher.units)
     everyone: tuple[Reader, ...] = (sums, *readers)
     for rows, states in blocks:
-        for part, recorded, targets in _chunks(states, teacher.hidden[rows], teacher.text, rows, teacher.vocabulary):
-            given = logits(part)
-            if given.shape[-1] < teacher.vocabulary:
-                raise IncompatiblePairError(
-                    f"The student's head has {given.shape[-1]} tokens, fewer than the {teacher.vocabulary} to compare",
-                    "Compare only the tokens both models have",
-                )
-            given = given[:, : teacher.vocabulary].float()
-            wanted = teacher.logits(recorded).to(given.device)
-            targets = targets.to(given.device)
+        for wanted, given, targets in teacher.chunks(rows, states, logits):
             for reader in everyone:
                 reader.add(wanted, given, targets)
     measurement = sums.measurement()
@@ -152,8 +215,8 @@ def blocks_of(hidden: Hidden, name: str, on_progress: Progress | None = None) ->
 class Sums:
     """Adds up figures by document, token after token in the order of the text."""
 
-    def __init__(self, text: TokenizedText) -> None:
-        self.units = units_of(text)
+    def __init__(self, units: IntArray) -> None:
+        self.units = units
         self.values: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add(self, wanted: Tensor, logits: Tensor, targets: Tensor, *, itself: bool = False) -> None:
@@ -184,6 +247,19 @@ def units_of(text: TokenizedText) -> IntArray:
     units[~real] = -1
     _, units[real] = np.unique(units[real], return_inverse=True)
     return units
+
+
+def require_tokens(logits: Tensor, count: int) -> None:
+    """Refuse a student's logits, (tokens, V), of fewer tokens than are compared.
+
+    Raises:
+        IncompatiblePairError: V is below `count`.
+    """
+    if logits.shape[-1] < count:
+        raise IncompatiblePairError(
+            f"The student's head has {logits.shape[-1]} tokens, fewer than the {count} to compare",
+            "Compare only the tokens both models have",
+        )
 
 
 def chunk_tokens(vocabulary: int) -> int:

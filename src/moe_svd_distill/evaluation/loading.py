@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,20 +94,9 @@ def available_bytes(device: str) -> int:
 
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(torch.device(device))[0])
-    import psutil
+    from moe_svd_distill.streaming.budget import free_memory
 
-    return min(int(psutil.virtual_memory().available), _left_in_group())
-
-
-def _left_in_group() -> int:
-    """What the control group of a container or a batch job leaves; very much where there is none."""
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text())
-        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["anon"]
-    except (OSError, ValueError, KeyError):
-        return sys.maxsize
-    return limit - int(used)
+    return free_memory()
 
 
 @contextmanager

@@ -24,7 +24,9 @@ from moe_svd_distill.evaluation.from_states import (
     Logits,
     Progress,
     Reader,
+    Record,
     TeacherRecord,
+    TeacherStates,
     compare,
     linear_logits,
     own_figures,
@@ -48,10 +50,7 @@ def record_teacher(
         vocabulary: Compare only the first this many tokens; by default all the head has.
         on_progress: Told about every batch.
     """
-    head, transform = _checked_head(model)
-    weight = head.weight.detach().float()
-    bias = getattr(head, "bias", None)
-    bias = None if bias is None else bias.detach().float()
+    weight, bias, transform = _head_weights(model)
     size = weight.shape[0] if vocabulary is None else min(vocabulary, weight.shape[0])
     kept: list[Tensor] = []
 
@@ -68,9 +67,23 @@ def record_teacher(
 
 
 @torch.no_grad()
+def teacher_states(model: Any, text: TokenizedText, on_progress: Progress | None = None) -> TeacherStates:
+    """Run the teacher over its own reading of a text, and leave the figures to others.
+
+    Args:
+        model: A transformers causal language model.
+        text: What to read.
+        on_progress: Told about every batch.
+    """
+    head = _head_weights(model)
+    kept = [states.cpu() for _, states in _blocks(model, text, "teacher", on_progress)]
+    return TeacherStates(torch.cat(kept), *head)
+
+
+@torch.no_grad()
 def measure(
     model: Any,
-    teacher: TeacherRecord,
+    teacher: Record,
     *,
     name: str = "student",
     on_progress: Progress | None = None,
@@ -125,13 +138,20 @@ def _blocks(model: Any, text: TokenizedText, name: str, on_progress: Progress | 
     sequences = torch.from_numpy(np.ascontiguousarray(text.sequences))
     step = max(1, BLOCK_TOKENS // text.length)
     if on_progress:
-        on_progress(name, 0, text.tokens)
+        on_progress(name, 0, text.sequences.size)
     for begin in range(0, len(sequences), step):
         rows = slice(begin, min(begin + step, len(sequences)))
         batch = sequences[rows].to(device)
         yield rows, decoder(input_ids=batch, use_cache=False).last_hidden_state[:, :-1]
         if on_progress:
-            on_progress(name, begin * text.length + batch.numel(), text.tokens)
+            on_progress(name, begin * text.length + batch.numel(), text.sequences.size)
+
+
+def _head_weights(model: Any) -> tuple[Tensor, Tensor | None, LogitTransform]:
+    """The head's weight and bias in float32, and what follows it."""
+    head, transform = _checked_head(model)
+    bias = getattr(head, "bias", None)
+    return head.weight.detach().float(), None if bias is None else bias.detach().float(), transform
 
 
 @torch.no_grad()

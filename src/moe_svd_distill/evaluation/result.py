@@ -79,6 +79,35 @@ class TemperatureControl:
 
 
 @dataclass(frozen=True)
+class Aligned:
+    """What the figures of a pair with different tokenizers are over.
+
+    Both models' distributions are taken over the tokens that read the same bytes in both, each made to sum to 1 there,
+    at the places where both have read the same characters and such a token follows.
+
+    Attributes:
+        common_tokens: Tokens that both models have.
+        places: Places that are compared.
+        places_share: Of the tokens the student predicts in the same text.
+        teacher_mass: Mean probability that the teacher's whole distribution has on the common tokens at these places.
+    """
+
+    common_tokens: int
+    places: int
+    places_share: float
+    teacher_mass: float
+
+    @property
+    def note(self) -> str:
+        """In one sentence."""
+        return (
+            f"The tokenizers differ: measured over the {self.common_tokens:,} tokens both have, at the "
+            f"{self.places_share:.1%} of the student's tokens where the two align; "
+            f"{self.teacher_mass:.1%} of the teacher's probability is on tokens that both have."
+        )
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Everything measured on one held-out text.
 
@@ -98,6 +127,7 @@ class Evaluation:
         places: Where the states of each model came from.
         kept_states: Files of streamed states that stay for the next evaluation on the same text.
         domain: How far the text is from the calibration text; None where that is not known.
+        aligned: What is compared of a pair with different tokenizers; None where they number their tokens alike.
     """
 
     effect: Effect
@@ -115,6 +145,7 @@ class Evaluation:
     places: dict[str, Place]
     domain: DomainDistance | None = None
     kept_states: tuple[str, ...] = ()
+    aligned: Aligned | None = None
 
     @property
     def control_gap_closed(self) -> GapClosed | None:

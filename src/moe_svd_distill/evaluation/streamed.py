@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -20,7 +21,16 @@ from torch import Tensor
 
 from moe_svd_distill.calibration.text import IntArray, TokenizedText
 from moe_svd_distill.checkpoints import open_checkpoint
-from moe_svd_distill.evaluation.from_states import Block, Logits, Progress, TeacherRecord, blocks_of, own_figures
+from moe_svd_distill.evaluation.from_states import (
+    Block,
+    Logits,
+    Progress,
+    TeacherRecord,
+    TeacherStates,
+    blocks_of,
+    linear_logits,
+    own_figures,
+)
 from moe_svd_distill.streaming import Head, PassSettings, StreamedStates, load_head, stream_states
 
 
@@ -73,6 +83,24 @@ def record_teacher_streamed(
         device: Where it runs.
         on_progress: Told about every layer and, of the head, about every batch.
     """
+    records = []
+    for text, states in zip(texts, stream_teacher(folder, texts, cache, device, on_progress), strict=True):
+        weight, bias, transform = states.weight, states.bias, states.transform
+        size = min(vocabulary, len(weight))
+        head = partial(linear_logits, weight=weight, bias=bias, transform=transform, vocabulary=size)
+        measurement = own_figures(blocks_of(states.hidden, "teacher's head", on_progress), head, text, size)
+        records.append(TeacherRecord(states.hidden, weight, bias, transform, size, measurement, text))
+    return records
+
+
+def stream_teacher(
+    folder: str | Path,
+    texts: Sequence[TokenizedText],
+    cache: Path,
+    device: str = "cpu",
+    on_progress: Progress | None = None,
+) -> list[TeacherStates]:
+    """A teacher's states of several texts, which it reads at once, and its head; the states stay in the cache."""
     with open_checkpoint(folder) as checkpoint:
         states = stream_states(
             checkpoint,
@@ -82,13 +110,7 @@ def record_teacher_streamed(
             on_progress=_by_layer(on_progress, "teacher", texts),
         )
         head = load_head(checkpoint, device, torch.float32)
-    size = min(vocabulary, head.weight.shape[0])
-    records = []
-    for text, hidden in zip(texts, _divided(states, texts), strict=True):
-        blocks = blocks_of(hidden, "teacher's head", on_progress)
-        measurement = own_figures(blocks, lambda part: head.logits(part)[:, :size], text, size)
-        records.append(TeacherRecord(hidden, head.weight, head.bias, head.transform, size, measurement, text))
-    return records
+    return [TeacherStates(hidden, head.weight, head.bias, head.transform) for hidden in _divided(states, texts)]
 
 
 class StreamedStudent:

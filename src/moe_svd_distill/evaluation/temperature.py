@@ -18,9 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe_svd_distill.calibration.text import TokenizedText
+from moe_svd_distill.calibration.text import IntArray
 from moe_svd_distill.evaluation.figures import FloatArray, Measurement
-from moe_svd_distill.evaluation.from_states import units_of
 
 LOWEST, HIGHEST = 0.25, 4.0  # temperatures to search between
 _STEPS_PER_OCTAVE = 3
@@ -72,13 +71,17 @@ class TemperatureCurve:
 
 
 class TemperatureReader:
-    """Takes from a pass of the untouched student what a temperature curve needs."""
+    """Takes from a pass of the untouched student what a temperature curve needs.
 
-    def __init__(self, text: TokenizedText) -> None:
+    Args:
+        units: The document of every token that is compared (see `Record`).
+    """
+
+    def __init__(self, units: IntArray) -> None:
         octaves = float(np.log2(HIGHEST / LOWEST))
         points = round(octaves * _STEPS_PER_OCTAVE) + 1
         self.log_beta = np.linspace(-np.log(HIGHEST), -np.log(LOWEST), points)
-        self.units = torch.from_numpy(units_of(text))
+        self.units = torch.from_numpy(units)
         documents = int(self.units.max()) + 1
         self.linear = torch.zeros(documents, 3, dtype=torch.float64)
         self.moments = torch.zeros(documents, points, 3, dtype=torch.float64)

@@ -56,6 +56,7 @@ def sentence(
     control: _Gap = (None, None),
     temperature: _Gap = (None, None),
     other_domain: bool = False,
+    aligned: str | None = None,
 ) -> str:
     """Say it to the user, with the figures it rests on.
 
@@ -68,8 +69,10 @@ def sentence(
         control: The same of KL, by the mean of the random deltas.
         temperature: The same of KL, by one temperature.
         other_domain: Whether the adapter was calibrated on text of another domain.
+        aligned: What the figures of a pair with different tokenizers are over, in a sentence.
     """
     note = " Calibrated on text of another domain." if other_domain else ""
+    note += "" if aligned is None else f" {aligned}"
     return _of_effect(effect, before, after, kl, cross_entropy, control, temperature) + note
 
 

@@ -52,6 +52,11 @@ class OutputFolder:
         return self.path / "parts"
 
     @property
+    def cache(self) -> Path:
+        """Where the states of streamed models lie, unless a run was told of another folder."""
+        return self.path / "cache"
+
+    @property
     def published(self) -> bool:
         """Whether a complete adapter lies here."""
         return (self.path / MANIFEST).is_file()
@@ -113,16 +118,21 @@ class OutputFolder:
             raise explain_writing(error, self.path, opening=True) or error from error
 
     def cleanable(self) -> list[Path]:
-        """What `clean` would delete: parts, rejected parts and what killed runs left behind; not the adapter."""
+        """What `clean` would delete: parts, states, rejected ones, and what killed runs left behind; not the adapter.
+
+        A cache that lies elsewhere, even if a link in the folder leads to it, serves other runs as well and stays.
+        """
         found = [path for path in (self.path / _WITHDRAWN,) if path.is_file()]
         found += [path for path in _files(self.parts) if path.name.startswith("part-") or is_temporary(path)]
         found += [path for path in _files(self.path) if is_temporary(path)]
+        if not self.cache.is_symlink():
+            found += [path for path in _files(self.cache) if path.name.startswith("states-") or is_temporary(path)]
         return found + _files(self._staging)
 
     def clean(self) -> list[Path]:
-        """Delete the working files, and nothing that is not known to be one. The only place that deletes parts.
+        """Delete the working files, and nothing that is not known to be one.
 
-        The folder need not be entered.
+        Nothing else deletes the parts of units. The folder need not be entered.
 
         Returns:
             What was deleted.
@@ -137,8 +147,8 @@ class OutputFolder:
             doomed = self.cleanable()
             for path in doomed:
                 path.unlink()
-            for folder in (self.parts, self._staging):
-                if folder.is_dir() and not any(folder.iterdir()):
+            for folder in (self.parts, self._staging, self.cache):
+                if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
                     folder.rmdir()
         except OSError as error:
             raise explain_writing(error, self.path, opening=True) or error from error

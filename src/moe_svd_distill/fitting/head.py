@@ -10,17 +10,26 @@ the disk, and the best pass by KL on other text is what counts; the untouched he
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_svd_distill.algebra.whitening import Whitening, whitening
-from moe_svd_distill.execution.parts import PartContent, find_fault, open_part, part_path, reject_part, write_part
+from moe_svd_distill.execution.parts import (
+    PartContent,
+    find_fault,
+    open_part,
+    part_path,
+    read_record,
+    reject_part,
+    write_part,
+)
 from moe_svd_distill.fitting.pairs import HeadWeights, StatePairs, second_moment
 
 _FIRST_MOMENT, _SECOND_MOMENT, _TINY = 0.9, 0.98, 1e-10
@@ -40,7 +49,7 @@ class HeadFitSettings:
         seed: Of the order of the states.
     """
 
-    passes: int = 6
+    passes: int = 4
     rate: float = 0.5
     seed: int = 0
 
@@ -66,9 +75,84 @@ class HeadFit:
     resumed: int
 
 
+class Source(Protocol):
+    """Where the states come from that the head is fitted on: files, or the last layers that are fitted with it."""
+
+    @property
+    def batches(self) -> int:
+        """Steps of one pass."""
+
+    def moment(self, device: torch.device) -> Tensor:
+        """``E[x xᵀ]`` of the student's states before the fit, (d, d)."""
+
+    def begin(self, order: NDArray[np.int64], place: int) -> tuple[Tensor, Tensor]:
+        """States of student and teacher for one step of a pass, (b, d_student) and (b, d_teacher)."""
+
+    def order(self, generator: np.random.Generator) -> NDArray[np.int64]:
+        """The order of a pass."""
+
+    def end(self, gradient: Callable[[], Tensor], step: int, share: float) -> None:
+        """Take the gradient by the student's states of `begin`, (b, d), and move along it.
+
+        Args:
+            gradient: Computes it; not called where nothing moves.
+            step: Number of the step, from 1.
+            share: Of the largest step size.
+        """
+
+    def check(self) -> StatePairs:
+        """States of the checking text as they are now."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What else must be on the disk to go on from here."""
+
+    def reset(self, halvings: int) -> None:
+        """Back to the beginning, with steps halved so often."""
+
+    def settle(self) -> None:
+        """Called after something was written into `tensors`."""
+
+
+class StateSource:
+    """States from files; only the head moves."""
+
+    def __init__(self, fit: StatePairs, check: StatePairs, device: torch.device) -> None:
+        self._fit, self._check, self._device = fit, check, device
+        self._batch = int(np.clip(len(fit) // _BATCHES, _SMALLEST_BATCH, _LARGEST_BATCH))
+        self.batches = max(1, len(fit) // self._batch)
+
+    def moment(self, device: torch.device) -> Tensor:
+        """As `Source`."""
+        return second_moment(self._fit, device)
+
+    def order(self, generator: np.random.Generator) -> NDArray[np.int64]:
+        """As `Source`."""
+        return generator.permutation(len(self._fit))
+
+    def begin(self, order: NDArray[np.int64], place: int) -> tuple[Tensor, Tensor]:
+        """As `Source`."""
+        return self._fit.gather(order[place * self._batch : (place + 1) * self._batch], self._device)
+
+    def end(self, gradient: Callable[[], Tensor], step: int, share: float) -> None:
+        """As `Source`: nothing."""
+
+    def check(self) -> StatePairs:
+        """As `Source`."""
+        return self._check
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As `Source`: nothing."""
+        return {}
+
+    def reset(self, halvings: int) -> None:
+        """As `Source`: nothing."""
+
+    def settle(self) -> None:
+        """As `Source`: nothing."""
+
+
 def fit_head(
-    fit: StatePairs,
-    check: StatePairs,
+    source: Source,
     student: HeadWeights,
     teacher: HeadWeights,
     settings: HeadFitSettings,
@@ -78,11 +162,10 @@ def fit_head(
     start: Tensor | None = None,
     on_progress: Callable[[float], None] | None = None,
 ) -> HeadFit:
-    """Fit the head.
+    """Fit the head, and what the source moves with it.
 
     Args:
-        fit: States the head is fitted on.
-        check: States of other text, by which the best pass is chosen.
+        source: States to fit on and to check by.
         student: The student's head; where its weight lies is where the fit runs.
         teacher: The teacher's head over the same tokens.
         settings: Passes and step size.
@@ -91,8 +174,7 @@ def fit_head(
         start: Change of the head to begin with, (v, d); default zero.
         on_progress: Told the fraction done.
     """
-    run = _Fit(fit, check, student, teacher, settings, folder, key, start)
-    return run.complete(on_progress or (lambda fraction: None))
+    return _Fit(source, student, teacher, settings, folder, key, start).complete(on_progress or (lambda fraction: None))
 
 
 @torch.no_grad()
@@ -110,8 +192,7 @@ def mean_kl(pairs: StatePairs, student: HeadWeights, teacher: HeadWeights) -> fl
 class _Fit:
     def __init__(
         self,
-        fit: StatePairs,
-        check: StatePairs,
+        source: Source,
         student: HeadWeights,
         teacher: HeadWeights,
         settings: HeadFitSettings,
@@ -119,23 +200,23 @@ class _Fit:
         key: str,
         start: Tensor | None,
     ) -> None:
-        self.fit, self.check, self.student, self.teacher = fit, check, student, teacher
+        self.source, self.student, self.teacher = source, student, teacher
         self.settings, self.folder, self.key = settings, folder, key
         self.device = student.weight.device
-        self.metric = whitening(second_moment(fit, self.device))
+        self.metric = whitening(source.moment(self.device))
         self.origin = student.weight @ self.metric.root
         first = student.weight if start is None else student.weight + start.to(student.weight)
         self.first = first @ self.metric.root
         self.rate = settings.rate / first.shape[1]
-        self.batch = int(np.clip(len(fit) // _BATCHES, _SMALLEST_BATCH, _LARGEST_BATCH))
-        self.steps = settings.passes * max(1, len(fit) // self.batch)
+        self.steps = settings.passes * source.batches
         self.restarts = self.resumed = self.best = 0
 
     @torch.no_grad()
     def complete(self, report: Callable[[float], None]) -> HeadFit:
         self.kl = [self.check_kl(self.first)]
-        self.weights, self.best_weights = self.first.clone(), self.first.clone()
+        self.weights = self.first.clone()
         self.mean, self.square = torch.zeros_like(self.first), torch.zeros_like(self.first)
+        self.best_state = self.snapshot()
         self.load()
         while len(self.kl) <= self.settings.passes:
             done = len(self.kl) - 1
@@ -146,56 +227,77 @@ class _Fit:
                 continue
             self.kl.append(kl)
             if kl < self.kl[self.best]:
-                self.best, self.best_weights = len(self.kl) - 1, self.weights.clone()
+                self.best, self.best_state = len(self.kl) - 1, self.snapshot()
             self.save()
-        delta = (self.best_weights - self.origin) @ self.metric.inverse
+        self.restore(self.best_state)
+        delta = (self.weights - self.origin) @ self.metric.inverse
         return HeadFit(delta, self.metric, tuple(self.kl), self.best, self.rate, self.resumed)
 
     def one_pass(self, number: int, report: Callable[[float], None]) -> None:
-        order = np.random.default_rng([self.settings.seed, number]).permutation(len(self.fit))
-        batches = max(1, len(order) // self.batch)
+        order = self.source.order(np.random.default_rng([self.settings.seed, number]))
+        batches = self.source.batches
         for place in range(batches):
             step = number * batches + place + 1
-            gradient = self.gradient(order[place * self.batch : (place + 1) * self.batch])
+            share = 1 - step / self.steps
+            mine, theirs = self.source.begin(order, place)
+            inputs = mine.detach() @ self.metric.inverse
+            error = self.error(inputs, theirs)
+            before = self.weights
+
+            def by_states(error: Tensor = error, before: Tensor = before) -> Tensor:
+                return (error @ before) @ self.metric.inverse
+
+            self.source.end(by_states, step, share)
+            gradient = error.T @ inputs
             self.mean.mul_(_FIRST_MOMENT).add_(gradient, alpha=1 - _FIRST_MOMENT)
             self.square.mul_(_SECOND_MOMENT).addcmul_(gradient, gradient, value=1 - _SECOND_MOMENT)
-            size = self.rate * (1 - step / self.steps) / (1 - _FIRST_MOMENT**step)
             scale = (self.square / (1 - _SECOND_MOMENT**step)).sqrt_().add_(_TINY)
-            self.weights.addcdiv_(self.mean, scale, value=-size)
+            self.weights.addcdiv_(self.mean, scale, value=-self.rate * share / (1 - _FIRST_MOMENT**step))
             report((number + (place + 1) / batches) / self.settings.passes)
 
-    def gradient(self, numbers: Any) -> Tensor:
-        """Of the mean KL by Δ̃ over one batch, (v, d)."""
-        mine, theirs = self.fit.gather(numbers, self.device)
-        inputs = mine @ self.metric.inverse
+    def error(self, inputs: Tensor, theirs: Tensor) -> Tensor:
+        """Gradient of the mean KL by the output of the head, (b, v), from whitened states."""
         logits = HeadWeights(self.weights, self.student.bias, self.student.transform).logits(inputs)
         error = torch.softmax(logits, dim=-1).sub_(torch.softmax(self.teacher.logits(theirs), dim=-1))
-        return self.student.transform.pull_back(error, logits).T @ inputs / len(inputs)
+        return self.student.transform.pull_back(error, logits).div_(len(inputs))
 
     def check_kl(self, weights: Tensor) -> float:
         head = HeadWeights(weights @ self.metric.inverse, self.student.bias, self.student.transform)
-        return mean_kl(self.check, head, self.teacher)
+        return mean_kl(self.source.check(), head, self.teacher)
 
     def restart(self) -> None:
         self.restarts += 1
         self.rate /= 2
+        self.source.reset(self.restarts)
         self.weights.copy_(self.first)
         self.mean.zero_()
         self.square.zero_()
+
+    def live(self) -> dict[str, Tensor]:
+        """Everything that moves."""
+        own = {"weights": self.weights, "mean": self.mean, "square": self.square}
+        return own | {f"source.{name}": tensor for name, tensor in self.source.tensors().items()}
+
+    def snapshot(self) -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in self.live().items() if not _is_moment(name)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        for name, tensor in self.live().items():
+            if name in state:
+                tensor.copy_(state[name])
+        self.source.settle()
 
     def name(self, passes: int) -> str:
         return f"{self.key}-pass-{passes}"
 
     def save(self) -> None:
         passes = len(self.kl) - 1
-        tensors = {"weights": self.weights, "best": self.best_weights, "mean": self.mean, "square": self.square}
-        record = {"kl": self.kl, "best": self.best, "rate": self.rate}
+        tensors = self.live() | {f"best.{name}": tensor for name, tensor in self.best_state.items()}
+        record = {"kl": self.kl, "best": self.best, "rate": self.rate, "restarts": self.restarts}
         write_part(self.folder, self.name(passes), PartContent(tensors, record))
         part_path(self.folder, self.name(passes - 1)).unlink(missing_ok=True)
 
     def load(self) -> None:
-        from moe_svd_distill.execution.parts import read_record
-
         for passes in range(self.settings.passes, 0, -1):
             path = part_path(self.folder, self.name(passes))
             if not path.is_file():
@@ -204,11 +306,20 @@ class _Fit:
                 reject_part(path)
                 continue
             record = read_record(path)
+            self.restarts = int(record["restarts"])
+            self.source.reset(self.restarts)
             with open_part(path) as stored:
-                self.weights.copy_(stored["weights"])
-                self.best_weights.copy_(stored["best"])
-                self.mean.copy_(stored["mean"])
-                self.square.copy_(stored["square"])
+                self.restore({name: stored[name] for name in stored})
+                prefix = "best."
+                self.best_state = {
+                    name.removeprefix(prefix): stored[name].clone().to(self.device)
+                    for name in stored
+                    if name.startswith(prefix)
+                }
             self.kl, self.best, self.rate = list(record["kl"]), int(record["best"]), float(record["rate"])
             self.resumed = passes
             return
+
+
+def _is_moment(name: str) -> bool:
+    return name in ("mean", "square") or name.endswith((".mean", ".square"))

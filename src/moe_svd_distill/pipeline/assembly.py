@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from moe_svd_distill.fitting.rank import HeadRank
     from moe_svd_distill.pipeline.calibrate import CalibratedHead
 
 ADAPTER = "adapter_model.safetensors"
@@ -95,15 +97,24 @@ def write_head_part(folder: Path, pair: ModelPair, recipe: Recipe, fitted: Calib
     if head_is_whole(recipe, pair):
         base = pair.student.checkpoint.read(layout.find("head") or str(layout.find("embedding")))
         tensors = {f"{name}#{_WHOLE}": (base.float() + fitted.delta).to(base.dtype)}
-        if alone:
+        if alone and not fitted.pairs:
             tensors |= _zero_pairs(pair, getattr(torch, recipe.dtype))
     else:
         tensors = {f"{name}#A": right, f"{name}#B": left}
+    for matrix, (left, right) in fitted.pairs.items():
+        tensors |= {f"{matrix}#A": right, f"{matrix}#B": left}
     digest = hashlib.sha256()
     for tensor in tensors.values():
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     record = {"label": "fitted head", "layer": None}
     return write_part(folder, f"head-{digest.hexdigest()[:32]}", PartContent(tensors, record))
+
+
+def asked_head_rank(recipe: Recipe, pair: ModelPair) -> HeadRank:
+    """The rank asked for the fitted head: the last matching pattern's, else the head's."""
+    name = pair.student.layout.find("head") or "lm_head.weight"
+    matching = [rank for pattern, rank in recipe.ranks.items() if fnmatchcase(name, pattern)]
+    return matching[-1] if matching else recipe.head_rank
 
 
 def head_is_whole(recipe: Recipe, pair: ModelPair) -> bool:

@@ -14,13 +14,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from moe_svd_distill.families import Carrier
 from moe_svd_distill.fitting.check import figures_by_document, predicting_places
 from moe_svd_distill.fitting.copies import default_copies, perturbed_copies
-from moe_svd_distill.fitting.head import HeadFit, HeadFitSettings, fit_head
-from moe_svd_distill.fitting.pairs import HeadWeights, Segment, StatePairs, common_rows
+from moe_svd_distill.fitting.head import HeadFit, HeadFitSettings, StateSource, fit_head
+from moe_svd_distill.fitting.last_layers import LayerSource, RowSegment
+from moe_svd_distill.fitting.pairs import HeadWeights, Segment, StatePairs, common_rows, second_moment
 from moe_svd_distill.fitting.rank import RankChoice, choose_rank, head_factors
+from moe_svd_distill.pipeline.assembly import asked_head_rank
 from moe_svd_distill.pipeline.preparation import library_versions
-from moe_svd_distill.streaming import PassSettings, StreamedStates, load_head, stream_states
+from moe_svd_distill.streaming import (
+    PassSettings,
+    StreamedStates,
+    load_head,
+    load_last_layers,
+    stream_states,
+    stream_with_inputs,
+)
+from moe_svd_distill.streaming.states_file import StatesFile
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,7 +42,8 @@ if TYPE_CHECKING:
     from moe_svd_distill.pipeline.texts import RunText
     from moe_svd_distill.recipe import Recipe
 
-ALGORITHM = 1  # raise whenever the same input would give another head
+GROUP = "calibrated"
+ALGORITHM = 2  # raise whenever the same input would give another head
 Report = Callable[[str, float | None], None]
 
 
@@ -55,12 +67,14 @@ class CalibratedHead:
     Attributes:
         factors: ``(B, A)`` as stored, (V, r) and (r, d).
         delta: Their product, float32, (V, d).
+        pairs: Hub name to ``(B, A)`` as stored, for every matrix of the last layers that was fitted.
         search: The scale search on top of what was there before.
         record: Facts for run.json.
     """
 
     factors: tuple[Tensor, Tensor]
     delta: Tensor
+    pairs: Mapping[str, tuple[Tensor, Tensor]]
     search: ScaleSearch
     record: dict[str, Any]
 
@@ -112,32 +126,39 @@ class _Calibration:
         self.settings = PassSettings(devices)
         self.dtype: torch.dtype = getattr(torch, recipe.dtype)
         self.passes: dict[str, Any] = {}
+        self.ranks: dict[str, int] = {}
+        self.fixed: list[str] = []
 
     def run(self) -> CalibratedHead:
         begin = time.monotonic()
         self.load_heads()
-        fit, check = self.state_pairs()
-        fitted = self.fit(fit, check)
+        source = self.source()
+        fitted = self.fit(source)
         choice = choose_rank(
             fitted.delta,
             fitted.metric,
-            self.recipe.head_rank,
-            check,
+            asked_head_rank(self.recipe, self.pair),
+            source.check(),
             self.student,
             self.teacher,
             fitted.kl[0],
             self.dtype,
         )
-        self.report("searching the head's scale", None)
-        search, scale = self.search_scale(fitted, choice.rank)
-        factors = self.factors(fitted, choice.rank, scale)
-        product = factors[0].float() @ factors[1].float()
-        whole = torch.zeros_like(self.student_head.weight)
-        whole[self.student_ids] = product
-        left = torch.zeros(len(whole), factors[0].shape[1], dtype=self.dtype)
-        left[self.student_ids.cpu()] = factors[0].cpu()
-        record = self.facts(fit, fitted, choice, scale) | {"seconds": round(time.monotonic() - begin, 2)}
-        return CalibratedHead((left, factors[1].cpu()), whole.cpu(), search, record)
+        self.report("searching the scale of the fit", None)
+        search = self.search_scale(source, fitted, choice.rank)
+        scale = float(search.scales[GROUP])
+        left, right = self.factors(fitted, choice.rank, scale)
+        delta = torch.zeros_like(self.student_head.weight)
+        delta[self.student_ids] = left.float() @ right.float()
+        whole = torch.zeros(len(delta), left.shape[1], dtype=self.dtype)
+        whole[self.student_ids.cpu()] = left.cpu()
+        pairs = (
+            {name: source.pair(name, rank, scale, self.dtype) for name, rank in self.ranks.items()}
+            if isinstance(source, LayerSource)
+            else {}
+        )
+        record = self.facts(source, fitted, choice, scale) | {"seconds": round(time.monotonic() - begin, 2)}
+        return CalibratedHead((whole, right.cpu()), delta.cpu(), pairs, search, record)
 
     def load_heads(self) -> None:
         device = str(self.device)
@@ -157,61 +178,108 @@ class _Calibration:
             )
             self.start = changed.weight[self.student_ids] - self.student.weight
 
-    def state_pairs(self) -> tuple[StatePairs, StatePairs]:
+    def source(self) -> StateSource | LayerSource:
         """Stream the student, draw the copies from what it expects, stream the teacher, and the student once more."""
         fit, search = self.fit_text, self.search_text
-        places = predicting_places(search)
-        count = len(fit.student.sequences)
-        mine = self.stream("student", np.concatenate([fit.student.sequences, search.student.sequences]))
+        self.places = predicting_places(search)
+        count, length = len(fit.student.sequences), fit.student.length
+        self.last = (
+            0 if self.body is not None else min(self.recipe.last_layers, self.pair.student.layout.geometry.layers)
+        )
+        mine, inputs = self.stream("student", np.concatenate([fit.student.sequences, search.student.sequences]))
         asked = default_copies(fit.student.tokens) if self.recipe.copies == "auto" else self.recipe.copies
         self.copies = asked if fit.identical else 0
         self.report("drawing copies of the text", None)
         copied = perturbed_copies(fit.student.sequences, mine, self.with_start(), self.copies, self.recipe.seed)
-        theirs = self.stream("teacher", np.concatenate([fit.teacher.sequences, search.teacher.sequences, copied]))
+        theirs, _ = self.stream("teacher", np.concatenate([fit.teacher.sequences, search.teacher.sequences, copied]))
         flat_mine, flat_theirs = mine.rows(slice(None)).flatten(0, 1), theirs.rows(slice(None)).flatten(0, 1)
         segments = [Segment(flat_mine, flat_theirs, fit.student_position, fit.teacher_position)]
+        stretches = [self.stretch(inputs, slice(0, count), segments[0])]
         if self.copies:
-            again = self.stream("student, copies", copied)
+            again, more = self.stream("student, copies", copied)
             everywhere = np.arange(copied.size)
             offset = (count + len(search.teacher.sequences)) * fit.teacher.length
             segments.append(
                 Segment(again.rows(slice(None)).flatten(0, 1), flat_theirs, everywhere, everywhere + offset)
             )
-        self.places = places
-        check = Segment(
-            flat_mine,
-            flat_theirs,
-            places.student_position + count * fit.student.length,
-            places.teacher_position + len(fit.teacher.sequences) * fit.teacher.length,
+            stretches.append(self.stretch(more, slice(None), segments[1]))
+        shift = len(fit.teacher.sequences) * fit.teacher.length
+        theirs_at = self.places.teacher_position + shift
+        check = Segment(flat_mine, flat_theirs, self.places.student_position + count * length, theirs_at)
+        self.fitted_on = len(StatePairs(segments))
+        if not self.last:
+            return StateSource(StatePairs(segments), StatePairs([check]), self.device)
+        judged = Segment(flat_mine, flat_theirs, self.places.student_position, theirs_at)
+        return self.layer_source(
+            [stretch for stretch in stretches if stretch],
+            self.stretch(inputs, slice(count, None), judged),
+            StatePairs(segments),
+            StatePairs([check]),
         )
-        self.check_pairs = StatePairs([check])
-        return StatePairs(segments), self.check_pairs
 
-    def stream(self, name: str, sequences: NDArray[np.int64]) -> StreamedStates:
+    def stretch(self, inputs: StatesFile | None, rows: slice, segment: Segment) -> RowSegment | None:
+        """Sequences as inputs of the last layers; None where only the head is fitted."""
+        if inputs is None:
+            return None
+        begin, end, _ = rows.indices(inputs.shape[0])
+        states = inputs.rows(slice(begin, end))
+        return RowSegment(states, segment.teacher, segment.student_position, segment.teacher_position)
+
+    def layer_source(
+        self, fit: list[RowSegment], check: RowSegment | None, states: StatePairs, before: StatePairs
+    ) -> LayerSource:
+        student = self.pair.student
+        layers = load_last_layers(student.checkpoint, self.last, self.fit_text.student.length, self.device)
+        first = student.layout.geometry.layers - self.last
+        self.ranks = {
+            name: self.recipe.rank_of(name, meaning.role.role, (student.shapes[name][0], student.shapes[name][1]))
+            for name, meaning in student.layout.meanings.items()
+            if meaning.layer is not None and meaning.layer >= first and meaning.role.carrier is not Carrier.NONE
+        }
+        movable = {weight.hub_name for weight in layers.weights}
+        self.fixed = sorted(set(self.ranks) - movable)
+        self.ranks = {name: rank for name, rank in self.ranks.items() if name in movable}
+        assert check is not None
+        return LayerSource(
+            layers,
+            fit,
+            check,
+            before,
+            self.ranks,
+            lambda device: second_moment(states, device),
+            self.device,
+            self.recipe.seed,
+        )
+
+    def stream(self, name: str, sequences: NDArray[np.int64]) -> tuple[StreamedStates, StatesFile | None]:
         student = name.startswith("student")
         checkpoint = self.pair.student.checkpoint if student else self.pair.teacher.checkpoint
-        body = self.body if student else None
-        states = stream_states(
-            checkpoint,
-            sequences,
-            self.cache,
-            self.settings,
-            adapter=None if body is None else body.folder,
-            scales=1.0 if body is None else dict(body.scales),
-            on_progress=lambda done, layers: self.report(f"reading the text: {name}", done / layers),
-        )
+        step = f"reading the text: {name}"
+
+        def progress(done: int, layers: int) -> None:
+            self.report(step, done / layers)
+
+        inputs = None
+        if student and self.last:
+            states, inputs = stream_with_inputs(
+                checkpoint, sequences, self.cache, self.settings, self.last, on_progress=progress
+            )
+        else:
+            body = self.body if student else None
+            given: dict[str, Any] = {} if body is None else {"adapter": body.folder, "scales": dict(body.scales)}
+            states = stream_states(checkpoint, sequences, self.cache, self.settings, on_progress=progress, **given)
         self.stack.enter_context(states)
         self.passes[name] = {
             key: value for key, value in asdict(states.record).items() if key not in ("unused", "rejected")
         } | {"tokens": int(sequences.size), "file": states.path.name}
-        return states
+        return states, inputs
 
     def with_start(self) -> HeadWeights:
         if self.start is None:
             return self.student
         return HeadWeights(self.student.weight + self.start, self.student.bias, self.student.transform)
 
-    def fit(self, fit: StatePairs, check: StatePairs) -> HeadFit:
+    def fit(self, source: StateSource | LayerSource) -> HeadFit:
         settings = HeadFitSettings(passes=self.recipe.head_passes, seed=self.recipe.seed)
         identity = {
             "algorithm": ALGORITHM,
@@ -219,17 +287,19 @@ class _Calibration:
             "settings": asdict(settings),
             "passes": {name: facts["key"] for name, facts in self.passes.items()},
             "models": [self.pair.teacher.checkpoint.fingerprint(), self.pair.student.checkpoint.fingerprint()],
-            "tokens": hashlib.sha256(
-                self.fit_text.student_ids.tobytes() + self.fit_text.teacher_ids.tobytes()
-            ).hexdigest(),
+            "tokens": _digest(self.fit_text.student_ids, self.fit_text.teacher_ids),
+            "places": [
+                _digest(self.fit_text.student_position, self.fit_text.teacher_position),
+                _digest(self.places.student_position, self.places.teacher_position),
+            ],
             "device": self.device.type,
             "threads": torch.get_num_threads(),
+            "last_layers": sorted(self.ranks.items()),
         }
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-        step = "fitting the head"
+        step = "fitting the head and the last layers" if self.last else "fitting the head"
         return fit_head(
-            fit,
-            check,
+            source,
             self.student,
             self.teacher,
             settings,
@@ -239,23 +309,21 @@ class _Calibration:
             on_progress=lambda fraction: self.report(step, fraction),
         )
 
-    def search_scale(self, fitted: HeadFit, rank: int) -> tuple[ScaleSearch, float]:
-        """How far to go from what was there before to the fitted head; nothing is a valid answer."""
+    def search_scale(self, source: StateSource | LayerSource, fitted: HeadFit, rank: int) -> ScaleSearch:
+        """How far to go from what was there before to the fit; nothing is a valid answer."""
         from moe_svd_distill.evaluation.figures import Measurement
         from moe_svd_distill.evaluation.scale_search import search_scale
 
-        check = self.check_pairs
-
         def at(scales: Mapping[str, float]) -> Measurement:
-            left, right = self.factors(fitted, rank, scales["head"])
-            head = HeadWeights(
-                self.student.weight + left.float() @ right.float(), self.student.bias, self.student.transform
-            )
+            scale = scales[GROUP]
+            left, right = self.factors(fitted, rank, scale)
+            weight = self.student.weight + left.float() @ right.float()
+            head = HeadWeights(weight, self.student.bias, self.student.transform)
+            check = source.checked_at(scale) if isinstance(source, LayerSource) else source.check()
             sums = figures_by_document(check, self.places, head, self.teacher)
             return Measurement(sums.kl, sums.cross_entropy, sums.agreement, sums.tokens)
 
-        found = search_scale(at, ("head",))
-        return found, float(found.scales["head"])
+        return search_scale(at, (GROUP,))
 
     def factors(self, fitted: HeadFit, rank: int, scale: float) -> tuple[Tensor, Tensor]:
         """``(B, A)`` over the common tokens, as stored, at a point between the start and the fitted head."""
@@ -265,9 +333,11 @@ class _Calibration:
         delta = self.start + scale * (fitted.delta - self.start)
         return head_factors(delta, fitted.metric, rank, self.dtype)
 
-    def facts(self, fit: StatePairs, fitted: HeadFit, choice: RankChoice, scale: float) -> dict[str, Any]:
+    def facts(
+        self, source: StateSource | LayerSource, fitted: HeadFit, choice: RankChoice, scale: float
+    ) -> dict[str, Any]:
         return {
-            "fitted_on_places": len(fit),
+            "fitted_on_places": self.fitted_on,
             "copies_of_the_text": self.copies,
             "copies_reason": "" if self.fit_text.identical else "the tokenizers differ, so tokens cannot be exchanged",
             "common_tokens": len(self.student_ids),
@@ -275,8 +345,17 @@ class _Calibration:
             "best_pass": fitted.best,
             "passes_resumed": fitted.resumed,
             "step_size": fitted.rate,
+            "last_layers": self.last,
+            "last_layers_reason": "" if self.body is None else "the weights stage has changed every layer already",
+            "last_layers_step_size": source.rate if isinstance(source, LayerSource) else None,
+            "last_layers_matrices": len(self.ranks),
+            "last_layers_fixed": self.fixed,
             "scale": scale,
             **asdict(choice),
             "full_rank": min(fitted.delta.shape),
             "streamed": self.passes,
         }
+
+
+def _digest(*numbers: NDArray[np.int64]) -> str:
+    return hashlib.sha256(b"".join(part.tobytes() for part in numbers)).hexdigest()

@@ -20,7 +20,7 @@ from moe_svd_distill.pipeline.method import Stages, choose_stages
 from moe_svd_distill.pipeline.pair import ModelPair, open_pair
 from moe_svd_distill.pipeline.preparation import execution_settings, make_work, prepare
 from moe_svd_distill.pipeline.record import (
-    head_record,
+    calibrated_records,
     is_nothing,
     kept_records,
     make_record,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "run.json"
 CARD = "README.md"
-HEAD_ALONE = "the calibrated stage changes the head alone"
+NOT_FITTED = "the calibrated stage changes the head and the last layers alone"
 
 
 @dataclass(frozen=True)
@@ -207,10 +207,11 @@ class _Run:
         """Everything about the run but the figures."""
         tensors = tensor_records(units)
         if calibrated is not None and (plan is None or calibrated.search.accepted):
-            head = head_record(self.pair, calibrated, head_is_whole(self.recipe, self.pair))
-            tensors = [row for row in tensors if row["name"] != head["name"]] + [head]
+            rows = calibrated_records(self.pair, calibrated, head_is_whole(self.recipe, self.pair))
+            changed = {row["name"] for row in rows}
+            tensors = [row for row in tensors if row["name"] not in changed] + rows
         if plan is None:
-            tensors += kept_records(self.pair, [row["name"] for row in tensors], HEAD_ALONE)
+            tensors += kept_records(self.pair, [row["name"] for row in tensors], NOT_FITTED)
         record = make_record(self.recipe, self.pair, self.stages, plan, units, tensors, summary, self.settings)
         text = {} if self.text is None else {"text": self.text.as_dict(), "shortfalls": self.text.shortfalls()}
         fit = {} if calibrated is None else calibrated.record

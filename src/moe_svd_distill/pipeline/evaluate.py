@@ -17,6 +17,7 @@ from moe_svd_distill.report.card import adapter_card
 from moe_svd_distill.report.html import html_report
 
 if TYPE_CHECKING:
+    from moe_svd_distill.calibration.paired import VocabularyMode
     from moe_svd_distill.calibration.text import Document
     from moe_svd_distill.evaluation.sources import Mode
 
@@ -59,6 +60,7 @@ def evaluate_adapter(
     controls: int = 1,
     mode: Mode = "auto",
     cache: Path | None = None,
+    vocabulary: VocabularyMode | None = None,
     benchmarks: BenchmarkRequest | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
     on_stage: Callable[[str], None] | None = None,
@@ -80,6 +82,7 @@ def evaluate_adapter(
         controls: Random deltas to measure.
         mode: Whether the models are held in memory.
         cache: Where streamed states lie; default: `cache` in the adapter's folder.
+        vocabulary: Whether the models must number their tokens alike; default: what the run asked for, else `equal`.
         benchmarks: Tasks of the lm-evaluation-harness to run.
         on_progress: Told the pass, tokens done and tokens to do.
         on_stage: Told what has no count.
@@ -120,6 +123,7 @@ def evaluate_adapter(
                 device=device,
                 mode=mode,
                 cache=cache,
+                vocabulary=vocabulary or _vocabulary(record),
                 on_progress=on_progress,
             )
         figures |= result.as_dict() | {"texts": [str(path) for path in texts], "left_out_documents": len(used)}
@@ -143,6 +147,10 @@ def _kept(folder: Path, digest: str | None, drop: str) -> dict[str, Any]:
     if drop == "text":
         return {key: value for key, value in earlier.items() if key == "benchmarks"}
     return {key: value for key, value in earlier.items() if key != "benchmarks"}
+
+
+def _vocabulary(record: Mapping[str, Any]) -> VocabularyMode:
+    return "shared" if (record.get("recipe") or {}).get("vocabulary") == "shared" else "equal"
 
 
 def _calibration(record: Mapping[str, Any]) -> Sequence[Document]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moe_svd_distill.errors import NothingToTransferError
+from moe_svd_distill.errors import NothingToTransferError, UsageError
 from moe_svd_distill.pairing.lineage import Lineage, Relatedness, choose_method
 from moe_svd_distill.pipeline.pair import ModelPair
 from moe_svd_distill.pipeline.relatedness import measure_relatedness
@@ -45,8 +45,14 @@ def choose_stages(recipe: Recipe, pair: ModelPair) -> Stages:
     """Measure the pair and decide.
 
     Raises:
+        UsageError: A pair is asked for a head that is tied to the embeddings.
         NothingToTransferError: ``auto`` finds nothing worth running.
     """
+    if recipe.head_format == "pair" and pair.student.layout.geometry.tied_embeddings and "calibrated" in recipe.method:
+        raise UsageError(
+            "head_format: pair, but the student ties its head to its embeddings: merged, a pair would change both",
+            "Leave head_format at auto, which then saves the head whole",
+        )
     relatedness = measure_relatedness(pair)
     if recipe.method != "auto":
         return Stages(tuple(recipe.method.split("+")), f"asked for: method {recipe.method}", relatedness)

@@ -53,8 +53,27 @@ def summarise(tensors: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def head_record(pair: ModelPair, fitted: CalibratedHead, whole: bool) -> dict[str, Any]:
-    """The fate of the head's tensor after the calibrated stage."""
+def calibrated_records(pair: ModelPair, fitted: CalibratedHead, whole: bool) -> list[dict[str, Any]]:
+    """The fate of every tensor that the calibrated stage changes: the head first, then those of the last layers."""
+    layout = pair.student.layout
+    rows = [_head_record(pair, fitted, whole)]
+    for name, (left, right) in fitted.pairs.items():
+        meaning = layout.meanings[name]
+        row: dict[str, Any] = {
+            "name": name,
+            "role": meaning.role.role,
+            "shape": [left.shape[0], right.shape[1]],
+            "fate": "lora",
+            "rank": left.shape[1],
+            "stage": "calibrated",
+            "delta_norm": float((left.float() @ right.float()).double().norm()),
+            "layer": meaning.layer,
+        }
+        rows.append(row if meaning.expert is None else row | {"expert": meaning.expert})
+    return rows
+
+
+def _head_record(pair: ModelPair, fitted: CalibratedHead, whole: bool) -> dict[str, Any]:
     layout = pair.student.layout
     left, right = fitted.factors
     return {

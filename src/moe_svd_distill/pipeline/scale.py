@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.adapter import parse_key
-from moe_svd_distill.evaluation.adapted import GROUPS, AdaptedStudent, group_of
+from moe_svd_distill.evaluation.adapted import AdaptedStudent
 from moe_svd_distill.evaluation.loading import fits, load_model
+from moe_svd_distill.streaming.groups import GROUPS, group_of
 
 if TYPE_CHECKING:
     from moe_svd_distill.calibration.paired import PairedText

@@ -89,4 +89,4 @@ def read_run_text(recipe: Recipe, pair: ModelPair, *, fitting: bool) -> RunText:
 def sequence_length(pair: ModelPair) -> int:
     """The longest sequence both models take, at most 512 tokens."""
     limits = (model.checkpoint.config.get("max_position_embeddings") for model in (pair.teacher, pair.student))
-    return min(LONGEST_SEQUENCE, *(int(limit) for limit in limits if limit))
+    return min([LONGEST_SEQUENCE, *(int(limit) for limit in limits if limit)])

@@ -6,6 +6,7 @@ layers. Nothing here is imported before it is needed by `--help` or `inspect`: i
 
 from moe_svd_distill.streaming.groups import GROUPS, Scales, group_of
 from moe_svd_distill.streaming.head import Head, load_head
+from moe_svd_distill.streaming.last_layers import LastLayers, LayerWeight, load_last_layers, stream_with_inputs
 from moe_svd_distill.streaming.logits import LogitTransform, logit_transform
 from moe_svd_distill.streaming.result import StreamedStates
 from moe_svd_distill.streaming.settings import PassRecord, PassSettings
@@ -15,8 +16,10 @@ from moe_svd_distill.streaming.visit import LayerBatch, LayerVisit, Visit
 __all__ = [
     "GROUPS",
     "Head",
+    "LastLayers",
     "LayerBatch",
     "LayerVisit",
+    "LayerWeight",
     "LogitTransform",
     "PassRecord",
     "PassSettings",
@@ -25,6 +28,8 @@ __all__ = [
     "Visit",
     "group_of",
     "load_head",
+    "load_last_layers",
     "logit_transform",
     "stream_states",
+    "stream_with_inputs",
 ]

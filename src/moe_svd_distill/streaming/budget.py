@@ -11,9 +11,14 @@ _GROUPS = Path("/sys/fs/cgroup")
 
 def activation_budget() -> int:
     """Bytes that hidden states may take when nobody says how many: a quarter of what is free now."""
+    return int(_SHARE * free_memory())
+
+
+def free_memory() -> int:
+    """Bytes of memory that are free now, in this machine and in the container or batch job."""
     import psutil
 
-    return int(_SHARE * max(0, min(int(psutil.virtual_memory().available), _left_in_groups())))
+    return max(0, min(int(psutil.virtual_memory().available), _left_in_groups()))
 
 
 def _left_in_groups() -> int:

@@ -105,9 +105,8 @@ class DecoderRun:
             self._skeleton.decoder(input_ids=ids.to(self._device), use_cache=False)
         return found[0]
 
-    @torch.no_grad()
     def finish(self, states: Tensor) -> Tensor:
-        """What the last layer returned, (rows, length, d), to the decoder's final hidden states."""
+        """What the last layer returned, (rows, length, d), to the decoder's final hidden states; with gradients."""
         last = len(self._skeleton.originals) - 1
 
         def act(index: int, hidden: Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:

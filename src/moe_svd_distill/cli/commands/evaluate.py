@@ -11,6 +11,7 @@ import click
 from moe_svd_distill.cli.options import json_option
 
 if TYPE_CHECKING:
+    from moe_svd_distill.calibration.paired import VocabularyMode
     from moe_svd_distill.evaluation.sources import Mode
 
 
@@ -37,6 +38,11 @@ if TYPE_CHECKING:
     help="Folder for the states of streamed models; default: FOLDER/cache.",
 )
 @click.option(
+    "--vocabulary",
+    type=click.Choice(["equal", "shared"]),
+    help="shared: compare models with different tokenizers on what both have; default: as the adapter was made.",
+)
+@click.option(
     "--benchmark", "benchmarks", multiple=True, help="Tasks of the lm-evaluation-harness: NAME[,NAME]; repeatable."
 )
 @click.option("--benchmark-limit", type=click.IntRange(min=1), help="Examples of each task at most, for a first look.")
@@ -57,6 +63,7 @@ def command(
     seed: int,
     mode: str,
     cache: Path | None,
+    vocabulary: str | None,
     benchmarks: tuple[str, ...],
     benchmark_limit: int | None,
     benchmark_include_path: Path | None,
@@ -90,6 +97,7 @@ def command(
             controls=controls,
             mode=cast("Mode", mode),
             cache=cache,
+            vocabulary=cast("VocabularyMode | None", vocabulary),
             benchmarks=BenchmarkRequest(tasks, benchmark_limit, benchmark_include_path) if tasks else None,
             on_progress=lambda name, done, total: monitor.on_stage(f"reading: {name}", done / total),
             on_stage=monitor.on_stage,

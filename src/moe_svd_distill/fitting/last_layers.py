@@ -1,0 +1,203 @@
+"""The last decoder layers fitted together with the head, as LoRA factors, on what goes into them.
+
+Their inputs were kept by the streamed pass, so a step runs these layers and nothing before them: for a model of 48
+layers a pass over the text costs a sixteenth of a forward and backward pass of the model. The factors are moved
+directly (a full change that is cut to a rank afterwards loses most of what it gained, docs/decisions/0012).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moe_svd_distill.fitting.pairs import Segment, StatePairs
+from moe_svd_distill.streaming import LastLayers, LayerWeight
+
+_FIRST_MOMENT, _SECOND_MOMENT, _TINY = 0.9, 0.98, 1e-10
+_STEP_TOKENS = 512
+BODY_RATE = 0.4  # over the width of the states: 3e-3 at 128, 2e-4 at 2048, where LoRA training commonly is
+
+
+@dataclass(frozen=True, eq=False)
+class RowSegment:
+    """Sequences whose way through the last layers can be computed again.
+
+    Attributes:
+        inputs: What goes into the first of the last layers, (n, length, d); may be mapped from a file.
+        teacher: All of the teacher's final states, (tokens, d_teacher).
+        student_position: Flat positions in these sequences that are used, (places,), ascending.
+        teacher_position: The teacher's beside them, (places,).
+    """
+
+    inputs: Tensor
+    teacher: Tensor
+    student_position: NDArray[np.int64]
+    teacher_position: NDArray[np.int64]
+
+
+class Factors:
+    """The LoRA pair of one stored matrix, with its moments; A begins as PEFT begins it and B at zero."""
+
+    def __init__(self, weight: LayerWeight, rank: int, generator: torch.Generator) -> None:
+        rows, columns = weight.value.shape
+        self.weight, self.base = weight, weight.value.clone()
+        device = self.base.device
+        bound = 1 / math.sqrt(columns)
+        self.first_a = ((torch.rand(rank, columns, generator=generator) * 2 - 1) * bound).to(device)
+        self.a, self.b = self.first_a.clone(), torch.zeros(rows, rank, device=device)
+        self.moments = {
+            f"{side}.{kind}": torch.zeros_like(factor)
+            for side, factor in (("a", self.a), ("b", self.b))
+            for kind in ("mean", "square")
+        }
+
+    def apply(self, scale: float = 1.0) -> None:
+        """Put W + scale·BA into the layer."""
+        self.weight.value.copy_(torch.addmm(self.base, self.b, self.a, alpha=scale))
+
+    def move(self, rate: float, step: int) -> None:
+        """One step of both factors along the gradient by the weight."""
+        gradient = self.weight.gradient
+        by_a, by_b = self.b.T @ gradient, gradient @ self.a.T
+        for side, factor, slope in (("a", self.a, by_a), ("b", self.b, by_b)):
+            mean, square = self.moments[f"{side}.mean"], self.moments[f"{side}.square"]
+            mean.mul_(_FIRST_MOMENT).add_(slope, alpha=1 - _FIRST_MOMENT)
+            square.mul_(_SECOND_MOMENT).addcmul_(slope, slope, value=1 - _SECOND_MOMENT)
+            scale = (square / (1 - _SECOND_MOMENT**step)).sqrt_().add_(_TINY)
+            factor.addcdiv_(mean, scale, value=-rate / (1 - _FIRST_MOMENT**step))
+
+    def reset(self) -> None:
+        """Back to no change."""
+        self.a.copy_(self.first_a)
+        self.b.zero_()
+        for moment in self.moments.values():
+            moment.zero_()
+
+
+class LayerSource:
+    """A `fitting.head.Source` whose last layers move with the head.
+
+    Attributes:
+        factors: Hub name to the pair of the matrix.
+        rate: Largest step of an entry of a factor.
+    """
+
+    def __init__(
+        self,
+        layers: LastLayers,
+        fit: Sequence[RowSegment],
+        check: RowSegment,
+        before: StatePairs,
+        ranks: dict[str, int],
+        moment: Callable[[torch.device], Tensor],
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        """Begin without any change.
+
+        Args:
+            layers: The last layers.
+            fit: Sequences to fit on.
+            check: Sequences to check by.
+            before: The checking text's states without any change, at the places of `check`.
+            ranks: Hub name to rank, for every matrix that moves.
+            moment: Second moment of the student's states before the fit.
+            device: Where the layers lie.
+            seed: Of the first factors A.
+        """
+        self._layers, self._fit, self._check_rows, self._before = layers, tuple(fit), check, before
+        self._device, self.moment = device, moment
+        generator = torch.Generator().manual_seed(seed)
+        self.factors = {
+            weight.hub_name: Factors(weight, min(ranks[weight.hub_name], *weight.value.shape), generator)
+            for weight in layers.weights
+            if weight.hub_name in ranks
+        }
+        layers.require_gradients(set(self.factors))
+        self._rows = [(number, row) for number, segment in enumerate(self._fit) for row in range(len(segment.inputs))]
+        self._together = max(1, _STEP_TOKENS // self._fit[0].inputs.shape[1])
+        self.batches = max(1, len(self._rows) // self._together)
+        self._first_rate = self.rate = BODY_RATE / check.inputs.shape[-1]
+
+    def order(self, generator: np.random.Generator) -> NDArray[np.int64]:
+        """As `fitting.head.Source`."""
+        return generator.permutation(len(self._rows))
+
+    def begin(self, order: NDArray[np.int64], place: int) -> tuple[Tensor, Tensor]:
+        """As `fitting.head.Source`; the layers run with gradients."""
+        chosen = [self._rows[number] for number in order[place * self._together : (place + 1) * self._together]]
+        inputs, positions, theirs = [], [], []
+        for offset, (number, row) in enumerate(chosen):
+            segment = self._fit[number]
+            length = segment.inputs.shape[1]
+            first, last = np.searchsorted(segment.student_position, (row * length, (row + 1) * length))
+            inputs.append(segment.inputs[row])
+            positions.append(segment.student_position[first:last] + (offset - row) * length)
+            theirs.append(segment.teacher[torch.from_numpy(segment.teacher_position[first:last])])
+        with torch.enable_grad():
+            states = self._layers(torch.stack(inputs).to(self._device, torch.float32)).flatten(0, 1)
+            self._states = states[torch.from_numpy(np.concatenate(positions)).to(self._device)]
+        return self._states, torch.cat(theirs).to(self._device, torch.float32)
+
+    def end(self, gradient: Callable[[], Tensor], step: int, share: float) -> None:
+        """As `fitting.head.Source`."""
+        self._layers.zero_gradients()
+        torch.autograd.backward(self._states, gradient())
+        del self._states
+        for factors in self.factors.values():
+            factors.move(self.rate * share, step)
+            factors.apply()
+
+    def check(self) -> StatePairs:
+        """As `fitting.head.Source`."""
+        return self.checked_at(1.0)
+
+    def checked_at(self, scale: float) -> StatePairs:
+        """The checking text's states with this share of the change."""
+        if scale == 0.0:
+            return self._before
+        for factors in self.factors.values():
+            factors.apply(scale)
+        rows = self._check_rows
+        with torch.no_grad():
+            states = [
+                self._layers(block.to(self._device, torch.float32)).flatten(0, 1).cpu()
+                for block in torch.split(rows.inputs, max(1, 2048 // rows.inputs.shape[1]))
+            ]
+        for factors in self.factors.values():
+            factors.apply()
+        return StatePairs([Segment(torch.cat(states), rows.teacher, rows.student_position, rows.teacher_position)])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As `fitting.head.Source`."""
+        found: dict[str, Tensor] = {}
+        for name, factors in self.factors.items():
+            found |= {f"{name}#A": factors.a, f"{name}#B": factors.b}
+            found |= {f"{name}#{kind}": moment for kind, moment in factors.moments.items()}
+        return found
+
+    def settle(self) -> None:
+        """As `fitting.head.Source`."""
+        for factors in self.factors.values():
+            factors.apply()
+
+    def pair(self, hub_name: str, rank: int, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``(B, A)`` of a matrix as stored, (rows, rank) and (rank, columns), zeros beyond the rank it was fitted at."""
+        factors = self.factors[hub_name]
+        lacking = rank - len(factors.a)
+        left = torch.nn.functional.pad(scale * factors.b, (0, lacking))
+        right = torch.nn.functional.pad(factors.a, (0, 0, 0, lacking))
+        return left.to("cpu", dtype), right.to("cpu", dtype)
+
+    def reset(self, halvings: int) -> None:
+        """As `fitting.head.Source`."""
+        self.rate = self._first_rate / 2**halvings
+        for factors in self.factors.values():
+            factors.reset()
+            factors.apply()

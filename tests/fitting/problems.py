@@ -1,0 +1,78 @@
+"""Small head problems with a known answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_svd_distill.algebra.logits import LogitTransform
+from moe_svd_distill.fitting.pairs import HeadWeights, Segment, StatePairs
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A student's and a teacher's head, and states to fit and to check on."""
+
+    fit: StatePairs
+    check: StatePairs
+    student: HeadWeights
+    teacher: HeadWeights
+
+
+def state_pairs(student: Tensor, teacher: Tensor) -> StatePairs:
+    """States in two segments, the second behind unused places."""
+    half = len(student) // 2
+    everywhere = np.arange(half)
+    rest = len(student) - half
+    padded = torch.cat([torch.full((3, student.shape[1]), 1e3), student[half:]])
+    moved = torch.cat([torch.full((5, teacher.shape[1]), -1e3), teacher[half:]])
+    return StatePairs(
+        [
+            Segment(student[:half], teacher[:half], everywhere, everywhere),
+            Segment(padded, moved, np.arange(rest) + 3, np.arange(rest) + 5),
+        ]
+    )
+
+
+def reachable(
+    *,
+    fit: int = 4096,
+    check: int = 512,
+    tokens: int = 30,
+    width: int = 12,
+    bias: bool = False,
+    transform: LogitTransform | None = None,
+    rank: int | None = None,
+    size: float = 0.5,
+    seed: int = 0,
+) -> Problem:
+    """The teacher sees the same states through another head: some change of the student's head makes KL zero.
+
+    Args:
+        fit: States to fit on.
+        check: States to check on.
+        tokens: Rows of both heads.
+        width: Of the states.
+        bias: Whether both have the same bias.
+        transform: What follows both heads.
+        rank: Of the difference between the heads.
+        size: Of the entries of that difference.
+        seed: Of everything.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(width, width, generator=generator) / width**0.5 + 0.5 * torch.eye(width)
+    states = torch.randn(fit + check, width, generator=generator) @ mixing
+    weight = torch.randn(tokens, width, generator=generator) * 0.3
+    inner = rank or width
+    change = torch.randn(tokens, inner, generator=generator) @ torch.randn(inner, width, generator=generator)
+    offset = torch.randn(tokens, generator=generator) if bias else None
+    after = transform or LogitTransform()
+    return Problem(
+        state_pairs(states[:fit], states[:fit]),
+        state_pairs(states[fit:], states[fit:]),
+        HeadWeights(weight, offset, after),
+        HeadWeights(weight + size * change / inner**0.5, offset, after),
+    )

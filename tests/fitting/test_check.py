@@ -1,0 +1,120 @@
+"""Which places are judged, and that the figures are those of an evaluation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from moe_svd_distill.algebra.logits import LogitTransform
+from moe_svd_distill.calibration.paired import PairedText
+from moe_svd_distill.calibration.text import TokenizedText
+from moe_svd_distill.evaluation.figures import Measurement
+from moe_svd_distill.evaluation.from_states import TeacherRecord, blocks_of, compare, linear_logits
+from moe_svd_distill.fitting import check
+from moe_svd_distill.fitting.check import figures_by_document, predicting_places
+from moe_svd_distill.fitting.pairs import HeadWeights, Segment, StatePairs, second_moment
+
+NAMES = tuple("abcdefghij")
+
+
+def _text(sequences: np.ndarray, documents: np.ndarray) -> TokenizedText:
+    names = NAMES[: int(documents.max()) + 1]
+    return TokenizedText(sequences, documents, names, names)
+
+
+def _alike(sequences: np.ndarray, documents: np.ndarray, vocabulary: int) -> PairedText:
+    text = _text(sequences, documents)
+    positions, ids = np.arange(sequences.size), np.arange(vocabulary)
+    return PairedText(text, text, positions, positions, ids, ids)
+
+
+def test_the_last_place_of_a_sequence_predicts_nothing() -> None:
+    sequences = np.arange(12).reshape(3, 4)
+    places = predicting_places(_alike(sequences, np.repeat([[0], [1], [2]], 4, axis=1), 12))
+    assert places.student_position.tolist() == [0, 1, 2, 4, 5, 6, 8, 9, 10]
+    assert places.teacher_position.tolist() == places.student_position.tolist()
+    assert places.target.tolist() == [1, 2, 3, 5, 6, 7, 9, 10, 11]
+    assert places.unit.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]  # few documents: sequences are the units
+
+
+def test_padding_and_tokens_of_one_model_alone_are_no_targets() -> None:
+    student = _text(
+        np.array([[5, 6, 7, 8, 0], [9, 5, 3, 6, 7]]),
+        np.array([[0, 0, 0, 1, -1], [1, 1, 2, 2, 2]]),
+    )
+    teacher = _text(np.array([[1, 2, 3, 4, 4], [1, 2, 2, 3, 4]]), np.zeros((2, 5), dtype=np.int64))
+    # the student has read what the teacher has at 0, 1, 2 | 4 would predict padding, 3 follows nothing known
+    text = PairedText(
+        student,
+        teacher,
+        np.array([0, 1, 2, 3, 5, 6, 7, 8, 9]),
+        np.array([1, 2, 3, 4, 5, 7, 7, 8, 9]),
+        np.array([5, 6, 7, 9]),
+        np.array([50, 60, 70, 90]),
+    )
+    places = predicting_places(text)
+    # 0 → 6, 1 → 7, 2 → 8 (unknown), 3 → padding, 5 → 5, 6 → 3 (unknown), 7 → 6, 8 → 7, 9 ends its sequence
+    assert places.student_position.tolist() == [0, 1, 5, 7, 8]
+    assert places.teacher_position.tolist() == [1, 2, 5, 7, 8]
+    assert [int(text.student_ids[target]) for target in places.target] == [6, 7, 5, 6, 7]
+    assert places.unit.tolist() == [0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("documents_count", [3, 10])
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(1.5, 3.0)])
+def test_figures_equal_those_of_an_evaluation(
+    documents_count: int, transform: LogitTransform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    vocabulary, count, length = 17, 6, 20
+    sequences = rng.integers(0, vocabulary, (count, length))
+    documents = np.sort(rng.integers(0, documents_count, count * length)).reshape(count, length)
+    documents.reshape(-1)[:documents_count] = 0
+    documents.reshape(-1)[-1] = documents_count - 1
+    text = _alike(sequences, np.sort(documents.reshape(-1)).reshape(count, length), vocabulary)
+    mine, theirs = (torch.randn(count, length, width, generator=generator) for width in (8, 12))
+    heads = [
+        HeadWeights(torch.randn(vocabulary, width, generator=generator), offset, transform)
+        for width, offset in ((8, torch.randn(vocabulary, generator=generator)), (12, None))
+    ]
+    places = predicting_places(text)
+    segment = Segment(mine.flatten(0, 1), theirs.flatten(0, 1), places.student_position, places.teacher_position)
+    monkeypatch.setattr(check, "_LOGIT_BYTES", 4 * vocabulary * 13)  # several pieces
+    found = figures_by_document(StatePairs([segment]), places, heads[0], heads[1])
+
+    nothing = Measurement(*(np.zeros(1) for _ in range(4)))
+    record = TeacherRecord(
+        theirs[:, :-1], heads[1].weight, None, transform, vocabulary, nothing, text.student
+    )
+    wanted = compare(
+        blocks_of(mine[:, :-1], "student"),
+        lambda states: linear_logits(states, heads[0].weight, heads[0].bias, transform, vocabulary),
+        record,
+        "student",
+    )
+    np.testing.assert_allclose(found.kl, wanted.kl, rtol=1e-5)
+    np.testing.assert_allclose(found.cross_entropy, wanted.cross_entropy, rtol=1e-5)
+    np.testing.assert_array_equal(found.agreement, wanted.agreement)
+    np.testing.assert_array_equal(found.tokens, wanted.tokens)
+    assert len(found.tokens) == (documents_count if documents_count == 10 else count)
+
+
+def test_states_are_read_by_number_across_segments() -> None:
+    student, teacher = torch.arange(40.0).reshape(10, 4), -torch.arange(20.0).reshape(10, 2)
+    pairs = StatePairs(
+        [
+            Segment(student.half(), teacher, np.array([1, 3, 5]), np.array([0, 2, 4])),
+            Segment(student + 100, teacher, np.array([9, 0]), np.array([9, 8])),
+        ]
+    )
+    assert len(pairs) == 5
+    mine, theirs = pairs.gather(np.array([4, 0, 2, 3]), torch.device("cpu"))
+    wanted = torch.stack([student[1], student[5], student[9] + 100, student[0] + 100])
+    assert torch.equal(mine, wanted)
+    assert torch.equal(theirs, torch.stack([teacher[0], teacher[4], teacher[9], teacher[8]]))
+    everything, _ = pairs.gather(np.arange(5), torch.device("cpu"))
+    pieces = torch.cat([mine for mine, _ in pairs.in_order(2, torch.device("cpu"))])
+    assert torch.equal(pieces, everything)
+    moment = second_moment(pairs, torch.device("cpu"))
+    torch.testing.assert_close(moment, everything.T @ everything / 5)

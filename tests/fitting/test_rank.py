@@ -1,0 +1,104 @@
+"""Which rank the head's pair gets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_svd_distill.algebra.whitening import Whitening, whitening
+from moe_svd_distill.fitting.head import mean_kl
+from moe_svd_distill.fitting.pairs import HeadWeights, second_moment
+from moe_svd_distill.fitting.rank import KEPT_SHARE, SERVED_RANKS, HeadRank, RankChoice, choose_rank, head_factors
+from tests.fitting.problems import Problem, reachable
+
+CPU = torch.device("cpu")
+WIDTH = 40
+
+
+def _metric(problem: Problem) -> Whitening:
+    return whitening(second_moment(problem.fit, CPU))
+
+
+def _choose(problem: Problem, asked: HeadRank, dtype: torch.dtype = torch.float32) -> RankChoice:
+    delta = problem.teacher.weight - problem.student.weight
+    untouched = mean_kl(problem.check, problem.student, problem.teacher)
+    return choose_rank(
+        delta, _metric(problem), asked, problem.check, problem.student, problem.teacher, untouched, dtype
+    )
+
+
+@pytest.fixture(scope="module")
+def problem() -> Problem:
+    """A change of rank 20 to a head of width 40."""
+    return reachable(fit=600, check=400, tokens=70, width=WIDTH, rank=20, size=0.3)
+
+
+def test_auto_takes_the_smallest_served_rank_that_keeps_enough(problem: Problem) -> None:
+    choice = _choose(problem, "auto")
+    assert [trial.rank for trial in choice.trials] == [16, 32]
+    assert choice.rank == 32
+    assert choice.trials[0].share < KEPT_SHARE <= choice.trials[1].share
+    assert choice.trials[1].kl == pytest.approx(0.0, abs=1e-4)
+
+
+def test_auto_ends_at_the_width_where_nothing_smaller_is_enough() -> None:
+    base = reachable(fit=600, check=400, tokens=70, width=WIDTH)
+    even = torch.linalg.qr(torch.randn(70, WIDTH, generator=torch.Generator().manual_seed(0)))[0] @ _metric(base).inverse
+    teacher = HeadWeights(base.student.weight + 3 * even, None, base.teacher.transform)
+    choice = _choose(Problem(base.fit, base.check, base.student, teacher), "auto")
+    assert [trial.rank for trial in choice.trials] == [16, 32, WIDTH]
+    assert choice.rank == WIDTH
+    narrow = reachable(fit=300, check=100, tokens=20, width=8)
+    assert [trial.rank for trial in _choose(narrow, "auto").trials] == [8]
+
+
+def test_auto_never_exceeds_what_servers_take() -> None:
+    generator = torch.Generator().manual_seed(0)
+    problem = reachable(fit=700, check=64, tokens=530, width=520, size=0.2)
+    delta = torch.randn(530, 520, generator=generator)
+    choice = choose_rank(
+        delta, Whitening(torch.eye(520), torch.eye(520)), "auto", problem.check, problem.student,
+        HeadWeights(problem.student.weight + delta, None, problem.student.transform), 10.0, torch.bfloat16,
+    )  # fmt: skip
+    assert choice.rank in SERVED_RANKS
+    assert all(trial.rank in SERVED_RANKS for trial in choice.trials)
+
+
+@pytest.mark.parametrize(("asked", "rank"), [("full", WIDTH), (5, 5), (WIDTH, WIDTH), (WIDTH + 9, WIDTH + 9)])
+def test_what_is_asked_for_is_taken(problem: Problem, asked: HeadRank, rank: int) -> None:
+    choice = _choose(problem, asked)
+    assert choice.rank == rank
+    (trial,) = choice.trials
+    assert trial.rank == rank
+    assert (trial.share > 0.999) == (rank >= 20)
+
+
+def test_a_rank_above_the_width_is_padded_with_zeros(problem: Problem) -> None:
+    delta, metric = problem.teacher.weight - problem.student.weight, _metric(problem)
+    b, a = head_factors(delta, metric, WIDTH + 9, torch.float32)
+    assert (b.shape, a.shape) == ((70, WIDTH + 9), (WIDTH + 9, WIDTH))
+    assert not b[:, WIDTH:].any()
+    assert not a[WIDTH:].any()
+    torch.testing.assert_close(b @ a, delta, rtol=0, atol=1e-3)
+    assert all(torch.equal(whole, part) for whole, part in zip(
+        (b[:, :WIDTH], a[:WIDTH]), head_factors(delta, metric, WIDTH, torch.float32), strict=True
+    ))  # fmt: skip
+
+
+def test_the_trial_is_of_the_factors_as_they_are_stored(problem: Problem) -> None:
+    coarse, fine = (_choose(problem, "full", dtype).trials[0].kl for dtype in (torch.bfloat16, torch.float32))
+    assert coarse > fine
+    b, a = head_factors(problem.teacher.weight - problem.student.weight, _metric(problem), WIDTH, torch.bfloat16)
+    assert b.dtype == a.dtype == torch.bfloat16
+    stored = HeadWeights(problem.student.weight + b.float() @ a.float(), None, problem.student.transform)
+    assert mean_kl(problem.check, stored, problem.teacher) == coarse
+
+
+def test_a_change_that_helps_nothing_keeps_all_of_nothing(problem: Problem) -> None:
+    nothing = torch.zeros_like(problem.student.weight)
+    untouched = mean_kl(problem.check, problem.student, problem.teacher)
+    choice = choose_rank(
+        nothing, _metric(problem), "auto", problem.check, problem.student, problem.teacher, untouched, torch.bfloat16
+    )
+    assert choice.rank == 16
+    assert choice.trials[0].share == 1.0
