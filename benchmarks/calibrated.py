@@ -33,16 +33,23 @@ MODELS = {
 BUDGETS = (8192, 32768, 65536)
 
 
-def measure(pair: str, tokens: int, held_out: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """Distil one pair and evaluate the adapter on text it was not fitted on."""
+def measure(
+    pair: str, tokens: int, held_out: int, settings: dict[str, Any], domains: tuple[str, str] | None
+) -> dict[str, Any]:
+    """Distil one pair and evaluate the adapter on text it was not fitted on, perhaps of another domain."""
     lab = lab_folder()
     teacher, student = (str(lab / "models" / name) for name in MODELS[pair])
     folder = Path(tempfile.mkdtemp(prefix=f"calibrated-{pair}-"))
+    calibration, heldout = (lab / "text" / f"{name}.jsonl" for name in ("calibration", "heldout"))
+    if domains:
+        calibration, heldout = (
+            _only(text, domain, folder) for text, domain in zip((calibration, heldout), domains, strict=True)
+        )
     values = {
         "teacher": teacher,
         "student": student,
         "output": folder / "out",
-        "calibration": [str(lab / "text" / "calibration.jsonl")],
+        "calibration": [str(calibration)],
         "tokens": tokens,
         **settings,
     }
@@ -50,13 +57,15 @@ def measure(pair: str, tokens: int, held_out: int, settings: dict[str, Any]) -> 
     try:
         adapter = distill(parse_recipe(values))
         seconds = time.monotonic() - begin
-        found = evaluate_adapter(adapter.folder, None, None, [lab / "text" / "heldout.jsonl"], tokens=held_out)
+        found = evaluate_adapter(adapter.folder, None, None, [heldout], tokens=held_out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     record, figures = adapter.record, found.evaluation
     return {
         "pair": pair,
         "tokens": tokens,
+        "domains": domains,
+        "domain": figures.get("domain"),
         "settings": {key: str(value) for key, value in settings.items()},
         "method": record["method"],
         "rank": record["calibration"].get("rank"),
@@ -72,6 +81,14 @@ def measure(pair: str, tokens: int, held_out: int, settings: dict[str, Any]) -> 
     }
 
 
+def _only(text: Path, domain: str, folder: Path) -> Path:
+    """The documents of one domain of the lab's text."""
+    lines = text.read_text(encoding="utf-8").splitlines(keepends=True)
+    chosen = folder / f"{domain}-{text.name}"
+    chosen.write_text("".join(line for line in lines if json.loads(line)["source"].startswith(domain)))
+    return chosen
+
+
 def main() -> None:
     """Measure what was asked for, a line each."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -80,12 +97,13 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="all pairs at 8k, 32k and 65k tokens")
     parser.add_argument("--held-out", type=int, default=64_000)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe key")
+    parser.add_argument("--domains", nargs=2, metavar=("FITTED", "HELD_OUT"), help="stdlib or documentation")
     parser.add_argument("--json", type=Path, help="append every result to this file as a line of JSON")
     arguments = parser.parse_args()
     settings = dict(item.split("=", 1) for item in arguments.set)
     for pair in arguments.pair or sorted(MODELS):
         for tokens in arguments.tokens or (BUDGETS if arguments.all else BUDGETS[-1:]):
-            result = measure(pair, tokens, arguments.held_out, settings)
+            result = measure(pair, tokens, arguments.held_out, settings, arguments.domains)
             line = json.dumps(result)
             print(line, flush=True)
             if arguments.json:

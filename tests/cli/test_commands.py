@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -43,6 +44,20 @@ def test_help_answers_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert all(name in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("before", [None, "ACTIVE"])
+def test_waiting_threads_sleep_unless_told_otherwise(before: str | None) -> None:
+    code = (
+        "import os, sys; sys.argv=['moe-svd-distill','--help']\n"
+        "from moe_svd_distill.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: print(os.environ['OMP_WAIT_POLICY'])\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": before} if before else {}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.splitlines()[-1] == (before or "PASSIVE")
 
 
 def test_inspect_reads_headers_without_torch(models: tuple[Path, Path]) -> None:

@@ -7,13 +7,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE
 from moe_svd_distill.adapter.scaling import scaled_copy
 from moe_svd_distill.calibration.text import Document
 from moe_svd_distill.errors import BadDataError, IncompatiblePairError
 from moe_svd_distill.evaluation.evaluate import evaluate
-from tests.evaluation.conftest import LENGTH, Lab, documents, write_tokenizer
+from tests.evaluation.conftest import LENGTH, Lab, documents, llama, write_tokenizer
 
 
 def test_the_adapter_that_makes_the_teacher_closes_the_gap(lab: Lab) -> None:
@@ -88,3 +91,33 @@ def test_another_vocabulary_is_refused_before_anything_runs(lab: Lab, tmp_path: 
     write_tokenizer(tmp_path, ["a wholly other text to learn from"] * 3)
     with pytest.raises(IncompatiblePairError, match="different vocabularies"):
         evaluate(lab.good_adapter, tmp_path, lab.student, [Document("a", "text")])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_is_saved_whole_has_its_random_control(lab: Lab, tmp_path: Path, tied: bool) -> None:
+    """Its noise is around the student's own head, wherever the student lies that the adapter names."""
+    student, adapter = tmp_path / "student", tmp_path / "adapter"
+    llama(320, tie_word_embeddings=tied).save_pretrained(student)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(lab.student / name, student / name)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(student),
+        LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False),
+    )
+    with torch.no_grad():
+        head = model.get_base_model().lm_head.modules_to_save["default"].weight
+        head.add_(0.5 * head.std() * torch.randn(head.shape, generator=torch.Generator().manual_seed(3)))
+    model.save_pretrained(adapter, save_embedding_layers=False)
+    configuration = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(configuration | {"base_model_name_or_path": "no/where"}))
+
+    found = [
+        evaluate(adapter, lab.teacher, student, documents(20, seed=9), length=LENGTH, controls=controls, mode=mode,
+                 limit_tokens=1000)
+        for mode, controls in (("resident", 2), ("streamed", 1))
+    ]  # fmt: skip
+    one, other = (control.figures for control in found[0].controls)
+    assert one.kl > found[0].student.kl
+    assert one.kl != other.kl
+    assert found[0].controls[0].figures.kl == pytest.approx(found[1].controls[0].figures.kl, rel=1e-3)
+    assert found[0].adapted.kl == pytest.approx(found[1].adapted.kl, rel=1e-3)

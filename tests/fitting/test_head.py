@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_svd_distill.algebra.logits import LogitTransform
-from moe_svd_distill.fitting.head import HeadFit, HeadFitSettings, _Fit, fit_head, mean_kl
+from moe_svd_distill.fitting.head import HeadFit, HeadFitSettings, StateSource, _Fit, fit_head, mean_kl
 from moe_svd_distill.fitting.pairs import HeadWeights, common_rows
 from moe_svd_distill.streaming import Head
 from tests.fitting.problems import Problem, reachable, state_pairs
@@ -21,9 +21,13 @@ class KilledError(Exception):
     """Stands for the death of the process."""
 
 
+def _source(problem: Problem) -> StateSource:
+    return StateSource(problem.fit, problem.check, torch.device("cpu"))
+
+
 def _run(problem: Problem, folder: Path, *, key: str = "key", **values: object) -> HeadFit:
     settings = HeadFitSettings(**{"passes": 4, **values})  # type: ignore[arg-type]
-    return fit_head(problem.fit, problem.check, problem.student, problem.teacher, settings, folder, key)
+    return fit_head(_source(problem), problem.student, problem.teacher, settings, folder, key)
 
 
 def _changed(problem: Problem, fitted: HeadFit) -> HeadWeights:
@@ -35,12 +39,11 @@ def _changed(problem: Problem, fitted: HeadFit) -> HeadWeights:
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_gradient_is_what_autograd_says_in_float64(transform: LogitTransform, bias: bool, tmp_path: Path) -> None:
     problem = reachable(fit=60, check=20, tokens=11, width=7, bias=bias, transform=transform)
-    run = _Fit(
-        problem.fit, problem.check, problem.student, problem.teacher, HeadFitSettings(), tmp_path, "key", None
-    )
+    run = _Fit(_source(problem), problem.student, problem.teacher, HeadFitSettings(), tmp_path, "key", None)
     run.weights = run.first + 0.3 * torch.randn(run.first.shape, generator=torch.Generator().manual_seed(1))
     numbers = np.array([41, 3, 17, 30, 59, 0])
     mine, theirs = (states.double() for states in problem.fit.gather(numbers, torch.device("cpu")))
+    mine.requires_grad_()
     weights = run.weights.double().requires_grad_()
     offset = None if problem.student.bias is None else problem.student.bias.double()
     inputs = mine @ run.metric.inverse.double()
@@ -48,8 +51,12 @@ def test_the_gradient_is_what_autograd_says_in_float64(transform: LogitTransform
     linear = torch.nn.functional.linear(theirs, problem.teacher.weight.double(), offset)
     wanted = torch.log_softmax(transform(linear), dim=-1)
     kl = (wanted.exp() * (wanted - found)).sum(-1).mean()
-    (gradient,) = torch.autograd.grad(kl, weights)
-    torch.testing.assert_close(run.gradient(numbers).double(), gradient, rtol=1e-3, atol=1e-6)
+    by_weights, by_states = torch.autograd.grad(kl, (weights, mine))
+    given = run.metric.inverse, run.weights
+    inputs = mine.detach().float() @ given[0]
+    error = run.error(inputs, theirs.float())
+    torch.testing.assert_close((error.T @ inputs).double(), by_weights, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close((error @ given[1] @ given[0]).double(), by_states, rtol=1e-3, atol=1e-6)
 
 
 def test_mean_kl_is_the_mean_over_all_places_and_zero_for_the_teacher_itself() -> None:
@@ -94,14 +101,13 @@ def test_a_fit_that_starts_at_the_answer_stays_there_and_one_that_starts_elsewhe
     problem = reachable()
     answer = problem.teacher.weight - problem.student.weight
     fitted = fit_head(
-        problem.fit, problem.check, problem.student, problem.teacher, HeadFitSettings(2), tmp_path, "key", start=answer
+        _source(problem), problem.student, problem.teacher, HeadFitSettings(2), tmp_path, "key", start=answer
     )
     assert fitted.kl[0] < 1e-6
     torch.testing.assert_close(fitted.delta, answer, rtol=0, atol=5e-3)
     near = fit_head(
-        problem.fit, problem.check, problem.student, problem.teacher, HeadFitSettings(4), tmp_path, "near",
-        start=0.5 * answer,
-    )  # fmt: skip
+        _source(problem), problem.student, problem.teacher, HeadFitSettings(4), tmp_path, "near", start=0.5 * answer
+    )
     assert near.kl[0] < mean_kl(problem.check, problem.student, problem.teacher)
     assert mean_kl(problem.check, _changed(problem, near), problem.teacher) == pytest.approx(min(near.kl), rel=1e-2)
 
@@ -117,7 +123,7 @@ def test_a_killed_fit_goes_on_to_the_same_bits(passes_done: int, tmp_path: Path)
         if fraction > passes_done / 4 + 0.1:
             raise KilledError
 
-    arguments = (problem.fit, problem.check, problem.student, problem.teacher, settings, folder, "key")
+    arguments = (_source(problem), problem.student, problem.teacher, settings, folder, "key")
     with pytest.raises(KilledError):
         fit_head(*arguments, on_progress=stop)
     told: list[float] = []

@@ -23,13 +23,15 @@ from moe_svd_distill.pipeline.lab import lab_pair
 from moe_svd_distill.pipeline.pair import open_model, open_pair
 from moe_svd_distill.pipeline.texts import LONGEST_SEQUENCE, read_run_text, sequence_length
 from moe_svd_distill.recipe import Recipe, recipe_yaml
+from moe_svd_distill.streaming.groups import group_of
 from tests.pipeline.test_quantised import in_float8
 from tests.support.heads import TEXT, student_with_tokenizer, teacher_with_other_head, trained_tokenizer
 from tests.support.models import load
 from tests.support.pairs import recipe_for
 
 LITTLE = {"calibration": [str(TEXT)], "tokens": 2048, "scale_search_tokens": 2048, "copies": 1, "head_passes": 2}
-FITTED = LITTLE | {"method": "calibrated"}
+HEAD_ALONE = LITTLE | {"method": "calibrated", "last_layers": 0}
+MORE_PASSES = HEAD_ALONE | {"head_passes": 6}
 A, B = "base_model.model.lm_head.lora_A.weight", "base_model.model.lm_head.lora_B.weight"
 
 
@@ -37,7 +39,7 @@ A, B = "base_model.model.lm_head.lora_A.weight", "base_model.model.lm_head.lora_
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
     """The lab's independent pair, fitted on very little text."""
     pair, out = lab_pair("independent"), tmp_path_factory.mktemp("finished") / "out"
-    recipe = recipe_for(pair.teacher, pair.student, out, **FITTED)
+    recipe = recipe_for(pair.teacher, pair.student, out, **HEAD_ALONE)
     distill(recipe)
     return recipe, out
 
@@ -119,7 +121,8 @@ def test_the_record_says_what_was_done(finished: tuple[Recipe, Path]) -> None:
 
 def test_the_figures_are_those_of_the_adapter_as_it_is_loaded(finished: tuple[Recipe, Path]) -> None:
     recipe, out = finished
-    before, after = _kl_on_search_text(recipe, {"untouched": None, "adapted": out}).values()
+    adapters = {"untouched": (None, {}), "adapted": (out, {"head": 1.0})}
+    before, after = _kl_on_search_text(recipe, adapters).values()
     facts = load_adapter(out).record["calibration"]
     assert before == pytest.approx(facts["kl_by_pass"][0], rel=1e-3)
     assert after == pytest.approx(facts["trials"][-1]["kl"], rel=1e-2)
@@ -151,8 +154,8 @@ def _killed(recipe: Recipe, folder: Path, step: str, fraction: float) -> None:
 def test_a_killed_run_goes_on_to_the_same_bytes(
     tiny: tuple[Path, Path], tmp_path: Path, step: str, fraction: float
 ) -> None:
-    whole = distill(recipe_for(*tiny, tmp_path / "whole", **FITTED))
-    recipe = recipe_for(*tiny, tmp_path / "out", **FITTED)
+    whole = distill(recipe_for(*tiny, tmp_path / "whole", **HEAD_ALONE))
+    recipe = recipe_for(*tiny, tmp_path / "out", **HEAD_ALONE)
     _killed(recipe, tmp_path, step, fraction)
     resumed = distill(recipe)
     assert resumed.sha256 == whole.sha256
@@ -167,8 +170,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
         assert facts["passes_resumed"] == 1
 
 
-def _kl_on_search_text(recipe: Recipe, adapters: Mapping[str, Path | None]) -> dict[str, float]:
-    """Mean KL on the text the scale was searched on, models in memory and adapters as PEFT loads them."""
+def _kl_on_search_text(
+    recipe: Recipe, adapters: Mapping[str, tuple[Path | None, Mapping[str, float]]]
+) -> dict[str, float]:
+    """Mean KL on the text the scale was searched on, models in memory and adapters as PEFT loads them, times scales."""
     from moe_svd_distill.evaluation.adapted import AdaptedStudent
     from moe_svd_distill.evaluation.evaluate import teacher_pass
     from moe_svd_distill.evaluation.resident import measure
@@ -177,11 +182,11 @@ def _kl_on_search_text(recipe: Recipe, adapters: Mapping[str, Path | None]) -> d
         text = read_run_text(recipe, pair, fitting="calibrated" in recipe.method).search
     record = teacher_pass(Path(recipe.teacher), text.student, vocabulary=len(text.student_ids), device="cpu")
     found = {}
-    for name, folder in adapters.items():
+    for name, (folder, scales) in adapters.items():
         model = load(Path(recipe.student))
         if folder is not None:
             adapted = AdaptedStudent.load(model, folder)
-            adapted.set_live()
+            adapted.set_live(scales)
             model = adapted.model
         measured = measure(model, record)
         found[name] = float(measured.kl.sum() / measured.tokens.sum())
@@ -190,26 +195,33 @@ def _kl_on_search_text(recipe: Recipe, adapters: Mapping[str, Path | None]) -> d
 
 def test_both_stages_are_never_worse_than_the_weights_alone(tmp_path: Path) -> None:
     pair = lab_pair("sibling")
-    common = LITTLE | {"rank": 16, "head_rank": 32}
-    alone = recipe_for(pair.teacher, pair.student, tmp_path / "weights", **common, method="weights")
+    common = LITTLE | {"scale_search_tokens": 1024, "rank": 16, "head_rank": 32}
     both = recipe_for(pair.teacher, pair.student, tmp_path / "both", **common, method="weights+calibrated")
-    weights = distill(alone)
-    shutil.copytree(tmp_path / "weights" / "parts", tmp_path / "both" / "parts")
     adapter = distill(both)
-    assert adapter.record["execution"]["units_computed"] == 0
-    assert adapter.record["scale_search"]["weights"]["trials"] == weights.record["scale_search"]["trials"]
-    found = _kl_on_search_text(both, {"untouched": None, "weights": weights.folder, "both": adapter.folder})
-    assert found["weights"] < 0.8 * found["untouched"]
+    shutil.copytree(tmp_path / "both" / "parts", tmp_path / "weights" / "parts")
+    alone = {"method": "weights", "scale_search": False}
+    weights = distill(recipe_for(pair.teacher, pair.student, tmp_path / "weights", **common | alone))
+    assert weights.record["execution"]["units_computed"] == 0
+    search = adapter.record["scale_search"]
+    scales = search["weights"]["confirmation"]["scales"]
+    adapters = {
+        "untouched": (None, {}),
+        "weights": (weights.folder, scales),
+        "both": (adapter.folder, dict.fromkeys(scales, 1.0)),
+    }
+    found = _kl_on_search_text(both, adapters)
+    assert found["weights"] < 0.9 * found["untouched"]
     assert found["both"] <= found["weights"] + 1e-4
     verify(adapter.folder)
     rows = {row["name"]: row for row in adapter.record["tensors"]}
     assert sorted(rows) == sorted(open_model(both.student).checkpoint)
-    accepted = adapter.record["scale_search"]["calibrated"]["accepted"]
-    assert ("stage" in rows["lm_head.weight"]) == accepted
-    same_body = {key: value for key, value in _tensors(weights.folder).items() if "lm_head" not in key}
-    changed = _tensors(adapter.folder)
-    assert all(torch.equal(changed[key], value) for key, value in same_body.items())
-    assert set(changed) == set(_tensors(weights.folder))
+    assert ("stage" in rows["lm_head.weight"]) == search["calibrated"]["accepted"]
+    before, after = _tensors(weights.folder), _tensors(adapter.folder)
+    assert set(before) == set(after)
+    for key, tensor in before.items():
+        if key not in (A, B):  # the fitted head takes the place of the other; the rest is only scaled
+            factor = 1.0 if "lora_A" in key else scales[group_of(key)]
+            torch.testing.assert_close(after[key].float(), tensor.float() * factor, rtol=1e-2, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +253,7 @@ def _whole_head_is_right(adapter: Adapter, teacher: Path, student: Path) -> None
 
 
 def test_a_student_with_tied_embeddings_gets_a_head_of_its_own(tied: tuple[Path, Path], tmp_path: Path) -> None:
-    adapter = distill(recipe_for(*tied, tmp_path / "out", **FITTED))
+    adapter = distill(recipe_for(*tied, tmp_path / "out", **MORE_PASSES))
     _whole_head_is_right(adapter, *tied)
     (head,) = [row for row in adapter.record["tensors"] if row["fate"] == "lora"]
     assert head["format"] == "whole"
@@ -249,20 +261,23 @@ def test_a_student_with_tied_embeddings_gets_a_head_of_its_own(tied: tuple[Path,
 
 def test_a_pair_for_a_tied_head_is_refused_before_any_work(tied: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="ties its head"):
-        distill(recipe_for(*tied, tmp_path / "out", **FITTED, head_format="pair"))
+        distill(recipe_for(*tied, tmp_path / "out", **HEAD_ALONE, head_format="pair"))
     assert not (tmp_path / "out").exists()
 
 
 def test_the_head_can_be_asked_for_whole(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    _whole_head_is_right(distill(recipe_for(*tiny, tmp_path / "out", **FITTED, head_format="whole")), *tiny)
+    _whole_head_is_right(distill(recipe_for(*tiny, tmp_path / "out", **MORE_PASSES, head_format="whole")), *tiny)
 
 
 def test_ranks_that_are_asked_for_are_kept(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    asked = FITTED | {"head_passes": 1, "cache": str(tmp_path / "cache")}
+    asked = HEAD_ALONE | {"head_passes": 1, "cache": str(tmp_path / "cache")}
     for number, (values, rank) in enumerate(
-        [({"head_rank": 48}, 48), ({"head_rank": "full"}, 32), ({"ranks": {"lm_*": 5}}, 5), ({}, 16)]
+        [({"head_rank": 48}, 48), ({"head_rank": "full"}, 32), ({"ranks": {"lm_*": 5}}, 5), ({}, None)]
     ):
         adapter = distill(recipe_for(*tiny, tmp_path / str(number), **asked, **values))
+        if rank is None:
+            rank = adapter.record["calibration"]["rank"]
+            assert rank in (16, 32)
         assert _tensors(adapter.folder)[A].shape[0] == rank
         assert json.loads((adapter.folder / "adapter_config.json").read_text())["r"] == rank
         assert (adapter.record["calibration"]["streamed"]["teacher"]["layers_computed"] == 0) == (number > 0)
@@ -274,12 +289,13 @@ def test_a_shortfall_of_text_is_said(tiny: tuple[Path, Path], tmp_path: Path) ->
     short = tmp_path / "short.jsonl"
     short.write_text("\n".join(json.dumps({"text": json.loads(line)["text"][:600]}) for line in lines))
     notes: list[str] = []
-    values = FITTED | {"calibration": [str(short)], "tokens": 1 << 20}
+    values = HEAD_ALONE | {"calibration": [str(short)], "tokens": 1 << 20}
     adapter = distill(recipe_for(*tiny, tmp_path / "out", **values), Listener(on_note=notes.append))
-    (shortfall,) = adapter.record["calibration"]["shortfalls"]
-    assert shortfall in notes
-    assert shortfall.startswith("fit text: ")
-    assert "1,048,576 asked for" in shortfall
+    shortfalls = adapter.record["calibration"]["shortfalls"]
+    assert set(shortfalls) <= set(notes)
+    (of_fit,) = [shortfall for shortfall in shortfalls if shortfall.startswith("fit text: ")]
+    assert "1,048,576 asked for" in of_fit
+    assert f"{adapter.record['calibration']['text']['fit']['tokens']:,} tokens" in of_fit
 
 
 @pytest.fixture(scope="module")
@@ -295,10 +311,10 @@ def test_different_tokenizers_are_refused_unless_they_are_to_be_compared(
     strangers: tuple[Path, Path], tmp_path: Path
 ) -> None:
     with pytest.raises(IncompatiblePairError, match="vocabular") as caught:
-        distill(recipe_for(*strangers, tmp_path / "out", **FITTED))
+        distill(recipe_for(*strangers, tmp_path / "out", **HEAD_ALONE))
     assert caught.value.exit_code == 78
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
-    adapter = distill(recipe_for(*strangers, tmp_path / "out", **FITTED, vocabulary="shared"))
+    adapter = distill(recipe_for(*strangers, tmp_path / "out", **HEAD_ALONE, vocabulary="shared"))
     verify(adapter.folder)
     facts = adapter.record["calibration"]
     assert facts["copies_of_the_text"] == 0
@@ -322,7 +338,7 @@ def test_the_same_weights_are_refused(tiny: tuple[Path, Path], tmp_path: Path) -
 
 def test_a_head_that_already_agrees_transfers_nothing(tiny: tuple[Path, Path], tmp_path: Path) -> None:
     copy = shutil.copytree(tiny[0], tmp_path / "copy")
-    adapter = distill(recipe_for(tiny[0], copy, tmp_path / "out", **FITTED | {"head_passes": 1}))
+    adapter = distill(recipe_for(tiny[0], copy, tmp_path / "out", **HEAD_ALONE | {"head_passes": 1}))
     assert adapter.transferred is False
     assert not _tensors(adapter.folder)[B].any()
     assert "Nothing was transferred" in adapter.record["scale_search"]["decision"]
@@ -331,10 +347,10 @@ def test_a_head_that_already_agrees_transfers_nothing(tiny: tuple[Path, Path], t
 def test_a_quantised_teacher_gives_nearly_the_same_head(tiny: tuple[Path, Path], tmp_path: Path) -> None:
     teacher, student = tiny
     coded = in_float8(teacher, tmp_path / "teacher_fp8")
-    adapter = distill(recipe_for(coded, student, tmp_path / "out", **FITTED))
+    adapter = distill(recipe_for(coded, student, tmp_path / "out", **MORE_PASSES))
     verify(adapter.folder)
     assert adapter.transferred
-    plain = distill(recipe_for(teacher, student, tmp_path / "plain", **FITTED))
+    plain = distill(recipe_for(teacher, student, tmp_path / "plain", **MORE_PASSES))
     products = [_tensors(folder)[B].float() @ _tensors(folder)[A].float() for folder in (adapter.folder, plain.folder)]
     assert 0 < float((products[0] - products[1]).norm() / products[1].norm()) < 0.5
 
@@ -349,3 +365,52 @@ def test_models_without_a_longest_sequence_read_the_usual_one(tiny: tuple[Path, 
         (folder / "config.json").write_text(json.dumps(config))
     with open_pair(str(copies[0]), str(copies[1])) as pair:
         assert sequence_length(pair) == LONGEST_SEQUENCE
+
+
+@pytest.fixture(scope="module")
+def last_layer(tiny: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    """The default: the student's last layer is fitted with the head."""
+    out = tmp_path_factory.mktemp("last_layer") / "out"
+    recipe = recipe_for(*tiny, out, **LITTLE | {"method": "calibrated", "last_layers": 1, "rank": 4})
+    distill(recipe)
+    return recipe, out
+
+
+def test_the_last_layer_is_fitted_with_the_head(last_layer: tuple[Recipe, Path]) -> None:
+    recipe, out = last_layer
+    record = load_adapter(out).record
+    verify(out)
+    changed = {row["name"]: row for row in record["tensors"] if row["fate"] == "lora"}
+    assert sorted(row["name"] for row in record["tensors"]) == sorted(open_model(recipe.student).checkpoint)
+    assert {row["layer"] for row in changed.values()} == {1, None}
+    assert len(changed) == 1 + record["calibration"]["last_layers_matrices"]
+    assert all(row["delta_norm"] > 0 for row in changed.values())
+    assert record["calibration"]["last_layers"] == 1
+    scales = dict.fromkeys(("attention", "mlp", "experts", "head", "embeddings"), 1.0)
+    found = _kl_on_search_text(recipe, {"untouched": (None, {}), "adapted": (out, scales)})
+    (trial,) = [
+        trial for trial in record["scale_search"]["trials"] if trial["scales"] == record["scale_search"]["scales"]
+    ]
+    assert trial["kl_fall"] > 0
+    assert found["adapted"] < found["untouched"] - 0.5 * trial["kl_fall"]
+
+
+def test_the_last_layer_too_is_reused(last_layer: tuple[Recipe, Path]) -> None:
+    recipe, out = last_layer
+    before = load_adapter(out)
+    again = distill(recipe)
+    assert again.sha256 == before.sha256
+    facts = again.record["calibration"]
+    assert [passed["layers_computed"] for passed in facts["streamed"].values()] == [0, 0, 0]
+    assert facts["passes_resumed"] == 2
+
+
+def test_a_killed_fit_of_the_last_layer_goes_on_to_the_same_bytes(
+    last_layer: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    recipe, out = last_layer
+    other = recipe.model_copy(update={"output": tmp_path / "out"})
+    _killed(other, tmp_path, "fitting the head and the last layers", 0.6)
+    resumed = distill(other)
+    assert resumed.sha256 == load_adapter(out).sha256
+    assert resumed.record["calibration"]["passes_resumed"] == 1

@@ -103,9 +103,10 @@ def test_a_changed_recipe_reuses_no_part_and_deletes_none(finished: tuple[Recipe
 def test_teacher_equal_to_student_is_refused_as_a_no_op(tmp_path: Path) -> None:
     model = saved("qwen3_moe", tmp_path / "m")
     copy = shutil.copytree(model, tmp_path / "copy")
-    with pytest.raises(NothingToTransferError, match="exactly zero") as caught:
-        distill(recipe_for(model, copy, tmp_path / "out"))
-    assert caught.value.exit_code == 79
+    for method, reason in (("auto", "hold the same weights"), ("weights", "exactly zero")):
+        with pytest.raises(NothingToTransferError, match=reason) as caught:
+            distill(recipe_for(model, copy, tmp_path / "out", method=method))
+        assert caught.value.exit_code == 79
     assert not (tmp_path / "out" / "run.json").exists()
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 

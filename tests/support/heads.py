@@ -39,8 +39,11 @@ def student_with_tokenizer(model_type: str, folder: Path, tokenizer: Path, **cha
     )
 
 
-def teacher_with_other_head(student: Path, folder: Path, *, rank: int = 4, size: float = 1.0) -> Path:
-    """A copy of a student with a change of low rank in its head, which it has to itself.
+def teacher_with_other_head(student: Path, folder: Path, *, rank: int = 4, size: float = 0.3) -> Path:
+    """A copy of a student with another head, which it has to itself: less sure of itself, and changed at low rank.
+
+    A random student is sure of what is wrong; so cross-entropy falls on the way to this teacher, as it does for real
+    ones, and the scale search has nothing against it.
 
     Args:
         student: The student's folder.
@@ -54,7 +57,7 @@ def teacher_with_other_head(student: Path, folder: Path, *, rank: int = 4, size:
     generator = torch.Generator().manual_seed(7)
     left = torch.randn(head.shape[0], rank, generator=generator)
     right = torch.randn(rank, head.shape[1], generator=generator)
-    tensors["lm_head.weight"] = head + size * float(head.std()) / rank**0.5 * left @ right
+    tensors["lm_head.weight"] = 0.3 * head + size * float(head.std()) / rank**0.5 * left @ right
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))

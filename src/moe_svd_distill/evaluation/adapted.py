@@ -90,6 +90,9 @@ class AdaptedStudent:
         self._restore()
         self._peft.base_model.enable_adapter_layers()
         student = self._peft.unload()
+        for part in self._parts:
+            if isinstance(part, _ReplacedPart):  # PEFT leaves the replacement behind
+                student.set_submodule(part.name, part.wrapper.original_module)
         if hasattr(student, "peft_config"):  # what makes PEFT take the next adapter for a second one
             del student.peft_config
         return student
@@ -141,7 +144,7 @@ class _ReplacedPart:
     """
 
     def __init__(self, name: str, wrapper: Any) -> None:
-        self.group, self.wrapper = group_of(name), wrapper
+        self.group, self.name, self.wrapper = group_of(name), name, wrapper
         self.pairs: Sequence[tuple[Tensor, Tensor]] = list(
             zip(wrapper.original_module.parameters(), wrapper.modules_to_save[_NAME].parameters(), strict=True)
         )

@@ -188,7 +188,7 @@ class LayerSource:
             factors.apply()
 
     def pair(self, hub_name: str, rank: int, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """``(B, A)`` of a matrix as stored, (rows, rank) and (rank, columns), zeros beyond the rank it was fitted at."""
+        """``(B, A)`` of a matrix as stored, (rows, rank) and (rank, columns), zeros beyond the fitted rank."""
         factors = self.factors[hub_name]
         lacking = rank - len(factors.a)
         left = torch.nn.functional.pad(scale * factors.b, (0, lacking))

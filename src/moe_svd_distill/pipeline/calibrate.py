@@ -316,9 +316,11 @@ class _Calibration:
 
         def at(scales: Mapping[str, float]) -> Measurement:
             scale = scales[GROUP]
-            left, right = self.factors(fitted, rank, scale)
-            weight = self.student.weight + left.float() @ right.float()
-            head = HeadWeights(weight, self.student.bias, self.student.transform)
+            head = self.with_start()  # at 0 nothing of the fit is kept: what was there before, at its own rank
+            if scale != 0.0:
+                left, right = self.factors(fitted, rank, scale)
+                weight = self.student.weight + left.float() @ right.float()
+                head = HeadWeights(weight, self.student.bias, self.student.transform)
             check = source.checked_at(scale) if isinstance(source, LayerSource) else source.check()
             sums = figures_by_document(check, self.places, head, self.teacher)
             return Measurement(sums.kl, sums.cross_entropy, sums.agreement, sums.tokens)

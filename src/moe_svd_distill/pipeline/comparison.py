@@ -48,4 +48,6 @@ def choice_as_dict(choice: MethodChoice) -> dict[str, Any]:
 
 def outlook_of_method(method: str, relatedness: Relatedness, has_text: bool) -> dict[str, Any]:
     """What was asked for beside what ``auto`` would choose."""
-    return {"asked": method, "auto": choice_as_dict(choose_method(relatedness, has_text))}
+    choice = choose_method(relatedness, has_text)
+    stages = list(choice.stages) if method == "auto" else method.split("+")
+    return {"asked": method, "auto": choice_as_dict(choice), "stages": stages}

@@ -7,8 +7,8 @@ from math import prod
 from typing import Any
 
 from moe_svd_distill.pipeline.comparison import outlook_of_method
-from moe_svd_distill.pipeline.pair import open_pair
-from moe_svd_distill.pipeline.preparation import plan_pair
+from moe_svd_distill.pipeline.pair import ModelPair, open_pair
+from moe_svd_distill.pipeline.preparation import execution_settings, plan_pair
 from moe_svd_distill.pipeline.relatedness import measure_relatedness, weights_at_hand
 from moe_svd_distill.recipe import Recipe
 
@@ -37,6 +37,12 @@ def look_ahead(recipe: Recipe) -> dict[str, Any]:
             ranks[task.role].add(task.rank)
     factors = sum(task.rank * sum(task.shape) for task in tasks if task.pair) * BYTES[recipe.dtype]
     covered = sum(prod(task.shape) for task in tasks if task.pair) * 2
+    method = outlook_of_method(recipe.method, relatedness, has_text=bool(recipe.calibration))
+    weights = [
+        ["weights stage: units of work", str(len(plan.units))],
+        ["weights stage: adapter, and as much again in parts", _readable(factors)],
+        ["weights stage: adapter relative to the weights it changes", f"{factors / covered:.0%}" if covered else "-"],
+    ]
     return {
         "depth": [
             [str(blend.student), " + ".join(f"{weight:.2f} × {layer}" for layer, weight in blend.teacher)]
@@ -47,11 +53,10 @@ def look_ahead(recipe: Recipe) -> dict[str, Any]:
             for role in sorted({task.role for task in tasks})
         ],
         "sizes": [
-            ["units of work", str(len(plan.units))],
             ["teacher", _readable(teacher.checkpoint.total_bytes)],
             ["student", _readable(student.checkpoint.total_bytes)],
-            ["adapter, and as much again in parts", _readable(factors)],
-            ["adapter relative to the weights it changes", f"{factors / covered:.0%}" if covered else "-"],
+            *(weights if "weights" in method["stages"] else []),
+            *(_cost_of_calibrating(recipe, pair) if "calibrated" in method["stages"] else []),
         ],
         "kept": {
             task.name: UNDECIDED if undecided and task.role == "embedding" else task.reason
@@ -61,8 +66,25 @@ def look_ahead(recipe: Recipe) -> dict[str, Any]:
         "unused_teacher": dict(plan.unused_teacher),
         "ignored_student": dict(plan.ignored_student),
         "relatedness": relatedness.as_dict(),
-        "method": outlook_of_method(recipe.method, relatedness, has_text=bool(recipe.calibration)),
+        "method": method,
     }
+
+
+def _cost_of_calibrating(recipe: Recipe, pair: ModelPair) -> list[list[str]]:
+    """What the calibrated stage would read, compute and keep."""
+    from moe_svd_distill.fitting.copies import default_copies
+
+    copies = default_copies(recipe.tokens) if recipe.copies == "auto" else recipe.copies
+    tokens = recipe.tokens * (1 + copies) + recipe.scale_search_tokens
+    teacher, student = pair.teacher, pair.student
+    widths = teacher.layout.geometry.hidden + student.layout.geometry.hidden * (2 if recipe.last_layers else 1)
+    item = 2 if any(device.startswith("cuda") for device in execution_settings(recipe).devices) else 4
+    once, twice = teacher.checkpoint.total_bytes, 2 * student.checkpoint.total_bytes
+    return [
+        ["calibrated stage: tokens read", f"{tokens:,} ({copies} copies of {recipe.tokens:,}, and the search text)"],
+        ["calibrated stage: weights read", f"{_readable(once)} (teacher once), {_readable(twice)} (student twice)"],
+        ["calibrated stage: hidden states kept", _readable(tokens * widths * item)],
+    ]
 
 
 def _readable(size: float) -> str:

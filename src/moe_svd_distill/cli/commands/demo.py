@@ -14,6 +14,8 @@ from moe_svd_distill.cli.options import json_option
 PAIRS = ("sibling", "independent")
 EVALUATION_TOKENS = 16_000
 SCALE_SEARCH_TOKENS = 8_192
+TOKENS = 8_192
+COPIES = 3
 
 
 @click.command("demo", short_help="The whole pipeline, no download.")
@@ -23,8 +25,8 @@ SCALE_SEARCH_TOKENS = 8_192
 def command(output: Path, pairs: tuple[str, ...], as_json: bool) -> None:
     """Distil the bundled lab pairs, evaluate the adapters on held-out text, and show what they do.
 
-    The sibling pair shares shape and lineage, so its weights carry over. The independent pair does not, and the tool
-    says so instead of handing over an adapter that harms.
+    The sibling pair shares shape and lineage, so its weights carry over, and text refines them. The independent pair
+    shares nothing but the tokenizer: there the head and the last layer are fitted to the teacher on a little text.
     """
     from moe_svd_distill.cli.commands.evaluate import show as show_figures
     from moe_svd_distill.cli.screen import Monitor, print_json
@@ -43,8 +45,10 @@ def command(output: Path, pairs: tuple[str, ...], as_json: bool) -> None:
                 "teacher": str(pair.teacher),
                 "student": str(pair.student),
                 "output": output / name,
-                "calibration": [pair.calibration],
+                "calibration": [str(pair.calibration)],
                 "scale_search_tokens": SCALE_SEARCH_TOKENS,
+                "tokens": TOKENS,
+                "copies": COPIES,
                 "rank": 16,
             }
         )

@@ -27,10 +27,14 @@ def command(recipe: Path | None, as_json: bool, **given: Any) -> None:
     if as_json:
         print_json(outlook)
         return
-    print_table("depth", ("student layer", "teacher layers"), outlook["depth"])
-    print_table("tensors", ("role", "with a pair", "kept", "rank"), outlook["roles"])
-    print_table("sizes", ("what", ""), outlook["sizes"])
     show_relatedness(outlook["relatedness"])
     show_choice("method auto", outlook["method"]["auto"])
-    for name, reason in {**outlook["kept"], **outlook["unused_teacher"]}.items():
-        click.echo(f"{name}: {reason}")
+    stages = outlook["method"]["stages"]
+    click.echo(f"stages of this recipe: {' and '.join(stages) or 'none'}")
+    if "weights" in stages:
+        print_table("weights stage: depth", ("student layer", "teacher layers"), outlook["depth"])
+        print_table("weights stage: tensors", ("role", "with a pair", "kept", "rank"), outlook["roles"])
+    print_table("sizes", ("what", ""), outlook["sizes"])
+    if "weights" in stages:
+        for name, reason in {**outlook["kept"], **outlook["unused_teacher"]}.items():
+            click.echo(f"{name}: {reason}")
