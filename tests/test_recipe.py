@@ -98,3 +98,31 @@ def test_the_written_recipe_reads_back_the_same_and_has_every_key() -> None:
     text = recipe_yaml(recipe)
     assert set(yaml.safe_load(text)) == set(Recipe.model_fields)
     assert parse_recipe(yaml.safe_load(text)) == recipe
+
+
+@pytest.mark.parametrize("method", ["calibrated", "weights+calibrated"])
+def test_a_fit_needs_text_and_a_head_that_may_change(method: str) -> None:
+    with pytest.raises(UsageError, match="needs calibration text"):
+        parse_recipe(BASE | {"method": method})
+    with pytest.raises(UsageError, match="head: keep"):
+        parse_recipe(BASE | {"method": method, "calibration": ["text"], "head": "keep"})
+    recipe = parse_recipe(BASE | {"method": method, "calibration": [Path("a.txt"), "datasets:name"]})
+    assert recipe.calibration == ["a.txt", "datasets:name"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tokens", 511), ("copies", -1), ("copies", 32), ("copies", "many"), ("head_passes", 0),
+        ("head_rank", 0), ("head_rank", "most"), ("head_format", "full"), ("vocabulary", "any"), ("method", "text"),
+    ],
+)  # fmt: skip
+def test_values_out_of_range_are_named(key: str, value: object) -> None:
+    with pytest.raises(UsageError, match=key):
+        parse_recipe(BASE | {key: value})
+
+
+def test_a_head_rank_of_auto_is_the_usual_one_where_nothing_is_fitted() -> None:
+    recipe = parse_recipe(BASE)
+    assert recipe.head_rank == "auto"
+    assert recipe.rank_of("lm_head.weight", "head", (96, 32)) == 64

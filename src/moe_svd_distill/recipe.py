@@ -129,7 +129,7 @@ class Recipe(_Section):
     last_layers: int = Field(
         1,
         ge=0,
-        description="Decoder layers at the student's end that are fitted together with the head; 0 fits the head alone.",
+        description="Decoder layers at the student's end fitted together with the head; 0 fits the head alone.",
     )
     vocabulary: Literal["equal", "shared"] = Field(
         "equal",

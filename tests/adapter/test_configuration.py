@@ -135,10 +135,19 @@ def test_a_class_may_be_left_out_altogether(case: Case) -> None:
     assert not {"q_proj", "lm_head"} & set(found["target_modules"])
 
 
-def test_a_whole_layer_without_pairs_is_a_hole(sparse: Case) -> None:
-    names = [name for name in tiny.carried(sparse.student) if ".layers.2." in name]
-    with pytest.raises(BadDataError, match=r"layers\.2\."):
-        build(sparse, without(shapes_of(sparse), *names))
+def test_layers_without_any_pair_are_left_out_by_name(sparse: Case) -> None:
+    carried = tiny.carried(sparse.student)
+    names = [name for name in carried if ".layers.2." in name]
+    found = build(sparse, without(shapes_of(sparse), *names))
+    entries = [*found["target_modules"], *found["target_parameters"]]
+    assert {entry.split(".")[2] for entry in entries if entry.startswith("model.layers.")} == {"0", "1"}
+    bare = {entry for entry in entries if not entry.startswith("model.")}
+    assert bare == {"lm_head"}  # the bare name of a class would reach layer 2 as well
+
+
+def test_a_class_with_a_hole_in_a_layer_that_has_other_pairs_is_refused(sparse: Case) -> None:
+    with pytest.raises(BadDataError, match=r"layers\.2\.self_attn\.q_proj"):
+        build(sparse, without(shapes_of(sparse), "model.layers.2.self_attn.q_proj.weight"))
 
 
 @pytest.mark.parametrize(

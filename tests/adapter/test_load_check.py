@@ -34,6 +34,12 @@ def test_every_family_loads_whole(case: Case) -> None:
     assert check_loads(case.adapter, tiny.config_of(case.student)) == report
 
 
+def test_what_peft_asks_by_an_old_name_warns_nobody(case: Case) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        check_loads(case.adapter, case.student)
+
+
 def test_the_check_targets_what_peft_targets(case: Case) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

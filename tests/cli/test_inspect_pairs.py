@@ -51,7 +51,8 @@ def test_plan_shows_the_relatedness_and_the_choice(
 ) -> None:
     words = ["plan", "--teacher", models[0], "--student", models[1], "--output", tmp_path / "out"]
     outlook = json.loads(run(capsys, *words, "--json"))
-    assert outlook["method"] == {"asked": "auto", "auto": outlook["method"]["auto"]}
+    assert outlook["method"]["asked"] == "auto"
+    assert outlook["method"]["stages"] == outlook["method"]["auto"]["stages"] == ["weights"]
     text = run(capsys, *words)
     assert f"method auto: weights: {outlook['method']['auto']['reason']}" in text
     assert "lineage: independent" in text

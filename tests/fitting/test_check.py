@@ -84,9 +84,7 @@ def test_figures_equal_those_of_an_evaluation(
     found = figures_by_document(StatePairs([segment]), places, heads[0], heads[1])
 
     nothing = Measurement(*(np.zeros(1) for _ in range(4)))
-    record = TeacherRecord(
-        theirs[:, :-1], heads[1].weight, None, transform, vocabulary, nothing, text.student
-    )
+    record = TeacherRecord(theirs[:, :-1], heads[1].weight, None, transform, vocabulary, nothing, text.student)
     wanted = compare(
         blocks_of(mine[:, :-1], "student"),
         lambda states: linear_logits(states, heads[0].weight, heads[0].bias, transform, vocabulary),

@@ -62,7 +62,9 @@ def test_the_seed_decides(text: Any) -> None:
 
 def test_a_token_is_drawn_from_what_is_expected_after_the_one_before_it(text: Any) -> None:
     sequences, states, _ = text
-    sure = HeadWeights(200 * torch.randn(COMMON, WIDTH, generator=torch.Generator().manual_seed(1)), None, LogitTransform())
+    sure = HeadWeights(
+        200 * torch.randn(COMMON, WIDTH, generator=torch.Generator().manual_seed(1)), None, LogitTransform()
+    )
     expected = sure.logits(states.states[:, :-1]).argmax(-1).numpy()
     result = perturbed_copies(sequences, states, sure, 1, seed=0)
     changed = result[:, 1:] != sequences[:, 1:]

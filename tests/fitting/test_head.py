@@ -151,6 +151,7 @@ def test_a_damaged_pass_is_set_aside_and_computed_again(tmp_path: Path) -> None:
     assert again.resumed == 0
     assert torch.equal(again.delta, whole.delta)
     assert [path.name for path in tmp_path.glob("*.rejected-*")] == [f"{part.name}.rejected-1"]
+    assert again.rejected == (f"{part.name}.rejected-1",)
     assert _run(problem, tmp_path).resumed == 4
 
 

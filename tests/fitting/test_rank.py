@@ -43,7 +43,8 @@ def test_auto_takes_the_smallest_served_rank_that_keeps_enough(problem: Problem)
 
 def test_auto_ends_at_the_width_where_nothing_smaller_is_enough() -> None:
     base = reachable(fit=600, check=400, tokens=70, width=WIDTH)
-    even = torch.linalg.qr(torch.randn(70, WIDTH, generator=torch.Generator().manual_seed(0)))[0] @ _metric(base).inverse
+    random = torch.randn(70, WIDTH, generator=torch.Generator().manual_seed(0))
+    even = torch.linalg.qr(random)[0] @ _metric(base).inverse
     teacher = HeadWeights(base.student.weight + 3 * even, None, base.teacher.transform)
     choice = _choose(Problem(base.fit, base.check, base.student, teacher), "auto")
     assert [trial.rank for trial in choice.trials] == [16, 32, WIDTH]

@@ -148,9 +148,7 @@ def _killed(recipe: Recipe, folder: Path, step: str, fraction: float) -> None:
     assert not (recipe.output / "run.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("step", "fraction"), [("reading the text: teacher", 0.5), ("fitting the head", 0.6)]
-)
+@pytest.mark.parametrize(("step", "fraction"), [("reading the text: teacher", 0.5), ("fitting the head", 0.6)])
 def test_a_killed_run_goes_on_to_the_same_bytes(
     tiny: tuple[Path, Path], tmp_path: Path, step: str, fraction: float
 ) -> None:
@@ -193,6 +191,7 @@ def _kl_on_search_text(
     return found
 
 
+@pytest.mark.slow
 def test_both_stages_are_never_worse_than_the_weights_alone(tmp_path: Path) -> None:
     pair = lab_pair("sibling")
     common = LITTLE | {"scale_search_tokens": 1024, "rank": 16, "head_rank": 32}
@@ -405,6 +404,7 @@ def test_the_last_layer_too_is_reused(last_layer: tuple[Recipe, Path]) -> None:
     assert facts["passes_resumed"] == 2
 
 
+@pytest.mark.slow
 def test_a_killed_fit_of_the_last_layer_goes_on_to_the_same_bytes(
     last_layer: tuple[Recipe, Path], tmp_path: Path
 ) -> None:

@@ -34,9 +34,7 @@ def with_tokenizer(model: Path, tokenizer: Path) -> Path:
 def student_with_tokenizer(model_type: str, folder: Path, tokenizer: Path, **changes: Any) -> Path:
     """A tiny student whose vocabulary is the tokenizer's."""
     size = len(json.loads((tokenizer / "tokenizer.json").read_text())["model"]["vocab"])
-    return with_tokenizer(
-        saved(model_type, folder, seed=1, dtype=torch.float32, vocab_size=size, **changes), tokenizer
-    )
+    return with_tokenizer(saved(model_type, folder, seed=1, dtype=torch.float32, vocab_size=size, **changes), tokenizer)
 
 
 def teacher_with_other_head(student: Path, folder: Path, *, rank: int = 4, size: float = 0.3) -> Path:

@@ -50,7 +50,9 @@ def build_configuration(
     if tied_embeddings:
         refuse_tied(targets, whole)
     present = check_coverage(family, targets, student_layers)
-    by_layer = bool(present) and len(present) < student_layers
+    # MLPs of one kind alone may stand in some layers only because the other layers are of the other kind.
+    attends = any(target.layer is not None and target.role.role.startswith("attention.") for target in targets.values())
+    by_layer = attends and len(present) < student_layers
     ranks = memory_ranks(pairs, targets)
     rank = _body_rank(pairs, targets)
     patterns = _patterns(targets.values(), ranks, rank)

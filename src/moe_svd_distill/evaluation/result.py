@@ -102,8 +102,8 @@ class Aligned:
         """In one sentence."""
         return (
             f"The tokenizers differ: measured over the {self.common_tokens:,} tokens both have, at the "
-            f"{self.places_share:.1%} of the student's tokens where the two align; "
-            f"{self.teacher_mass:.1%} of the teacher's probability is on tokens that both have."
+            f"{100 * self.places_share:.1f} % of the student's tokens where the two align; "
+            f"{100 * self.teacher_mass:.1f} % of the teacher's probability is on tokens that both have."
         )
 
 

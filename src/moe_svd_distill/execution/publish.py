@@ -126,7 +126,11 @@ class OutputFolder:
         found += [path for path in _files(self.parts) if path.name.startswith("part-") or is_temporary(path)]
         found += [path for path in _files(self.path) if is_temporary(path)]
         if not self.cache.is_symlink():
-            found += [path for path in _files(self.cache) if path.name.startswith("states-") or is_temporary(path)]
+            found += [
+                path
+                for path in _files(self.cache)
+                if path.name.startswith(("states-", "inputs-")) or is_temporary(path)
+            ]
         return found + _files(self._staging)
 
     def clean(self) -> list[Path]:

@@ -65,6 +65,7 @@ class HeadFit:
         best: The pass whose change this is; 0 is no change.
         rate: The step size it ended with; smaller than asked for if that one did not lower KL in its first pass.
         resumed: Passes found on the disk.
+        rejected: Damaged passes that were moved aside, by name of the file.
     """
 
     delta: Tensor
@@ -73,6 +74,7 @@ class HeadFit:
     best: int
     rate: float
     resumed: int
+    rejected: tuple[str, ...] = ()
 
 
 class Source(Protocol):
@@ -210,6 +212,7 @@ class _Fit:
         self.rate = settings.rate / first.shape[1]
         self.steps = settings.passes * source.batches
         self.restarts = self.resumed = self.best = 0
+        self.rejected: list[str] = []
 
     @torch.no_grad()
     def complete(self, report: Callable[[float], None]) -> HeadFit:
@@ -231,14 +234,15 @@ class _Fit:
             self.save()
         self.restore(self.best_state)
         delta = (self.weights - self.origin) @ self.metric.inverse
-        return HeadFit(delta, self.metric, tuple(self.kl), self.best, self.rate, self.resumed)
+        rejected = tuple(self.rejected)
+        return HeadFit(delta, self.metric, tuple(self.kl), self.best, self.rate, self.resumed, rejected)
 
     def one_pass(self, number: int, report: Callable[[float], None]) -> None:
         order = self.source.order(np.random.default_rng([self.settings.seed, number]))
         batches = self.source.batches
         for place in range(batches):
             step = number * batches + place + 1
-            share = 1 - step / self.steps
+            share = 1 - (step - 1) / self.steps
             mine, theirs = self.source.begin(order, place)
             inputs = mine.detach() @ self.metric.inverse
             error = self.error(inputs, theirs)
@@ -303,7 +307,7 @@ class _Fit:
             if not path.is_file():
                 continue
             if find_fault(path, self.name(passes)) is not None:
-                reject_part(path)
+                self.rejected.append(reject_part(path).name)
                 continue
             record = read_record(path)
             self.restarts = int(record["restarts"])

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from moe_svd_distill.recipe import Recipe
 
 GROUP = "calibrated"
-ALGORITHM = 2  # raise whenever the same input would give another head
+ALGORITHM = 3  # raise whenever the same input would give another head
 Report = Callable[[str, float | None], None]
 
 
@@ -269,9 +269,10 @@ class _Calibration:
             given: dict[str, Any] = {} if body is None else {"adapter": body.folder, "scales": dict(body.scales)}
             states = stream_states(checkpoint, sequences, self.cache, self.settings, on_progress=progress, **given)
         self.stack.enter_context(states)
-        self.passes[name] = {
-            key: value for key, value in asdict(states.record).items() if key not in ("unused", "rejected")
-        } | {"tokens": int(sequences.size), "file": states.path.name}
+        self.passes[name] = {key: value for key, value in asdict(states.record).items() if key != "unused"} | {
+            "tokens": int(sequences.size),
+            "file": states.path.name,
+        }
         return states, inputs
 
     def with_start(self) -> HeadWeights:
@@ -346,6 +347,7 @@ class _Calibration:
             "kl_by_pass": list(fitted.kl),
             "best_pass": fitted.best,
             "passes_resumed": fitted.resumed,
+            "passes_rejected": list(fitted.rejected),
             "step_size": fitted.rate,
             "last_layers": self.last,
             "last_layers_reason": "" if self.body is None else "the weights stage has changed every layer already",

@@ -21,7 +21,7 @@ from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.execution.durable import make_folder
 from moe_svd_distill.execution.parts import reject_part
 from moe_svd_distill.streaming.decoder_run import DecoderRun, LayerCall
-from moe_svd_distill.streaming.journal import pass_key
+from moe_svd_distill.streaming.journal import Journal, pass_key
 from moe_svd_distill.streaming.result import StreamedStates
 from moe_svd_distill.streaming.settings import PassSettings
 from moe_svd_distill.streaming.skeleton import ENDS, Place, Skeleton, build_skeleton, layer_count, parse_config
@@ -71,14 +71,17 @@ def stream_with_inputs(
         if visit.index == first:
             write_states(path, body, len(sequences), (batch.hidden.cpu() for batch in visit.batches()))
 
-    # Without a name the pass begins anew, which it must where it would skip the layer whose input is missing.
+    journal = Journal(Path(folder), key, layers)
+    beyond = (journal.final_path, *(journal.layer_path(done) for done in range(first + 1, layers + 1)))
+    if not found and any(later.is_file() for later in beyond):
+        journal.discard()  # the pass would skip the layer whose input is missing
     states = stream_states(
         checkpoint,
         sequences,
         folder,
         settings,
         visit=keep,
-        visit_key=name if found else None,
+        visit_key=name,
         on_progress=on_progress,
     )
     return states, StatesFile(path)
