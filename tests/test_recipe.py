@@ -113,7 +113,7 @@ def test_a_fit_needs_text_and_a_head_that_may_change(method: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("tokens", 511), ("copies", -1), ("copies", 32), ("copies", "many"), ("head_passes", 0),
+        ("tokens", 511), ("copies", -1), ("copies", 32), ("copies", "many"), ("fit_passes", 0),
         ("head_rank", 0), ("head_rank", "most"), ("head_format", "full"), ("vocabulary", "any"), ("method", "text"),
     ],
 )  # fmt: skip

@@ -125,7 +125,9 @@ class Recipe(_Section):
         description="Copies of the fitting text with tokens replaced by the student's own predictions; the teacher "
         "labels them too. auto: 7 for little text, 2 for much.",
     )
-    head_passes: int = Field(4, ge=1, description="Passes over the cached states in which the head is fitted.")
+    fit_passes: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="Passes over the cached states in the fit. auto: about 2,000 steps, in 4 to 16 passes."
+    )
     last_layers: int = Field(
         1,
         ge=0,

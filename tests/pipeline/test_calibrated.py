@@ -29,9 +29,9 @@ from tests.support.heads import TEXT, student_with_tokenizer, teacher_with_other
 from tests.support.models import load
 from tests.support.pairs import recipe_for
 
-LITTLE = {"calibration": [str(TEXT)], "tokens": 2048, "scale_search_tokens": 2048, "copies": 1, "head_passes": 2}
+LITTLE = {"calibration": [str(TEXT)], "tokens": 2048, "scale_search_tokens": 2048, "copies": 1, "fit_passes": 2}
 HEAD_ALONE = LITTLE | {"method": "calibrated", "last_layers": 0}
-MORE_PASSES = HEAD_ALONE | {"head_passes": 6}
+MORE_PASSES = HEAD_ALONE | {"fit_passes": 6}
 A, B = "base_model.model.lm_head.lora_A.weight", "base_model.model.lm_head.lora_B.weight"
 
 
@@ -269,7 +269,7 @@ def test_the_head_can_be_asked_for_whole(tiny: tuple[Path, Path], tmp_path: Path
 
 
 def test_ranks_that_are_asked_for_are_kept(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    asked = HEAD_ALONE | {"head_passes": 1, "cache": str(tmp_path / "cache")}
+    asked = HEAD_ALONE | {"fit_passes": 1, "cache": str(tmp_path / "cache")}
     for number, (values, rank) in enumerate(
         [({"head_rank": 48}, 48), ({"head_rank": "full"}, 32), ({"ranks": {"lm_*": 5}}, 5), ({}, None)]
     ):
@@ -337,7 +337,7 @@ def test_the_same_weights_are_refused(tiny: tuple[Path, Path], tmp_path: Path) -
 
 def test_a_head_that_already_agrees_transfers_nothing(tiny: tuple[Path, Path], tmp_path: Path) -> None:
     copy = shutil.copytree(tiny[0], tmp_path / "copy")
-    adapter = distill(recipe_for(tiny[0], copy, tmp_path / "out", **HEAD_ALONE | {"head_passes": 1}))
+    adapter = distill(recipe_for(tiny[0], copy, tmp_path / "out", **HEAD_ALONE | {"fit_passes": 1}))
     assert adapter.transferred is False
     assert not _tensors(adapter.folder)[B].any()
     assert "Nothing was transferred" in adapter.record["scale_search"]["decision"]

@@ -10,6 +10,7 @@ the disk, and the best pass by KL on other text is what counts; the untouched he
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from moe_svd_distill.fitting.pairs import HeadWeights, StatePairs, second_moment
 _FIRST_MOMENT, _SECOND_MOMENT, _TINY = 0.9, 0.98, 1e-10
 _LARGEST_BATCH, _SMALLEST_BATCH, _BATCHES = 768, 128, 256
 _MOST_RESTARTS = 4
+_STEPS, _FEWEST_PASSES, _MOST_PASSES = 2048, 4, 16
 _CHECK_BYTES = 256 << 20
 
 
@@ -43,13 +45,13 @@ class HeadFitSettings:
     """How the head is fitted.
 
     Attributes:
-        passes: Passes over the states.
+        passes: Passes over the states; None for about 2,048 steps in 4 to 16 passes.
         rate: Largest step of an entry of Δ̃, times the width of the states: with unit inputs all moving one way, a step
             changes a logit by at most this much.
         seed: Of the order of the states.
     """
 
-    passes: int = 4
+    passes: int | None = None
     rate: float = 0.5
     seed: int = 0
 
@@ -210,7 +212,9 @@ class _Fit:
         first = student.weight if start is None else student.weight + start.to(student.weight)
         self.first = first @ self.metric.root
         self.rate = settings.rate / first.shape[1]
-        self.steps = settings.passes * source.batches
+        enough = math.ceil(_STEPS / source.batches)
+        self.passes = settings.passes or min(max(enough, _FEWEST_PASSES), _MOST_PASSES)
+        self.steps = self.passes * source.batches
         self.restarts = self.resumed = self.best = 0
         self.rejected: list[str] = []
 
@@ -221,7 +225,7 @@ class _Fit:
         self.mean, self.square = torch.zeros_like(self.first), torch.zeros_like(self.first)
         self.best_state = self.snapshot()
         self.load()
-        while len(self.kl) <= self.settings.passes:
+        while len(self.kl) <= self.passes:
             done = len(self.kl) - 1
             self.one_pass(done, report)
             kl = self.check_kl(self.weights)
@@ -257,7 +261,7 @@ class _Fit:
             self.square.mul_(_SECOND_MOMENT).addcmul_(gradient, gradient, value=1 - _SECOND_MOMENT)
             scale = (self.square / (1 - _SECOND_MOMENT**step)).sqrt_().add_(_TINY)
             self.weights.addcdiv_(self.mean, scale, value=-self.rate * share / (1 - _FIRST_MOMENT**step))
-            report((number + (place + 1) / batches) / self.settings.passes)
+            report((number + (place + 1) / batches) / self.passes)
 
     def error(self, inputs: Tensor, theirs: Tensor) -> Tensor:
         """Gradient of the mean KL by the output of the head, (b, v), from whitened states."""
@@ -302,7 +306,7 @@ class _Fit:
         part_path(self.folder, self.name(passes - 1)).unlink(missing_ok=True)
 
     def load(self) -> None:
-        for passes in range(self.settings.passes, 0, -1):
+        for passes in range(self.passes, 0, -1):
             path = part_path(self.folder, self.name(passes))
             if not path.is_file():
                 continue

@@ -281,7 +281,8 @@ class _Calibration:
         return HeadWeights(self.student.weight + self.start, self.student.bias, self.student.transform)
 
     def fit(self, source: StateSource | LayerSource) -> HeadFit:
-        settings = HeadFitSettings(passes=self.recipe.head_passes, seed=self.recipe.seed)
+        passes = None if self.recipe.fit_passes == "auto" else self.recipe.fit_passes
+        settings = HeadFitSettings(passes, seed=self.recipe.seed)
         identity = {
             "algorithm": ALGORITHM,
             "versions": library_versions(),

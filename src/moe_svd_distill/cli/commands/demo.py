@@ -16,6 +16,7 @@ EVALUATION_TOKENS = 16_000
 SCALE_SEARCH_TOKENS = 8_192
 TOKENS = 8_192
 COPIES = 3
+PASSES = 6
 
 
 @click.command("demo", short_help="The whole pipeline, no download.")
@@ -49,6 +50,7 @@ def command(output: Path, pairs: tuple[str, ...], as_json: bool) -> None:
                 "scale_search_tokens": SCALE_SEARCH_TOKENS,
                 "tokens": TOKENS,
                 "copies": COPIES,
+                "fit_passes": PASSES,
                 "rank": 16,
             }
         )
