@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from moe_svd_distill.fitting.last_layers import LayerSource, RowSegment
 from moe_svd_distill.fitting.pairs import HeadWeights, Segment, StatePairs, common_rows, second_moment
 from moe_svd_distill.fitting.rank import RankChoice, choose_rank, head_factors
 from moe_svd_distill.pipeline.assembly import asked_head_rank
-from moe_svd_distill.pipeline.preparation import library_versions
+from moe_svd_distill.pipeline.preparation import available_cores, library_versions
 from moe_svd_distill.streaming import (
     PassSettings,
     StreamedStates,
@@ -103,6 +104,7 @@ def calibrate(
         DistillError: One of its kinds.
     """
     with ExitStack() as stack:
+        stack.enter_context(_same_threads())
         return _Calibration(recipe, pair, text, folder, devices, body, report, stack).run()
 
 
@@ -364,3 +366,14 @@ class _Calibration:
 
 def _digest(*numbers: NDArray[np.int64]) -> str:
     return hashlib.sha256(b"".join(part.tobytes() for part in numbers)).hexdigest()
+
+
+@contextmanager
+def _same_threads() -> Iterator[None]:
+    """As many threads as the environment says, whatever the process was doing before: sums depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or available_cores()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -103,7 +103,7 @@ def execution_settings(recipe: Recipe, environment: Mapping[str, str] = os.envir
     if recipe.workers is not None:
         workers = recipe.workers
     elif devices == ("cpu",):
-        workers = max(1, (_available_cores() // recipe.threads))
+        workers = max(1, (available_cores() // recipe.threads))
     else:
         workers = len(devices)
     return Settings(workers=workers, devices=devices, threads_per_worker=recipe.threads)
@@ -116,7 +116,8 @@ def _devices(asked: list[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(asked))
 
 
-def _available_cores() -> int:
+def available_cores() -> int:
+    """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
