@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from moe_svd_distill.algebra.logits import LogitTransform
-from moe_svd_distill.fitting.head import HeadFit, HeadFitSettings, StateSource, _Fit, fit_head, mean_kl
+from moe_svd_distill.fitting.head import HeadFit, HeadFitSettings, _Fit, fit_head, mean_kl
 from moe_svd_distill.fitting.pairs import HeadWeights, common_rows
+from moe_svd_distill.fitting.source import StateSource
 from moe_svd_distill.streaming import Head
 from tests.fitting.problems import Problem, reachable, state_pairs
 

@@ -81,7 +81,7 @@ class Factors:
 
 
 class LayerSource:
-    """A `fitting.head.Source` whose last layers move with the head.
+    """A `fitting.source.Source` whose last layers move with the head.
 
     Attributes:
         factors: Hub name to the pair of the matrix.
@@ -126,11 +126,11 @@ class LayerSource:
         self._first_rate = self.rate = BODY_RATE / check.inputs.shape[-1]
 
     def order(self, generator: np.random.Generator) -> NDArray[np.int64]:
-        """As `fitting.head.Source`."""
+        """As `fitting.source.Source`."""
         return generator.permutation(len(self._rows))
 
     def begin(self, order: NDArray[np.int64], place: int) -> tuple[Tensor, Tensor]:
-        """As `fitting.head.Source`; the layers run with gradients."""
+        """As `fitting.source.Source`; the layers run with gradients."""
         chosen = [self._rows[number] for number in order[place * self._together : (place + 1) * self._together]]
         inputs, positions, theirs = [], [], []
         for offset, (number, row) in enumerate(chosen):
@@ -146,7 +146,7 @@ class LayerSource:
         return self._states, torch.cat(theirs).to(self._device, torch.float32)
 
     def end(self, gradient: Callable[[], Tensor], step: int, share: float) -> None:
-        """As `fitting.head.Source`."""
+        """As `fitting.source.Source`."""
         self._layers.zero_gradients()
         torch.autograd.backward(self._states, gradient())
         del self._states
@@ -155,7 +155,7 @@ class LayerSource:
             factors.apply()
 
     def check(self) -> StatePairs:
-        """As `fitting.head.Source`."""
+        """As `fitting.source.Source`."""
         return self.checked_at(1.0)
 
     def checked_at(self, scale: float) -> StatePairs:
@@ -175,7 +175,7 @@ class LayerSource:
         return StatePairs([Segment(torch.cat(states), rows.teacher, rows.student_position, rows.teacher_position)])
 
     def tensors(self) -> dict[str, Tensor]:
-        """As `fitting.head.Source`."""
+        """As `fitting.source.Source`."""
         found: dict[str, Tensor] = {}
         for name, factors in self.factors.items():
             found |= {f"{name}#A": factors.a, f"{name}#B": factors.b}
@@ -183,7 +183,7 @@ class LayerSource:
         return found
 
     def settle(self) -> None:
-        """As `fitting.head.Source`."""
+        """As `fitting.source.Source`."""
         for factors in self.factors.values():
             factors.apply()
 
@@ -196,7 +196,7 @@ class LayerSource:
         return left.to("cpu", dtype), right.to("cpu", dtype)
 
     def reset(self, halvings: int) -> None:
-        """As `fitting.head.Source`."""
+        """As `fitting.source.Source`."""
         self.rate = self._first_rate / 2**halvings
         for factors in self.factors.values():
             factors.reset()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,23 +16,20 @@ import numpy as np
 import torch
 
 from moe_svd_distill.families import Carrier
-from moe_svd_distill.fitting.check import figures_by_document, predicting_places
-from moe_svd_distill.fitting.copies import default_copies, perturbed_copies
-from moe_svd_distill.fitting.head import HeadFit, HeadFitSettings, StateSource, fit_head
-from moe_svd_distill.fitting.last_layers import LayerSource, RowSegment
-from moe_svd_distill.fitting.pairs import HeadWeights, Segment, StatePairs, common_rows, second_moment
+from moe_svd_distill.fitting.check import figures_by_document
+from moe_svd_distill.fitting.head import HeadFit, HeadFitSettings, fit_head
+from moe_svd_distill.fitting.last_layers import LayerSource
+from moe_svd_distill.fitting.pairs import HeadWeights, common_rows, second_moment
 from moe_svd_distill.fitting.rank import RankChoice, choose_rank, head_factors
+from moe_svd_distill.fitting.source import StateSource
 from moe_svd_distill.pipeline.assembly import asked_head_rank
 from moe_svd_distill.pipeline.preparation import available_cores, library_versions
+from moe_svd_distill.pipeline.states import Body, Report, StateReader
 from moe_svd_distill.streaming import (
     PassSettings,
-    StreamedStates,
     load_head,
     load_last_layers,
-    stream_states,
-    stream_with_inputs,
 )
-from moe_svd_distill.streaming.states_file import StatesFile
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,20 +42,6 @@ if TYPE_CHECKING:
 
 GROUP = "calibrated"
 ALGORITHM = 3  # raise whenever the same input would give another head
-Report = Callable[[str, float | None], None]
-
-
-@dataclass(frozen=True)
-class Body:
-    """The adapter of the weights stage, which the head is fitted on top of.
-
-    Attributes:
-        folder: The adapter at scale 1.
-        scales: Its scales by group; the head's belongs to the start of the fit.
-    """
-
-    folder: Path
-    scales: Mapping[str, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,12 +105,11 @@ class _Calibration:
     ) -> None:
         assert text.fit is not None
         self.recipe, self.pair, self.body, self.report, self.stack = recipe, pair, body, report, stack
-        self.fit_text, self.search_text = text.fit, text.search
+        self.text, self.fit_text = text, text.fit
         self.folder, self.device = folder, torch.device(devices[0])
         self.cache = recipe.cache or recipe.output / "cache"
         self.settings = PassSettings(devices)
         self.dtype: torch.dtype = getattr(torch, recipe.dtype)
-        self.passes: dict[str, Any] = {}
         self.ranks: dict[str, int] = {}
         self.fixed: list[str] = []
 
@@ -181,55 +163,17 @@ class _Calibration:
             self.start = changed.weight[self.student_ids] - self.student.weight
 
     def source(self) -> StateSource | LayerSource:
-        """Stream the student, draw the copies from what it expects, stream the teacher, and the student once more."""
-        fit, search = self.fit_text, self.search_text
-        self.places = predicting_places(search)
-        count, length = len(fit.student.sequences), fit.student.length
-        self.last = (
-            0 if self.body is not None else min(self.recipe.last_layers, self.pair.student.layout.geometry.layers)
-        )
-        mine, inputs = self.stream("student", np.concatenate([fit.student.sequences, search.student.sequences]))
-        asked = default_copies(fit.student.tokens) if self.recipe.copies == "auto" else self.recipe.copies
-        self.copies = asked if fit.identical else 0
-        self.report("drawing copies of the text", None)
-        copied = perturbed_copies(fit.student.sequences, mine, self.with_start(), self.copies, self.recipe.seed)
-        theirs, _ = self.stream("teacher", np.concatenate([fit.teacher.sequences, search.teacher.sequences, copied]))
-        flat_mine, flat_theirs = mine.rows(slice(None)).flatten(0, 1), theirs.rows(slice(None)).flatten(0, 1)
-        segments = [Segment(flat_mine, flat_theirs, fit.student_position, fit.teacher_position)]
-        stretches = [self.stretch(inputs, slice(0, count), segments[0])]
-        if self.copies:
-            again, more = self.stream("student, copies", copied)
-            everywhere = np.arange(copied.size)
-            offset = (count + len(search.teacher.sequences)) * fit.teacher.length
-            segments.append(
-                Segment(again.rows(slice(None)).flatten(0, 1), flat_theirs, everywhere, everywhere + offset)
-            )
-            stretches.append(self.stretch(more, slice(None), segments[1]))
-        shift = len(fit.teacher.sequences) * fit.teacher.length
-        theirs_at = self.places.teacher_position + shift
-        check = Segment(flat_mine, flat_theirs, self.places.student_position + count * length, theirs_at)
-        self.fitted_on = len(StatePairs(segments))
+        """The states to fit on: from files, or through the last layers."""
+        layers = self.pair.student.layout.geometry.layers
+        self.last = 0 if self.body is not None else min(self.recipe.last_layers, layers)
+        self.states = StateReader(
+            self.recipe, self.pair, self.text, self.body, self.settings, self.cache, self.last, self.report, self.stack
+        ).read(self.with_start())
         if not self.last:
-            return StateSource(StatePairs(segments), StatePairs([check]), self.device)
-        judged = Segment(flat_mine, flat_theirs, self.places.student_position, theirs_at)
-        return self.layer_source(
-            [stretch for stretch in stretches if stretch],
-            self.stretch(inputs, slice(count, None), judged),
-            StatePairs(segments),
-            StatePairs([check]),
-        )
+            return StateSource(self.states.fit, self.states.check, self.device)
+        return self.layer_source()
 
-    def stretch(self, inputs: StatesFile | None, rows: slice, segment: Segment) -> RowSegment | None:
-        """Sequences as inputs of the last layers; None where only the head is fitted."""
-        if inputs is None:
-            return None
-        begin, end, _ = rows.indices(inputs.shape[0])
-        states = inputs.rows(slice(begin, end))
-        return RowSegment(states, segment.teacher, segment.student_position, segment.teacher_position)
-
-    def layer_source(
-        self, fit: list[RowSegment], check: RowSegment | None, states: StatePairs, before: StatePairs
-    ) -> LayerSource:
+    def layer_source(self) -> LayerSource:
         student = self.pair.student
         layers = load_last_layers(student.checkpoint, self.last, self.fit_text.student.length, self.device)
         first = student.layout.geometry.layers - self.last
@@ -241,41 +185,18 @@ class _Calibration:
         movable = {weight.hub_name for weight in layers.weights}
         self.fixed = sorted(set(self.ranks) - movable)
         self.ranks = {name: rank for name, rank in self.ranks.items() if name in movable}
-        assert check is not None
+        assert self.states.check_rows is not None
+        states = self.states.fit
         return LayerSource(
             layers,
-            fit,
-            check,
-            before,
+            self.states.fit_rows,
+            self.states.check_rows,
+            self.states.check,
             self.ranks,
             lambda device: second_moment(states, device),
             self.device,
             self.recipe.seed,
         )
-
-    def stream(self, name: str, sequences: NDArray[np.int64]) -> tuple[StreamedStates, StatesFile | None]:
-        student = name.startswith("student")
-        checkpoint = self.pair.student.checkpoint if student else self.pair.teacher.checkpoint
-        step = f"reading the text: {name}"
-
-        def progress(done: int, layers: int) -> None:
-            self.report(step, done / layers)
-
-        inputs = None
-        if student and self.last:
-            states, inputs = stream_with_inputs(
-                checkpoint, sequences, self.cache, self.settings, self.last, on_progress=progress
-            )
-        else:
-            body = self.body if student else None
-            given: dict[str, Any] = {} if body is None else {"adapter": body.folder, "scales": dict(body.scales)}
-            states = stream_states(checkpoint, sequences, self.cache, self.settings, on_progress=progress, **given)
-        self.stack.enter_context(states)
-        self.passes[name] = {key: value for key, value in asdict(states.record).items() if key != "unused"} | {
-            "tokens": int(sequences.size),
-            "file": states.path.name,
-        }
-        return states, inputs
 
     def with_start(self) -> HeadWeights:
         if self.start is None:
@@ -289,12 +210,12 @@ class _Calibration:
             "algorithm": ALGORITHM,
             "versions": library_versions(),
             "settings": asdict(settings),
-            "passes": {name: facts["key"] for name, facts in self.passes.items()},
+            "passes": {name: facts["key"] for name, facts in self.states.passes.items()},
             "models": [self.pair.teacher.checkpoint.fingerprint(), self.pair.student.checkpoint.fingerprint()],
             "tokens": _digest(self.fit_text.student_ids, self.fit_text.teacher_ids),
             "places": [
                 _digest(self.fit_text.student_position, self.fit_text.teacher_position),
-                _digest(self.places.student_position, self.places.teacher_position),
+                _digest(self.states.places.student_position, self.states.places.teacher_position),
             ],
             "device": self.device.type,
             "threads": torch.get_num_threads(),
@@ -326,7 +247,7 @@ class _Calibration:
                 weight = self.student.weight + left.float() @ right.float()
                 head = HeadWeights(weight, self.student.bias, self.student.transform)
             check = source.checked_at(scale) if isinstance(source, LayerSource) else source.check()
-            sums = figures_by_document(check, self.places, head, self.teacher)
+            sums = figures_by_document(check, self.states.places, head, self.teacher)
             return Measurement(sums.kl, sums.cross_entropy, sums.agreement, sums.tokens)
 
         return search_scale(at, (GROUP,))
@@ -343,8 +264,8 @@ class _Calibration:
         self, source: StateSource | LayerSource, fitted: HeadFit, choice: RankChoice, scale: float
     ) -> dict[str, Any]:
         return {
-            "fitted_on_places": self.fitted_on,
-            "copies_of_the_text": self.copies,
+            "fitted_on_places": len(self.states.fit),
+            "copies_of_the_text": self.states.copies,
             "copies_reason": "" if self.fit_text.identical else "the tokenizers differ, so tokens cannot be exchanged",
             "common_tokens": len(self.student_ids),
             "kl_by_pass": list(fitted.kl),
@@ -360,7 +281,7 @@ class _Calibration:
             "scale": scale,
             **asdict(choice),
             "full_rank": min(fitted.delta.shape),
-            "streamed": self.passes,
+            "streamed": self.states.passes,
         }
 
 

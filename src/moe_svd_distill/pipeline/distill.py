@@ -185,7 +185,8 @@ class _Run:
 
     def calibrate(self, on_top: bool, decision: ScaleDecision) -> tuple[CalibratedHead, Path | None]:
         """The calibrated stage; no part where nothing of it is kept."""
-        from moe_svd_distill.pipeline.calibrate import Body, calibrate
+        from moe_svd_distill.pipeline.calibrate import calibrate
+        from moe_svd_distill.pipeline.states import Body
 
         assert self.text is not None
         acting = on_top and any(decision.scales.values())

@@ -1,0 +1,168 @@
+"""The hidden states a calibrated stage works on: one pass of the teacher, and of the student over text and copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_svd_distill.fitting.check import Places, predicting_places
+from moe_svd_distill.fitting.copies import default_copies, perturbed_copies
+from moe_svd_distill.fitting.last_layers import RowSegment
+from moe_svd_distill.fitting.pairs import HeadWeights, Segment, StatePairs
+from moe_svd_distill.streaming import PassSettings, StreamedStates, stream_states, stream_with_inputs
+from moe_svd_distill.streaming.states_file import StatesFile
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from moe_svd_distill.pipeline.pair import ModelPair
+    from moe_svd_distill.pipeline.texts import RunText
+    from moe_svd_distill.recipe import Recipe
+
+Report = Callable[[str, float | None], None]
+
+
+@dataclass(frozen=True)
+class Body:
+    """The adapter of the weights stage, which the head is fitted on top of.
+
+    Attributes:
+        folder: The adapter at scale 1.
+        scales: Its scales by group; the head's belongs to the start of the fit.
+    """
+
+    folder: Path
+    scales: Mapping[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class TextStates:
+    """What the passes have left, mapped from their files.
+
+    Attributes:
+        fit: Final states of both models to fit on, copies included.
+        check: The same of the search text, at the places that predict a common token.
+        places: These places.
+        fit_rows: Inputs of the last layers for the sequences of `fit`; empty where only the head is fitted.
+        check_rows: The same of the search text.
+        copies: Copies of the text.
+        passes: Name of each pass to its facts.
+    """
+
+    fit: StatePairs
+    check: StatePairs
+    places: Places
+    fit_rows: tuple[RowSegment, ...]
+    check_rows: RowSegment | None
+    copies: int
+    passes: Mapping[str, Mapping[str, Any]]
+
+
+class StateReader:
+    """Streams both models over the text of a run."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        pair: ModelPair,
+        text: RunText,
+        body: Body | None,
+        settings: PassSettings,
+        cache: Path,
+        last: int,
+        report: Report,
+        stack: ExitStack,
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            recipe: What is asked for.
+            pair: Teacher and student.
+            text: With a part to fit on.
+            body: The adapter of the weights stage, which the student then reads the text with.
+            settings: Devices.
+            cache: Where the states lie.
+            last: How many last layers are fitted.
+            report: Told the name of a pass and the fraction done.
+            stack: Closes the files in the end.
+        """
+        self._recipe, self._pair, self._text, self._body = recipe, pair, text, body
+        self._settings, self._cache, self._last = settings, cache, last
+        self._report, self._stack = report, stack
+        self._passes: dict[str, dict[str, Any]] = {}
+
+    def read(self, head: HeadWeights) -> TextStates:
+        """Stream the student, draw the copies from what it expects, stream the teacher, and the student once more.
+
+        Args:
+            head: The student's head over the common tokens, from which the copies are drawn.
+        """
+        fit, search = self._text.fit, self._text.search
+        assert fit is not None
+        places = predicting_places(search)
+        count, length = len(fit.student.sequences), fit.student.length
+        mine, inputs = self._student("student", np.concatenate([fit.student.sequences, search.student.sequences]))
+        asked = default_copies(fit.student.tokens) if self._recipe.copies == "auto" else self._recipe.copies
+        copies = asked if fit.identical else 0
+        self._report("drawing copies of the text", None)
+        copied = perturbed_copies(fit.student.sequences, mine, head, copies, self._recipe.seed)
+        theirs = self._teacher(np.concatenate([fit.teacher.sequences, search.teacher.sequences, copied]))
+        flat_mine, flat_theirs = _flat(mine), _flat(theirs)
+        segments = [Segment(flat_mine, flat_theirs, fit.student_position, fit.teacher_position)]
+        rows = [_rows(inputs, slice(0, count), segments[0])]
+        if copies:
+            again, more = self._student("student, copies", copied)
+            everywhere = np.arange(copied.size)
+            offset = (count + len(search.teacher.sequences)) * fit.teacher.length
+            segments.append(Segment(_flat(again), flat_theirs, everywhere, everywhere + offset))
+            rows.append(_rows(more, slice(None), segments[1]))
+        theirs_at = places.teacher_position + len(fit.teacher.sequences) * fit.teacher.length
+        check = Segment(flat_mine, flat_theirs, places.student_position + count * length, theirs_at)
+        check_rows = _rows(
+            inputs, slice(count, None), Segment(flat_mine, flat_theirs, places.student_position, theirs_at)
+        )
+        fit_rows = tuple(segment for segment in rows if segment is not None)
+        return TextStates(StatePairs(segments), StatePairs([check]), places, fit_rows, check_rows, copies, self._passes)
+
+    def _student(self, name: str, sequences: NDArray[np.int64]) -> tuple[StreamedStates, StatesFile | None]:
+        checkpoint, progress = self._pair.student.checkpoint, self._progress(name)
+        if self._last:
+            states, inputs = stream_with_inputs(
+                checkpoint, sequences, self._cache, self._settings, self._last, on_progress=progress
+            )
+            return self._noted(name, states, sequences), inputs
+        body = self._body
+        given: dict[str, Any] = {} if body is None else {"adapter": body.folder, "scales": dict(body.scales)}
+        states = stream_states(checkpoint, sequences, self._cache, self._settings, on_progress=progress, **given)
+        return self._noted(name, states, sequences), None
+
+    def _teacher(self, sequences: NDArray[np.int64]) -> StreamedStates:
+        checkpoint, progress = self._pair.teacher.checkpoint, self._progress("teacher")
+        states = stream_states(checkpoint, sequences, self._cache, self._settings, on_progress=progress)
+        return self._noted("teacher", states, sequences)
+
+    def _progress(self, name: str) -> Callable[[int, int], None]:
+        return lambda done, layers: self._report(f"reading the text: {name}", done / layers)
+
+    def _noted(self, name: str, states: StreamedStates, sequences: NDArray[np.int64]) -> StreamedStates:
+        self._stack.enter_context(states)
+        facts = {key: value for key, value in asdict(states.record).items() if key != "unused"}
+        self._passes[name] = facts | {"tokens": int(sequences.size), "file": states.path.name}
+        return states
+
+
+def _flat(states: StreamedStates) -> Any:
+    return states.rows(slice(None)).flatten(0, 1)
+
+
+def _rows(inputs: StatesFile | None, rows: slice, segment: Segment) -> RowSegment | None:
+    if inputs is None:
+        return None
+    begin, end, _ = rows.indices(inputs.shape[0])
+    states = inputs.rows(slice(begin, end))
+    return RowSegment(states, segment.teacher, segment.student_position, segment.teacher_position)
