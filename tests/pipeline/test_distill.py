@@ -156,3 +156,4 @@ def test_a_custom_alpha_leaves_the_product_alone(tmp_path: Path) -> None:
     assert configuration["lora_alpha"] == 48.0
     adapted = PeftModel.from_pretrained(load(student), str(adapter.folder))
     assert float((logits(adapted) - logits(load(teacher))).abs().max()) < 1e-3
+    assert verify(adapter.folder).scale == pytest.approx(48.0 / configuration["r"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ def verify(folder: Path | str, student: Checkpoint | Path | str | None = None) -
     else:
         family, load = family_of(config, source), check_loads(place, config)
     agreement = check_agreement(pairs.shapes, family, configuration, pairs.whole)
-    scale = _common_scale(agreement.scales, ours=recorded is not None)
+    scale = _common_scale(agreement.scales, _intended_scale(record, configuration) if recorded else None)
     if scale != 1.0:
         warnings.append(f"PEFT multiplies every pair by {scale:g}")
     zero = scan_values(pairs, digest_checked=recorded is not None)
@@ -119,12 +120,18 @@ def _student_config(
     return None, ""
 
 
-def _common_scale(scales: Mapping[str, float], *, ours: bool) -> float:
-    """The scale of all pairs; the tool itself writes nothing but 1."""
+def _intended_scale(record: Mapping[str, Any], configuration: Mapping[str, Any]) -> float:
+    """The scale the tool itself writes: 1, or what follows from an alpha that the recipe asked for."""
+    alpha = (record.get("recipe") or {}).get("alpha")
+    return 1.0 if alpha is None else float(alpha) / float(configuration["r"])
+
+
+def _common_scale(scales: Mapping[str, float], intended: float | None) -> float:
+    """The scale of all pairs, which is the intended one if there is one."""
     first = next(iter(scales))
-    expected = 1.0 if ours else scales[first]
+    expected = scales[first] if intended is None else intended
     for name, scale in scales.items():
-        if scale != expected:
+        if not math.isclose(scale, expected, rel_tol=1e-6):
             raise BadDataError(
                 f"PEFT would multiply the pair of {name} by {scale:g}, expected {expected:g} as for the others: "
                 "alpha and rank do not fit together (rank_pattern without alpha_pattern?)",

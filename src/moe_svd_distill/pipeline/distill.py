@@ -97,6 +97,8 @@ def distill(recipe: Recipe, listener: Listener | None = None) -> Adapter:
     with open_pair(recipe.teacher, recipe.student) as pair:
         stages = choose_stages(recipe, pair)
         listener.on_note(f"method: {' and '.join(stages.names)} ({stages.reason})")
+        if stages.calibrated and not recipe.scale_search:
+            listener.on_note("scale_search: false holds for the weights stage; the calibrated stage is always guarded")
         searching = stages.calibrated or (bool(recipe.calibration) and recipe.scale_search)
         text = read_run_text(recipe, pair, fitting=stages.calibrated) if searching else None
         for shortfall in text.shortfalls() if text else ():

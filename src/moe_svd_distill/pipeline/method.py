@@ -48,11 +48,8 @@ def choose_stages(recipe: Recipe, pair: ModelPair) -> Stages:
         UsageError: A pair is asked for a head that is tied to the embeddings.
         NothingToTransferError: ``auto`` finds nothing worth running.
     """
-    if recipe.head_format == "pair" and pair.student.layout.geometry.tied_embeddings and "calibrated" in recipe.method:
-        raise UsageError(
-            "head_format: pair, but the student ties its head to its embeddings: merged, a pair would change both",
-            "Leave head_format at auto, which then saves the head whole",
-        )
+    if "calibrated" in recipe.method:
+        _refuse_pair_of_tied_head(recipe, pair)
     relatedness = measure_relatedness(pair)
     if recipe.method != "auto":
         return Stages(tuple(recipe.method.split("+")), f"asked for: method {recipe.method}", relatedness)
@@ -68,4 +65,14 @@ def choose_stages(recipe: Recipe, pair: ModelPair) -> Stages:
             else "Give calibration text with vocabulary: shared, choose a pair with one tokenizer, or ask for a method"
         )
         raise NothingToTransferError(choice.reason, action)
+    if "calibrated" in choice.stages:
+        _refuse_pair_of_tied_head(recipe, pair)
     return Stages(choice.stages, choice.reason, relatedness)
+
+
+def _refuse_pair_of_tied_head(recipe: Recipe, pair: ModelPair) -> None:
+    if recipe.head_format == "pair" and pair.student.layout.geometry.tied_embeddings:
+        raise UsageError(
+            "head_format: pair, but the student ties its head to its embeddings: merged, a pair would change both",
+            "Leave head_format at auto, which then saves the head whole",
+        )
