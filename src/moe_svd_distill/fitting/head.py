@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_svd_distill.algebra.adam import adam_step
 from moe_svd_distill.algebra.whitening import Whitening, whitening
 from moe_svd_distill.execution.parts import (
     PartContent,
@@ -32,7 +33,6 @@ from moe_svd_distill.execution.parts import (
 from moe_svd_distill.fitting.pairs import HeadWeights, StatePairs
 from moe_svd_distill.fitting.source import Source
 
-_FIRST_MOMENT, _SECOND_MOMENT, _TINY = 0.9, 0.98, 1e-10
 _MOST_RESTARTS = 4
 _STEPS, _FEWEST_PASSES, _MOST_PASSES = 2048, 4, 16
 _CHECK_BYTES = 256 << 20
@@ -179,10 +179,7 @@ class _Fit:
 
             self.source.end(by_states, step, share)
             gradient = error.T @ inputs
-            self.mean.mul_(_FIRST_MOMENT).add_(gradient, alpha=1 - _FIRST_MOMENT)
-            self.square.mul_(_SECOND_MOMENT).addcmul_(gradient, gradient, value=1 - _SECOND_MOMENT)
-            scale = (self.square / (1 - _SECOND_MOMENT**step)).sqrt_().add_(_TINY)
-            self.weights.addcdiv_(self.mean, scale, value=-self.rate * share / (1 - _FIRST_MOMENT**step))
+            adam_step(self.weights, gradient, self.mean, self.square, self.rate * share, step)
             report((number + (place + 1) / batches) / self.passes)
 
     def error(self, inputs: Tensor, theirs: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """The last decoder layers fitted together with the head, as LoRA factors, on what goes into them.
 
-Their inputs were kept by the streamed pass, so a step runs these layers and nothing before them: for a model of 48
-layers a pass over the text costs a sixteenth of a forward and backward pass of the model. The factors are moved
+Their inputs were kept by the streamed pass, so a step runs these layers and nothing before them. The factors are moved
 directly (a full change that is cut to a rank afterwards loses most of what it gained, docs/decisions/0012).
 """
 
@@ -16,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moe_svd_distill.algebra.adam import adam_step
 from moe_svd_distill.fitting.pairs import Segment, StatePairs
 from moe_svd_distill.streaming import LastLayers, LayerWeight
 
-_FIRST_MOMENT, _SECOND_MOMENT, _TINY = 0.9, 0.98, 1e-10
 _STEP_TOKENS = 512
 BODY_RATE = 0.6  # over the width of the states: 5e-3 at 128, 3e-4 at 2048, where LoRA training commonly is
 
@@ -67,10 +66,7 @@ class Factors:
         by_a, by_b = self.b.T @ gradient, gradient @ self.a.T
         for side, factor, slope in (("a", self.a, by_a), ("b", self.b, by_b)):
             mean, square = self.moments[f"{side}.mean"], self.moments[f"{side}.square"]
-            mean.mul_(_FIRST_MOMENT).add_(slope, alpha=1 - _FIRST_MOMENT)
-            square.mul_(_SECOND_MOMENT).addcmul_(slope, slope, value=1 - _SECOND_MOMENT)
-            scale = (square / (1 - _SECOND_MOMENT**step)).sqrt_().add_(_TINY)
-            factor.addcdiv_(mean, scale, value=-rate / (1 - _FIRST_MOMENT**step))
+            adam_step(factor, slope, mean, square, rate, step)
 
     def reset(self) -> None:
         """Back to no change."""

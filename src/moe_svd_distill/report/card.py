@@ -48,9 +48,19 @@ def _title(record: Record) -> str:
     return (
         f"# A LoRA for {student}, made from {teacher}\n\n"
         f"> {facts.headline(record)}\n\n"
-        f"A PEFT LoRA adapter for the student **{student}**, computed from the weights of the teacher **{teacher}** "
-        "by MoE-SVD-Distill."
+        f"A PEFT LoRA adapter for the student **{student}**, {_origin(record, teacher)} by MoE-SVD-Distill."
     )
+
+
+def _origin(record: Record, teacher: str) -> str:
+    fitted = f"fitted to the distributions of the teacher **{teacher}** on calibration text"
+    match record.get("method"):
+        case "calibrated":
+            return fitted
+        case "weights+calibrated":
+            return f"computed from the weights of the teacher and {fitted}"
+        case _:
+            return f"computed from the weights of the teacher **{teacher}**"
 
 
 def _figures(record: Record) -> Iterator[str]:
