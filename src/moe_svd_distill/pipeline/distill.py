@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "run.json"
 CARD = "README.md"
+TAKEN_APART = "transformers takes it apart on loading, so it cannot be fitted in place"
 NOT_FITTED = "the calibrated stage changes the head and the last layers alone"
 
 
@@ -214,7 +215,12 @@ class _Run:
             changed = {row["name"] for row in rows}
             tensors = [row for row in tensors if row["name"] not in changed] + rows
         if plan is None:
-            tensors += kept_records(self.pair, [row["name"] for row in tensors], NOT_FITTED)
+            fixed = calibrated.record["last_layers_fixed"] if calibrated else []
+            known = [row["name"] for row in tensors]
+            tensors += [
+                row | {"reason": TAKEN_APART} if row["name"] in fixed else row
+                for row in kept_records(self.pair, known, NOT_FITTED)
+            ]
         record = make_record(self.recipe, self.pair, self.stages, plan, units, tensors, summary, self.settings)
         text = {} if self.text is None else {"text": self.text.as_dict(), "shortfalls": self.text.shortfalls()}
         fit = {} if calibrated is None else calibrated.record
