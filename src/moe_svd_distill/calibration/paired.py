@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -56,6 +56,20 @@ class PairedText:
         """Share of the student's tokens at which the two can be compared."""
         return len(self.student_position) / self.student.tokens
 
+    def beginning(self, tokens: int) -> PairedText:
+        """The first sequences, of about as many tokens together, and at least one."""
+        count = min(max(1, tokens // self.student.length), len(self.student.sequences))
+        student = _beginning(self.student, count)
+        teacher = student if self.identical else _beginning(self.teacher, count)
+        inside = self.student_position < count * self.student.length
+        return replace(
+            self,
+            student=student,
+            teacher=teacher,
+            student_position=self.student_position[inside],
+            teacher_position=self.teacher_position[inside],
+        )
+
 
 def pair_text(
     documents: Sequence[Document],
@@ -107,3 +121,7 @@ def pair_text(
 def _identity(text: TokenizedText, shared: int) -> PairedText:
     positions, ids = np.arange(text.sequences.size), np.arange(shared)
     return PairedText(text, text, positions, positions, ids, ids)
+
+
+def _beginning(text: TokenizedText, count: int) -> TokenizedText:
+    return replace(text, sequences=text.sequences[:count], document_of_token=text.document_of_token[:count])

@@ -9,20 +9,18 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import signal
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing import connection, resource_tracker
+from multiprocessing import connection
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from moe_svd_distill.errors import IncompleteError
+from moe_svd_distill.execution.spawning import START_METHOD, bare_main, signals_held
 from moe_svd_distill.execution.worker import run_worker
 
-START_METHOD = "spawn"  # CUDA does not survive a fork, and neither do the threads of torch
 _GRACE_S = 2.0
 
 
@@ -110,7 +108,7 @@ class Crew:
             daemon=True,
         )
         try:
-            with _signals_held(), _bare_main(self._pickled_work):
+            with signals_held(), bare_main(self._pickled_work):
                 process.start()
                 self.workers[slot] = Worker(slot, device, process, ours)
         except OSError as error:
@@ -140,31 +138,3 @@ class Crew:
             worker.process.join()
             worker.process.close()
         self.workers.clear()
-
-
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """Hold back Ctrl-C while a process starts: it would hit the child before the child can ignore it."""
-    if START_METHOD == "spawn":
-        resource_tracker.ensure_running()  # it would lift the mask if it were started within
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
-
-
-@contextmanager
-def _bare_main(pickled_work: bytes) -> Iterator[None]:
-    """Keep a spawned child from running the caller's main script again.
-
-    It would cost all its imports in every worker, and a script without ``if __name__ == "__main__"`` would start
-    itself over and over. Work that is defined in the main script still needs it.
-    """
-    main = sys.modules["__main__"]
-    if b"__main__" not in pickled_work:
-        sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main

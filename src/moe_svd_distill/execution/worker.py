@@ -14,15 +14,15 @@ import threading
 import time
 import traceback
 from dataclasses import dataclass
-from multiprocessing import connection, parent_process
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 from moe_svd_distill.errors import DistillError
 from moe_svd_distill.execution.durable import explain_writing
 from moe_svd_distill.execution.memory import MemoryWatch, give_back
+from moe_svd_distill.execution.spawning import leave_with_parent
 
-_LOOK_EVERY_S = 0.2
 _PROGRESS_EVERY_S = 0.5
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
@@ -109,7 +109,7 @@ def run_worker(
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     memory = MemoryWatch()
-    threading.Thread(target=_leave_with_parent, args=(memory,), daemon=True).start()
+    threading.Thread(target=leave_with_parent, args=(memory.look,), daemon=True).start()
     try:
         try:
             work = _load(pickled_work, threads)
@@ -133,14 +133,6 @@ def run_worker(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)  # the parts are on the disk; taking torch down in good order would only take time
-
-
-def _leave_with_parent(memory: MemoryWatch) -> None:
-    parent = parent_process()
-    assert parent is not None
-    while not connection.wait([parent.sentinel], timeout=_LOOK_EVERY_S):
-        memory.look()
-    os._exit(1)
 
 
 def _load(pickled_work: bytes, threads: int) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from moe_svd_distill.pipeline.scale import ScaleDecision, combined_decision, dec
 from moe_svd_distill.pipeline.texts import RunText, read_run_text
 from moe_svd_distill.recipe import Recipe
 from moe_svd_distill.report.card import adapter_card
+from moe_svd_distill.streaming.groups import GROUPS
 
 if TYPE_CHECKING:
     from moe_svd_distill.pipeline.calibrate import CalibratedHead
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 MANIFEST = "run.json"
 CARD = "README.md"
 TAKEN_APART = "transformers takes it apart on loading, so it cannot be fitted in place"
+NOT_TRAINED = "the refined stage trains the matrices of the layers and the head alone"
 NOT_FITTED = "the calibrated stage changes the head and the last layers alone"
 
 
@@ -100,8 +102,9 @@ def distill(recipe: Recipe, listener: Listener | None = None) -> Adapter:
         listener.on_note(f"method: {' and '.join(stages.names)} ({stages.reason})")
         if stages.calibrated and not recipe.scale_search:
             listener.on_note("scale_search: false holds for the weights stage; the calibrated stage is always guarded")
-        searching = stages.calibrated or (bool(recipe.calibration) and recipe.scale_search)
-        text = read_run_text(recipe, pair, fitting=stages.calibrated) if searching else None
+        fitting = stages.calibrated or stages.refined
+        searching = fitting or (bool(recipe.calibration) and recipe.scale_search)
+        text = read_run_text(recipe, pair, fitting=fitting) if searching else None
         for shortfall in text.shortfalls() if text else ():
             listener.on_note(shortfall)
         plan = prepare(recipe, pair, settings) if stages.weights else None
@@ -140,9 +143,13 @@ class _Run:
         calibrated, head = None, None
         if self.stages.calibrated:
             calibrated, head = self.calibrate(plan is not None, decision)
+        refined = None
+        if self.stages.refined:
+            refined, head = self.refine(Ingredients(parts, decision, head))
+            parts = ()
         digest = self.stage(Ingredients(parts, decision, head))
-        record = self.record(plan, units, summary, calibrated)
-        scale = combined_decision(decision if plan is not None else None, calibrated)
+        record = self.record(plan, units, summary, calibrated, refined)
+        scale = combined_decision(decision if plan is not None else None, calibrated, refined)
         record |= {
             "adapter_sha256": digest,
             "transferred": scale.transferred,
@@ -194,12 +201,39 @@ class _Run:
         assert self.text is not None
         acting = on_top and any(decision.scales.values())
         body = Body(self.output.staged(ADAPTER).parent, dict(decision.scales)) if acting else None
+        text = self.text
+        if self.stages.refined and text.fit is not None:
+            text = replace(text, fit=text.fit.beginning(self.recipe.training.start_tokens))
         fitted = calibrate(
-            self.recipe, self.pair, self.text, self.output.parts, self.settings.devices, body, self.listener.on_stage
+            self.recipe, self.pair, text, self.output.parts, self.settings.devices, body, self.listener.on_stage
         )
         if on_top and not fitted.search.accepted:
             return fitted, None
         return fitted, write_head_part(self.output.parts, self.pair, self.recipe, fitted, alone=not on_top)
+
+    def refine(self, start: Ingredients) -> tuple[CalibratedHead, Path]:
+        """The refined stage, from what the stages before have made, or from an adapter that was named."""
+        from moe_svd_distill.pipeline.refine import refine
+        from moe_svd_distill.pipeline.states import Body
+
+        assert self.text is not None
+        body = None
+        if self.stages.start is not None:
+            body = Body(self.stages.start, dict.fromkeys(GROUPS, 1.0))
+        elif start.parts or start.head:
+            self.stage(start)
+            body = Body(self.output.staged(ADAPTER).parent, dict.fromkeys(GROUPS, 1.0))
+        refined = refine(
+            self.recipe,
+            self.pair,
+            self.text,
+            self.output.parts,
+            self.settings.devices,
+            self.settings.workers,
+            body,
+            self.listener.on_stage,
+        )
+        return refined, write_head_part(self.output.parts, self.pair, self.recipe, refined, alone=True)
 
     def record(
         self,
@@ -207,6 +241,7 @@ class _Run:
         units: list[dict[str, Any]],
         summary: ExecutionSummary | None,
         calibrated: CalibratedHead | None,
+        refined: CalibratedHead | None,
     ) -> dict[str, Any]:
         """Everything about the run but the figures."""
         tensors = tensor_records(units)
@@ -214,17 +249,24 @@ class _Run:
             rows = calibrated_records(self.pair, calibrated, head_is_whole(self.recipe, self.pair))
             changed = {row["name"] for row in rows}
             tensors = [row for row in tensors if row["name"] not in changed] + rows
+        if refined is not None:
+            rows = calibrated_records(self.pair, refined, head_is_whole(self.recipe, self.pair), stage="refined")
+            changed = {row["name"] for row in rows}
+            tensors = [row for row in tensors if row["name"] not in changed] + rows
         if plan is None:
-            fixed = calibrated.record["last_layers_fixed"] if calibrated else []
+            fixed = (refined.record["fixed"] if refined else []) or (
+                calibrated.record["last_layers_fixed"] if calibrated else []
+            )
             known = [row["name"] for row in tensors]
             tensors += [
                 row | {"reason": TAKEN_APART} if row["name"] in fixed else row
-                for row in kept_records(self.pair, known, NOT_FITTED)
+                for row in kept_records(self.pair, known, NOT_TRAINED if refined else NOT_FITTED)
             ]
         record = make_record(self.recipe, self.pair, self.stages, plan, units, tensors, summary, self.settings)
         text = {} if self.text is None else {"text": self.text.as_dict(), "shortfalls": self.text.shortfalls()}
         fit = {} if calibrated is None else calibrated.record
-        return record | {"calibration": text | fit}
+        trained = {} if refined is None else {"refinement": refined.record}
+        return record | {"calibration": text | fit} | trained
 
     @property
     def cache(self) -> Path:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from moe_svd_distill.errors import NothingToTransferError, UsageError
+from moe_svd_distill.adapter import ADAPTER_FILE
+from moe_svd_distill.errors import MissingInputError, NothingToTransferError, UsageError
 from moe_svd_distill.pairing.lineage import Lineage, Relatedness, choose_method
 from moe_svd_distill.pipeline.pair import ModelPair
 from moe_svd_distill.pipeline.relatedness import measure_relatedness
 from moe_svd_distill.recipe import Recipe
+
+_STARTS = ("weights", "calibrated", "weights+calibrated")
 
 
 @dataclass(frozen=True)
@@ -17,14 +21,16 @@ class Stages:
     """The stages of a run.
 
     Attributes:
-        names: ``weights``, ``calibrated``, in order.
+        names: ``weights``, ``calibrated``, ``refined``, in order.
         reason: Why, in a sentence.
         relatedness: What was measured.
+        start: Folder of the adapter that training begins with, where it is none of the stages.
     """
 
     names: tuple[str, ...]
     reason: str
     relatedness: Relatedness
+    start: Path | None = None
 
     @property
     def weights(self) -> bool:
@@ -35,6 +41,11 @@ class Stages:
     def calibrated(self) -> bool:
         """Whether the head is fitted on text."""
         return "calibrated" in self.names
+
+    @property
+    def refined(self) -> bool:
+        """Whether the pairs are trained on text."""
+        return "refined" in self.names
 
     def as_dict(self) -> dict[str, Any]:
         """For run.json."""
@@ -48,10 +59,12 @@ def choose_stages(recipe: Recipe, pair: ModelPair) -> Stages:
         UsageError: A pair is asked for a head that is tied to the embeddings.
         NothingToTransferError: ``auto`` finds nothing worth running.
     """
-    if "calibrated" in recipe.method:
+    if "calibrated" in recipe.method or recipe.method == "refined":
         _refuse_pair_of_tied_head(recipe, pair)
     relatedness = measure_relatedness(pair)
-    if recipe.method != "auto":
+    if recipe.method == "refined" and recipe.start != "auto":
+        return _from_start(recipe.start, relatedness)
+    if recipe.method not in ("auto", "refined"):
         return Stages(tuple(recipe.method.split("+")), f"asked for: method {recipe.method}", relatedness)
     choice = choose_method(
         relatedness,
@@ -67,7 +80,31 @@ def choose_stages(recipe: Recipe, pair: ModelPair) -> Stages:
         raise NothingToTransferError(choice.reason, action)
     if "calibrated" in choice.stages:
         _refuse_pair_of_tied_head(recipe, pair)
+    if recipe.method == "refined":
+        return Stages(
+            (*choice.stages, "refined"), f"asked for: method refined; it starts so: {choice.reason}", relatedness
+        )
     return Stages(choice.stages, choice.reason, relatedness)
+
+
+def _from_start(start: str, relatedness: Relatedness) -> Stages:
+    """Training from what the recipe names.
+
+    Raises:
+        MissingInputError: It is neither a stage nor the folder of an adapter.
+    """
+    reason = f"asked for: method refined from {start}"
+    if start == "zero":
+        return Stages(("refined",), reason, relatedness)
+    if start in _STARTS:
+        return Stages((*start.split("+"), "refined"), reason, relatedness)
+    folder = Path(start).expanduser()
+    if not (folder / ADAPTER_FILE).is_file():
+        raise MissingInputError(
+            f"start {start} holds no adapter (no {ADAPTER_FILE})",
+            f"Give an adapter's folder, or one of auto, zero, {', '.join(_STARTS)}",
+        )
+    return Stages(("refined",), reason, relatedness, folder)
 
 
 def _refuse_pair_of_tied_head(recipe: Recipe, pair: ModelPair) -> None:

@@ -53,19 +53,21 @@ def summarise(tensors: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def calibrated_records(pair: ModelPair, fitted: CalibratedHead, whole: bool) -> list[dict[str, Any]]:
-    """The fate of every tensor that the calibrated stage changes: the head first, then those of the last layers."""
+def calibrated_records(
+    pair: ModelPair, fitted: CalibratedHead, whole: bool, stage: str = "calibrated"
+) -> list[dict[str, Any]]:
+    """The fate of every tensor that a stage on text changes: the head first, then those of the layers."""
     layout = pair.student.layout
-    rows = [_head_record(pair, fitted, whole)]
+    rows = [_head_record(pair, fitted, whole, stage)]
     for name, (left, right) in fitted.pairs.items():
         meaning = layout.meanings[name]
         row: dict[str, Any] = {
             "name": name,
             "role": meaning.role.role,
-            "shape": [left.shape[0], right.shape[1]],
+            "shape": list(pair.student.shapes[name]),
             "fate": "lora",
             "rank": left.shape[1],
-            "stage": "calibrated",
+            "stage": stage,
             "delta_norm": float((left.float() @ right.float()).double().norm()),
             "layer": meaning.layer,
         }
@@ -73,7 +75,7 @@ def calibrated_records(pair: ModelPair, fitted: CalibratedHead, whole: bool) -> 
     return rows
 
 
-def _head_record(pair: ModelPair, fitted: CalibratedHead, whole: bool) -> dict[str, Any]:
+def _head_record(pair: ModelPair, fitted: CalibratedHead, whole: bool, stage: str) -> dict[str, Any]:
     layout = pair.student.layout
     left, right = fitted.factors
     return {
@@ -83,7 +85,7 @@ def _head_record(pair: ModelPair, fitted: CalibratedHead, whole: bool) -> dict[s
         "fate": "lora",
         "rank": left.shape[1],
         "format": "whole" if whole else "pair",
-        "stage": "calibrated",
+        "stage": stage,
         "delta_norm": float(fitted.delta.double().norm()),
         "layer": None,
     }

@@ -64,8 +64,16 @@ def not_searched(reason: str) -> ScaleDecision:
     return ScaleDecision(dict.fromkeys(GROUPS, 1.0), None, text)
 
 
-def combined_decision(weights: ScaleDecision | None, fitted: CalibratedHead | None) -> ScaleDecision:
-    """What the searches of both stages say together."""
+def combined_decision(
+    weights: ScaleDecision | None, fitted: CalibratedHead | None, refined: CalibratedHead | None = None
+) -> ScaleDecision:
+    """What the searches of the stages say together."""
+    if refined is not None:
+        before = combined_decision(weights, fitted)
+        last = refined.search
+        details = {key: value for key, value in last.as_dict().items() if key not in ("scales", "decision")}
+        started = {"start": dict(before.details)} if before.details else {}
+        return ScaleDecision({**last.scales}, last.accepted, f"Trained: {last.decision}", details | started)
     if fitted is None:
         return weights or ScaleDecision.keep()
     search = fitted.search

@@ -6,7 +6,8 @@ layers. Nothing here is imported before it is needed by `--help` or `inspect`: i
 
 from moe_svd_distill.streaming.groups import GROUPS, Scales, group_of
 from moe_svd_distill.streaming.head import Head, load_head
-from moe_svd_distill.streaming.last_layers import LastLayers, LayerWeight, load_last_layers, stream_with_inputs
+from moe_svd_distill.streaming.last_layers import LastLayers, load_last_layers, stream_with_inputs
+from moe_svd_distill.streaming.layer_weights import LayerWeight
 from moe_svd_distill.streaming.logits import LogitTransform, logit_transform
 from moe_svd_distill.streaming.result import StreamedStates
 from moe_svd_distill.streaming.settings import PassRecord, PassSettings

@@ -7,14 +7,13 @@ and differentiated, with nothing in memory but these layers and what follows the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.errors import BadDataError
@@ -22,10 +21,11 @@ from moe_svd_distill.execution.durable import make_folder
 from moe_svd_distill.execution.parts import reject_part
 from moe_svd_distill.streaming.decoder_run import DecoderRun, LayerCall
 from moe_svd_distill.streaming.journal import Journal, pass_key
+from moe_svd_distill.streaming.layer_weights import LayerWeight, layer_weights
 from moe_svd_distill.streaming.result import StreamedStates
 from moe_svd_distill.streaming.settings import PassSettings
-from moe_svd_distill.streaming.skeleton import ENDS, Place, Skeleton, build_skeleton, layer_count, parse_config
-from moe_svd_distill.streaming.sources import Piece, Sources
+from moe_svd_distill.streaming.skeleton import ENDS, Skeleton, build_skeleton, layer_count, parse_config
+from moe_svd_distill.streaming.sources import Sources
 from moe_svd_distill.streaming.states_file import StatesFile, find_fault, write_states
 from moe_svd_distill.streaming.stream import stream_states
 from moe_svd_distill.streaming.visit import LayerVisit
@@ -94,32 +94,6 @@ def _whole(path: Path, body: Mapping[str, Any]) -> bool:
     return False
 
 
-@dataclass(frozen=True, eq=False)
-class LayerWeight:
-    """One stored tensor inside a parameter of a layer.
-
-    Attributes:
-        hub_name: Its name in the checkpoint.
-        parameter: The parameter in memory that holds it, perhaps beside others.
-        piece: Where in it.
-    """
-
-    hub_name: str
-    parameter: nn.Parameter
-    piece: Piece
-
-    @property
-    def value(self) -> Tensor:
-        """A view of the weight, (rows, columns)."""
-        return self.piece.within(self.parameter.data)
-
-    @property
-    def gradient(self) -> Tensor:
-        """A view of the gradient by the weight, (rows, columns)."""
-        assert self.parameter.grad is not None
-        return self.piece.within(self.parameter.grad)
-
-
 class LastLayers:
     """The last layers and the decoder's end, in float32, in memory.
 
@@ -134,15 +108,9 @@ class LastLayers:
         self.weights: list[LayerWeight] = []
         self.fixed: list[str] = []
         for part in range(first, len(skeleton.originals)):
-            for origin in sources.of_part[part]:
-                place = origin.places[0]
-                if not origin.pieces:
-                    self.fixed += [name for _, name in origin.hub_names]
-                    continue
-                parameter = _parameter(place)
-                if parameter is not None:
-                    found = [LayerWeight(piece.hub_name, parameter, piece) for piece in origin.pieces]
-                    self.weights += [weight for weight in found if weight.value.dim() == 2]
+            movable, fixed = layer_weights(sources.of_part[part])
+            self.weights += movable
+            self.fixed += fixed
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Inputs of the first layer (rows, length, d) to final hidden states (rows, length, d)."""
@@ -192,8 +160,3 @@ def load_last_layers(checkpoint: Checkpoint, last: int, length: int, device: tor
             if module._buffers.get(name) is not None:
                 module._buffers[name] = module._buffers[name].to(device)
     return LastLayers(skeleton, DecoderRun(skeleton, device, length), sources, layers - last, length)
-
-
-def _parameter(place: Place) -> nn.Parameter | None:
-    found = place.module._parameters.get(place.attribute)
-    return found if isinstance(found, nn.Parameter) else None

@@ -1,63 +1,33 @@
-"""What is asked for: one validated, frozen description of a run, from file, environment and command line.
+"""What is asked for: one validated, frozen description of a run.
 
-Precedence: command line > environment (``MOE_SVD_DISTILL_<KEY>``) > recipe file > defaults. Layer, expert and dimension
-counts are not here: they are read from the models.
+Layer, expert and dimension counts are not here: they are read from the models.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from moe_svd_distill.errors import BadDataError, MissingInputError, UsageError
+from moe_svd_distill.recipe.sections import ExpertSettings, Section, TrainingRecipe
 
-ENVIRONMENT_PREFIX = "MOE_SVD_DISTILL_"
 DEFAULT_HEAD_RANK = 64
 Rank = Annotated[int, Field(ge=1)] | Literal["full"]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-
-class ExpertSettings(_Section):
-    """How the experts of a mixture-of-experts layer are made."""
-
-    fingerprint: Literal["weights", "router", "function"] = Field(
-        "weights",
-        description="What experts are clustered by: their concatenated weights, their router rows, or a "
-        "neuron-order-free sample of the function they compute.",
-    )
-    clusters: Literal["student"] | Annotated[int, Field(ge=1)] = Field(
-        "student", description="Number of clusters; 'student' is the number of experts in the student's layer."
-    )
-    blend: Literal["frobenius", "uniform"] = Field(
-        "frobenius", description="Weights of a cluster's experts: by Frobenius norm, or equal."
-    )
-    assignment: Literal["optimal", "index"] = Field(
-        "optimal",
-        description="Which student expert a cluster becomes: the most similar one (optimal assignment), or cluster "
-        "number = expert number as in the first generation.",
-    )
-
-
-class Recipe(_Section):
+class Recipe(Section):
     """Everything a run depends on besides the models themselves."""
 
     teacher: str = Field(description="Folder or hub id (with optional @revision) of the teacher.")
     student: str = Field(description="Folder or hub id (with optional @revision) of the student.")
     output: Path = Field(Path("out"), description="Folder the adapter is written to.")
-    method: Literal["auto", "weights", "calibrated", "weights+calibrated"] = Field(
+    method: Literal["auto", "weights", "calibrated", "weights+calibrated", "refined"] = Field(
         "auto",
         description="Stages to run. weights: the projected weight difference, no text needed. calibrated: the head "
-        "fitted to the teacher's distributions on the calibration text. auto measures how related the pair is.",
+        "fitted to the teacher's distributions on the calibration text. refined: training, see start. "
+        "auto measures how related the pair is.",
     )
 
     depth_map: Literal["linear", "endpoints", "tanh"] | list[Annotated[float, Field(ge=0)]] = Field(
@@ -85,6 +55,13 @@ class Recipe(_Section):
     delta_sparsity: float = Field(
         1.0, gt=0, le=1, description="Fraction of each delta's largest entries that is kept, norm restored; 1 is off."
     )
+
+    start: str = Field(
+        "auto",
+        description="What training begins with: zero, weights, calibrated, weights+calibrated, or the folder of an "
+        "adapter for this student; auto: what method auto would choose for the pair.",
+    )
+    training: TrainingRecipe = Field(default_factory=lambda: TrainingRecipe(), description="The refined stage.")
 
     rank: Rank = Field(64, description="LoRA rank of the body, or 'full'.")
     head_rank: Rank | Literal["auto"] = Field(
@@ -180,9 +157,9 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _something_to_fit(self) -> Recipe:
-        if "calibrated" in self.method:
+        if "calibrated" in self.method or self.method == "refined":
             if self.head == "keep":
-                raise ValueError("method calibrated fits the head, and head: keep leaves it as it is")
+                raise ValueError(f"method {self.method} fits the head, and head: keep leaves it as it is")
             if not self.calibration:
                 raise ValueError(f"method {self.method} needs calibration text: give calibration")
         return self
@@ -199,93 +176,3 @@ class Recipe(_Section):
             if fnmatchcase(name, pattern):
                 asked = rank
         return min(shape) if asked == "full" else int(asked)
-
-
-def load_recipe(
-    file: Path | None,
-    overrides: Mapping[str, Any],
-    environment: Mapping[str, str] | None = None,
-) -> Recipe:
-    """Join recipe file, environment and command line into a validated recipe.
-
-    Args:
-        file: A YAML file, or None.
-        overrides: Command-line values; None means not given.
-        environment: Defaults to the process environment.
-
-    Raises:
-        MissingInputError: The file does not exist.
-        BadDataError: The file is not YAML or not a mapping.
-        UsageError: An unknown key (named with its nearest known name) or a value out of range.
-    """
-    values: dict[str, Any] = {}
-    if file is not None:
-        values.update(_read_yaml(file))
-    values.update(_from_environment(os.environ if environment is None else environment))
-    values.update({key: value for key, value in overrides.items() if value is not None})
-    return parse_recipe(values, source=str(file) if file else "the command line")
-
-
-def parse_recipe(values: Mapping[str, Any], source: str = "the recipe") -> Recipe:
-    """Validate a mapping.
-
-    Raises:
-        UsageError: As ``load_recipe``.
-    """
-    try:
-        return Recipe.model_validate(dict(values))
-    except ValidationError as error:
-        raise _explain(error, source) from None
-
-
-def _explain(error: ValidationError, source: str) -> UsageError:
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if not _is_union_tag(part))
-    same_place = [other for other in error.errors() if other["loc"][:1] == first["loc"][:1]]
-    if first["type"] == "extra_forbidden":
-        section = ExpertSettings if first["loc"][0] == "experts" else Recipe
-        near = get_close_matches(str(first["loc"][-1]), section.model_fields, n=1, cutoff=0.4)
-        action = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(section.model_fields)}"
-        return UsageError(f"{source}: unknown key {place!r}", action.rstrip("?"))
-    if first["type"] == "missing":
-        return UsageError(f"{source}: {place} is not given", f"Give --{place} or the recipe key {place!r}")
-    message = " or ".join(dict.fromkeys(other["msg"].removeprefix("Value error, ") for other in same_place))
-    found = "" if isinstance(first["input"], Mapping) else f", found {first['input']!r}"
-    return UsageError(f"{source}: {place or 'recipe'}: {message}{found}", "Correct that value")
-
-
-def _is_union_tag(part: int | str) -> bool:
-    return isinstance(part, str) and ("[" in part or part in ("int", "float", "constrained-int"))
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MissingInputError(f"recipe {file} does not exist", "Write one with: moe-svd-distill init") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadDataError(f"recipe {file} is not readable as YAML: {error}", "Correct the file") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise BadDataError(f"recipe {file} holds a {type(content).__name__}, expected keys and values", "Correct it")
-    return content
-
-
-def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for variable, text in environment.items():
-        if variable.startswith(ENVIRONMENT_PREFIX):
-            key = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
-            values[key] = text if key in ("teacher", "student", "output", "devices") else yaml.safe_load(text)
-    return values
-
-
-def recipe_yaml(recipe: Recipe) -> str:
-    """The recipe as commented YAML, every key present."""
-    values = recipe.model_dump(mode="json")
-    lines = []
-    for key, field in Recipe.model_fields.items():
-        lines.append(f"# {field.description}")
-        lines.append(yaml.safe_dump({key: values[key]}, sort_keys=False, allow_unicode=True).rstrip())
-    return "\n".join(lines) + "\n"

@@ -1,0 +1,93 @@
+"""Where a student is trained: in memory or streamed, in how many processes, and in which type."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moe_svd_distill.evaluation.loading import available_bytes, model_bytes
+from moe_svd_distill.pipeline.preparation import available_cores
+
+if TYPE_CHECKING:
+    from moe_svd_distill.pipeline.pair import ModelPair
+    from moe_svd_distill.recipe import Recipe
+
+_SHARE = 0.7  # of the free memory that a student in training may take
+_COPIES = 3  # the weights, the weights with the pairs in them, and their gradients
+_PER_FACTOR = 4 * 5  # value, gradient, two moments, and the best so far, float32
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a student is trained.
+
+    Attributes:
+        resident: Whether it is in memory, or one layer of it at a time.
+        devices: One for each process.
+        threads: CPU threads of each process.
+        dtype: Type to compute in.
+        reason: Why, in words.
+    """
+
+    resident: bool
+    devices: tuple[str, ...]
+    threads: int
+    dtype: str
+    reason: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The type."""
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """For run.json."""
+        return asdict(self)
+
+
+def place_training(
+    recipe: Recipe, pair: ModelPair, devices: tuple[str, ...], workers: int, ranks: Mapping[str, int]
+) -> Placement:
+    """Decide where to train.
+
+    Args:
+        recipe: What is asked for.
+        pair: Teacher and student.
+        devices: That may be used.
+        workers: Processes that may be used on the CPU.
+        ranks: Hub name to rank of every trained matrix.
+    """
+    kind = torch.device(devices[0]).type
+    dtype = torch.float32 if kind == "cpu" else torch.bfloat16
+    cores = int(os.environ.get("OMP_NUM_THREADS") or 0) or available_cores()
+    name = str(dtype).removeprefix("torch.")
+    needed = bytes_in_training(pair, dtype.itemsize, ranks)
+    free = min(available_bytes(device) for device in devices)
+    asked = recipe.training.placement
+    if asked == "streamed" or (asked == "auto" and needed > _SHARE * free):
+        why = "asked for" if asked == "streamed" else f"it needs {_gib(needed)} in memory and {_gib(free)} are free"
+        return Placement(False, devices, cores, name, why)
+    if kind != "cpu":
+        return Placement(True, devices, cores, name, f"{_gib(needed)} on each device")
+    processes = max(1, min(workers, int(_SHARE * free // max(1, needed))))
+    why = f"{_gib(needed)} in each of {processes} processes"
+    return Placement(True, ("cpu",) * processes, max(1, available_cores() // processes), name, why)
+
+
+def bytes_in_training(pair: ModelPair, itemsize: int, ranks: Mapping[str, int]) -> int:
+    """What a student takes while it is trained in memory, its activations left out."""
+    shapes = pair.student.shapes
+    factors = sum(rank * sum(shapes[name]) for name, rank in ranks.items())
+    geometry = pair.student.layout.geometry
+    head = geometry.vocabulary * geometry.hidden
+    body = model_bytes(pair.student.checkpoint.folder, itemsize)
+    return _COPIES * body + _PER_FACTOR * (factors + head)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.1f} GiB"

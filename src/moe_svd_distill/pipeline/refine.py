@@ -1,0 +1,378 @@
+"""The refined stage: the factors of an adapter trained on the teacher's distributions, from a start or from zero."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from moe_svd_distill.adapter import CONFIGURATION_FILE, LowRankPairs, check_agreement
+from moe_svd_distill.adapter.adapter_file import read_json
+from moe_svd_distill.errors import IncompatiblePairError
+from moe_svd_distill.execution.parts import PartContent, write_part
+from moe_svd_distill.families import Carrier
+from moe_svd_distill.fitting.check import Places, figures_by_document, predicting_places
+from moe_svd_distill.fitting.copies import perturbed_copies
+from moe_svd_distill.fitting.pairs import HeadWeights, Segment, StatePairs, common_rows
+from moe_svd_distill.fitting.rank import choose_rank, head_factors
+from moe_svd_distill.pipeline.assembly import asked_head_rank
+from moe_svd_distill.pipeline.calibrate import CalibratedHead
+from moe_svd_distill.pipeline.placement import Placement, place_training
+from moe_svd_distill.pipeline.preparation import library_versions
+from moe_svd_distill.pipeline.states import Body, Report
+from moe_svd_distill.streaming import PassSettings, StreamedStates, load_head, stream_states
+from moe_svd_distill.streaming.groups import group_of
+from moe_svd_distill.training.crew import trained
+from moe_svd_distill.training.job import EMBEDDING, HEAD, TextFile, Trainee, TrainingJob
+from moe_svd_distill.training.loop import Outcome, Progress
+from moe_svd_distill.training.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from moe_svd_distill.evaluation.scale_search import ScaleSearch
+    from moe_svd_distill.fitting.rank import RankChoice
+    from moe_svd_distill.pipeline.pair import Model, ModelPair
+    from moe_svd_distill.pipeline.texts import RunText
+    from moe_svd_distill.recipe import Recipe
+
+GROUP = "refined"
+ALGORITHM = 1  # raise whenever the same input would give another adapter
+_STEP = "training"
+_STEPS, _SMALLEST_STEP, _LARGEST_STEP = 3072, 512, 65536
+_BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
+
+
+def refine(
+    recipe: Recipe,
+    pair: ModelPair,
+    text: RunText,
+    folder: Path,
+    devices: tuple[str, ...],
+    workers: int,
+    start: Body | None,
+    report: Report,
+) -> CalibratedHead:
+    """Train the student's pairs and its head, choose the head's rank and the scale of it all.
+
+    Args:
+        recipe: What is asked for.
+        pair: Teacher and student.
+        text: From ``read_run_text``, with a part to train on.
+        folder: The output's folder for parts, where training is saved.
+        devices: Where to compute.
+        workers: Processes to use on the CPU.
+        start: The adapter to begin with; None for none.
+        report: Told the name of a step and the fraction done.
+
+    Raises:
+        DistillError: One of its kinds.
+    """
+    with ExitStack() as stack:
+        return _Refinement(recipe, pair, text, folder, devices, workers, start, report, stack).run()
+
+
+@dataclass(frozen=True, eq=False)
+class _Start:
+    """What training begins with: the part for the job, and what of it stays as it is."""
+
+    path: Path
+    carried: Mapping[str, tuple[Tensor, Tensor]]
+    names: tuple[str, ...]
+
+
+class _Refinement:
+    def __init__(
+        self,
+        recipe: Recipe,
+        pair: ModelPair,
+        text: RunText,
+        folder: Path,
+        devices: tuple[str, ...],
+        workers: int,
+        start: Body | None,
+        report: Report,
+        stack: ExitStack,
+    ) -> None:
+        assert text.fit is not None
+        self.recipe, self.pair, self.text, self.fit_text = recipe, pair, text, text.fit
+        self.folder, self.begin_with, self.report, self.stack = folder, start, report, stack
+        self.cache = recipe.cache or recipe.output / "cache"
+        self.pass_settings = PassSettings(devices)
+        self.device = torch.device(devices[0])
+        self.dtype: torch.dtype = getattr(torch, recipe.dtype)
+        self.passes: dict[str, Any] = {}
+        layout = pair.student.layout
+        self.ranks = {
+            name: recipe.rank_of(name, meaning.role.role, (pair.student.shapes[name][0], pair.student.shapes[name][1]))
+            for name, meaning in layout.meanings.items()
+            if meaning.layer is not None and meaning.role.carrier is not Carrier.NONE
+        }
+        self.placement: Placement = place_training(recipe, pair, devices, workers, self.ranks)
+
+    def run(self) -> CalibratedHead:
+        begin = time.monotonic()
+        start = self.start()
+        job = self.job(start)
+        with trained(job, self.told) as (trainee, outcome):
+            self.report("measuring the trained student", None)
+            places = predicting_places(self.text.search)
+            check = self.check_pairs(trainee, places, 1.0)
+            choice = choose_rank(
+                trainee.head.delta,
+                trainee.metric,
+                asked_head_rank(self.recipe, self.pair),
+                check,
+                trainee.student,
+                trainee.teacher,
+                outcome.curve[0].kl,
+                self.dtype,
+            )
+            self.report("searching the scale of the trained adapter", None)
+            search = self.search_scale(trainee, choice.rank, places)
+            scale = float(search.scales[GROUP])
+            left, right = self.head_pair(trainee, choice.rank, scale)
+            pairs = {
+                name: (
+                    (scale * trainee.pair(name)[0]).to("cpu", self.dtype),
+                    trainee.pair(name)[1].to("cpu", self.dtype),
+                )
+                for name in trainee.bank.names
+            }
+            fixed = [name for name in trainee.decoder.fixed if name in self.ranks]
+            student_rows = len(load_head(self.pair.student.checkpoint, "cpu", torch.float32).weight)
+        pairs |= {name: (scale * left_, right_) for name, (left_, right_) in start.carried.items()}
+        delta = torch.zeros(student_rows, right.shape[1])
+        whole = torch.zeros(student_rows, left.shape[1], dtype=self.dtype)
+        rows = torch.from_numpy(self.fit_text.student_ids)
+        whole[rows] = left.cpu()
+        delta[rows] = left.float().cpu() @ right.float().cpu()
+        record = self.facts(job, outcome, choice, scale, fixed, start) | {"seconds": round(time.monotonic() - begin, 2)}
+        return CalibratedHead((whole, right.cpu()), delta, pairs, search, record)
+
+    def told(self, progress: Progress, steps: int) -> None:
+        """Pass on where training stands."""
+        self.report(_STEP, progress.step / steps)
+
+    def start(self) -> _Start:
+        """Write down what training begins with."""
+        tensors: dict[str, Tensor] = {}
+        carried: dict[str, tuple[Tensor, Tensor]] = {}
+        names: list[str] = []
+        body = self.begin_with
+        if body is not None and any(body.scales.values()):
+            layout = self.pair.student.layout
+            embedding, head = layout.find("embedding"), layout.find("head")
+            found = LowRankPairs(body.folder)
+            configuration = read_json(body.folder / CONFIGURATION_FILE)
+            stored = check_agreement(found.shapes, layout.family, configuration, found.whole).scales
+            for name in found:
+                scale = stored[name] * float(body.scales.get(group_of(name), 1.0))
+                if name == head or scale == 0.0:
+                    continue
+                pair = found[name]
+                left, right = pair.factors()
+                if name == embedding:
+                    tensors |= {f"{EMBEDDING}#A": right.clone(), f"{EMBEDDING}#B": scale * left}
+                    carried[name] = (scale * pair.b, pair.a.clone())
+                    continue
+                if name not in self.ranks:
+                    raise IncompatiblePairError(
+                        f"the start changes {name}, which cannot be trained", "Train from another start"
+                    )
+                tensors |= {f"{name}#A": right.float().contiguous(), f"{name}#B": scale * left.float()}
+                names.append(name)
+            head_change = self.head_change(body)
+            if head_change is not None:
+                tensors[HEAD] = head_change
+        digest = hashlib.sha256()
+        for name in sorted(tensors):
+            digest.update(name.encode())
+            digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        path = write_part(self.folder, f"start-{digest.hexdigest()[:32]}", PartContent(tensors, {"pairs": len(names)}))
+        return _Start(path, carried, tuple(names))
+
+    def head_change(self, body: Body) -> Tensor | None:
+        """What the start changes about the head, over the common tokens."""
+        student = self.pair.student.checkpoint
+        plain = load_head(student, "cpu", torch.float32)
+        changed = load_head(student, "cpu", torch.float32, adapter=body.folder, scales=dict(body.scales))
+        rows = torch.from_numpy(self.fit_text.student_ids)
+        change = changed.weight[rows] - plain.weight[rows]
+        return change if bool(change.any()) else None
+
+    def job(self, start: _Start) -> TrainingJob:
+        """Read the text by the teacher, and write down what every process needs to know."""
+        fit, search = self.fit_text, self.text.search
+        copies = self.copies()
+        count = len(fit.student.sequences)
+        copied = fit.student.sequences[:0]
+        if copies:
+            mine = self.read("student", self.pair.student, fit.student.sequences)
+            head = common_rows(load_head(self.pair.student.checkpoint, "cpu", torch.float32), fit.student_ids)
+            copied = perturbed_copies(fit.student.sequences, mine, head, copies, self.recipe.seed)
+        read = np.concatenate([fit.teacher.sequences, search.teacher.sequences, copied])
+        theirs = self.read("teacher", self.pair.teacher, read)
+        offset = (count + len(search.teacher.sequences)) * fit.teacher.length
+        everywhere = np.arange(copied.size)
+        following = np.full(len(fit.student_position) + copied.size, -1, dtype=np.int64)
+        predicted = predicting_places(fit)
+        following[np.searchsorted(fit.student_position, predicted.student_position)] = predicted.target
+        length = fit.student.length
+        text = TextFile(
+            np.concatenate([fit.student.sequences, copied]),
+            np.concatenate([fit.student_position, everywhere + count * length]),
+            np.concatenate([fit.teacher_position, everywhere + offset]),
+            following,
+            theirs.path,
+        )
+        places = predicting_places(search)
+        check = TextFile(
+            search.student.sequences,
+            places.student_position,
+            places.teacher_position + count * fit.teacher.length,
+            places.target,
+            theirs.path,
+        )
+        settings = self.settings(text.ids.size)
+        identity = {
+            "algorithm": ALGORITHM,
+            "versions": library_versions(),
+            "settings": asdict(settings),
+            "start": start.path.name,
+            "passes": {name: facts["key"] for name, facts in self.passes.items()},
+            "models": [self.pair.teacher.checkpoint.fingerprint(), self.pair.student.checkpoint.fingerprint()],
+            "text": _digest(text.ids, text.position, text.teacher_position, text.following, check.position),
+            "tokens": _digest(fit.student_ids, fit.teacher_ids),
+            "ranks": sorted(self.ranks.items()),
+            "placement": asdict(self.placement),
+        }
+        key = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:32]
+        return TrainingJob(
+            self.pair.teacher.checkpoint,
+            self.pair.student.checkpoint,
+            fit.teacher_ids,
+            fit.student_ids,
+            text,
+            check,
+            self.ranks,
+            start.path,
+            settings,
+            self.placement.resident,
+            self.placement.torch_dtype,
+            self.placement.devices,
+            self.placement.threads,
+            self.folder,
+            key,
+        )
+
+    def settings(self, tokens: int) -> TrainingSettings:
+        """How to train on so many tokens."""
+        asked, hidden = self.recipe.training, self.pair.student.layout.geometry.hidden
+        kind = torch.device(self.placement.devices[0]).type
+        total = asked.epochs * tokens
+        step = int(np.clip(total // _STEPS, _SMALLEST_STEP, _LARGEST_STEP)) if asked.step_tokens == "auto" else None
+        rate = asked.learning_rate if asked.learning_rate != "auto" else 0.6 / hidden
+        return TrainingSettings(
+            epochs=asked.epochs,
+            step_tokens=int(step if step is not None else asked.step_tokens),
+            batch_tokens=_BATCH_TOKENS[kind] if asked.batch_tokens == "auto" else asked.batch_tokens,
+            rate=float(rate),
+            head_rate=float(rate) * asked.head_rate,
+            divergence=asked.divergence,
+            cross_entropy_share=asked.cross_entropy_share,
+            head="whole" if asked.head == "train" else "fixed",
+            checks=asked.checks,
+            patience=asked.patience,
+            weight_decay=asked.weight_decay,
+            seed=self.recipe.seed,
+        )
+
+    def copies(self) -> int:
+        """How many copies of the text are trained on as well."""
+        if not self.fit_text.identical or self.recipe.copies == "auto":
+            return 0
+        return self.recipe.copies
+
+    def check_pairs(self, trainee: Trainee, places: Places, scale: float) -> StatePairs:
+        """States of the checking text, in the order of its places."""
+        mine = trainee.check_states(scale)
+        return StatePairs([Segment(mine, trainee.check.teacher, np.arange(len(mine)), trainee.check.teacher_position)])
+
+    def head_pair(self, trainee: Trainee, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+        left, right = head_factors(trainee.head.delta, trainee.metric, rank, torch.float32)
+        return (left * scale).to(self.dtype), right.to(self.dtype)
+
+    def search_scale(self, trainee: Trainee, rank: int, places: Places) -> ScaleSearch:
+        """How much of it all to keep; nothing is a valid answer."""
+        from moe_svd_distill.evaluation.figures import Measurement
+        from moe_svd_distill.evaluation.scale_search import search_scale
+
+        def at(scales: Mapping[str, float]) -> Measurement:
+            scale = scales[GROUP]
+            left, right = self.head_pair(trainee, rank, scale)
+            weight = trainee.student.weight + left.float() @ right.float()
+            head = HeadWeights(weight, trainee.student.bias, trainee.student.transform)
+            sums = figures_by_document(self.check_pairs(trainee, places, scale), places, head, trainee.teacher)
+            return Measurement(sums.kl, sums.cross_entropy, sums.agreement, sums.tokens)
+
+        return search_scale(at, (GROUP,), global_scales=(0.5, 1.0))
+
+    def facts(
+        self,
+        job: TrainingJob,
+        outcome: Outcome,
+        choice: RankChoice,
+        scale: float,
+        fixed: list[str],
+        start: _Start,
+    ) -> dict[str, Any]:
+        return {
+            "trained_on_tokens": int(job.text.ids.size),
+            "copies_of_the_text": self.copies(),
+            "common_tokens": len(self.fit_text.student_ids),
+            "start_pairs": len(start.names),
+            "curve": [asdict(point) for point in outcome.curve],
+            "best": outcome.best,
+            "steps": outcome.steps,
+            "ended": outcome.ended,
+            "training_seconds": round(outcome.seconds, 2),
+            "resumed_at_step": outcome.resumed_at,
+            "saves_rejected": list(outcome.rejected),
+            "settings": asdict(job.settings),
+            "placement": self.placement.as_dict(),
+            "matrices": len(self.ranks) - len(fixed),
+            "fixed": sorted(fixed),
+            "scale": scale,
+            **asdict(choice),
+            "full_rank": min(len(job.student_ids), self.pair.student.layout.geometry.hidden),
+            "streamed": self.passes,
+        }
+
+    def read(self, name: str, model: Model, sequences: NDArray[np.int64]) -> StreamedStates:
+        """A pass of one of the models over the text."""
+        states = stream_states(
+            model.checkpoint,
+            sequences,
+            self.cache,
+            self.pass_settings,
+            on_progress=lambda done, layers: self.report(f"reading the text: {name}", done / layers),
+        )
+        self.stack.enter_context(states)
+        facts = {key: value for key, value in asdict(states.record).items() if key != "unused"}
+        self.passes[name] = facts | {"file": states.path.name}
+        return states
+
+
+def _digest(*numbers: NDArray[np.int64]) -> str:
+    return hashlib.sha256(b"".join(part.tobytes() for part in numbers)).hexdigest()

@@ -1,0 +1,109 @@
+"""Recipes from files, environment and command line, and as YAML."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from moe_svd_distill.errors import BadDataError, MissingInputError, UsageError
+from moe_svd_distill.recipe.model import Recipe
+from moe_svd_distill.recipe.sections import ExpertSettings, Section, TrainingRecipe
+
+ENVIRONMENT_PREFIX = "MOE_SVD_DISTILL_"
+_SECTIONS: dict[str, type[Section]] = {"experts": ExpertSettings, "training": TrainingRecipe}
+
+
+def load_recipe(
+    file: Path | None,
+    overrides: Mapping[str, Any],
+    environment: Mapping[str, str] | None = None,
+) -> Recipe:
+    """Join recipe file, environment and command line into a validated recipe.
+
+    Args:
+        file: A YAML file, or None.
+        overrides: Command-line values; None means not given.
+        environment: Defaults to the process environment.
+
+    Raises:
+        MissingInputError: The file does not exist.
+        BadDataError: The file is not YAML or not a mapping.
+        UsageError: An unknown key (named with its nearest known name) or a value out of range.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        values.update(_read_yaml(file))
+    values.update(_from_environment(os.environ if environment is None else environment))
+    values.update({key: value for key, value in overrides.items() if value is not None})
+    return parse_recipe(values, source=str(file) if file else "the command line")
+
+
+def parse_recipe(values: Mapping[str, Any], source: str = "the recipe") -> Recipe:
+    """Validate a mapping.
+
+    Raises:
+        UsageError: As ``load_recipe``.
+    """
+    try:
+        return Recipe.model_validate(dict(values))
+    except ValidationError as error:
+        raise _explain(error, source) from None
+
+
+def _explain(error: ValidationError, source: str) -> UsageError:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"] if not _is_union_tag(part))
+    same_place = [other for other in error.errors() if other["loc"][:1] == first["loc"][:1]]
+    if first["type"] == "extra_forbidden":
+        section = _SECTIONS.get(str(first["loc"][0]), Recipe)
+        near = get_close_matches(str(first["loc"][-1]), section.model_fields, n=1, cutoff=0.4)
+        action = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(section.model_fields)}"
+        return UsageError(f"{source}: unknown key {place!r}", action.rstrip("?"))
+    if first["type"] == "missing":
+        return UsageError(f"{source}: {place} is not given", f"Give --{place} or the recipe key {place!r}")
+    message = " or ".join(dict.fromkeys(other["msg"].removeprefix("Value error, ") for other in same_place))
+    found = "" if isinstance(first["input"], Mapping) else f", found {first['input']!r}"
+    return UsageError(f"{source}: {place or 'recipe'}: {message}{found}", "Correct that value")
+
+
+def _is_union_tag(part: int | str) -> bool:
+    return isinstance(part, str) and ("[" in part or part in ("int", "float", "constrained-int"))
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MissingInputError(f"recipe {file} does not exist", "Write one with: moe-svd-distill init") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadDataError(f"recipe {file} is not readable as YAML: {error}", "Correct the file") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise BadDataError(f"recipe {file} holds a {type(content).__name__}, expected keys and values", "Correct it")
+    return content
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for variable, text in environment.items():
+        if variable.startswith(ENVIRONMENT_PREFIX):
+            key = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+            values[key] = text if key in ("teacher", "student", "output", "devices") else yaml.safe_load(text)
+    return values
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The recipe as commented YAML, every key present."""
+    values = recipe.model_dump(mode="json")
+    lines = []
+    for key, field in Recipe.model_fields.items():
+        lines.append(f"# {field.description}")
+        lines.append(yaml.safe_dump({key: values[key]}, sort_keys=False, allow_unicode=True).rstrip())
+    return "\n".join(lines) + "\n"

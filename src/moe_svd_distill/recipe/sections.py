@@ -1,0 +1,69 @@
+"""Parts of a recipe that have keys of their own."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A frozen group of keys; unknown ones are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class ExpertSettings(Section):
+    """How the experts of a mixture-of-experts layer are made."""
+
+    fingerprint: Literal["weights", "router", "function"] = Field(
+        "weights",
+        description="What experts are clustered by: their concatenated weights, their router rows, or a "
+        "neuron-order-free sample of the function they compute.",
+    )
+    clusters: Literal["student"] | Annotated[int, Field(ge=1)] = Field(
+        "student", description="Number of clusters; 'student' is the number of experts in the student's layer."
+    )
+    blend: Literal["frobenius", "uniform"] = Field(
+        "frobenius", description="Weights of a cluster's experts: by Frobenius norm, or equal."
+    )
+    assignment: Literal["optimal", "index"] = Field(
+        "optimal",
+        description="Which student expert a cluster becomes: the most similar one (optimal assignment), or cluster "
+        "number = expert number as in the first generation.",
+    )
+
+
+class TrainingRecipe(Section):
+    """How the refined stage trains."""
+
+    epochs: float = Field(4.0, gt=0, description="Passes over the text.")
+    step_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="Tokens of one step of the optimiser. auto: about 3,000 steps, of 512 to 65,536 tokens."
+    )
+    batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="Tokens that go through a layer at once in one process. auto: 512 on a CPU, 8,192 on a GPU."
+    )
+    learning_rate: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
+        "auto",
+        description="Largest learning rate of the factors. auto: chosen by short trials on calibration text.",
+    )
+    head_rate: float = Field(1.0, gt=0, description="The head's learning rate, as a multiple of the factors'.")
+    head: Literal["train", "fixed"] = Field("train", description="Whether the head is trained as well.")
+    divergence: Literal["forward", "reverse", "jensen-shannon"] = Field(
+        "forward", description="Which divergence from the teacher's distribution is made small."
+    )
+    cross_entropy_share: float = Field(
+        0.0, ge=0, le=1, description="Share of the cross-entropy with the text itself in the loss."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of AdamW.")
+    placement: Literal["auto", "resident", "streamed"] = Field(
+        "auto",
+        description="Whether the student is in memory while it is trained, or one layer of it at a time. auto: in "
+        "memory if it fits.",
+    )
+    checks: int = Field(12, ge=1, description="How often the student is measured on calibration text meanwhile.")
+    patience: int = Field(4, ge=1, description="Checks without a gain after which training stops.")
+    start_tokens: int = Field(
+        32768, ge=512, description="Tokens of the text that a calibrated start is fitted on, at most."
+    )

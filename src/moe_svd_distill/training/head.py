@@ -1,0 +1,101 @@
+"""The student's head in training: the loss, its gradient by the student's final states, and the head's own.
+
+The head is moved in coordinates in which the states have unit second moment (docs/decisions/0010), whole or as a pair;
+or it stands still, and then nothing but the states' gradient is computed.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from moe_svd_distill.algebra.divergence import Divergence, divergence_and_gradient
+from moe_svd_distill.algebra.whitening import Whitening
+from moe_svd_distill.fitting.pairs import HeadWeights
+from moe_svd_distill.training.text import Batch
+
+HeadTraining: TypeAlias = Literal["whole", "fixed"]
+_LOGIT_BYTES = 128 << 20
+
+
+class TrainedHead:
+    """A head and what it is trained by.
+
+    Attributes:
+        values: What moves, flat float32; empty where the head stands still.
+        gradient: Of the summed loss, flat, of the same length.
+    """
+
+    def __init__(
+        self,
+        student: HeadWeights,
+        teacher: HeadWeights,
+        metric: Whitening,
+        start: Tensor | None,
+        training: HeadTraining,
+        divergence: Divergence,
+        cross_entropy_share: float,
+    ) -> None:
+        """Begin with a change of the head.
+
+        Args:
+            student: The head over the common tokens; where its weight lies is where this computes.
+            teacher: The teacher's over the same.
+            metric: Second moment of the student's states.
+            start: Change of the student's weight, (v, d); None for none.
+            training: Whether the head moves.
+            divergence: From the teacher.
+            cross_entropy_share: Share of the cross-entropy in the loss.
+        """
+        self._student, self._teacher, self._metric = student, teacher, metric
+        self._divergence: Divergence = divergence
+        self._share = cross_entropy_share
+        self._moves = training == "whole"
+        self._origin = student.weight @ metric.root
+        first = self._origin if start is None else (student.weight + start.to(student.weight)) @ metric.root
+        weights = first.clone()
+        self._weights = weights
+        self.values = weights.view(-1) if self._moves else weights.new_zeros(0)
+        self.gradient = torch.zeros_like(self.values)
+        self.loss = torch.zeros((), dtype=torch.float64)
+
+    @property
+    def delta(self) -> Tensor:
+        """Change of the student's weight, (v, d)."""
+        return (self._weights - self._origin) @ self._metric.inverse
+
+    def head(self) -> HeadWeights:
+        """The head as it is now."""
+        return HeadWeights(self._weights @ self._metric.inverse, self._student.bias, self._student.transform)
+
+    @torch.no_grad()
+    def learn(self, states: Tensor, batch: Batch, places: int) -> Tensor:
+        """Gradient of the mean loss by the states, (b, d); the head's own is added to `gradient`.
+
+        Args:
+            states: The student's final states at the places of the batch, (b, d).
+            batch: With the teacher's states.
+            places: Places of the whole step, over which the loss is a mean.
+        """
+        slopes = []
+        step = max(1, _LOGIT_BYTES // (4 * len(self._weights)))
+        for begin in range(0, len(states), step):
+            part = slice(begin, begin + step)
+            inputs = states[part].float() @ self._metric.inverse
+            head = HeadWeights(self._weights, self._student.bias, self._student.transform)
+            logits = head.logits(inputs)
+            loss, error = divergence_and_gradient(
+                self._teacher.logits(batch.teacher[part].float()),
+                logits,
+                self._divergence,
+                batch.following[part],
+                self._share,
+            )
+            self.loss += loss.double().sum().cpu() / places
+            error = self._student.transform.pull_back(error, logits).div_(places)
+            slopes.append((error @ self._weights) @ self._metric.inverse)
+            if self._moves:
+                self.gradient.view_as(self._weights).addmm_(error.T, inputs)
+        return torch.cat(slopes)

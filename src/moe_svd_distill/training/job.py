@@ -1,0 +1,205 @@
+"""A training run as data, and what every process of it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_svd_distill.algebra.whitening import Whitening, whitening
+from moe_svd_distill.checkpoints import Checkpoint
+from moe_svd_distill.execution.parts import open_part
+from moe_svd_distill.fitting.pairs import HeadWeights, common_rows
+from moe_svd_distill.streaming import load_head
+from moe_svd_distill.streaming.decoder import Decoder, EmbeddingChange, ResidentDecoder, StreamedDecoder
+from moe_svd_distill.streaming.states_file import StatesFile
+from moe_svd_distill.training.engine import Engine, ResidentEngine, StreamedEngine
+from moe_svd_distill.training.factors import FactorBank, Pair
+from moe_svd_distill.training.head import TrainedHead
+from moe_svd_distill.training.loop import Outcome, Progress, Training
+from moe_svd_distill.training.peers import Peers
+from moe_svd_distill.training.saves import Saves
+from moe_svd_distill.training.settings import TrainingSettings
+from moe_svd_distill.training.text import IntArray, TrainingText
+
+HEAD, EMBEDDING = "head", "embedding"
+_MOMENT_ROWS = 64
+
+Listener = Callable[[Progress, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class TextFile:
+    """A `TrainingText` whose teacher states lie in a file of `streaming`."""
+
+    ids: IntArray
+    position: IntArray
+    teacher_position: IntArray
+    following: IntArray
+    states: Path
+
+    def open(self) -> TrainingText:
+        """With the states mapped into memory."""
+        states = StatesFile(self.states).rows(slice(None)).flatten(0, 1)
+        return TrainingText(self.ids, self.position, self.teacher_position, self.following, states)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingJob:
+    """All that a process needs to know.
+
+    Attributes:
+        teacher: For its head.
+        student: What is trained.
+        teacher_ids: Rows of the teacher's head that stand for the common tokens, (v,).
+        student_ids: Those of the student's, (v,).
+        text: To train on.
+        check: To measure on.
+        ranks: Hub name to rank of every pair that is trained.
+        start: A part with the pairs to begin with, as ``name#A`` and ``name#B``, the head's change over the common
+            tokens as ``head``, and what is added to the embeddings as ``embedding#A`` and ``embedding#B``.
+        settings: How to train.
+        resident: Whether the student is in memory, or one layer of it at a time.
+        dtype: Type to compute in.
+        devices: One for each process.
+        threads: CPU threads of each process.
+        folder: Where saves lie, and inputs of layers that memory does not hold.
+        key: Hash of everything the run depends on.
+    """
+
+    teacher: Checkpoint
+    student: Checkpoint
+    teacher_ids: IntArray
+    student_ids: IntArray
+    text: TextFile
+    check: TextFile
+    ranks: Mapping[str, int]
+    start: Path
+    settings: TrainingSettings
+    resident: bool
+    dtype: torch.dtype
+    devices: tuple[str, ...]
+    threads: int
+    folder: Path
+    key: str
+
+
+class Trainee:
+    """The student of a job in one process."""
+
+    def __init__(self, job: TrainingJob, peers: Peers) -> None:
+        """Read it, and begin with the job's start.
+
+        Args:
+            job: The run.
+            peers: Its processes.
+        """
+        self._job, self._peers = job, peers
+        self.device = torch.device(job.devices[peers.number])
+        self.check = job.check.open()
+        self.text = job.text.open()
+        with open_part(job.start) as start:
+            tensors = {name: start[name].clone() for name in start}
+        kind = ResidentDecoder if job.resident else StreamedDecoder
+        change = _embedding_change(tensors)
+        self.decoder: Decoder = kind(job.student, job.text.ids.shape[1], self.device, job.dtype, change)
+        pairs = {
+            name.removesuffix("#A"): (tensors[name.removesuffix("A") + "B"], tensors[name])
+            for name in tensors
+            if name.endswith("#A") and not name.startswith(EMBEDDING)
+        }
+        self.bank = FactorBank(self.decoder.weights, job.ranks, self.device, pairs, job.settings.seed)
+        self.engine: Engine = (
+            ResidentEngine(self.decoder, self.bank)
+            if job.resident
+            else StreamedEngine(self.decoder, self.bank, job.folder)
+        )
+        device = str(self.device)
+        self.student = common_rows(load_head(job.student, device, torch.float32), job.student_ids)
+        self.teacher = common_rows(load_head(job.teacher, device, torch.float32), job.teacher_ids)
+        self.metric = self._metric()
+        settings = job.settings
+        self.head = TrainedHead(
+            self.student,
+            self.teacher,
+            self.metric,
+            tensors.get(HEAD),
+            settings.head,
+            settings.divergence,
+            settings.cross_entropy_share,
+        )
+
+    def train(self, on_progress: Listener) -> Outcome:
+        """Train, or go on with it; the best state is then in the bank and the head."""
+        saves = Saves(self._job.folder, self._job.key, writes=self._peers.number == 0)
+        run = Training(
+            self.engine, self.bank, self.head, self.text, self.check, self.teacher, self._job.settings, self._peers
+        )
+        return run.complete(saves, on_progress)
+
+    def check_states(self, scale: float) -> Tensor:
+        """The student's states at the places of the checking text, (places, d), with this share of every pair."""
+        rows = np.arange(len(self.check))
+        together = max(1, self._job.settings.batch_tokens // self.check.length)
+        batches = [
+            self.check.take(rows[begin : begin + together], self.device) for begin in range(0, len(rows), together)
+        ]
+        with self.bank.scaled(scale):
+            return torch.cat([states.float().cpu() for states in self.engine.states(batches)])
+
+    def pair(self, hub_name: str) -> Pair:
+        """``(B, A)`` as trained."""
+        return self.bank.pair(hub_name)
+
+    def close(self) -> None:
+        """Let go of the student."""
+        self.decoder.close()
+
+    def _metric(self) -> Whitening:
+        """Second moment of the student's states on some of the text, as it begins."""
+        rows = np.arange(min(len(self.text), _MOMENT_ROWS))
+        together = max(1, self._job.settings.batch_tokens // self.text.length)
+        batches = [
+            self.text.take(rows[begin : begin + together], self.device) for begin in range(0, len(rows), together)
+        ]
+        total, count = None, 0
+        for states in self.engine.states(batches):
+            wide = states.float()
+            product = (wide.T @ wide).double()
+            total = product if total is None else total + product
+            count += len(wide)
+        assert total is not None
+        return whitening((total / count).float())
+
+
+def trained_head(trainee: Trainee, scale: float) -> HeadWeights:
+    """The student's head with this share of its change."""
+    weight = trainee.student.weight + scale * trainee.head.delta
+    return HeadWeights(weight, trainee.student.bias, trainee.student.transform)
+
+
+def _embedding_change(tensors: Mapping[str, Tensor]) -> EmbeddingChange | None:
+    if f"{EMBEDDING}#A" not in tensors:
+        return None
+    rows, columns = tensors[f"{EMBEDDING}#B"], tensors[f"{EMBEDDING}#A"]
+
+    def change(ids: Tensor) -> Tensor:
+        return rows[ids.cpu()].float() @ columns.float()
+
+    return change
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """As many CPU threads as a job says: sums depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

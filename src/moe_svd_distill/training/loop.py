@@ -1,0 +1,291 @@
+"""The training loop: steps, checks on other text, saves, and the best state so far.
+
+A run that is killed goes on from its last save and ends in the same values: the order of the sequences follows from the
+seed, and everything that moves is in the save.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moe_svd_distill.fitting.pairs import HeadWeights
+from moe_svd_distill.training.engine import Engine
+from moe_svd_distill.training.factors import FactorBank
+from moe_svd_distill.training.head import TrainedHead
+from moe_svd_distill.training.peers import Alone, Peers
+from moe_svd_distill.training.saves import Saves
+from moe_svd_distill.training.settings import TrainingSettings
+from moe_svd_distill.training.text import Batch, TrainingText
+
+_DIVERGED = 1.5  # times the KL before training, on the checking text
+_TINY = 1e-10
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of the training curve.
+
+    Attributes:
+        step: Steps done.
+        tokens: Tokens seen so far, repeated ones counted again.
+        seconds: Of training, over all runs that were needed.
+        loss: Mean loss of the steps since the last point; None at the beginning.
+        kl: KL on the checking text, in nats per token.
+        rate: Learning rate of the factors in the last step.
+    """
+
+    step: int
+    tokens: int
+    seconds: float
+    loss: float | None
+    kl: float
+    rate: float
+
+
+@dataclass
+class Progress:
+    """Where a run stands, besides the tensors."""
+
+    step: int = 0
+    seconds: float = 0.0
+    curve: list[Point] = field(default_factory=list)
+    best: int = 0
+    losses: list[float] = field(default_factory=list)
+    ended: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a save."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Progress:
+        """From a save."""
+        return cls(**{**values, "curve": [Point(**point) for point in values["curve"]]})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How training went; the bank and the head hold the best state.
+
+    Attributes:
+        curve: Its points; the first is before training.
+        best: The best one's place in the curve.
+        steps: Steps that were planned.
+        ended: Why it ended: ``done``, ``no more gain`` or ``diverged``.
+        seconds: Of training, over all runs that were needed.
+        resumed_at: The step this run went on from.
+        rejected: Damaged saves that were moved aside.
+    """
+
+    curve: tuple[Point, ...]
+    best: int
+    steps: int
+    ended: str
+    seconds: float
+    resumed_at: int
+    rejected: tuple[str, ...]
+
+
+class Training:
+    """One training run."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        bank: FactorBank,
+        head: TrainedHead,
+        text: TrainingText,
+        check: TrainingText,
+        teacher: HeadWeights,
+        settings: TrainingSettings,
+        peers: Peers | None = None,
+    ) -> None:
+        """Nothing runs yet.
+
+        Args:
+            engine: The student.
+            bank: Its factors.
+            head: Its head.
+            text: To train on.
+            check: To measure on.
+            teacher: The teacher's head.
+            settings: How.
+            peers: The processes that share the work.
+        """
+        self.engine, self.bank, self.head, self.text, self.check = engine, bank, head, text, check
+        self.teacher, self.settings, self.peers = teacher, settings, peers or Alone()
+        self.device = bank.values.device
+        self.rows = max(1, settings.step_tokens // text.length)
+        self.steps_in_epoch = max(1, len(text) // self.rows)
+        self.steps = max(1, round(settings.epochs * self.steps_in_epoch))
+        bank.values.grad, head.values.grad = bank.gradient, head.gradient
+        groups = [(bank.values, settings.rate), (head.values, settings.head_rate)]
+        self.peaks = [rate for values, rate in groups if values.numel()]
+        self.optimiser = torch.optim.AdamW(
+            [{"params": [values], "lr": rate} for values, rate in groups if values.numel()],
+            betas=settings.betas,
+            eps=_TINY,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+
+    def complete(
+        self,
+        saves: Saves | None = None,
+        on_progress: Callable[[Progress, int], None] = lambda progress, steps: None,
+    ) -> Outcome:
+        """Train to the end, and leave the best state in the bank and the head.
+
+        Args:
+            saves: Where the run is saved; None keeps nothing.
+            on_progress: Told after each step where the run stands, and the number of steps.
+        """
+        found = saves.load() if saves else None
+        progress = Progress()
+        best = self._moving()
+        if found is None:
+            kl = self.measure()
+            progress.curve.append(Point(0, 0, 0.0, None, kl, 0.0))
+        else:
+            tensors, record = found
+            progress = Progress.from_dict(record)
+            best = self._restore(tensors)
+        resumed = progress.step
+        order: tuple[int, NDArray[np.int64]] | None = None
+        while progress.step < self.steps and not progress.ended:
+            begin = time.monotonic()
+            epoch, place = divmod(progress.step, self.steps_in_epoch)
+            if order is None or order[0] != epoch:
+                generator = np.random.default_rng([self.settings.seed, epoch])
+                order = epoch, generator.permutation(len(self.text))
+            progress.losses.append(self._step(order[1][place * self.rows : (place + 1) * self.rows], progress.step + 1))
+            progress.step += 1
+            progress.seconds += time.monotonic() - begin
+            if not math.isfinite(progress.losses[-1]):
+                progress.ended = "diverged"
+            elif self._due(progress.step):
+                begin = time.monotonic()
+                kl = self.measure()
+                progress.seconds += time.monotonic() - begin
+                if self._note(progress, kl):
+                    best = self._moving()
+            on_progress(progress, self.steps)
+            if saves and (progress.step == self.steps or progress.ended or saves.due(self._together)):
+                saves.write(self._tensors(best), progress.as_dict())
+        for values, kept in zip((self.bank.values, self.head.values), best, strict=True):
+            values.copy_(kept)
+        return Outcome(
+            tuple(progress.curve),
+            progress.best,
+            self.steps,
+            progress.ended or "done",
+            progress.seconds,
+            resumed,
+            tuple(saves.rejected) if saves else (),
+        )
+
+    @torch.no_grad()
+    def measure(self) -> float:
+        """Mean KL on the checking text, in nats per place."""
+        head = self.head.head()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        mine = np.arange(len(self.check))[self.peers.number :: self.peers.count]
+        batches = self._batches(self.check, mine)
+        for batch, states in zip(batches, self.engine.states(batches), strict=True):
+            for begin in range(0, len(states), 1024):
+                part = slice(begin, begin + 1024)
+                wanted = torch.log_softmax(self.teacher.logits(batch.teacher[part].float()), dim=-1)
+                found = torch.log_softmax(head.logits(states[part].float()), dim=-1)
+                sums[0] += (wanted.exp() * (wanted - found)).sum(dim=-1).double().sum()
+            sums[1] += len(states)
+        self.peers.add_up(sums)
+        return float(sums[0] / sums[1])
+
+    def _step(self, rows: NDArray[np.int64], step: int) -> float:
+        """One step of the optimiser; returns its loss."""
+        share = self.settings.share_at(step, self.steps)
+        for group, peak in zip(self.optimiser.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * share
+        self.bank.gradient.zero_()
+        self.head.gradient.zero_()
+        self.head.loss.zero_()
+        places = self.text.places(rows)
+        self.engine.learn(self._batches(self.text, rows[self.peers.number :: self.peers.count]), self.head, places)
+        self.peers.add_up(self.bank.gradient, self.head.gradient, self.head.loss)
+        for gradient in (self.bank.gradient, self.head.gradient):
+            norm = float(gradient.norm()) if gradient.numel() else 0.0
+            if norm > self.settings.clip:
+                gradient.mul_(self.settings.clip / norm)
+        self.optimiser.step()
+        return float(self.head.loss)
+
+    def _batches(self, text: TrainingText, rows: NDArray[np.int64]) -> list[Batch]:
+        together = max(1, self.settings.batch_tokens // text.length)
+        return [text.take(rows[begin : begin + together], self.device) for begin in range(0, len(rows), together)]
+
+    def _due(self, step: int) -> bool:
+        """Whether the student is measured after this step."""
+        checks = self.settings.checks
+        return step * checks // self.steps > (step - 1) * checks // self.steps
+
+    def _note(self, progress: Progress, kl: float) -> bool:
+        """Put a point on the curve; returns whether it is the best."""
+        loss = sum(progress.losses) / len(progress.losses)
+        progress.losses.clear()
+        tokens = progress.step * self.rows * self.text.length
+        rate = self.settings.rate * self.settings.share_at(progress.step, self.steps)
+        progress.curve.append(Point(progress.step, tokens, progress.seconds, loss, kl, rate))
+        if not math.isfinite(kl) or kl > _DIVERGED * progress.curve[0].kl:
+            progress.ended = "diverged"
+        if kl < progress.curve[progress.best].kl:
+            progress.best = len(progress.curve) - 1
+            return True
+        if len(progress.curve) - 1 - progress.best >= self.settings.patience:
+            progress.ended = progress.ended or "no more gain"
+        return False
+
+    def _together(self, value: bool) -> bool:
+        """Whether the first process says so: its clock counts."""
+        if self.peers.count == 1:
+            return value
+        flag = torch.tensor([float(value and self.peers.number == 0)], device=self.device)
+        self.peers.add_up(flag)
+        return bool(flag.item())
+
+    def _moving(self) -> list[Tensor]:
+        return [self.bank.values.clone(), self.head.values.clone()]
+
+    def _tensors(self, best: list[Tensor]) -> dict[str, Tensor]:
+        tensors = {"factors": self.bank.values, "head": self.head.values}
+        tensors |= {"best.factors": best[0], "best.head": best[1]}
+        for number, parameter in enumerate(values for values in (self.bank.values, self.head.values) if values.numel()):
+            tensors |= {f"{number}.{name}": value for name, value in self.optimiser.state[parameter].items()}
+        return {name: tensor for name, tensor in tensors.items() if tensor.numel()}
+
+    def _restore(self, tensors: dict[str, Tensor]) -> list[Tensor]:
+        """Put a save in; returns the best state in it."""
+        best = []
+        for values, name in ((self.bank.values, "factors"), (self.head.values, "head")):
+            if values.numel():
+                values.copy_(tensors[name])
+            best.append(tensors[f"best.{name}"].to(values.device) if values.numel() else values.clone())
+        number = 0
+        for values in (self.bank.values, self.head.values):
+            if values.numel():
+                prefix = f"{number}."
+                self.optimiser.state[values] = {
+                    name.removeprefix(prefix): tensor.to(values.device) if tensor.dim() else tensor
+                    for name, tensor in tensors.items()
+                    if name.startswith(prefix)
+                }
+                number += 1
+        return best

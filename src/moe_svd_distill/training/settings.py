@@ -1,0 +1,53 @@
+"""How a student is trained."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from moe_svd_distill.algebra.divergence import Divergence
+from moe_svd_distill.training.head import HeadTraining
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a student is trained.
+
+    Attributes:
+        epochs: Passes over the text.
+        step_tokens: Tokens of one step of the optimiser, over all processes.
+        batch_tokens: Tokens that go through a layer together in one process.
+        rate: Largest learning rate of the factors.
+        head_rate: The same of the head, in whitened coordinates.
+        warm_up: Share of the steps in which the rate rises; afterwards it falls to zero in a straight line.
+        clip: Norm that the gradient of the factors, and that of the head, is clipped to.
+        betas: Of AdamW.
+        weight_decay: Of AdamW, decoupled.
+        divergence: From the teacher.
+        cross_entropy_share: Share of the cross-entropy with the text in the loss.
+        head: Whether the head moves.
+        checks: How often the student is measured on other text.
+        patience: Checks without a gain after which training stops.
+        seed: Of the order of the sequences.
+    """
+
+    epochs: float
+    step_tokens: int
+    batch_tokens: int
+    rate: float
+    head_rate: float
+    warm_up: float = 0.02
+    clip: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.0
+    divergence: Divergence = "forward"
+    cross_entropy_share: float = 0.0
+    head: HeadTraining = "whole"
+    checks: int = 12
+    patience: int = 4
+    seed: int = 0
+
+    def share_at(self, step: int, steps: int) -> float:
+        """Share of the largest rate at step 1 … steps."""
+        rising = max(1, math.ceil(self.warm_up * steps))
+        return min(1.0, step / rising) * (1 - (step - 1) / steps)

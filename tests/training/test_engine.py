@@ -1,0 +1,136 @@
+"""Gradients of the factors: against autograd through PEFT's own layers, and streamed against resident."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from moe_svd_distill.algebra.divergence import divergence_and_gradient
+from tests.support.models import load, saved
+from tests.training.setting import CPU, Setting, disturb, made_up_text, setting
+
+FAMILIES = ("qwen3_moe", "llama", "qwen3", "mixtral", "glm4_moe")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(request.param, tmp_path_factory.mktemp("model") / "student", dtype=torch.float32)
+
+
+def _learn(found: Setting) -> tuple[torch.Tensor, torch.Tensor, float]:
+    text = made_up_text(6, seed=1)
+    batches = [text.take(rows, CPU) for rows in (np.array([4, 1]), np.array([0]), np.array([5, 3, 2]))]
+    found.engine.learn(batches, found.head, len(text.position))
+    return found.bank.gradient.clone(), found.head.gradient.clone(), float(found.head.loss)
+
+
+def test_gradients_are_those_of_autograd_through_composed_weights(model: Path, tmp_path: Path) -> None:
+    found = setting(model, tmp_path)
+    disturb(found.bank)
+    gradient, head_gradient, loss = _learn(found)
+    text = made_up_text(6, seed=1)
+    plain = load(model)
+    plain.set_experts_implementation("eager")
+    changes = {name: (b.clone().requires_grad_(), a.clone().requires_grad_()) for name, (b, a) in found.bank.pairs()}
+    weights = {weight.hub_name: weight for layer in found.decoder.weights.values() for weight in layer}
+    parameters = {name: parameter.detach().clone() for name, parameter in plain.named_parameters()}
+    for name, (b, a) in changes.items():
+        place = weights[name].place.name
+        whole = torch.zeros_like(parameters[place])
+        mask = weights[name].piece.within(whole)
+        pad = torch.zeros_like(whole)
+        weights[name].piece.within(pad).fill_(1)
+        assert mask.shape == (b @ a).shape
+        parameters[place] = parameters[place] + _placed(pad, b @ a)
+    delta = torch.zeros_like(found.student.weight, requires_grad=True)
+    ids = torch.from_numpy(text.ids)
+    states = torch.func.functional_call(plain.model, _inside(parameters), (), {"input_ids": ids, "use_cache": False})
+    hidden = states.last_hidden_state.flatten(0, 1)[torch.from_numpy(text.position)]
+    logits = hidden @ (found.student.weight + delta).T
+    teacher = text.teacher[torch.from_numpy(text.teacher_position)] @ found.teacher.weight.T
+    wanted = nn.functional.kl_div(
+        torch.log_softmax(logits, -1), torch.log_softmax(teacher, -1), log_target=True, reduction="none"
+    )
+    mean = wanted.sum(-1).mean()
+    mean.backward()
+    assert loss == pytest.approx(mean.item(), rel=1e-4)
+    for name, (b, a) in changes.items():
+        assert b.grad is not None and a.grad is not None
+        slope_b, slope_a = _slopes(found, name, gradient)
+        torch.testing.assert_close(slope_b, b.grad, rtol=2e-3, atol=2e-6)
+        torch.testing.assert_close(slope_a, a.grad, rtol=2e-3, atol=2e-6)
+    assert delta.grad is not None
+    whitened = delta.grad @ found.head._metric.inverse
+    torch.testing.assert_close(head_gradient.view_as(whitened), whitened, rtol=2e-3, atol=2e-6)
+
+
+@pytest.mark.parametrize("budget", [None, 0])
+def test_streamed_is_resident_to_rounding(model: Path, tmp_path: Path, budget: int | None) -> None:
+    resident, streamed = setting(model, tmp_path), setting(model, tmp_path, streamed=True, budget=budget)
+    for found in (resident, streamed):
+        disturb(found.bank)
+    for mine, theirs in zip(_learn(resident)[:2], _learn(streamed)[:2], strict=True):
+        torch.testing.assert_close(theirs, mine, rtol=1e-5, atol=1e-7)
+    text = made_up_text(4, seed=2)
+    batches = [text.take(np.array([0, 2]), CPU), text.take(np.array([1, 3]), CPU)]
+    for mine, theirs in zip(resident.engine.states(batches), streamed.engine.states(batches), strict=True):
+        torch.testing.assert_close(theirs, mine, rtol=1e-5, atol=1e-6)
+    assert not list(tmp_path.glob("inputs-*"))
+
+
+def test_a_streamed_step_reads_every_layer_twice_but_the_last(model: Path, tmp_path: Path) -> None:
+    found = setting(model, tmp_path, streamed=True)
+    text = made_up_text(4, seed=1)
+    before = found.decoder.bytes_read  # type: ignore[attr-defined]
+    found.engine.learn(list(text.batches(2, CPU)), found.head, len(text.position))
+    sources = found.decoder._sources  # type: ignore[attr-defined]
+    layers = [sources.bytes_of(layer) for layer in range(found.decoder.layers)]
+    rows = sum(len(torch.unique(batch.ids)) for batch in text.batches(2, CPU)) * 4 * found.student.weight.shape[1]
+    assert found.decoder.bytes_read - before == 2 * sum(layers) - layers[-1] + rows  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jensen-shannon"])
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_gradients_of_divergences_are_those_of_autograd(kind: str, share: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = (3 * torch.randn(7, 11, generator=generator, dtype=torch.float64) for _ in range(2))
+    following = torch.tensor([3, -1, 0, 10, -1, 5, 5])
+    student.requires_grad_()
+    log_p, log_q = torch.log_softmax(teacher, -1), torch.log_softmax(student, -1)
+    p, q = log_p.exp(), log_q.exp()
+    middle = ((p + q) / 2).log()
+    plain = {
+        "forward": (p * (log_p - log_q)).sum(-1),
+        "reverse": (q * (log_q - log_p)).sum(-1),
+        "jensen-shannon": ((p * (log_p - middle)).sum(-1) + (q * (log_q - middle)).sum(-1)) / 2,
+    }[kind]
+    entropy = -log_q.gather(1, following.clamp_min(0)[:, None])[:, 0]
+    wanted = torch.where(following >= 0, (1 - share) * plain + share * entropy, plain)
+    wanted.sum().backward()
+    with torch.no_grad():
+        loss, gradient = divergence_and_gradient(teacher, student, kind, following, share)  # type: ignore[arg-type]
+    torch.testing.assert_close(loss, wanted.detach())
+    torch.testing.assert_close(gradient, student.grad)
+
+
+def _inside(parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("model."): value for name, value in parameters.items() if name.startswith("model.")}
+
+
+def _placed(pad: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """The change at the places that are marked, zeros elsewhere, with gradients."""
+    return torch.zeros_like(pad).masked_scatter(pad.bool(), change)
+
+
+def _slopes(found: Setting, name: str, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    found.bank.gradient.copy_(gradient)
+    for layer in range(found.decoder.layers):
+        for stack in found.bank.stacks(layer):
+            for place, weight in enumerate(stack.weights):
+                if weight.hub_name == name:
+                    return stack.slope_b[place], stack.slope_a[place]
+    raise KeyError(name)
