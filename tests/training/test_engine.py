@@ -59,7 +59,8 @@ def test_gradients_are_those_of_autograd_through_composed_weights(model: Path, t
     mean.backward()
     assert loss == pytest.approx(mean.item(), rel=1e-4)
     for name, (b, a) in changes.items():
-        assert b.grad is not None and a.grad is not None
+        assert b.grad is not None
+        assert a.grad is not None
         slope_b, slope_a = _slopes(found, name, gradient)
         torch.testing.assert_close(slope_b, b.grad, rtol=2e-3, atol=2e-6)
         torch.testing.assert_close(slope_a, a.grad, rtol=2e-3, atol=2e-6)

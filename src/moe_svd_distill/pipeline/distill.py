@@ -232,6 +232,7 @@ class _Run:
             self.settings.workers,
             body,
             self.listener.on_stage,
+            self.listener.on_note,
         )
         return refined, write_head_part(self.output.parts, self.pair, self.recipe, refined, alone=True)
 

@@ -5,19 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from moe_svd_distill.adapter import CONFIGURATION_FILE, LowRankPairs, check_agreement
-from moe_svd_distill.adapter.adapter_file import read_json
-from moe_svd_distill.errors import IncompatiblePairError
-from moe_svd_distill.execution.parts import PartContent, write_part
+from moe_svd_distill.execution.publish import write_json_atomic
 from moe_svd_distill.families import Carrier
 from moe_svd_distill.fitting.check import Places, figures_by_document, predicting_places
 from moe_svd_distill.fitting.copies import perturbed_copies
@@ -28,11 +25,11 @@ from moe_svd_distill.pipeline.calibrate import CalibratedHead
 from moe_svd_distill.pipeline.placement import Placement, place_training
 from moe_svd_distill.pipeline.preparation import library_versions
 from moe_svd_distill.pipeline.states import Body, Report
+from moe_svd_distill.pipeline.training_start import Start, read_start
 from moe_svd_distill.streaming import PassSettings, StreamedStates, load_head, stream_states
-from moe_svd_distill.streaming.groups import group_of
 from moe_svd_distill.training.crew import trained
-from moe_svd_distill.training.job import EMBEDDING, HEAD, TextFile, Trainee, TrainingJob
-from moe_svd_distill.training.loop import Outcome, Progress
+from moe_svd_distill.training.job import TextFile, Trained, Trainee, TrainingJob
+from moe_svd_distill.training.loop import Progress
 from moe_svd_distill.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
@@ -45,6 +42,7 @@ if TYPE_CHECKING:
     from moe_svd_distill.pipeline.texts import RunText
     from moe_svd_distill.recipe import Recipe
 
+CURVE = "training_curve.json"
 GROUP = "refined"
 ALGORITHM = 1  # raise whenever the same input would give another adapter
 _STEP = "training"
@@ -61,6 +59,7 @@ def refine(
     workers: int,
     start: Body | None,
     report: Report,
+    note: Callable[[str], None],
 ) -> CalibratedHead:
     """Train the student's pairs and its head, choose the head's rank and the scale of it all.
 
@@ -73,21 +72,13 @@ def refine(
         workers: Processes to use on the CPU.
         start: The adapter to begin with; None for none.
         report: Told the name of a step and the fraction done.
+        note: Told where training stands, in words, each time it is measured.
 
     Raises:
         DistillError: One of its kinds.
     """
     with ExitStack() as stack:
-        return _Refinement(recipe, pair, text, folder, devices, workers, start, report, stack).run()
-
-
-@dataclass(frozen=True, eq=False)
-class _Start:
-    """What training begins with: the part for the job, and what of it stays as it is."""
-
-    path: Path
-    carried: Mapping[str, tuple[Tensor, Tensor]]
-    names: tuple[str, ...]
+        return _Refinement(recipe, pair, text, folder, devices, workers, start, report, note, stack).run()
 
 
 class _Refinement:
@@ -101,11 +92,13 @@ class _Refinement:
         workers: int,
         start: Body | None,
         report: Report,
+        note: Callable[[str], None],
         stack: ExitStack,
     ) -> None:
         assert text.fit is not None
         self.recipe, self.pair, self.text, self.fit_text = recipe, pair, text, text.fit
         self.folder, self.begin_with, self.report, self.stack = folder, start, report, stack
+        self.note, self.points = note, 0
         self.cache = recipe.cache or recipe.output / "cache"
         self.pass_settings = PassSettings(devices)
         self.device = torch.device(devices[0])
@@ -121,9 +114,9 @@ class _Refinement:
 
     def run(self) -> CalibratedHead:
         begin = time.monotonic()
-        start = self.start()
+        start = read_start(self.pair, self.begin_with, self.ranks, self.fit_text.student_ids, self.folder)
         job = self.job(start)
-        with trained(job, self.told) as (trainee, outcome):
+        with trained(job, self.told) as (trainee, run):
             self.report("measuring the trained student", None)
             places = predicting_places(self.text.search)
             check = self.check_pairs(trainee, places, 1.0)
@@ -134,7 +127,7 @@ class _Refinement:
                 check,
                 trainee.student,
                 trainee.teacher,
-                outcome.curve[0].kl,
+                run.outcome.curve[0].kl,
                 self.dtype,
             )
             self.report("searching the scale of the trained adapter", None)
@@ -156,62 +149,25 @@ class _Refinement:
         rows = torch.from_numpy(self.fit_text.student_ids)
         whole[rows] = left.cpu()
         delta[rows] = left.float().cpu() @ right.float().cpu()
-        record = self.facts(job, outcome, choice, scale, fixed, start) | {"seconds": round(time.monotonic() - begin, 2)}
+        record = self.facts(job, run, choice, scale, fixed, start) | {"seconds": round(time.monotonic() - begin, 2)}
         return CalibratedHead((whole, right.cpu()), delta, pairs, search, record)
 
     def told(self, progress: Progress, steps: int) -> None:
-        """Pass on where training stands."""
+        """Pass on where training stands, and keep its curve in the output folder."""
         self.report(_STEP, progress.step / steps)
+        if len(progress.curve) == self.points:
+            return
+        self.points = len(progress.curve)
+        curve = [asdict(point) for point in progress.curve]
+        write_json_atomic(self.recipe.output / CURVE, {"steps": steps, "curve": curve})
+        last = progress.curve[-1]
+        if last.loss is not None:
+            self.note(
+                f"training: step {last.step:,} of {steps:,}, loss {last.loss:.4f}, KL on other text {last.kl:.4f} "
+                f"({progress.curve[0].kl:.4f} before)"
+            )
 
-    def start(self) -> _Start:
-        """Write down what training begins with."""
-        tensors: dict[str, Tensor] = {}
-        carried: dict[str, tuple[Tensor, Tensor]] = {}
-        names: list[str] = []
-        body = self.begin_with
-        if body is not None and any(body.scales.values()):
-            layout = self.pair.student.layout
-            embedding, head = layout.find("embedding"), layout.find("head")
-            found = LowRankPairs(body.folder)
-            configuration = read_json(body.folder / CONFIGURATION_FILE)
-            stored = check_agreement(found.shapes, layout.family, configuration, found.whole).scales
-            for name in found:
-                scale = stored[name] * float(body.scales.get(group_of(name), 1.0))
-                if name == head or scale == 0.0:
-                    continue
-                pair = found[name]
-                left, right = pair.factors()
-                if name == embedding:
-                    tensors |= {f"{EMBEDDING}#A": right.clone(), f"{EMBEDDING}#B": scale * left}
-                    carried[name] = (scale * pair.b, pair.a.clone())
-                    continue
-                if name not in self.ranks:
-                    raise IncompatiblePairError(
-                        f"the start changes {name}, which cannot be trained", "Train from another start"
-                    )
-                tensors |= {f"{name}#A": right.float().contiguous(), f"{name}#B": scale * left.float()}
-                names.append(name)
-            head_change = self.head_change(body)
-            if head_change is not None:
-                tensors[HEAD] = head_change
-        digest = hashlib.sha256()
-        for name in sorted(tensors):
-            digest.update(name.encode())
-            digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        path = write_part(self.folder, f"start-{digest.hexdigest()[:32]}", PartContent(tensors, {"pairs": len(names)}))
-        return _Start(path, carried, tuple(names))
-
-    def head_change(self, body: Body) -> Tensor | None:
-        """What the start changes about the head, over the common tokens."""
-        student = self.pair.student.checkpoint
-        plain = load_head(student, "cpu", torch.float32)
-        changed = load_head(student, "cpu", torch.float32, adapter=body.folder, scales=dict(body.scales))
-        rows = torch.from_numpy(self.fit_text.student_ids)
-        change = changed.weight[rows] - plain.weight[rows]
-        return change if bool(change.any()) else None
-
-    def job(self, start: _Start) -> TrainingJob:
+    def job(self, start: Start) -> TrainingJob:
         """Read the text by the teacher, and write down what every process needs to know."""
         fit, search = self.fit_text, self.text.search
         copies = self.copies()
@@ -268,6 +224,7 @@ class _Refinement:
             self.ranks,
             start.path,
             settings,
+            self.recipe.training.learning_rate == "auto",
             self.placement.resident,
             self.placement.torch_dtype,
             self.placement.devices,
@@ -289,6 +246,7 @@ class _Refinement:
             batch_tokens=_BATCH_TOKENS[kind] if asked.batch_tokens == "auto" else asked.batch_tokens,
             rate=float(rate),
             head_rate=float(rate) * asked.head_rate,
+            optimiser=asked.optimiser,
             divergence=asked.divergence,
             cross_entropy_share=asked.cross_entropy_share,
             head="whole" if asked.head == "train" else "fixed",
@@ -331,12 +289,13 @@ class _Refinement:
     def facts(
         self,
         job: TrainingJob,
-        outcome: Outcome,
+        run: Trained,
         choice: RankChoice,
         scale: float,
         fixed: list[str],
-        start: _Start,
+        start: Start,
     ) -> dict[str, Any]:
+        outcome = run.outcome
         return {
             "trained_on_tokens": int(job.text.ids.size),
             "copies_of_the_text": self.copies(),
@@ -349,7 +308,8 @@ class _Refinement:
             "training_seconds": round(outcome.seconds, 2),
             "resumed_at_step": outcome.resumed_at,
             "saves_rejected": list(outcome.rejected),
-            "settings": asdict(job.settings),
+            "settings": asdict(run.settings),
+            "trials": [asdict(trial) for trial in run.trials],
             "placement": self.placement.as_dict(),
             "matrices": len(self.ranks) - len(fixed),
             "fixed": sorted(fixed),

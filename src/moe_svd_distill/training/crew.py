@@ -14,15 +14,14 @@ from typing import Any
 import torch
 
 from moe_svd_distill.execution.spawning import START_METHOD, bare_main, leave_with_parent, signals_held
-from moe_svd_distill.training.job import Listener, Trainee, TrainingJob, threads
-from moe_svd_distill.training.loop import Outcome
+from moe_svd_distill.training.job import Listener, Trained, Trainee, TrainingJob, threads
 from moe_svd_distill.training.peers import Alone, Connected
 
 _GRACE_S = 5.0
 
 
 @contextmanager
-def trained(job: TrainingJob, on_progress: Listener) -> Iterator[tuple[Trainee, Outcome]]:
+def trained(job: TrainingJob, on_progress: Listener) -> Iterator[tuple[Trainee, Trained]]:
     """Train in as many processes as the job has devices; hands out the student as it came out, until this closes.
 
     Raises:

@@ -59,6 +59,7 @@ class FactorBank:
         values: Flat float32.
         gradient: Flat float32, of the same length.
         names: Hub names in order.
+        blocks: Beginning, end and shape (n, rows, columns) of every stack of factors in the flat buffers.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class FactorBank:
                 total += len(members) * rank * sum(shape)
         self.values = torch.zeros(total, device=device)
         self.gradient = torch.zeros(total, device=device)
+        self.blocks: list[tuple[int, int, tuple[int, int, int]]] = []
         begin = 0
         for layer, stacked, rank, (rows, columns) in grouped:
             middle = begin + len(stacked) * rank * columns
@@ -107,6 +109,8 @@ class FactorBank:
                 for flat in (self.values, self.gradient)
                 for first, last, shape in ((begin, middle, (rank, columns)), (middle, end, (rows, rank)))
             ]
+            self.blocks.append((begin, middle, (len(stacked), rank, columns)))
+            self.blocks.append((middle, end, (len(stacked), rows, rank)))
             self._stacks.setdefault(layer, []).append(Stack(stacked, *views))
             begin = end
         self._fill(start, seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_svd_distill.algebra.whitening import Whitening, whitening
 from moe_svd_distill.checkpoints import Checkpoint
-from moe_svd_distill.execution.parts import open_part
+from moe_svd_distill.execution.parts import PartContent, open_part, part_path, read_record, verify_part, write_part
 from moe_svd_distill.fitting.pairs import HeadWeights, common_rows
 from moe_svd_distill.streaming import load_head
 from moe_svd_distill.streaming.decoder import Decoder, EmbeddingChange, ResidentDecoder, StreamedDecoder
@@ -26,6 +26,7 @@ from moe_svd_distill.training.peers import Peers
 from moe_svd_distill.training.saves import Saves
 from moe_svd_distill.training.settings import TrainingSettings
 from moe_svd_distill.training.text import IntArray, TrainingText
+from moe_svd_distill.training.trials import Trial, choose_rate, with_best
 
 HEAD, EMBEDDING = "head", "embedding"
 _MOMENT_ROWS = 64
@@ -64,6 +65,7 @@ class TrainingJob:
         start: A part with the pairs to begin with, as ``name#A`` and ``name#B``, the head's change over the common
             tokens as ``head``, and what is added to the embeddings as ``embedding#A`` and ``embedding#B``.
         settings: How to train.
+        tried: Whether the learning rates of the settings are a guess to be tried; they are taken as they are if not.
         resident: Whether the student is in memory, or one layer of it at a time.
         dtype: Type to compute in.
         devices: One for each process.
@@ -81,12 +83,22 @@ class TrainingJob:
     ranks: Mapping[str, int]
     start: Path
     settings: TrainingSettings
+    tried: bool
     resident: bool
     dtype: torch.dtype
     devices: tuple[str, ...]
     threads: int
     folder: Path
     key: str
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How training went, with which settings, and the trials of its learning rate."""
+
+    outcome: Outcome
+    settings: TrainingSettings
+    trials: tuple[Trial, ...]
 
 
 class Trainee:
@@ -133,14 +145,34 @@ class Trainee:
             settings.divergence,
             settings.cross_entropy_share,
         )
+        self._first = self.bank.values.clone(), self.head.values.clone()
 
-    def train(self, on_progress: Listener) -> Outcome:
+    def train(self, on_progress: Listener) -> Trained:
         """Train, or go on with it; the best state is then in the bank and the head."""
         saves = Saves(self._job.folder, self._job.key, writes=self._peers.number == 0)
-        run = Training(
-            self.engine, self.bank, self.head, self.text, self.check, self.teacher, self._job.settings, self._peers
-        )
-        return run.complete(saves, on_progress)
+        settings, trials = self._settings()
+        return Trained(self._run(settings).complete(saves, on_progress), settings, trials)
+
+    def _run(self, settings: TrainingSettings) -> Training:
+        """A run that begins at the start."""
+        self.bank.values.copy_(self._first[0])
+        self.head.values.copy_(self._first[1])
+        return Training(self.engine, self.bank, self.head, self.text, self.check, self.teacher, settings, self._peers)
+
+    def _settings(self) -> tuple[TrainingSettings, tuple[Trial, ...]]:
+        """The settings with their learning rate, tried once in the life of a run."""
+        job = self._job
+        if not job.tried:
+            return job.settings, ()
+        key = f"rate-{job.key}"
+        path = part_path(job.folder, key)
+        if verify_part(path, key):
+            trials = tuple(Trial(**trial) for trial in read_record(path)["trials"])
+            return with_best(job.settings, trials), trials
+        settings, trials = choose_rate(self._run, job.settings)
+        if self._peers.number == 0:
+            write_part(job.folder, key, PartContent({}, {"trials": [asdict(trial) for trial in trials]}))
+        return settings, trials
 
     def check_states(self, scale: float) -> Tensor:
         """The student's states at the places of the checking text, (places, d), with this share of every pair."""

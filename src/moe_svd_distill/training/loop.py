@@ -21,13 +21,13 @@ from moe_svd_distill.fitting.pairs import HeadWeights
 from moe_svd_distill.training.engine import Engine
 from moe_svd_distill.training.factors import FactorBank
 from moe_svd_distill.training.head import TrainedHead
+from moe_svd_distill.training.optimiser import AdamW, Muon, Optimiser
 from moe_svd_distill.training.peers import Alone, Peers
 from moe_svd_distill.training.saves import Saves
 from moe_svd_distill.training.settings import TrainingSettings
 from moe_svd_distill.training.text import Batch, TrainingText
 
 _DIVERGED = 1.5  # times the KL before training, on the checking text
-_TINY = 1e-10
 
 
 @dataclass(frozen=True)
@@ -127,16 +127,17 @@ class Training:
         self.rows = max(1, settings.step_tokens // text.length)
         self.steps_in_epoch = max(1, len(text) // self.rows)
         self.steps = max(1, round(settings.epochs * self.steps_in_epoch))
-        bank.values.grad, head.values.grad = bank.gradient, head.gradient
-        groups = [(bank.values, settings.rate), (head.values, settings.head_rate)]
-        self.peaks = [rate for values, rate in groups if values.numel()]
-        self.optimiser = torch.optim.AdamW(
-            [{"params": [values], "lr": rate} for values, rate in groups if values.numel()],
-            betas=settings.betas,
-            eps=_TINY,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        self.optimisers: dict[str, tuple[Optimiser, float]] = {}
+        if bank.values.numel():
+            decay = settings.weight_decay
+            factors: Optimiser = (
+                Muon(bank, settings.momentum, decay)
+                if settings.optimiser == "muon"
+                else AdamW(bank.values, bank.gradient, settings.betas, decay)
+            )
+            self.optimisers["factors"] = factors, settings.rate
+        if head.values.numel():
+            self.optimisers["head"] = AdamW(head.values, head.gradient, settings.betas, 0.0), settings.head_rate
 
     def complete(
         self,
@@ -213,8 +214,6 @@ class Training:
     def _step(self, rows: NDArray[np.int64], step: int) -> float:
         """One step of the optimiser; returns its loss."""
         share = self.settings.share_at(step, self.steps)
-        for group, peak in zip(self.optimiser.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * share
         self.bank.gradient.zero_()
         self.head.gradient.zero_()
         self.head.loss.zero_()
@@ -225,7 +224,8 @@ class Training:
             norm = float(gradient.norm()) if gradient.numel() else 0.0
             if norm > self.settings.clip:
                 gradient.mul_(self.settings.clip / norm)
-        self.optimiser.step()
+        for optimiser, rate in self.optimisers.values():
+            optimiser.step(rate * share)
         return float(self.head.loss)
 
     def _batches(self, text: TrainingText, rows: NDArray[np.int64]) -> list[Batch]:
@@ -267,8 +267,8 @@ class Training:
     def _tensors(self, best: list[Tensor]) -> dict[str, Tensor]:
         tensors = {"factors": self.bank.values, "head": self.head.values}
         tensors |= {"best.factors": best[0], "best.head": best[1]}
-        for number, parameter in enumerate(values for values in (self.bank.values, self.head.values) if values.numel()):
-            tensors |= {f"{number}.{name}": value for name, value in self.optimiser.state[parameter].items()}
+        for name, (optimiser, _) in self.optimisers.items():
+            tensors |= {f"{name}.{kind}": tensor for kind, tensor in optimiser.tensors().items()}
         return {name: tensor for name, tensor in tensors.items() if tensor.numel()}
 
     def _restore(self, tensors: dict[str, Tensor]) -> list[Tensor]:
@@ -278,14 +278,8 @@ class Training:
             if values.numel():
                 values.copy_(tensors[name])
             best.append(tensors[f"best.{name}"].to(values.device) if values.numel() else values.clone())
-        number = 0
-        for values in (self.bank.values, self.head.values):
-            if values.numel():
-                prefix = f"{number}."
-                self.optimiser.state[values] = {
-                    name.removeprefix(prefix): tensor.to(values.device) if tensor.dim() else tensor
-                    for name, tensor in tensors.items()
-                    if name.startswith(prefix)
-                }
-                number += 1
+        for name, (optimiser, _) in self.optimisers.items():
+            prefix = f"{name}."
+            kept = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+            optimiser.restore(kept)
         return best

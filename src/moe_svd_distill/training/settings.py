@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from moe_svd_distill.algebra.divergence import Divergence
 from moe_svd_distill.training.head import HeadTraining
+from moe_svd_distill.training.optimiser import OptimiserName
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,10 @@ class TrainingSettings:
         head_rate: The same of the head, in whitened coordinates.
         warm_up: Share of the steps in which the rate rises; afterwards it falls to zero in a straight line.
         clip: Norm that the gradient of the factors, and that of the head, is clipped to.
+        optimiser: Of the factors; the head is always moved by AdamW.
+        momentum: Of Muon.
         betas: Of AdamW.
-        weight_decay: Of AdamW, decoupled.
+        weight_decay: Of the factors, decoupled.
         divergence: From the teacher.
         cross_entropy_share: Share of the cross-entropy with the text in the loss.
         head: Whether the head moves.
@@ -38,6 +41,8 @@ class TrainingSettings:
     head_rate: float
     warm_up: float = 0.02
     clip: float = 1.0
+    optimiser: OptimiserName = "muon"
+    momentum: float = 0.95
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.0
     divergence: Divergence = "forward"

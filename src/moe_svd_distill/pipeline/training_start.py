@@ -1,0 +1,105 @@
+"""What training begins with: the pairs of an adapter, and its change of the head."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from moe_svd_distill.adapter import CONFIGURATION_FILE, LowRankPairs, check_agreement
+from moe_svd_distill.adapter.adapter_file import read_json
+from moe_svd_distill.errors import IncompatiblePairError
+from moe_svd_distill.execution.parts import PartContent, write_part
+from moe_svd_distill.pipeline.states import Body
+from moe_svd_distill.streaming import load_head
+from moe_svd_distill.streaming.groups import group_of
+from moe_svd_distill.training.job import EMBEDDING, HEAD
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from moe_svd_distill.pipeline.pair import ModelPair
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What training begins with.
+
+    Attributes:
+        path: The part for the job.
+        carried: Hub name to ``(B, A)`` as stored, for pairs that stay as they are: those of the embeddings.
+        names: Hub names of the pairs that training goes on with.
+    """
+
+    path: Path
+    carried: Mapping[str, tuple[Tensor, Tensor]]
+    names: tuple[str, ...]
+
+
+def read_start(
+    pair: ModelPair, body: Body | None, ranks: Mapping[str, int], student_ids: NDArray[np.int64], folder: Path
+) -> Start:
+    """Write down what training begins with.
+
+    Args:
+        pair: Teacher and student.
+        body: The adapter to begin with; None for none.
+        ranks: Hub name to rank of every matrix that is trained.
+        student_ids: Rows of the student's head that stand for the common tokens.
+        folder: Where parts lie.
+
+    Raises:
+        IncompatiblePairError: It changes something that cannot be trained.
+        BadDataError: Its configuration disagrees with its tensors.
+    """
+    tensors: dict[str, Tensor] = {}
+    carried: dict[str, tuple[Tensor, Tensor]] = {}
+    names: list[str] = []
+    if body is not None and any(body.scales.values()):
+        layout = pair.student.layout
+        embedding, head = layout.find("embedding"), layout.find("head")
+        found = LowRankPairs(body.folder)
+        configuration = read_json(body.folder / CONFIGURATION_FILE)
+        stored = check_agreement(found.shapes, layout.family, configuration, found.whole).scales
+        for name in found:
+            scale = stored[name] * float(body.scales.get(group_of(name), 1.0))
+            if name == head or scale == 0.0:
+                continue
+            factors = found[name]
+            left, right = factors.factors()
+            if name == embedding:
+                tensors |= {f"{EMBEDDING}#A": right.clone(), f"{EMBEDDING}#B": scale * left}
+                carried[name] = (scale * factors.b, factors.a.clone())
+                continue
+            if name not in ranks:
+                raise IncompatiblePairError(
+                    f"the start changes {name}, which cannot be trained", "Train from another start"
+                )
+            tensors |= {f"{name}#A": right.float(), f"{name}#B": scale * left.float()}
+            names.append(name)
+        change = _head_change(pair, body, student_ids)
+        if change is not None:
+            tensors[HEAD] = change
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].view(torch.uint8).numpy().tobytes())
+    path = write_part(folder, f"start-{digest.hexdigest()[:32]}", PartContent(tensors, {"pairs": len(names)}))
+    return Start(path, carried, tuple(names))
+
+
+def _head_change(pair: ModelPair, body: Body, student_ids: NDArray[np.int64]) -> Tensor | None:
+    """What the start changes about the head, over the common tokens."""
+    student = pair.student.checkpoint
+    plain = load_head(student, "cpu", torch.float32)
+    changed = load_head(student, "cpu", torch.float32, adapter=body.folder, scales=dict(body.scales))
+    rows = torch.from_numpy(student_ids)
+    change = changed.weight[rows] - plain.weight[rows]
+    return change if bool(change.any()) else None

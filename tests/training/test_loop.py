@@ -1,0 +1,186 @@
+"""The training loop on a tiny student: it helps, goes on where it was killed, and stops when it must."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moe_svd_distill.checkpoints.opening import open_checkpoint
+from moe_svd_distill.errors import UsageError
+from moe_svd_distill.execution.parts import PartContent, write_part
+from moe_svd_distill.streaming.states_file import write_states
+from moe_svd_distill.training.crew import trained
+from moe_svd_distill.training.job import TextFile, TrainingJob
+from moe_svd_distill.training.loop import Progress
+from moe_svd_distill.training.optimiser import OptimiserName
+from moe_svd_distill.training.saves import Saves
+from moe_svd_distill.training.settings import TrainingSettings
+from tests.support.models import saved
+from tests.training.setting import VOCABULARY, Setting, disturb, made_up_text, setting
+
+SETTINGS = TrainingSettings(epochs=3, step_tokens=64, batch_tokens=32, rate=5e-3, head_rate=5e-3, checks=6, seed=4)
+
+
+class KilledError(Exception):
+    """Stands for a kill between two steps."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved("qwen3_moe", tmp_path_factory.mktemp("model") / "student", dtype=torch.float32)
+
+
+def _values(found: Setting) -> torch.Tensor:
+    return torch.cat([found.bank.values, found.head.values])
+
+
+def _undisturbed(model: Path, scratch: Path, settings: TrainingSettings = SETTINGS) -> tuple[Setting, list[float]]:
+    found = setting(model, scratch, settings=settings)
+    outcome = found.training(made_up_text(16, 1), made_up_text(6, 2), settings).complete()
+    return found, [point.kl for point in outcome.curve]
+
+
+def test_training_lowers_the_divergence_and_leaves_the_best_state(model: Path, tmp_path: Path) -> None:
+    found, curve = _undisturbed(model, tmp_path)
+    run = found.training(made_up_text(16, 1), made_up_text(6, 2), SETTINGS)
+    assert len(curve) == SETTINGS.checks + 1
+    assert min(curve) < 0.95 * curve[0]
+    assert run.measure() == pytest.approx(min(curve), rel=1e-6)
+
+
+@pytest.mark.parametrize(("kill_at", "streamed", "optimiser"), [
+    ((1,), False, "muon"), ((5, 9), False, "muon"), ((5, 9), False, "adamw"), ((12,), True, "muon"),
+])  # fmt: skip
+def test_a_killed_run_ends_in_the_same_bits(
+    model: Path, tmp_path: Path, kill_at: tuple[int, ...], streamed: bool, optimiser: OptimiserName
+) -> None:
+    settings = replace(SETTINGS, optimiser=optimiser)
+    undisturbed = setting(model, tmp_path, streamed=streamed, settings=settings)
+    text, check = made_up_text(16, 1), made_up_text(6, 2)
+    whole = undisturbed.training(text, check, settings).complete()
+    for limit in (*kill_at, 10**9):
+        found = setting(model, tmp_path, streamed=streamed, settings=settings)
+
+        def stop(progress: Progress, steps: int, limit: int = limit) -> None:
+            if progress.step >= limit:
+                raise KilledError
+
+        saves = Saves(tmp_path, "run", every_s=0.0)
+        try:
+            outcome = found.training(text, check, settings).complete(saves, stop)
+        except KilledError:
+            assert limit < 10**9
+    assert torch.equal(_values(found), _values(undisturbed))
+    assert [point.kl for point in outcome.curve] == [point.kl for point in whole.curve]
+    assert [point.loss for point in outcome.curve] == [point.loss for point in whole.curve]
+    assert outcome.resumed_at == kill_at[-1] - 1
+
+
+def test_a_damaged_save_is_moved_aside_and_the_one_before_it_used(model: Path, tmp_path: Path) -> None:
+    undisturbed, _ = _undisturbed(model, tmp_path)
+    text, check = made_up_text(16, 1), made_up_text(6, 2)
+
+    def stop(progress: Progress, steps: int) -> None:
+        if progress.step == 6:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        setting(model, tmp_path, settings=SETTINGS).training(text, check, SETTINGS).complete(
+            Saves(tmp_path, "run", every_s=0.0), stop
+        )
+    newest = max(tmp_path.glob("part-training-run-*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+    content = bytearray(newest.read_bytes())
+    content[-5] ^= 1
+    newest.write_bytes(content)
+    found = setting(model, tmp_path, settings=SETTINGS)
+    outcome = found.training(text, check, SETTINGS).complete(Saves(tmp_path, "run", every_s=0.0))
+    assert outcome.resumed_at == 4
+    assert len(outcome.rejected) == 1
+    assert torch.equal(_values(found), _values(undisturbed))
+
+
+def test_divergence_stops_the_run_and_keeps_the_best(model: Path, tmp_path: Path) -> None:
+    wild = replace(SETTINGS, rate=50.0, head_rate=50.0, clip=1e9, checks=12, patience=100)
+    found = setting(model, tmp_path, settings=wild)
+    before = _values(found).clone()
+    outcome = found.training(made_up_text(16, 1), made_up_text(6, 2), wild).complete()
+    assert outcome.ended == "diverged"
+    assert outcome.best == 0
+    assert len(outcome.curve) < wild.checks + 1
+    assert torch.equal(_values(found), before)
+
+
+def test_checks_without_a_gain_stop_the_run(model: Path, tmp_path: Path) -> None:
+    still = replace(SETTINGS, head="fixed", checks=12, patience=3)
+    found = setting(model, tmp_path, settings=still)
+    found.bank.values.zero_()  # with A and B both zero nothing can move
+    outcome = found.training(made_up_text(16, 1), made_up_text(6, 2), still).complete()
+    assert outcome.ended == "no more gain"
+    assert len(outcome.curve) == still.patience + 1
+
+
+def test_a_start_is_kept_exactly_at_a_higher_rank_and_refused_at_a_lower_one(model: Path, tmp_path: Path) -> None:
+    small = setting(model, tmp_path, rank=3)
+    disturb(small.bank)
+    start = {name: (b.clone(), a.clone()) for name, (b, a) in small.bank.pairs()}
+    large = setting(model, tmp_path, rank=5, start=start)
+    for name, (b, a) in large.bank.pairs():
+        assert torch.equal(b @ a, start[name][0] @ start[name][1]) or torch.allclose(
+            b @ a, start[name][0] @ start[name][1], atol=1e-7
+        )
+    with pytest.raises(UsageError, match="has rank 3"):
+        setting(model, tmp_path, rank=2, start=start)
+
+
+def _job(model: Path, folder: Path, devices: tuple[str, ...], resident: bool) -> TrainingJob:
+    checkpoint = open_checkpoint(model)
+    teacher_folder = folder.parent / "teacher"
+    if not teacher_folder.is_dir():
+        saved("llama", teacher_folder, seed=8, dtype=torch.float32)
+    folder.mkdir()
+    states = folder / "states.safetensors"
+    text, check = made_up_text(16, 1), made_up_text(6, 2)
+    width = 32
+    generator = torch.Generator().manual_seed(0)
+    write_states(states, {"key": "made up"}, 17, [torch.randn(17, 16, width, generator=generator)])
+    files = [TextFile(t.ids, t.position, t.position, t.following, states) for t in (text, check)]
+    start = write_part(folder, "start", PartContent({}, {}))
+    weights = setting(model, folder).decoder.weights
+    ranks = {weight.hub_name: 4 for of_layer in weights.values() for weight in of_layer}
+    ids = np.arange(VOCABULARY)
+    return TrainingJob(
+        open_checkpoint(teacher_folder),
+        checkpoint,
+        ids,
+        ids,
+        files[0],
+        files[1],
+        ranks,
+        start,
+        replace(SETTINGS, epochs=1),
+        True,
+        resident,
+        torch.float32,
+        devices,
+        1,
+        folder,
+        "job",
+    )
+
+
+def test_two_processes_give_what_one_gives(model: Path, tmp_path: Path) -> None:
+    results = []
+    for name, devices, resident in (("one", 1, True), ("two", 2, True), ("streamed", 2, False)):
+        job = _job(model, tmp_path / name, ("cpu",) * devices, resident)
+        with trained(job, lambda progress, steps: None) as (trainee, run):
+            kl = run.outcome.curve[-1].kl
+            results.append((torch.cat([trainee.bank.values, trainee.head.values]).clone(), kl))
+            assert len(run.trials) == 3
+            assert run.settings.rate == min(run.trials, key=lambda trial: trial.after).rate
+    for values, kl in results[1:]:
+        assert kl == pytest.approx(results[0][1], rel=1e-4)
+        torch.testing.assert_close(values, results[0][0], rtol=2e-3, atol=2e-4)
