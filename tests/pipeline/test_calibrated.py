@@ -44,19 +44,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
     return recipe, out
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained_tokenizer(tmp_path_factory.mktemp("tokenizer"), 400)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> tuple[Path, Path]:
-    """A teacher and a student that differ in their heads."""
-    folder = tmp_path_factory.mktemp("tiny")
-    student = student_with_tokenizer("qwen3_moe", folder / "student", tokenizer)
-    return teacher_with_other_head(student, folder / "teacher"), student
-
-
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 

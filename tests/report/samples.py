@@ -129,3 +129,39 @@ def benchmarks() -> dict[str, Any]:
         "dtype": "float32",
         "harness": "1.2",
     }
+
+
+def refinement(**changes: Any) -> dict[str, Any]:
+    """What the refined stage records."""
+    kl = [0.513, 0.441, 0.382, 0.351, 0.356]
+    loss = [None, 0.47, 0.40, 0.35, 0.33]
+    points = zip(kl, loss, strict=True)
+    return {
+        "trained_on_tokens": 131_072,
+        "copies_of_the_text": 0,
+        "curve": [
+            {"step": 96 * n, "tokens": 98_304 * n, "seconds": 200.0 * n, "loss": loss, "kl": kl, "rate": 0.002}
+            for n, (kl, loss) in enumerate(points)
+        ],
+        "best": 3,
+        "steps": 384,
+        "ended": "done",
+        "training_seconds": 1812.4,
+        "resumed_at_step": 0,
+        "start_pairs": 21,
+        "scale": 1.0,
+        "settings": {"epochs": 3.0, "step_tokens": 1024, "divergence": "forward", "cross_entropy_share": 0.0},
+        "placement": {
+            "resident": True,
+            "devices": ["cpu", "cpu"],
+            "threads": 1,
+            "dtype": "float32",
+            "reason": "0.1 GiB in each of 2 processes",
+        },
+        **changes,
+    }
+
+
+def trained_record(**changes: Any) -> dict[str, Any]:
+    """The content of run.json after the refined stage."""
+    return record(**{"method": "weights+calibrated+refined", "refinement": refinement(), **changes})

@@ -38,7 +38,9 @@ def recipe_options(function: Function) -> Function:
         click.option("--teacher", help="Folder or hub id of the teacher."),
         click.option("--student", help="Folder or hub id of the student."),
         click.option("--output", type=click.Path(path_type=Path), help="Folder for the adapter."),
-        click.option("--method", help="auto, weights, calibrated or weights+calibrated."),
+        click.option("--preset", help="fast, balanced or best: values for keys that are not given otherwise."),
+        click.option("--method", help="auto, weights, calibrated, weights+calibrated, or refined: LoRA training."),
+        click.option("--start", help="What refined begins with: auto, zero, names of stages, or an adapter's folder."),
         click.option(
             "--calibration",
             multiple=True,

@@ -6,8 +6,10 @@ from dataclasses import asdict
 from typing import Any
 
 from moe_svd_distill.pairing.lineage import MethodChoice, Relatedness, choose_method
+from moe_svd_distill.pipeline.method import automatic_choice, stages_for
 from moe_svd_distill.pipeline.pair import Model, open_pair
 from moe_svd_distill.pipeline.relatedness import measure_relatedness, weights_at_hand
+from moe_svd_distill.recipe import Recipe
 
 
 def compare_models(teacher: str, student: str) -> dict[str, Any]:
@@ -46,8 +48,16 @@ def choice_as_dict(choice: MethodChoice) -> dict[str, Any]:
     return {"stages": list(choice.stages), "reason": choice.reason}
 
 
-def outlook_of_method(method: str, relatedness: Relatedness, has_text: bool) -> dict[str, Any]:
-    """What was asked for beside what ``auto`` would choose."""
-    choice = choose_method(relatedness, has_text)
-    stages = list(choice.stages) if method == "auto" else method.split("+")
-    return {"asked": method, "auto": choice_as_dict(choice), "stages": stages}
+def outlook_of_method(recipe: Recipe, relatedness: Relatedness) -> dict[str, Any]:
+    """What was asked for beside what ``auto`` would choose.
+
+    Raises:
+        MissingInputError: The start is neither a stage nor the folder of an adapter.
+    """
+    found = stages_for(recipe, relatedness)
+    return {
+        "asked": recipe.method,
+        "auto": choice_as_dict(automatic_choice(recipe, relatedness)),
+        "stages": list(found.names),
+        "start": None if found.start is None else str(found.start),
+    }

@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_svd_distill.adapter import ADAPTER_FILE
 from moe_svd_distill.errors import MissingInputError, NothingToTransferError, UsageError
-from moe_svd_distill.pairing.lineage import Lineage, Relatedness, choose_method
+from moe_svd_distill.pairing.lineage import Lineage, MethodChoice, Relatedness, choose_method
 from moe_svd_distill.pipeline.pair import ModelPair
 from moe_svd_distill.pipeline.relatedness import measure_relatedness
 from moe_svd_distill.recipe import Recipe
@@ -58,33 +58,48 @@ def choose_stages(recipe: Recipe, pair: ModelPair) -> Stages:
     Raises:
         UsageError: A pair is asked for a head that is tied to the embeddings.
         NothingToTransferError: ``auto`` finds nothing worth running.
+        MissingInputError: As ``stages_for``.
     """
     if "calibrated" in recipe.method or recipe.method == "refined":
         _refuse_pair_of_tied_head(recipe, pair)
-    relatedness = measure_relatedness(pair)
+    stages = stages_for(recipe, measure_relatedness(pair))
+    if not stages.names:
+        action = (
+            "Choose a teacher that differs from the student"
+            if stages.relatedness.lineage is Lineage.SAME
+            else "Give calibration text with vocabulary: shared, choose a pair with one tokenizer, or ask for a method"
+        )
+        raise NothingToTransferError(stages.reason, action)
+    if stages.calibrated:
+        _refuse_pair_of_tied_head(recipe, pair)
+    return stages
+
+
+def stages_for(recipe: Recipe, relatedness: Relatedness) -> Stages:
+    """The stages for a pair so related; none where ``auto`` finds nothing worth running.
+
+    Raises:
+        MissingInputError: The start is neither a stage nor the folder of an adapter.
+    """
     if recipe.method == "refined" and recipe.start != "auto":
         return _from_start(recipe.start, relatedness)
     if recipe.method not in ("auto", "refined"):
         return Stages(tuple(recipe.method.split("+")), f"asked for: method {recipe.method}", relatedness)
-    choice = choose_method(
-        relatedness,
-        has_text=bool(recipe.calibration) and recipe.head == "delta",
-        shared=recipe.vocabulary == "shared",
-    )
-    if not choice.stages:
-        action = (
-            "Choose a teacher that differs from the student"
-            if relatedness.lineage is Lineage.SAME
-            else "Give calibration text with vocabulary: shared, choose a pair with one tokenizer, or ask for a method"
-        )
-        raise NothingToTransferError(choice.reason, action)
-    if "calibrated" in choice.stages:
-        _refuse_pair_of_tied_head(recipe, pair)
-    if recipe.method == "refined":
+    choice = automatic_choice(recipe, relatedness)
+    if recipe.method == "refined" and choice.stages:
         return Stages(
             (*choice.stages, "refined"), f"asked for: method refined; it starts so: {choice.reason}", relatedness
         )
     return Stages(choice.stages, choice.reason, relatedness)
+
+
+def automatic_choice(recipe: Recipe, relatedness: Relatedness) -> MethodChoice:
+    """What ``method: auto`` makes of a pair so related."""
+    return choose_method(
+        relatedness,
+        has_text=bool(recipe.calibration) and recipe.head == "delta",
+        shared=recipe.vocabulary == "shared",
+    )
 
 
 def _from_start(start: str, relatedness: Relatedness) -> Stages:

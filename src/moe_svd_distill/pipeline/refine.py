@@ -134,13 +134,7 @@ class _Refinement:
             search = self.search_scale(trainee, choice.rank, places)
             scale = float(search.scales[GROUP])
             left, right = self.head_pair(trainee, choice.rank, scale)
-            pairs = {
-                name: (
-                    (scale * trainee.pair(name)[0]).to("cpu", self.dtype),
-                    trainee.pair(name)[1].to("cpu", self.dtype),
-                )
-                for name in trainee.bank.names
-            }
+            pairs = {name: self.stored_pair(trainee, name, scale) for name in trainee.bank.names}
             fixed = [name for name in trainee.decoder.fixed if name in self.ranks]
             student_rows = len(load_head(self.pair.student.checkpoint, "cpu", torch.float32).weight)
         pairs |= {name: (scale * left_, right_) for name, (left_, right_) in start.carried.items()}
@@ -270,6 +264,13 @@ class _Refinement:
     def head_pair(self, trainee: Trainee, rank: int, scale: float) -> tuple[Tensor, Tensor]:
         left, right = head_factors(trainee.head.delta, trainee.metric, rank, torch.float32)
         return (left * scale).to(self.dtype), right.to(self.dtype)
+
+    def stored_pair(self, trainee: Trainee, name: str, scale: float) -> tuple[Tensor, Tensor]:
+        """``(B, A)`` of a matrix as stored, with zeros up to the rank that was asked for, so that all are alike."""
+        left, right = trainee.pair(name)
+        lacking = self.ranks[name] - len(right)
+        left = torch.nn.functional.pad(scale * left, (0, lacking))
+        return left.to("cpu", self.dtype), torch.nn.functional.pad(right, (0, 0, 0, lacking)).to("cpu", self.dtype)
 
     def search_scale(self, trainee: Trainee, rank: int, places: Places) -> ScaleSearch:
         """How much of it all to keep; nothing is a valid answer."""

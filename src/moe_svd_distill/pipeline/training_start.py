@@ -81,7 +81,8 @@ def read_start(
                 raise IncompatiblePairError(
                     f"the start changes {name}, which cannot be trained", "Train from another start"
                 )
-            tensors |= {f"{name}#A": right.float(), f"{name}#B": scale * left.float()}
+            left, right = _within_full_rank(scale * left.float(), right.float())
+            tensors |= {f"{name}#A": right, f"{name}#B": left}
             names.append(name)
         change = _head_change(pair, body, student_ids)
         if change is not None:
@@ -93,6 +94,15 @@ def read_start(
         digest.update(tensors[name].view(torch.uint8).numpy().tobytes())
     path = write_part(folder, f"start-{digest.hexdigest()[:32]}", PartContent(tensors, {"pairs": len(names)}))
     return Start(path, carried, tuple(names))
+
+
+def _within_full_rank(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with no more rank than its smaller side; stages pad ranks so that all are alike."""
+    rows, columns, rank = len(left), right.shape[1], len(right)
+    if rank <= min(rows, columns):
+        return left, right
+    product = left @ right
+    return (torch.eye(rows), product) if rows <= columns else (product, torch.eye(columns))
 
 
 def _head_change(pair: ModelPair, body: Body, student_ids: NDArray[np.int64]) -> Tensor | None:

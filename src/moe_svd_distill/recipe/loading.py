@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from moe_svd_distill.errors import BadDataError, MissingInputError, UsageError
 from moe_svd_distill.recipe.model import Recipe
+from moe_svd_distill.recipe.presets import merged, with_preset
 from moe_svd_distill.recipe.sections import ExpertSettings, Section, TrainingRecipe
 
 ENVIRONMENT_PREFIX = "MOE_SVD_DISTILL_"
@@ -36,24 +37,28 @@ def load_recipe(
         BadDataError: The file is not YAML or not a mapping.
         UsageError: An unknown key (named with its nearest known name) or a value out of range.
     """
-    values: dict[str, Any] = {}
-    if file is not None:
-        values.update(_read_yaml(file))
-    values.update(_from_environment(os.environ if environment is None else environment))
-    values.update({key: value for key, value in overrides.items() if value is not None})
+    values = _read_yaml(file) if file is not None else {}
+    values = _over(values, _from_environment(os.environ if environment is None else environment))
+    values = _over(values, {key: value for key, value in overrides.items() if value is not None})
     return parse_recipe(values, source=str(file) if file else "the command line")
 
 
 def parse_recipe(values: Mapping[str, Any], source: str = "the recipe") -> Recipe:
-    """Validate a mapping.
+    """Validate a mapping; keys that it lacks come from its preset, if it names one.
 
     Raises:
         UsageError: As ``load_recipe``.
     """
     try:
-        return Recipe.model_validate(dict(values))
+        return Recipe.model_validate(with_preset(values))
     except ValidationError as error:
         raise _explain(error, source) from None
+
+
+def _over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """Both together; `upper` wins, in the sections key by key."""
+    sections = {key: value for key, value in upper.items() if key in _SECTIONS}
+    return merged(lower, sections) | {key: value for key, value in upper.items() if key not in sections}
 
 
 def _explain(error: ValidationError, source: str) -> UsageError:
@@ -95,7 +100,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     for variable, text in environment.items():
         if variable.startswith(ENVIRONMENT_PREFIX):
             key = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
-            values[key] = text if key in ("teacher", "student", "output", "devices") else yaml.safe_load(text)
+            values[key] = text if key in ("teacher", "student", "output", "devices", "start") else yaml.safe_load(text)
     return values
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from moe_svd_distill.recipe.presets import Preset
 from moe_svd_distill.recipe.sections import ExpertSettings, Section, TrainingRecipe
 
 DEFAULT_HEAD_RANK = 64
@@ -23,6 +24,12 @@ class Recipe(Section):
     teacher: str = Field(description="Folder or hub id (with optional @revision) of the teacher.")
     student: str = Field(description="Folder or hub id (with optional @revision) of the student.")
     output: Path = Field(Path("out"), description="Folder the adapter is written to.")
+    preset: Preset | None = Field(
+        None,
+        description="Values for keys that are not given. fast: 16,384 tokens. balanced: method refined, 131,072 "
+        "tokens, 3 epochs. best: method refined, 393,216 tokens, 7 epochs. In a file that gives method, tokens and "
+        "training.epochs, as one of init does, it has nothing to add.",
+    )
     method: Literal["auto", "weights", "calibrated", "weights+calibrated", "refined"] = Field(
         "auto",
         description="Stages to run. weights: the projected weight difference, no text needed. calibrated: the head "

@@ -48,6 +48,7 @@ class TrainingRecipe(Section):
         "auto",
         description="Largest learning rate of the factors. auto: chosen by short trials on calibration text.",
     )
+    optimiser: Literal["muon", "adamw"] = Field("muon", description="What moves the factors; AdamW moves the head.")
     head_rate: float = Field(1.0, gt=0, description="The head's learning rate, as a multiple of the factors'.")
     head: Literal["train", "fixed"] = Field("train", description="Whether the head is trained as well.")
     divergence: Literal["forward", "reverse", "jensen-shannon"] = Field(
@@ -56,7 +57,7 @@ class TrainingRecipe(Section):
     cross_entropy_share: float = Field(
         0.0, ge=0, le=1, description="Share of the cross-entropy with the text itself in the loss."
     )
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of AdamW.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of the factors.")
     placement: Literal["auto", "resident", "streamed"] = Field(
         "auto",
         description="Whether the student is in memory while it is trained, or one layer of it at a time. auto: in "

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_svd_distill.report import facts
+from moe_svd_distill.report import facts, training
 from moe_svd_distill.report.facts import Record
 
 _PROJECTIONS = {
@@ -24,8 +24,15 @@ def adapter_card(record: Record) -> str:
     Args:
         record: The content of run.json, with ``evaluation`` in it once the adapter has been evaluated.
     """
-    sections = [_front_matter(record), _title(record), *_figures(record), *_done(record), *_scale(record)]
-    sections += [*_loading(record), *_unmatched(record), *_limits(record), *_made_with(record)]
+    sections = [_front_matter(record), _title(record), *_figures(record), *_done(record)]
+    sections += [
+        *_training(record),
+        *_scale(record),
+        *_loading(record),
+        *_unmatched(record),
+        *_limits(record),
+        *_made_with(record),
+    ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
@@ -53,14 +60,25 @@ def _title(record: Record) -> str:
 
 
 def _origin(record: Record, teacher: str) -> str:
-    fitted = f"fitted to the distributions of the teacher **{teacher}** on calibration text"
+    the_teacher, text = f"the teacher **{teacher}**", "on calibration text"
     match record.get("method"):
         case "calibrated":
-            return fitted
+            return f"fitted to the distributions of {the_teacher} {text}"
         case "weights+calibrated":
-            return f"computed from the weights of the teacher and {fitted}"
+            return f"computed from the weights of the teacher and fitted to the distributions of {the_teacher} {text}"
+        case "refined":
+            named = training.starting_adapter(record)
+            return f"trained on the distributions of {the_teacher} {text}" + (
+                f", beginning with the adapter {named}" if named else ""
+            )
+        case "calibrated+refined":
+            return f"fitted to and then trained on the distributions of {the_teacher} {text}"
+        case "weights+refined":
+            return f"computed from the weights of {the_teacher} and then trained on its distributions {text}"
+        case "weights+calibrated+refined":
+            return f"computed from the weights of {the_teacher}, then fitted to and trained on its distributions {text}"
         case _:
-            return f"computed from the weights of the teacher **{teacher}**"
+            return f"computed from the weights of {the_teacher}"
 
 
 def _figures(record: Record) -> Iterator[str]:
@@ -118,6 +136,13 @@ def _projections(record: Record) -> list[str]:
     if fallbacks:
         lines.append(f"- {len(fallbacks)} tensors fell back to the Fourier projection; run.json names each and why.")
     return lines
+
+
+def _training(record: Record) -> Iterator[str]:
+    note = training.training_note(record)
+    if note:
+        yield "## Training"
+        yield note
 
 
 def _scale(record: Record) -> Iterator[str]:

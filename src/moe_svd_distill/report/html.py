@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_svd_distill.report import facts
+from moe_svd_distill.report import facts, training
 from moe_svd_distill.report.facts import Record
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -55,6 +55,7 @@ def html_report(record: Record) -> str:
         benchmark_columns=facts.BENCHMARK_COLUMNS,
         benchmarks=facts.benchmark_rows(evaluation),
         benchmark_note=facts.benchmark_note(evaluation),
+        training=training.training_note(record),
         decision=search.get("decision") or "",
         trials=[_trial(trial) for trial in search.get("trials") or ()],
         models=[(side, _model(record.get(side) or {})) for side in ("teacher", "student")],
@@ -90,6 +91,8 @@ def _pictures(record: Record) -> dict[str, Picture]:
     if all(evaluation.get(part) for part in ("student", "adapted", "teacher")):
         add("figures", "KL and cross-entropy before, after and of the controls",
             lambda: pictures.figures_picture(evaluation))  # fmt: skip
+    add("training", "Training loss and KL on calibration text by tokens trained on, the state that was kept marked",
+        lambda: pictures.curve_picture(record.get("refinement") or {}))  # fmt: skip
     add("scale", "Fall of KL and cross-entropy at each scale", lambda: pictures.scale_picture(search))
     if delta:
         add("delta", "Size of the change in each role and layer",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
@@ -80,6 +81,43 @@ def scale_picture(search: Record, kind: str = "svg") -> bytes | None:
         return _file(figure, kind)
 
 
+def curve_picture(refinement: Record, kind: str = "svg") -> bytes | None:
+    """Training loss and KL on calibration text by tokens trained on, the kept state marked; None without a curve.
+
+    A loss other than KL (another divergence, or with cross-entropy in it) has an axis of its own on the right.
+    """
+    points = [point for point in refinement.get("curve") or () if _finite(point.get("kl"))]
+    if len(points) < 2:
+        return None
+    settings = refinement.get("settings") or {}
+    alike = settings.get("divergence", "forward") == "forward" and not settings.get("cross_entropy_share")
+    with _figure(_WIDTH, 2.9) as figure:
+        axes = figure.subplots()
+        tokens, kl = zip(*((point["tokens"], point["kl"]) for point in points), strict=True)
+        losses = [(point["tokens"], point["loss"]) for point in points if _finite(point.get("loss"))]
+        beside = axes if alike or not losses else axes.twinx()
+        lines = axes.plot(tokens, kl, "o-", color=_BLUE, markersize=4, label="KL on calibration text")
+        if losses:
+            lines += beside.plot(*zip(*losses, strict=True), color=_ORANGE, linewidth=1.2, label="training loss")
+        best = refinement.get("best")
+        if isinstance(best, int) and 0 <= best < len(refinement["curve"]) and refinement["curve"][best] in points:
+            kept = refinement["curve"][best]
+            lines += axes.plot(kept["tokens"], kept["kl"], "o", color=_GREEN, markersize=9, zorder=4, label="kept")
+            axes.annotate(f"{kept['kl']:.4f}", (kept["tokens"], kept["kl"]), (0, 9), textcoords="offset points",
+                          ha="center", color=_GREEN)  # fmt: skip
+        axes.set(title="Training: loss, and KL to the teacher on calibration text", xlabel="tokens trained on")
+        axes.set_ylabel("nats per token")
+        axes.xaxis.set_major_formatter(lambda value, place: f"{value:,.0f}")
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, 0), min(high, 2 * kl[0]))
+        if beside is not axes:
+            beside.set_ylabel("loss")
+            beside.spines["right"].set_visible(True)
+        axes.legend(handles=lines, frameon=False, loc="upper right")
+        axes.grid(alpha=0.25)
+        return _file(figure, kind)
+
+
 def heat_picture(grid: Grid, title: str, *, percent: bool = True, kind: str = "svg") -> bytes:
     """A value for each role (rows) and layer (columns); grey where there is none."""
     import numpy as np
@@ -154,6 +192,10 @@ def _write_values(axes: Any, values: Any, top: float) -> None:
         if np.isfinite(value):
             colour = "white" if value > 0.6 * top else "black"
             axes.text(column, row, f"{value:.{digits}f}", ha="center", va="center", color=colour, fontsize=8)
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _errors(figures: Sequence[Mapping[str, Any]], field: str) -> list[float]:

@@ -17,8 +17,8 @@ from moe_svd_distill.cli.options import json_option, read_recipe, recipe_options
 def command(recipe: Path | None, as_json: bool, **given: Any) -> None:
     """Make a LoRA adapter for the student from the teacher.
 
-    Settings come from the command line, then from MOE_SVD_DISTILL_* variables, then from the RECIPE file. A run that
-    was stopped goes on where it stopped when the same command is given again.
+    Settings come from the command line, then from MOE_SVD_DISTILL_* variables, then from the RECIPE file, then from
+    the preset. A run that was stopped goes on where it stopped when the same command is given again.
     """
     wanted = read_recipe(recipe, given)
     from moe_svd_distill.cli.screen import Monitor, print_json

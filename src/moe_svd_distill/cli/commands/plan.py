@@ -27,10 +27,14 @@ def command(recipe: Path | None, as_json: bool, **given: Any) -> None:
     if as_json:
         print_json(outlook)
         return
+    if outlook["preset"]:
+        _show_preset(outlook["preset"])
     show_relatedness(outlook["relatedness"])
     show_choice("method auto", outlook["method"]["auto"])
     stages = outlook["method"]["stages"]
     click.echo(f"stages of this recipe: {' and '.join(stages) or 'none'}")
+    if outlook["method"]["start"]:
+        click.echo(f"training begins with the adapter in {outlook['method']['start']}")
     if "weights" in stages:
         print_table("weights stage: depth", ("student layer", "teacher layers"), outlook["depth"])
         print_table("weights stage: tensors", ("role", "with a pair", "kept", "rank"), outlook["roles"])
@@ -38,3 +42,9 @@ def command(recipe: Path | None, as_json: bool, **given: Any) -> None:
     if "weights" in stages:
         for name, reason in {**outlook["kept"], **outlook["unused_teacher"]}.items():
             click.echo(f"{name}: {reason}")
+
+
+def _show_preset(preset: dict[str, Any]) -> None:
+    words = [f"{key} {value}" for key, value in preset["supplied"].items()]
+    words += [f"{key} {value} (given otherwise)" for key, value in preset["given_otherwise"].items()]
+    click.echo(f"preset {preset['name']}: {', '.join(words)}")

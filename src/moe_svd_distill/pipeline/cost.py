@@ -1,0 +1,259 @@
+"""What the stages on text would read, compute and keep, from headers and the recipe alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from moe_svd_distill.calibration.text import whole
+from moe_svd_distill.checkpoints.header import BYTES_PER_ELEMENT
+from moe_svd_distill.families import Carrier
+from moe_svd_distill.pipeline.assembly import asked_head_rank, head_is_whole
+from moe_svd_distill.pipeline.pair import Model, ModelPair
+from moe_svd_distill.pipeline.preparation import execution_settings
+from moe_svd_distill.pipeline.texts import sequence_length
+from moe_svd_distill.recipe import Recipe
+
+if TYPE_CHECKING:
+    from moe_svd_distill.pipeline.placement import Placement
+
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+Rows = list[list[str]]
+# The rule of the refined stage's own settings.
+_STEPS, _SMALLEST_STEP, _LARGEST_STEP = 3072, 512, 65536
+_SAVES, _SAVED_BYTES = 2, 4 * 4  # files in turn; value, best value and at most two moments, float32
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """What the refined stage takes.
+
+    Attributes:
+        teacher_tokens: That the teacher reads.
+        copies: Of the training text among them.
+        weights_read: Stored bytes read for the hidden states: the teacher once, for copies the student as well.
+        states_bytes: Hidden states kept on the disk.
+        steps: Of the optimiser, at most.
+        step_tokens: Tokens of one step.
+        trial_steps: Further steps that choose the learning rate.
+        trained_tokens: Tokens trained on in all, repeated ones counted again.
+        teacher_operations: Floating point operations of the teacher's forward pass, and of its head in training.
+        student_operations: Those of the student's training and of measuring it meanwhile.
+        adapter_bytes: The adapter's size, at most.
+        saves_bytes: What a stopped run goes on from, on the disk.
+        resident: Whether the student would be in memory; None where its files are not at hand to tell.
+        placement: Why, in words; empty where that is not known.
+        step_bytes: Stored bytes of weights read in each step, if streamed.
+        training_bytes: The same in all, with those for measuring the student meanwhile.
+    """
+
+    teacher_tokens: int
+    copies: int
+    weights_read: int
+    states_bytes: int
+    steps: int
+    step_tokens: int
+    trial_steps: int
+    trained_tokens: int
+    teacher_operations: int
+    student_operations: int
+    adapter_bytes: int
+    saves_bytes: int
+    resident: bool | None
+    placement: str
+    step_bytes: int
+    training_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+    def rows(self) -> Rows:
+        """For people."""
+        trials = f", and {self.trial_steps:,} to choose the learning rate" if self.trial_steps else ""
+        whose = "teacher and student once" if self.copies else "teacher once"
+        rows = [
+            ("tokens read", f"{self.teacher_tokens:,} ({self.copies} copies, and the search text)"),
+            ("weights read for hidden states", f"{readable(self.weights_read)} ({whose})"),
+            ("hidden states kept", readable(self.states_bytes)),
+            ("steps", f"{self.steps:,} of {self.step_tokens:,} tokens, at most{trials}"),
+            ("tokens trained on", f"{self.trained_tokens:,}, repeated ones counted again"),
+            ("operations of the teacher", operations(self.teacher_operations)),
+            ("operations of the student", operations(self.student_operations)),
+            ("adapter, at most", readable(self.adapter_bytes)),
+            ("saves of the training, at most", readable(self.saves_bytes)),
+        ]
+        if self.placement:
+            rows.append(("student", f"{'in memory' if self.resident else 'one layer at a time'}: {self.placement}"))
+        if self.resident is False:
+            rows.append(("weights read in each step", readable(self.step_bytes)))
+            rows.append(("weights read while training", readable(self.training_bytes)))
+        return [[f"refined stage: {name}", value] for name, value in rows]
+
+
+def cost_of_training(recipe: Recipe, pair: ModelPair, *, at_hand: bool) -> TrainingCost:
+    """What the refined stage would read, compute and keep.
+
+    Args:
+        recipe: What is asked for.
+        pair: Teacher and student.
+        at_hand: Whether the weights are on this machine, so that it can be said where the student would be trained.
+    """
+    teacher, student = pair.teacher, pair.student
+    copies = 0 if recipe.copies == "auto" else recipe.copies
+    length = sequence_length(pair)
+    once, search = whole(recipe.tokens, length), whole(recipe.scale_search_tokens, length)
+    text = once * (1 + copies)
+    ranks = trained_ranks(recipe, student)
+    asked = recipe.training.placement
+    placed = _place(recipe, pair, ranks) if at_hand else None
+    resident = placed.resident if placed else {"resident": True, "streamed": False}.get(asked)
+    steps, step_tokens = optimiser_steps(recipe, text, length)
+    trials, trial_steps = _trials(recipe, steps)
+    trained = (steps + trials * trial_steps) * step_tokens
+    checks = 1 + min(recipe.training.checks, steps) + 2 * trials
+    measured = search * checks
+    read = text + search
+    body, head = active_parameters(teacher)
+    teacher_operations = 2 * body * read + 2 * head * (trained + measured)
+    body, head = active_parameters(student)
+    moving = 0 if recipe.training.head == "fixed" else head
+    # Forward, and twice that for both gradients; streamed, every layer is computed once more on the way back.
+    student_operations = (8 if resident is False else 6) * body * trained + 6 * head * trained
+    student_operations += 2 * (body + head) * measured
+    widths = teacher.layout.geometry.hidden * read + student.layout.geometry.hidden * once * bool(copies)
+    factors = sum(min(rank, *student.shapes[name]) * sum(student.shapes[name]) for name, rank in ranks.items())
+    pass_bytes = 0
+    if resident is False:
+        processes = len(placed.devices) if placed else len(execution_settings(recipe).devices)
+        pass_bytes = student.checkpoint.total_bytes * processes
+    return TrainingCost(
+        teacher_tokens=read,
+        copies=copies,
+        weights_read=teacher.checkpoint.total_bytes + student.checkpoint.total_bytes * bool(copies),
+        states_bytes=widths * _state_bytes(recipe),
+        steps=steps,
+        step_tokens=step_tokens,
+        trial_steps=trials * trial_steps,
+        trained_tokens=trained,
+        teacher_operations=teacher_operations,
+        student_operations=student_operations,
+        adapter_bytes=factors * BYTES[recipe.dtype] + _head_bytes(recipe, pair),
+        saves_bytes=_SAVES * _SAVED_BYTES * (factors + moving),
+        resident=resident,
+        placement=placed.reason if placed else "",
+        step_bytes=2 * pass_bytes,
+        training_bytes=pass_bytes * (2 * (steps + trials * trial_steps) + checks),
+    )
+
+
+def optimiser_steps(recipe: Recipe, tokens: int, length: int) -> tuple[int, int]:
+    """How many steps training has and how many tokens one of them, for sequences of this length."""
+    asked = recipe.training
+    automatic = min(max(int(asked.epochs * tokens // _STEPS), _SMALLEST_STEP), _LARGEST_STEP)
+    wanted = automatic if asked.step_tokens == "auto" else asked.step_tokens
+    sequences, together = tokens // length, max(1, wanted // length)
+    return max(1, round(asked.epochs * max(1, sequences // together))), min(sequences, together) * length
+
+
+def trained_ranks(recipe: Recipe, student: Model) -> dict[str, int]:
+    """Rank of every matrix of the layers that is trained."""
+    return {
+        name: recipe.rank_of(name, meaning.role.role, (student.shapes[name][0], student.shapes[name][1]))
+        for name, meaning in student.layout.meanings.items()
+        if meaning.layer is not None and meaning.role.carrier is not Carrier.NONE
+    }
+
+
+def active_parameters(model: Model) -> tuple[int, int]:
+    """Parameters of the layers and of the head that one token goes through.
+
+    Of the routed experts only as many count as a token is sent to; embeddings are looked up and count nothing.
+    """
+    layout, shapes = model.layout, model.shapes
+    geometry = layout.geometry
+    body = 0.0
+    for name, meaning in layout.meanings.items():
+        if meaning.layer is not None:
+            experts = layout.experts_at(meaning.layer) if meaning.expert is not None else 0
+            share = min(1.0, geometry.experts_per_token / experts) if experts else 1.0
+            body += share * prod(shapes[name])
+    return round(body), geometry.vocabulary * geometry.hidden
+
+
+def cost_of_calibrating(recipe: Recipe, pair: ModelPair, *, as_start: bool) -> Rows:
+    """What the calibrated stage would read and keep.
+
+    Args:
+        recipe: What is asked for.
+        pair: Teacher and student.
+        as_start: Whether the refined stage follows, for which it is fitted on less text.
+    """
+    from moe_svd_distill.fitting.copies import default_copies
+
+    text = min(recipe.tokens, recipe.training.start_tokens) if as_start else recipe.tokens
+    copies = default_copies(text) if recipe.copies == "auto" else recipe.copies
+    tokens = text * (1 + copies) + recipe.scale_search_tokens
+    teacher, student = pair.teacher, pair.student
+    widths = teacher.layout.geometry.hidden + student.layout.geometry.hidden * (2 if recipe.last_layers else 1)
+    once, twice = teacher.checkpoint.total_bytes, 2 * student.checkpoint.total_bytes
+    return [
+        ["calibrated stage: tokens read", f"{tokens:,} ({copies} copies of {text:,}, and the search text)"],
+        ["calibrated stage: weights read", f"{readable(once)} (teacher once), {readable(twice)} (student twice)"],
+        ["calibrated stage: hidden states kept", readable(tokens * widths * _state_bytes(recipe))],
+    ]
+
+
+def readable(size: float) -> str:
+    """Bytes in the fitting unit."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} GiB"
+
+
+def operations(count: float) -> str:
+    """Floating point operations in the fitting unit."""
+    count /= 1e9
+    for unit in ("GFLOP", "TFLOP", "PFLOP"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.1f} EFLOP"
+
+
+def _place(recipe: Recipe, pair: ModelPair, ranks: Mapping[str, int]) -> Placement:
+    from moe_svd_distill.pipeline.placement import place_training
+
+    settings = execution_settings(recipe)
+    return place_training(recipe, pair, settings.devices, settings.workers, ranks)
+
+
+def _trials(recipe: Recipe, steps: int) -> tuple[int, int]:
+    """Short runs that choose the learning rate, and the steps of each."""
+    from moe_svd_distill.training.trials import MULTIPLES, trial_steps
+
+    return (len(MULTIPLES), trial_steps(steps)) if recipe.training.learning_rate == "auto" else (0, 0)
+
+
+def _head_bytes(recipe: Recipe, pair: ModelPair) -> int:
+    """The head's share of the adapter: all of it, or a pair of the highest rank it may get."""
+    from moe_svd_distill.fitting.rank import SERVED_RANKS
+
+    geometry = pair.student.layout.geometry
+    rows, columns = geometry.vocabulary, geometry.hidden
+    if head_is_whole(recipe, pair):
+        layout = pair.student.layout
+        stored = pair.student.checkpoint[layout.find("head") or str(layout.find("embedding"))]
+        return rows * columns * BYTES_PER_ELEMENT[stored.dtype]
+    asked = asked_head_rank(recipe, pair)
+    rank = min(columns, SERVED_RANKS[-1]) if asked == "auto" else columns if asked == "full" else int(asked)
+    return rank * (rows + columns) * BYTES[recipe.dtype]
+
+
+def _state_bytes(recipe: Recipe) -> int:
+    """Bytes of a number of a cached hidden state."""
+    return 2 if any(device.startswith("cuda") for device in execution_settings(recipe).devices) else 4

@@ -1,0 +1,160 @@
+"""The cost of training is stated before it starts, and is what it then takes."""
+
+from __future__ import annotations
+
+import json
+import re
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_svd_distill.errors import MissingInputError
+from moe_svd_distill.pipeline.cost import active_parameters, cost_of_training, operations, optimiser_steps, readable
+from moe_svd_distill.pipeline.distill import ADAPTER, distill
+from moe_svd_distill.pipeline.outlook import look_ahead
+from moe_svd_distill.pipeline.pair import open_model, open_pair
+from moe_svd_distill.recipe import parse_recipe
+from tests.support.heads import TEXT, student_with_tokenizer, teacher_with_other_head, trained_tokenizer
+from tests.support.models import saved
+from tests.support.pairs import recipe_for
+
+LITTLE = {"calibration": [str(TEXT)], "method": "refined", "start": "zero", "tokens": 1600, "scale_search_tokens": 1100}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A teacher and a student that differ in their heads, for sequences of 128 tokens."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = trained_tokenizer(folder / "tokenizer", 400)
+    student = student_with_tokenizer("qwen3_moe", folder / "student", tokenizer)
+    return teacher_with_other_head(student, folder / "teacher"), student
+
+
+def outlook_of(tiny: tuple[Path, Path], output: Path, **values: Any) -> dict[str, Any]:
+    """What is planned, which is plain JSON."""
+    outlook = look_ahead(recipe_for(*tiny, output, **(LITTLE | values)))
+    return dict(json.loads(json.dumps(outlook)))
+
+
+def rows(outlook: dict[str, Any]) -> dict[str, str]:
+    """The rows on the refined stage."""
+    return {name.removeprefix("refined stage: "): value for name, value in outlook["sizes"] if "refined" in name}
+
+
+def test_what_is_planned_is_what_happens(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    values = {"copies": 1, "training": {"epochs": 1.75, "step_tokens": 600, "learning_rate": 0.01}}
+    cost = outlook_of(tiny, tmp_path / "plan", **values)["refined"]
+    out = tmp_path / "out"
+    record = distill(recipe_for(*tiny, out, **(LITTLE | values))).record
+    refined, last = record["refinement"], record["refinement"]["curve"][-1]
+    assert cost["steps"] == refined["steps"] == last["step"]
+    assert (cost["trained_tokens"], cost["step_tokens"]) == (last["tokens"], last["tokens"] / last["step"])
+    assert cost["teacher_tokens"] == refined["trained_on_tokens"] + record["calibration"]["text"]["search"]["tokens"]
+    assert (cost["resident"], cost["placement"]) == (refined["placement"]["resident"], refined["placement"]["reason"])
+    kept = sum(file.stat().st_size for file in (out / "cache").rglob("*") if file.is_file())
+    assert 0 <= kept - cost["states_bytes"] < 0.1 * kept
+    written = (out / ADAPTER).stat().st_size
+    assert 0 <= written - cost["adapter_bytes"] < 0.2 * written
+
+
+def test_the_plan_of_training_from_zero(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    outlook = outlook_of(tiny, tmp_path / "out")
+    assert outlook["method"]["stages"] == ["refined"]
+    assert not any(name.startswith(("weights", "calibrated")) for name, _ in outlook["sizes"])
+    found, cost = rows(outlook), outlook["refined"]
+    assert found["tokens read"] == "2,560 (0 copies, and the search text)"
+    assert found["steps"] == "12 of 512 tokens, at most, and 36 to choose the learning rate"
+    assert found["tokens trained on"] == f"{(12 + 36) * 512:,}, repeated ones counted again"
+    assert found["student"].startswith("in memory: ")
+    assert "weights read in each step" not in found
+    assert cost["weights_read"] == open_model(str(tiny[0])).checkpoint.total_bytes
+    assert cost["states_bytes"] == 2560 * 32 * 4
+    with open_pair(*map(str, tiny)) as pair:
+        (body, head), (_, taught) = active_parameters(pair.student), active_parameters(pair.teacher)
+    measured = 1024 * (1 + 12 + 3 * 2)  # before, at each check, and before and after each trial
+    assert cost["teacher_operations"] == 2 * body * 2560 + 2 * taught * (48 * 512 + measured)
+    assert cost["student_operations"] == 6 * (body + head) * 48 * 512 + 2 * (body + head) * measured
+
+
+def test_streamed_training_reads_the_student_twice_in_each_step(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    streamed = {"placement": "streamed", "learning_rate": 0.01}
+    outlook = outlook_of(tiny, tmp_path / "out", training=streamed)
+    cost, resident = outlook["refined"], outlook_of(tiny, tmp_path / "out", training={"learning_rate": 0.01})["refined"]
+    once = open_model(str(tiny[1])).checkpoint.total_bytes
+    checks = 13  # the first before training
+    assert (cost["step_bytes"], cost["training_bytes"]) == (2 * once, (2 * 12 + checks) * once)
+    assert rows(outlook)["student"] == "one layer at a time: asked for"
+    assert rows(outlook)["weights read in each step"] == readable(2 * once)
+    with open_pair(*map(str, tiny)) as pair:
+        body, _ = active_parameters(pair.student)
+    assert cost["student_operations"] - resident["student_operations"] == 2 * body * cost["trained_tokens"]
+    assert cost["teacher_operations"] == resident["teacher_operations"]
+
+
+def test_where_the_weights_are_not_at_hand_nothing_is_said_of_the_place(
+    tiny: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with open_pair(*map(str, tiny)) as pair:
+        cost = cost_of_training(recipe_for(*tiny, tmp_path, **LITTLE), pair, at_hand=False)
+        assert (cost.resident, cost.placement, cost.step_bytes) == (None, "", 0)
+        assert not any(name == "refined stage: student" for name, _ in cost.rows())
+        asked = recipe_for(*tiny, tmp_path, **(LITTLE | {"training": {"placement": "streamed"}}))
+        assert cost_of_training(asked, pair, at_hand=False).step_bytes == 2 * pair.student.checkpoint.total_bytes
+
+
+def test_a_start_by_stages_comes_before_and_is_fitted_on_less_text(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    values = {"start": "weights+calibrated", "tokens": 40_000, "training": {"start_tokens": 1024}}
+    outlook = outlook_of(tiny, tmp_path / "out", **values)
+    assert outlook["method"]["stages"] == ["weights", "calibrated", "refined"]
+    kinds = list(dict.fromkeys(name.partition(" ")[0] for name, _ in outlook["sizes"]))
+    assert kinds == ["teacher", "student", "weights", "calibrated", "refined"]
+    assert any("7 copies of 1,024" in value for _, value in outlook["sizes"])
+    automatic = outlook_of(tiny, tmp_path / "out", start="auto")["method"]
+    assert automatic["stages"] == [*automatic["auto"]["stages"], "refined"]
+
+
+def test_a_start_that_holds_no_adapter_is_refused_before_any_work(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError, match="holds no adapter"):
+        outlook_of(tiny, tmp_path / "out", start=str(tmp_path))
+    (tmp_path / ADAPTER).touch()
+    found = outlook_of(tiny, tmp_path / "out", start=str(tmp_path))["method"]
+    assert (found["stages"], found["start"]) == (["refined"], str(tmp_path))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "mixtral", "glm4_moe"])
+def test_of_the_experts_only_those_a_token_is_sent_to_count(model_type: str, tmp_path: Path) -> None:
+    model = open_model(str(saved(model_type, tmp_path / "model")))
+    routed = re.compile(r"\.experts\.\d+\.")
+    layers = {name: prod(shape) for name, shape in model.shapes.items() if ".layers." in name}
+    outside = sum(size for name, size in layers.items() if not routed.search(name))
+    inside = sum(size for name, size in layers.items() if routed.search(name))
+    assert (inside > 0) == (model_type != "llama")
+    assert active_parameters(model) == (outside + inside // 2, 96 * 32)  # two of four experts for each token
+
+
+@pytest.mark.parametrize(
+    ("tokens", "training", "expected"),
+    [
+        (131_072, {"epochs": 3}, (768, 512)),  # the smallest step
+        (393_216, {"epochs": 7}, (5376, 512)),  # 896 tokens asked for, whole sequences taken
+        (2**26, {"epochs": 4}, (4096, 65_536)),  # the largest step
+        (2**26, {"epochs": 4, "step_tokens": 1 << 20}, (256, 1 << 20)),
+        (1024, {"epochs": 0.1}, (1, 512)),
+        (1024, {"epochs": 2, "step_tokens": 4096}, (2, 1024)),  # no step is larger than the text
+    ],
+)
+def test_steps_of_the_optimiser(tokens: int, training: dict[str, Any], expected: tuple[int, int]) -> None:
+    recipe = parse_recipe({"teacher": "t", "student": "s", "training": training})
+    assert optimiser_steps(recipe, tokens, 512) == expected
+
+
+def test_units() -> None:
+    assert [operations(10.0**power) for power in (9, 13, 17, 22)] == [
+        "1 GFLOP",
+        "10 TFLOP",
+        "100 PFLOP",
+        "10,000.0 EFLOP",
+    ]
+    assert [readable(1024**power) for power in (0, 1, 2, 4)] == ["1 B", "1 KiB", "1 MiB", "1,024.0 GiB"]
