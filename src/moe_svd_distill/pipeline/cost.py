@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 Rows = list[list[str]]
-# The rule of the refined stage's own settings.
 _STEPS, _SMALLEST_STEP, _LARGEST_STEP = 3072, 512, 65536
 _SAVES, _SAVED_BYTES = 2, 4 * 4  # files in turn; value, best value and at most two moments, float32
 
@@ -108,9 +107,9 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, *, at_hand: bool) -> Train
     text = once * (1 + copies)
     ranks = trained_ranks(recipe, student)
     asked = recipe.training.placement
-    placed = _place(recipe, pair, ranks) if at_hand else None
-    resident = placed.resident if placed else {"resident": True, "streamed": False}.get(asked)
     steps, step_tokens = optimiser_steps(recipe, text, length)
+    placed = _place(recipe, pair, ranks, step_tokens // length) if at_hand else None
+    resident = placed.resident if placed else {"resident": True, "streamed": False}.get(asked)
     trials, trial_steps = _trials(recipe, steps)
     trained = (steps + trials * trial_steps) * step_tokens
     checks = 1 + min(recipe.training.checks, steps) + 2 * trials
@@ -125,6 +124,7 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, *, at_hand: bool) -> Train
     student_operations += 2 * (body + head) * measured
     widths = teacher.layout.geometry.hidden * read + student.layout.geometry.hidden * once * bool(copies)
     factors = sum(min(rank, *student.shapes[name]) * sum(student.shapes[name]) for name, rank in ranks.items())
+    stored = sum(rank * sum(student.shapes[name]) for name, rank in ranks.items())  # padded where a side is smaller
     pass_bytes = 0
     if resident is False:
         processes = len(placed.devices) if placed else len(execution_settings(recipe).devices)
@@ -140,7 +140,7 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, *, at_hand: bool) -> Train
         trained_tokens=trained,
         teacher_operations=teacher_operations,
         student_operations=student_operations,
-        adapter_bytes=factors * BYTES[recipe.dtype] + _head_bytes(recipe, pair),
+        adapter_bytes=stored * BYTES[recipe.dtype] + _head_bytes(recipe, pair),
         saves_bytes=_SAVES * _SAVED_BYTES * (factors + moving),
         resident=resident,
         placement=placed.reason if placed else "",
@@ -154,7 +154,7 @@ def optimiser_steps(recipe: Recipe, tokens: int, length: int) -> tuple[int, int]
     asked = recipe.training
     automatic = min(max(int(asked.epochs * tokens // _STEPS), _SMALLEST_STEP), _LARGEST_STEP)
     wanted = automatic if asked.step_tokens == "auto" else asked.step_tokens
-    sequences, together = tokens // length, max(1, wanted // length)
+    sequences, together = tokens // length, max(1, round(wanted / length))
     return max(1, round(asked.epochs * max(1, sequences // together))), min(sequences, together) * length
 
 
@@ -225,11 +225,11 @@ def operations(count: float) -> str:
     return f"{count:,.1f} EFLOP"
 
 
-def _place(recipe: Recipe, pair: ModelPair, ranks: Mapping[str, int]) -> Placement:
+def _place(recipe: Recipe, pair: ModelPair, ranks: Mapping[str, int], together: int) -> Placement:
     from moe_svd_distill.pipeline.placement import place_training
 
     settings = execution_settings(recipe)
-    return place_training(recipe, pair, settings.devices, settings.workers, ranks)
+    return place_training(recipe, pair, settings.devices, settings.workers, ranks, together)
 
 
 def _trials(recipe: Recipe, steps: int) -> tuple[int, int]:

@@ -51,7 +51,12 @@ class Placement:
 
 
 def place_training(
-    recipe: Recipe, pair: ModelPair, devices: tuple[str, ...], workers: int, ranks: Mapping[str, int]
+    recipe: Recipe,
+    pair: ModelPair,
+    devices: tuple[str, ...],
+    workers: int,
+    ranks: Mapping[str, int],
+    together: int,
 ) -> Placement:
     """Decide where to train.
 
@@ -61,6 +66,7 @@ def place_training(
         devices: That may be used.
         workers: Processes that may be used on the CPU.
         ranks: Hub name to rank of every trained matrix.
+        together: Sequences of one step, which the processes share.
     """
     kind = torch.device(devices[0]).type
     dtype = torch.float32 if kind == "cpu" else torch.bfloat16
@@ -71,10 +77,10 @@ def place_training(
     asked = recipe.training.placement
     if asked == "streamed" or (asked == "auto" and needed > _SHARE * free):
         why = "asked for" if asked == "streamed" else f"it needs {_gib(needed)} in memory and {_gib(free)} are free"
-        return Placement(False, devices, cores, name, why)
+        return Placement(False, devices[:together], cores, name, why)
     if kind != "cpu":
-        return Placement(True, devices, cores, name, f"{_gib(needed)} on each device")
-    processes = max(1, min(workers, int(_SHARE * free // max(1, needed))))
+        return Placement(True, devices[:together], cores, name, f"{_gib(needed)} on each device")
+    processes = max(1, min(workers, together, int(_SHARE * free // max(1, needed))))
     why = f"{_gib(needed)} in each of {processes} processes"
     return Placement(True, ("cpu",) * processes, max(1, available_cores() // processes), name, why)
 

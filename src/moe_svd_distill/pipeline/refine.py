@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from moe_svd_distill.execution.publish import write_json_atomic
-from moe_svd_distill.families import Carrier
 from moe_svd_distill.fitting.check import Places, figures_by_document, predicting_places
 from moe_svd_distill.fitting.copies import perturbed_copies
 from moe_svd_distill.fitting.pairs import HeadWeights, Segment, StatePairs, common_rows
 from moe_svd_distill.fitting.rank import choose_rank, head_factors
 from moe_svd_distill.pipeline.assembly import asked_head_rank
 from moe_svd_distill.pipeline.calibrate import CalibratedHead
+from moe_svd_distill.pipeline.cost import optimiser_steps, trained_ranks
 from moe_svd_distill.pipeline.placement import Placement, place_training
 from moe_svd_distill.pipeline.preparation import library_versions
 from moe_svd_distill.pipeline.states import Body, Report
@@ -46,7 +46,6 @@ CURVE = "training_curve.json"
 GROUP = "refined"
 ALGORITHM = 1  # raise whenever the same input would give another adapter
 _STEP = "training"
-_STEPS, _SMALLEST_STEP, _LARGEST_STEP = 3072, 512, 65536
 _BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
 
 
@@ -104,13 +103,11 @@ class _Refinement:
         self.device = torch.device(devices[0])
         self.dtype: torch.dtype = getattr(torch, recipe.dtype)
         self.passes: dict[str, Any] = {}
-        layout = pair.student.layout
-        self.ranks = {
-            name: recipe.rank_of(name, meaning.role.role, (pair.student.shapes[name][0], pair.student.shapes[name][1]))
-            for name, meaning in layout.meanings.items()
-            if meaning.layer is not None and meaning.role.carrier is not Carrier.NONE
-        }
-        self.placement: Placement = place_training(recipe, pair, devices, workers, self.ranks)
+        self.ranks = trained_ranks(recipe, pair.student)
+        tokens, length = self.fit_text.student.sequences.size * (1 + self.copies()), self.fit_text.student.length
+        self.step_tokens = optimiser_steps(recipe, tokens, length)[1]
+        together = self.step_tokens // length
+        self.placement: Placement = place_training(recipe, pair, devices, workers, self.ranks, together)
 
     def run(self) -> CalibratedHead:
         begin = time.monotonic()
@@ -194,7 +191,7 @@ class _Refinement:
             places.target,
             theirs.path,
         )
-        settings = self.settings(text.ids.size)
+        settings = self.settings()
         identity = {
             "algorithm": ALGORITHM,
             "versions": library_versions(),
@@ -227,16 +224,14 @@ class _Refinement:
             key,
         )
 
-    def settings(self, tokens: int) -> TrainingSettings:
-        """How to train on so many tokens."""
+    def settings(self) -> TrainingSettings:
+        """How to train."""
         asked, hidden = self.recipe.training, self.pair.student.layout.geometry.hidden
         kind = torch.device(self.placement.devices[0]).type
-        total = asked.epochs * tokens
-        step = int(np.clip(total // _STEPS, _SMALLEST_STEP, _LARGEST_STEP)) if asked.step_tokens == "auto" else None
         rate = asked.learning_rate if asked.learning_rate != "auto" else 0.6 / hidden
         return TrainingSettings(
             epochs=asked.epochs,
-            step_tokens=int(step if step is not None else asked.step_tokens),
+            step_tokens=self.step_tokens,
             batch_tokens=_BATCH_TOKENS[kind] if asked.batch_tokens == "auto" else asked.batch_tokens,
             rate=float(rate),
             head_rate=float(rate) * asked.head_rate,
