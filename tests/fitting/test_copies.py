@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from moe_svd_distill.algebra.logits import LogitTransform
-from moe_svd_distill.fitting.copies import MOST_COPIES, default_copies, perturbed_copies
+from moe_svd_distill.fitting.copies import (
+    MOST_COPIES,
+    default_copies,
+    default_own_text,
+    drawn_anew,
+    perturbed_copies,
+    random_sequences,
+)
 from moe_svd_distill.fitting.pairs import HeadWeights
 
 COMMON, ALL = 40, 100
@@ -93,3 +100,24 @@ def test_no_copies_are_an_empty_text(text: Any) -> None:
 @pytest.mark.parametrize(("tokens", "copies"), [(512, MOST_COPIES), (32_768, 7), (65_536, 3), (1 << 24, 2)])
 def test_many_copies_of_little_text_and_few_of_much(tokens: int, copies: int) -> None:
     assert default_copies(tokens) == copies
+
+
+def test_own_text_is_drawn_from_what_the_student_expects(text: Any) -> None:
+    sequences, states, head = text
+    drawn = drawn_anew(sequences, states, head, seed=3)
+    assert np.array_equal(drawn[:, 0], sequences[:, 0])
+    assert int(drawn[:, 1:].max()) < COMMON
+    expected = torch.softmax(head.logits(states.states[:, :-1].flatten(0, 1)), dim=-1)
+    frequency = np.bincount(drawn[:, 1:].ravel(), minlength=COMMON) / drawn[:, 1:].size
+    assert np.abs(frequency - expected.mean(0).numpy()).max() < 0.02
+    likelihood = expected[torch.arange(len(expected)), torch.from_numpy(drawn[:, 1:].ravel())].mean()
+    assert float(likelihood) == pytest.approx(float((expected**2).sum(-1).mean()), rel=0.1)
+    assert np.array_equal(drawn, drawn_anew(sequences, states, head, seed=3))
+    assert not np.array_equal(drawn, drawn_anew(sequences, states, head, seed=4))
+
+
+def test_own_text_begins_with_any_token() -> None:
+    found = random_sequences(50, 20, 30, seed=1)
+    assert found.shape == (50, 20)
+    assert set(np.unique(found)) == set(range(30))
+    assert [default_own_text(copies) for copies in (0, 1, 2, 3, 7)] == [0, 0, 1, 1, 3]

@@ -1,15 +1,19 @@
-"""Copies of a text in which some tokens are replaced by what the student itself expects there.
+"""Copies of a text in which some tokens are replaced by what the student itself expects there, and text of its own.
 
 The teacher's distribution is a label for any text, so a little text can be read in many contexts. With 8,192 tokens
 and seven copies the held-out gap closed by the head rose from 15 to 25 % on the lab's independent pair; replacements
-drawn at random from the text gave 20 (docs/decisions/0011).
+drawn at random from the text gave 20 (docs/decisions/0011). Text that the student draws by itself is of every kind it
+knows: with some of it a fit on one kind of text does not harm the others (docs/decisions/0018).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from moe_svd_distill.fitting.pairs import HeadWeights
 from moe_svd_distill.streaming import StreamedStates
@@ -20,11 +24,42 @@ MOST_COPIES = 7
 _MOST_TOKENS = 262_144
 _FEWEST = 2
 _LOGIT_BYTES = 64 << 20
+_OWN_SHARE = 0.4
+ROUNDS = 3
+"""How often text that begins as random tokens is drawn anew from what the student expects."""
 
 
 def default_copies(tokens: int) -> int:
     """How many copies pay: many of little text, few of much."""
     return int(np.clip(_MOST_TOKENS // tokens - 1, _FEWEST, MOST_COPIES))
+
+
+def default_own_text(copies: int) -> int:
+    """How many of the copies are text of the student's own."""
+    return round(_OWN_SHARE * copies)
+
+
+def random_sequences(count: int, length: int, tokens: int, seed: int) -> NDArray[np.int64]:
+    """Uniformly random token ids, (count, length): where text of the student's own begins."""
+    return np.random.default_rng([seed, count, length]).integers(0, tokens, (count, length))
+
+
+@torch.no_grad()
+def drawn_anew(sequences: NDArray[np.int64], states: StreamedStates, head: HeadWeights, seed: int) -> NDArray[np.int64]:
+    """Every token but the first drawn from the student's prediction before it.
+
+    Args:
+        sequences: Token ids, (n, length).
+        states: The student's final states of exactly these, (n, length, d).
+        head: The student's head over the tokens that both models have.
+        seed: Of the draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    result = sequences.copy()
+    for row in range(len(sequences)):
+        for place, expected in _expectations(states, head, row):
+            result[row, place] = torch.multinomial(expected, 1, generator=generator)[:, 0].numpy()
+    return result
 
 
 @torch.no_grad()
@@ -53,15 +88,19 @@ def perturbed_copies(
         return result.reshape(0, length)
     used = SHARES if copies > _FEW else SHARES[:1]
     shares = torch.tensor([used[copy % len(used)] for copy in range(copies)])
-    step = max(1, _LOGIT_BYTES // (4 * len(head.weight)))
     for row in range(count):
-        hidden = states.rows(slice(row, row + 1))[0, :-1]
-        for begin in range(0, length - 1, step):
-            part = hidden[begin : begin + step].to(head.weight.device, torch.float32)
-            expected = torch.softmax(head.logits(part), dim=-1).cpu()
+        for place, expected in _expectations(states, head, row):
             drawn = torch.multinomial(expected, copies, replacement=True, generator=generator).T
             replaced = torch.rand(drawn.shape, generator=generator) < shares[:, None]
-            place = slice(begin + 1, begin + 1 + drawn.shape[1])
             before = torch.from_numpy(np.ascontiguousarray(result[:, row, place]))
             result[:, row, place] = torch.where(replaced, drawn, before).numpy()
     return result.reshape(copies * count, length)
+
+
+def _expectations(states: StreamedStates, head: HeadWeights, row: int) -> Iterator[tuple[slice, Tensor]]:
+    """Places of a sequence and the student's probabilities for the tokens there, (places, v), piece by piece."""
+    hidden = states.rows(slice(row, row + 1))[0, :-1]
+    step = max(1, _LOGIT_BYTES // (4 * len(head.weight)))
+    for begin in range(0, len(hidden), step):
+        part = hidden[begin : begin + step].to(head.weight.device, torch.float32)
+        yield slice(begin + 1, begin + 1 + len(part)), torch.softmax(head.logits(part), dim=-1).cpu()

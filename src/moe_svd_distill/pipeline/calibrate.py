@@ -25,11 +25,7 @@ from moe_svd_distill.fitting.source import StateSource
 from moe_svd_distill.pipeline.assembly import asked_head_rank
 from moe_svd_distill.pipeline.preparation import available_cores, library_versions
 from moe_svd_distill.pipeline.states import Body, Report, StateReader
-from moe_svd_distill.streaming import (
-    PassSettings,
-    load_head,
-    load_last_layers,
-)
+from moe_svd_distill.streaming import PassSettings, load_head, load_last_layers
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,7 +37,7 @@ if TYPE_CHECKING:
     from moe_svd_distill.recipe import Recipe
 
 GROUP = "calibrated"
-ALGORITHM = 3  # raise whenever the same input would give another head
+ALGORITHM = 4  # raise whenever the same input would give another head
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,6 +262,7 @@ class _Calibration:
         return {
             "fitted_on_places": len(self.states.fit),
             "copies_of_the_text": self.states.copies,
+            "own_text": self.states.own_text,
             "copies_reason": "" if self.fit_text.identical else "the tokenizers differ, so tokens cannot be exchanged",
             "common_tokens": len(self.student_ids),
             "kl_by_pass": list(fitted.kl),

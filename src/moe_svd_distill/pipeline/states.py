@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_svd_distill.fitting.check import Places, predicting_places
-from moe_svd_distill.fitting.copies import default_copies, perturbed_copies
+from moe_svd_distill.fitting.copies import (
+    ROUNDS,
+    default_copies,
+    default_own_text,
+    drawn_anew,
+    perturbed_copies,
+    random_sequences,
+)
 from moe_svd_distill.fitting.last_layers import RowSegment
 from moe_svd_distill.fitting.pairs import HeadWeights, Segment, StatePairs
 from moe_svd_distill.streaming import PassSettings, StreamedStates, stream_states, stream_with_inputs
@@ -50,7 +57,8 @@ class TextStates:
         places: These places.
         fit_rows: Inputs of the last layers for the sequences of `fit`; empty where only the head is fitted.
         check_rows: The same of the search text.
-        copies: Copies of the text.
+        copies: Copies of the text, and
+        own_text: how many of them are text of the student's own.
         passes: Name of each pass to its facts.
     """
 
@@ -60,6 +68,7 @@ class TextStates:
     fit_rows: tuple[RowSegment, ...]
     check_rows: RowSegment | None
     copies: int
+    own_text: int
     passes: Mapping[str, Mapping[str, Any]]
 
 
@@ -110,7 +119,13 @@ class StateReader:
         asked = default_copies(fit.student.tokens) if self._recipe.copies == "auto" else self._recipe.copies
         copies = asked if fit.identical else 0
         self._report("drawing copies of the text", None)
-        copied = perturbed_copies(fit.student.sequences, mine, head, copies, self._recipe.seed)
+        own = own_text(self._recipe, copies)
+        copied = np.concatenate(
+            [
+                perturbed_copies(fit.student.sequences, mine, head, copies - own, self._recipe.seed),
+                self._own_text(own * count, length, head),
+            ]
+        )
         theirs = self._teacher(np.concatenate([fit.teacher.sequences, search.teacher.sequences, copied]))
         flat_mine, flat_theirs = _flat(mine), _flat(theirs)
         segments = [Segment(flat_mine, flat_theirs, fit.student_position, fit.teacher_position)]
@@ -127,7 +142,18 @@ class StateReader:
             inputs, slice(count, None), Segment(flat_mine, flat_theirs, places.student_position, theirs_at)
         )
         fit_rows = tuple(segment for segment in rows if segment is not None)
-        return TextStates(StatePairs(segments), StatePairs([check]), places, fit_rows, check_rows, copies, self._passes)
+        return TextStates(
+            StatePairs(segments), StatePairs([check]), places, fit_rows, check_rows, copies, own, self._passes
+        )
+
+    def _own_text(self, count: int, length: int, head: HeadWeights) -> NDArray[np.int64]:
+        """Sequences that begin as random tokens and are drawn anew from what the student expects, several times."""
+        sequences = random_sequences(count, length, len(head.weight), self._recipe.seed)
+        for number in range(ROUNDS if count else 0):
+            name = f"student, its own text {number + 1}"
+            with self._plain(name, sequences) as states:
+                sequences = drawn_anew(sequences, states, head, self._recipe.seed + number)
+        return sequences
 
     def _student(self, name: str, sequences: NDArray[np.int64]) -> tuple[StreamedStates, StatesFile | None]:
         checkpoint, progress = self._pair.student.checkpoint, self._progress(name)
@@ -136,10 +162,14 @@ class StateReader:
                 checkpoint, sequences, self._cache, self._settings, self._last, on_progress=progress
             )
             return self._noted(name, states, sequences), inputs
-        body = self._body
+        return self._noted(name, self._plain(name, sequences), sequences), None
+
+    def _plain(self, name: str, sequences: NDArray[np.int64]) -> StreamedStates:
+        """A pass of the student that keeps nothing but its final states."""
+        body, progress = self._body, self._progress(name)
         given: dict[str, Any] = {} if body is None else {"adapter": body.folder, "scales": dict(body.scales)}
-        states = stream_states(checkpoint, sequences, self._cache, self._settings, on_progress=progress, **given)
-        return self._noted(name, states, sequences), None
+        student = self._pair.student.checkpoint
+        return stream_states(student, sequences, self._cache, self._settings, on_progress=progress, **given)
 
     def _teacher(self, sequences: NDArray[np.int64]) -> StreamedStates:
         checkpoint, progress = self._pair.teacher.checkpoint, self._progress("teacher")
@@ -166,3 +196,8 @@ def _rows(inputs: StatesFile | None, rows: slice, segment: Segment) -> RowSegmen
     begin, end, _ = rows.indices(inputs.shape[0])
     states = inputs.rows(slice(begin, end))
     return RowSegment(states, segment.teacher, segment.student_position, segment.teacher_position)
+
+
+def own_text(recipe: Recipe, copies: int) -> int:
+    """How many of the copies are text of the student's own."""
+    return default_own_text(copies) if recipe.own_text == "auto" else min(recipe.own_text, copies)

@@ -109,6 +109,11 @@ class Recipe(Section):
         description="Copies of the fitting text with tokens replaced by the student's own predictions; the teacher "
         "labels them too. auto: 7 for little text, 2 for much.",
     )
+    own_text: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
+        "auto",
+        description="How many of the copies are text the student draws by itself, so that a fit on one kind of text "
+        "does not harm others. auto: 3 of 7, 1 of 2 or 3.",
+    )
     fit_passes: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="Passes over the cached states in the fit. auto: about 2,000 steps, in 4 to 16 passes."
     )
