@@ -20,7 +20,14 @@ from tests.support.heads import TEXT, student_with_tokenizer, teacher_with_other
 from tests.support.models import saved
 from tests.support.pairs import recipe_for
 
-LITTLE = {"calibration": [str(TEXT)], "method": "refined", "start": "zero", "tokens": 1600, "scale_search_tokens": 1100}
+LITTLE = {
+    "calibration": [str(TEXT)],
+    "method": "refined",
+    "start": "zero",
+    "tokens": 1600,
+    "scale_search_tokens": 1100,
+    "copies": 0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +51,7 @@ def rows(outlook: dict[str, Any]) -> dict[str, str]:
 
 
 def test_what_is_planned_is_what_happens(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    values = {"copies": 1, "training": {"epochs": 1.75, "step_tokens": 600, "learning_rate": 0.01}}
+    values = {"copies": 2, "training": {"epochs": 1.75, "step_tokens": 600, "learning_rate": 0.01}}
     cost = outlook_of(tiny, tmp_path / "plan", **values)["refined"]
     out = tmp_path / "out"
     record = distill(recipe_for(*tiny, out, **(LITTLE | values))).record
@@ -64,7 +71,7 @@ def test_the_plan_of_training_from_zero(tiny: tuple[Path, Path], tmp_path: Path)
     assert outlook["method"]["stages"] == ["refined"]
     assert not any(name.startswith(("weights", "calibrated")) for name, _ in outlook["sizes"])
     found, cost = rows(outlook), outlook["refined"]
-    assert found["tokens read"] == "2,560 (0 copies, and the search text)"
+    assert found["tokens read"] == "2,560 (0 copies, 0 of the student's own, and the search text)"
     assert found["steps"] == "12 of 512 tokens, at most, and 36 to choose the learning rate"
     assert found["tokens trained on"] == f"{(12 + 36) * 512:,}, repeated ones counted again"
     assert found["student"].startswith("in memory: ")
@@ -105,7 +112,7 @@ def test_where_the_weights_are_not_at_hand_nothing_is_said_of_the_place(
 
 
 def test_a_start_by_stages_comes_before_and_is_fitted_on_less_text(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    values = {"start": "weights+calibrated", "tokens": 40_000, "training": {"start_tokens": 1024}}
+    values = {"start": "weights+calibrated", "tokens": 40_000, "copies": "auto", "training": {"start_tokens": 1024}}
     outlook = outlook_of(tiny, tmp_path / "out", **values)
     assert outlook["method"]["stages"] == ["weights", "calibrated", "refined"]
     kinds = list(dict.fromkeys(name.partition(" ")[0] for name, _ in outlook["sizes"]))

@@ -29,6 +29,7 @@ TRAINED = {
     "tokens": 2048,
     "scale_search_tokens": 2048,
     "rank": 4,
+    "copies": 0,
     "training": {"epochs": 2, "step_tokens": 256, "batch_tokens": 128, "learning_rate": 0.01, "checks": 4},
 }
 

@@ -261,8 +261,8 @@ class _Calibration:
     ) -> dict[str, Any]:
         return {
             "fitted_on_places": len(self.states.fit),
-            "copies_of_the_text": self.states.copies,
-            "own_text": self.states.own_text,
+            "copies_of_the_text": self.states.copying.copies,
+            "own_text_sequences": self.states.copying.own,
             "copies_reason": "" if self.fit_text.identical else "the tokenizers differ, so tokens cannot be exchanged",
             "common_tokens": len(self.student_ids),
             "kl_by_pass": list(fitted.kl),

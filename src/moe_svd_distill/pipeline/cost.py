@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from moe_svd_distill.calibration.text import whole
 from moe_svd_distill.checkpoints.header import BYTES_PER_ELEMENT
 from moe_svd_distill.families import Carrier
+from moe_svd_distill.fitting.copies import ROUNDS
 from moe_svd_distill.pipeline.assembly import asked_head_rank, head_is_whole
+from moe_svd_distill.pipeline.copying import for_fit, for_training
 from moe_svd_distill.pipeline.pair import Model, ModelPair
 from moe_svd_distill.pipeline.preparation import execution_settings
 from moe_svd_distill.pipeline.texts import sequence_length
@@ -32,7 +34,8 @@ class TrainingCost:
     Attributes:
         teacher_tokens: That the teacher reads.
         copies: Of the training text among them.
-        weights_read: Stored bytes read for the hidden states: the teacher once, for copies the student as well.
+        own_text: Tokens of the student's own text among them.
+        weights_read: Stored bytes read for the hidden states: the teacher once, the student for what it draws.
         states_bytes: Hidden states kept on the disk.
         steps: Of the optimiser, at most.
         step_tokens: Tokens of one step.
@@ -50,6 +53,7 @@ class TrainingCost:
 
     teacher_tokens: int
     copies: int
+    own_text: int
     weights_read: int
     states_bytes: int
     steps: int
@@ -72,10 +76,10 @@ class TrainingCost:
     def rows(self) -> Rows:
         """For people."""
         trials = f", and {self.trial_steps:,} to choose the learning rate" if self.trial_steps else ""
-        whose = "teacher and student once" if self.copies else "teacher once"
+        beside = f"{self.copies} copies, {self.own_text:,} of the student's own, and the search text"
         rows = [
-            ("tokens read", f"{self.teacher_tokens:,} ({self.copies} copies, and the search text)"),
-            ("weights read for hidden states", f"{readable(self.weights_read)} ({whose})"),
+            ("tokens read", f"{self.teacher_tokens:,} ({beside})"),
+            ("weights read for hidden states", readable(self.weights_read)),
             ("hidden states kept", readable(self.states_bytes)),
             ("steps", f"{self.steps:,} of {self.step_tokens:,} tokens, at most{trials}"),
             ("tokens trained on", f"{self.trained_tokens:,}, repeated ones counted again"),
@@ -101,10 +105,12 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, *, at_hand: bool) -> Train
         at_hand: Whether the weights are on this machine, so that it can be said where the student would be trained.
     """
     teacher, student = pair.teacher, pair.student
-    copies = 0 if recipe.copies == "auto" else recipe.copies
     length = sequence_length(pair)
     once, search = whole(recipe.tokens, length), whole(recipe.scale_search_tokens, length)
-    text = once * (1 + copies)
+    copying = for_training(recipe, once, once // length, identical=recipe.vocabulary == "equal")
+    text = once + copying.sequences(once // length) * length
+    passes = bool(copying.copies) + ROUNDS * bool(copying.own)
+    read_by_student = once * bool(copying.copies) + ROUNDS * copying.own * length
     ranks = trained_ranks(recipe, student)
     asked = recipe.training.placement
     steps, step_tokens = optimiser_steps(recipe, text, length)
@@ -122,7 +128,7 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, *, at_hand: bool) -> Train
     # Forward, and twice that for both gradients; streamed, every layer is computed once more on the way back.
     student_operations = (8 if resident is False else 6) * body * trained + 6 * head * trained
     student_operations += 2 * (body + head) * measured
-    widths = teacher.layout.geometry.hidden * read + student.layout.geometry.hidden * once * bool(copies)
+    widths = teacher.layout.geometry.hidden * read + student.layout.geometry.hidden * read_by_student
     factors = sum(min(rank, *student.shapes[name]) * sum(student.shapes[name]) for name, rank in ranks.items())
     stored = sum(rank * sum(student.shapes[name]) for name, rank in ranks.items())  # padded where a side is smaller
     pass_bytes = 0
@@ -131,8 +137,9 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, *, at_hand: bool) -> Train
         pass_bytes = student.checkpoint.total_bytes * processes
     return TrainingCost(
         teacher_tokens=read,
-        copies=copies,
-        weights_read=teacher.checkpoint.total_bytes + student.checkpoint.total_bytes * bool(copies),
+        copies=copying.copies,
+        own_text=copying.own * length,
+        weights_read=teacher.checkpoint.total_bytes + student.checkpoint.total_bytes * passes,
         states_bytes=widths * _state_bytes(recipe),
         steps=steps,
         step_tokens=step_tokens,
@@ -191,10 +198,9 @@ def cost_of_calibrating(recipe: Recipe, pair: ModelPair, *, as_start: bool) -> R
         pair: Teacher and student.
         as_start: Whether the refined stage follows, for which it is fitted on less text.
     """
-    from moe_svd_distill.fitting.copies import default_copies
-
     text = min(recipe.tokens, recipe.training.start_tokens) if as_start else recipe.tokens
-    copies = default_copies(text) if recipe.copies == "auto" else recipe.copies
+    copying = for_fit(recipe, text, 1, identical=recipe.vocabulary == "equal")
+    copies = copying.sequences(1)
     tokens = text * (1 + copies) + recipe.scale_search_tokens
     teacher, student = pair.teacher, pair.student
     widths = teacher.layout.geometry.hidden + student.layout.geometry.hidden * (2 if recipe.last_layers else 1)

@@ -16,11 +16,11 @@ import torch
 
 from moe_svd_distill.execution.publish import write_json_atomic
 from moe_svd_distill.fitting.check import Places, figures_by_document, predicting_places
-from moe_svd_distill.fitting.copies import perturbed_copies
 from moe_svd_distill.fitting.pairs import HeadWeights, Segment, StatePairs, common_rows
 from moe_svd_distill.fitting.rank import choose_rank, head_factors
 from moe_svd_distill.pipeline.assembly import asked_head_rank
 from moe_svd_distill.pipeline.calibrate import CalibratedHead
+from moe_svd_distill.pipeline.copying import draw, for_training
 from moe_svd_distill.pipeline.cost import optimiser_steps, trained_ranks
 from moe_svd_distill.pipeline.placement import Placement, place_training
 from moe_svd_distill.pipeline.preparation import library_versions
@@ -104,7 +104,10 @@ class _Refinement:
         self.dtype: torch.dtype = getattr(torch, recipe.dtype)
         self.passes: dict[str, Any] = {}
         self.ranks = trained_ranks(recipe, pair.student)
-        tokens, length = self.fit_text.student.sequences.size * (1 + self.copies()), self.fit_text.student.length
+        given, length = self.fit_text.student, self.fit_text.student.length
+        count = len(given.sequences)
+        self.copying = for_training(recipe, given.tokens, count, self.fit_text.identical)
+        tokens = (count + self.copying.sequences(count)) * length
         self.step_tokens = optimiser_steps(recipe, tokens, length)[1]
         together = self.step_tokens // length
         self.placement: Placement = place_training(recipe, pair, devices, workers, self.ranks, together)
@@ -161,13 +164,9 @@ class _Refinement:
     def job(self, start: Start) -> TrainingJob:
         """Read the text by the teacher, and write down what every process needs to know."""
         fit, search = self.fit_text, self.text.search
-        copies = self.copies()
         count = len(fit.student.sequences)
-        copied = fit.student.sequences[:0]
-        if copies:
-            mine = self.read("student", self.pair.student, fit.student.sequences)
-            head = common_rows(load_head(self.pair.student.checkpoint, "cpu", torch.float32), fit.student_ids)
-            copied = perturbed_copies(fit.student.sequences, mine, head, copies, self.recipe.seed)
+        head = common_rows(load_head(self.pair.student.checkpoint, "cpu", torch.float32), fit.student_ids)
+        copied = draw(fit.student.sequences, self.copying, self.read_student, head, self.recipe.seed)
         read = np.concatenate([fit.teacher.sequences, search.teacher.sequences, copied])
         theirs = self.read("teacher", self.pair.teacher, read)
         offset = (count + len(search.teacher.sequences)) * fit.teacher.length
@@ -245,11 +244,9 @@ class _Refinement:
             seed=self.recipe.seed,
         )
 
-    def copies(self) -> int:
-        """How many copies of the text are trained on as well."""
-        if not self.fit_text.identical or self.recipe.copies == "auto":
-            return 0
-        return self.recipe.copies
+    def read_student(self, name: str, sequences: NDArray[np.int64]) -> StreamedStates:
+        """A pass of the untouched student."""
+        return self.read(name, self.pair.student, sequences)
 
     def check_pairs(self, trainee: Trainee, places: Places, scale: float) -> StatePairs:
         """States of the checking text, in the order of its places."""
@@ -294,7 +291,8 @@ class _Refinement:
         outcome = run.outcome
         return {
             "trained_on_tokens": int(job.text.ids.size),
-            "copies_of_the_text": self.copies(),
+            "copies_of_the_text": self.copying.copies,
+            "own_text_sequences": self.copying.own,
             "common_tokens": len(self.fit_text.student_ids),
             "start_pairs": len(start.names),
             "curve": [asdict(point) for point in outcome.curve],

@@ -11,16 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_svd_distill.fitting.check import Places, predicting_places
-from moe_svd_distill.fitting.copies import (
-    ROUNDS,
-    default_copies,
-    default_own_text,
-    drawn_anew,
-    perturbed_copies,
-    random_sequences,
-)
 from moe_svd_distill.fitting.last_layers import RowSegment
 from moe_svd_distill.fitting.pairs import HeadWeights, Segment, StatePairs
+from moe_svd_distill.pipeline.copying import Copying, draw, for_fit
 from moe_svd_distill.streaming import PassSettings, StreamedStates, stream_states, stream_with_inputs
 from moe_svd_distill.streaming.states_file import StatesFile
 
@@ -57,8 +50,7 @@ class TextStates:
         places: These places.
         fit_rows: Inputs of the last layers for the sequences of `fit`; empty where only the head is fitted.
         check_rows: The same of the search text.
-        copies: Copies of the text, and
-        own_text: how many of them are text of the student's own.
+        copying: What was read beside the text.
         passes: Name of each pass to its facts.
     """
 
@@ -67,8 +59,7 @@ class TextStates:
     places: Places
     fit_rows: tuple[RowSegment, ...]
     check_rows: RowSegment | None
-    copies: int
-    own_text: int
+    copying: Copying
     passes: Mapping[str, Mapping[str, Any]]
 
 
@@ -116,21 +107,14 @@ class StateReader:
         places = predicting_places(search)
         count, length = len(fit.student.sequences), fit.student.length
         mine, inputs = self._student("student", np.concatenate([fit.student.sequences, search.student.sequences]))
-        asked = default_copies(fit.student.tokens) if self._recipe.copies == "auto" else self._recipe.copies
-        copies = asked if fit.identical else 0
+        copying = for_fit(self._recipe, fit.student.tokens, count, fit.identical)
         self._report("drawing copies of the text", None)
-        own = own_text(self._recipe, copies)
-        copied = np.concatenate(
-            [
-                perturbed_copies(fit.student.sequences, mine, head, copies - own, self._recipe.seed),
-                self._own_text(own * count, length, head),
-            ]
-        )
+        copied = draw(fit.student.sequences, copying, self._own_pass, head, self._recipe.seed, mine)
         theirs = self._teacher(np.concatenate([fit.teacher.sequences, search.teacher.sequences, copied]))
         flat_mine, flat_theirs = _flat(mine), _flat(theirs)
         segments = [Segment(flat_mine, flat_theirs, fit.student_position, fit.teacher_position)]
         rows = [_rows(inputs, slice(0, count), segments[0])]
-        if copies:
+        if len(copied):
             again, more = self._student("student, copies", copied)
             everywhere = np.arange(copied.size)
             offset = (count + len(search.teacher.sequences)) * fit.teacher.length
@@ -143,17 +127,11 @@ class StateReader:
         )
         fit_rows = tuple(segment for segment in rows if segment is not None)
         return TextStates(
-            StatePairs(segments), StatePairs([check]), places, fit_rows, check_rows, copies, own, self._passes
+            StatePairs(segments), StatePairs([check]), places, fit_rows, check_rows, copying, self._passes
         )
 
-    def _own_text(self, count: int, length: int, head: HeadWeights) -> NDArray[np.int64]:
-        """Sequences that begin as random tokens and are drawn anew from what the student expects, several times."""
-        sequences = random_sequences(count, length, len(head.weight), self._recipe.seed)
-        for number in range(ROUNDS if count else 0):
-            name = f"student, its own text {number + 1}"
-            with self._plain(name, sequences) as states:
-                sequences = drawn_anew(sequences, states, head, self._recipe.seed + number)
-        return sequences
+    def _own_pass(self, name: str, sequences: NDArray[np.int64]) -> StreamedStates:
+        return self._noted(name, self._plain(name, sequences), sequences)
 
     def _student(self, name: str, sequences: NDArray[np.int64]) -> tuple[StreamedStates, StatesFile | None]:
         checkpoint, progress = self._pair.student.checkpoint, self._progress(name)
@@ -196,8 +174,3 @@ def _rows(inputs: StatesFile | None, rows: slice, segment: Segment) -> RowSegmen
     begin, end, _ = rows.indices(inputs.shape[0])
     states = inputs.rows(slice(begin, end))
     return RowSegment(states, segment.teacher, segment.student_position, segment.teacher_position)
-
-
-def own_text(recipe: Recipe, copies: int) -> int:
-    """How many of the copies are text of the student's own."""
-    return default_own_text(copies) if recipe.own_text == "auto" else min(recipe.own_text, copies)
