@@ -70,6 +70,7 @@ def measure(
         "method": record["method"],
         "rank": record["calibration"].get("rank"),
         "copies": record["calibration"].get("copies_of_the_text"),
+        "own_text": record["calibration"].get("own_text_sequences"),
         "gap_closed": figures["gap_closed"],
         "effect": figures["effect"],
         "student": {key: figures["student"][key] for key in ("kl", "cross_entropy")},

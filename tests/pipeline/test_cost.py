@@ -120,6 +120,9 @@ def test_a_start_by_stages_comes_before_and_is_fitted_on_less_text(tiny: tuple[P
     assert any("7 copies of 1,024" in value for _, value in outlook["sizes"])
     automatic = outlook_of(tiny, tmp_path / "out", start="auto")["method"]
     assert automatic["stages"] == [*automatic["auto"]["stages"], "refined"]
+    assert "calibrated" in automatic["stages"]
+    much = outlook_of(tiny, tmp_path / "out", start="auto", tokens=100_000)["method"]
+    assert much["stages"] == [stage for stage in automatic["stages"] if stage != "calibrated"]
 
 
 def test_a_start_that_holds_no_adapter_is_refused_before_any_work(tiny: tuple[Path, Path], tmp_path: Path) -> None:

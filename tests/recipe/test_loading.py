@@ -31,7 +31,10 @@ def test_sections_are_joined_key_by_key(tmp_path: Path) -> None:
 
 
 def test_the_start_from_the_environment_is_text() -> None:
-    assert load_recipe(None, BASE, {"MOE_SVD_DISTILL_START": "2024"}).start == "2024"
+    training = BASE | {"method": "refined", "calibration": ["text.txt"]}
+    assert load_recipe(None, training, {"MOE_SVD_DISTILL_START": "2024"}).start == "2024"
+    with pytest.raises(UsageError, match="trains nothing"):
+        load_recipe(None, BASE, {"MOE_SVD_DISTILL_START": "2024"})
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 from moe_svd_distill.adapter import ADAPTER_FILE
 from moe_svd_distill.errors import MissingInputError, NothingToTransferError, UsageError
 from moe_svd_distill.pairing.lineage import Lineage, MethodChoice, Relatedness, choose_method
+from moe_svd_distill.pipeline.copying import MUCH_TEXT
 from moe_svd_distill.pipeline.pair import ModelPair
 from moe_svd_distill.pipeline.relatedness import measure_relatedness
 from moe_svd_distill.recipe import Recipe
@@ -87,9 +88,14 @@ def stages_for(recipe: Recipe, relatedness: Relatedness) -> Stages:
         return Stages(tuple(recipe.method.split("+")), f"asked for: method {recipe.method}", relatedness)
     choice = automatic_choice(recipe, relatedness)
     if recipe.method == "refined" and choice.stages:
-        return Stages(
-            (*choice.stages, "refined"), f"asked for: method refined; it starts so: {choice.reason}", relatedness
-        )
+        reason = f"asked for: method refined; it starts so: {choice.reason}"
+        before = choice.stages
+        if recipe.tokens > MUCH_TEXT and "calibrated" in before:
+            before = tuple(stage for stage in before if stage != "calibrated")
+            reason += (
+                f"; of more than {MUCH_TEXT:,} tokens training makes as much without the calibrated stage before it"
+            )
+        return Stages((*before, "refined"), reason, relatedness)
     return Stages(choice.stages, choice.reason, relatedness)
 
 

@@ -66,7 +66,8 @@ class Recipe(Section):
     start: str = Field(
         "auto",
         description="What training begins with: zero, weights, calibrated, weights+calibrated, or the folder of an "
-        "adapter for this student; auto: what method auto would choose for the pair.",
+        "adapter for this student; auto: what method auto would choose for the pair, of more than 65,536 tokens "
+        "without the calibrated stage.",
     )
     training: TrainingRecipe = Field(default_factory=lambda: TrainingRecipe(), description="The refined stage.")
 
@@ -165,6 +166,12 @@ class Recipe(Section):
             folder = Path(getattr(self, role))
             if folder.is_dir() and folder.resolve() == output:
                 raise ValueError(f"output is the {role}'s own folder")
+        return self
+
+    @model_validator(mode="after")
+    def _start_of_something(self) -> Recipe:
+        if self.start != "auto" and self.method != "refined":
+            raise ValueError(f"start is {self.start}, but method {self.method} trains nothing: give method refined")
         return self
 
     @model_validator(mode="after")
