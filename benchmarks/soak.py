@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks._limits import memory_group
 from benchmarks._measure import print_machine
 from benchmarks.synthetic import STUDENT, TEACHER, Sizes, write_model
 
@@ -97,7 +98,7 @@ def memory(folder: Path, limit: int) -> None:
         shard = max(path.stat().st_size for path in teacher.glob("*.safetensors"))
         own = max(path.stat().st_size for path in student.glob("*.safetensors"))
         bound = 2 * shard + own
-        group = _memory_group(limit)
+        group = memory_group(limit)
         record = _run(_command(teacher, student, folder / f"out-{layers}", 1), group)
         peak = max(record["execution"]["peak_anonymous_bytes_by_worker"].values())
         base = _idle_worker()
@@ -137,26 +138,6 @@ def _run(command: Sequence[str], group: Path | None = None) -> dict[str, Any]:
 def _parts(output: Path) -> int:
     """Finished parts in an output folder."""
     return len(list((output / "parts").glob("part-*.safetensors")))
-
-
-def _memory_group(limit: int) -> Path | None:
-    """A memory cgroup of our own, version 1 or 2, or None where the machine does not let us make one."""
-    own = Path("/proc/self/cgroup").read_text().splitlines()
-    for line in own:
-        _, controllers, path = line.split(":", 2)
-        root = Path("/sys/fs/cgroup/memory") if "memory" in controllers.split(",") else Path("/sys/fs/cgroup")
-        if controllers and "memory" not in controllers.split(","):
-            continue  # another version-1 controller
-        for parent in (root / path.lstrip("/"), root):
-            group = parent / f"soak-{os.getpid()}"
-            file = "memory.limit_in_bytes" if controllers else "memory.max"
-            try:
-                group.mkdir(exist_ok=True)
-                (group / file).write_text(str(limit))
-            except OSError:
-                continue
-            return group
-    return None
 
 
 def _idle_worker() -> int:

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks._limits import memory_group
 from benchmarks._measure import print_machine
-from benchmarks.soak import _memory_group as memory_group
 from benchmarks.synthetic import Sizes, write_model
 
 MIB = 2**20

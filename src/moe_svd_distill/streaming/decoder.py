@@ -33,6 +33,7 @@ class Decoder(Protocol):
         weights: Layer to its stored matrices that can be changed where they lie.
         fixed: Stored matrices of the layers that an operation of transformers takes apart.
         resident: Whether every layer is in memory all the time.
+        watch: The largest memory seen while weights were read.
     """
 
     layers: int
@@ -40,6 +41,15 @@ class Decoder(Protocol):
     weights: Mapping[int, list[LayerWeight]]
     fixed: list[str]
     resident: bool
+    watch: MemoryWatch
+
+    @property
+    def bytes_read(self) -> int:
+        """Stored bytes of weights read so far."""
+
+    @property
+    def seconds_waiting(self) -> float:
+        """Time without work because a layer was not there yet."""
 
     def enter(self, layer: int, following: int | None = None) -> None:
         """See to it that a layer's weights are in memory.
@@ -145,6 +155,8 @@ class ResidentDecoder(_Base):
             weight: Any = self._skeleton.embedding.weight
             with torch.no_grad():
                 weight.add_(embedding_change(torch.arange(len(weight))).to(weight))
+
+    seconds_waiting = 0.0
 
     def enter(self, layer: int, following: int | None = None) -> None:
         """As `Decoder`: it is there."""

@@ -94,11 +94,23 @@ class TrainingJob:
 
 @dataclass(frozen=True)
 class Trained:
-    """How training went, with which settings, and the trials of its learning rate."""
+    """How training went.
+
+    Attributes:
+        outcome: Of the run itself.
+        settings: With the learning rate that was chosen.
+        trials: Of the learning rate.
+        bytes_read: Stored bytes of the student's weights that were read meanwhile, by one process.
+        seconds_waiting: Time without work because a layer was not there yet.
+        peak_anonymous_bytes: The process's largest anonymous memory seen, libraries included.
+    """
 
     outcome: Outcome
     settings: TrainingSettings
     trials: tuple[Trial, ...]
+    bytes_read: int
+    seconds_waiting: float
+    peak_anonymous_bytes: int
 
 
 class Trainee:
@@ -151,7 +163,10 @@ class Trainee:
         """Train, or go on with it; the best state is then in the bank and the head."""
         saves = Saves(self._job.folder, self._job.key, writes=self._peers.number == 0)
         settings, trials = self._settings()
-        return Trained(self._run(settings).complete(saves, on_progress), settings, trials)
+        before = self.decoder.bytes_read
+        outcome = self._run(settings).complete(saves, on_progress)
+        read = self.decoder.bytes_read - before
+        return Trained(outcome, settings, trials, read, self.decoder.seconds_waiting, self.decoder.watch.look())
 
     def _run(self, settings: TrainingSettings) -> Training:
         """A run that begins at the start."""
