@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_svd_distill.fitting.rank import HeadRank
-    from moe_svd_distill.pipeline.calibrate import CalibratedHead
+    from moe_svd_distill.pipeline.fitted import Fitted
 
 ADAPTER = "adapter_model.safetensors"
 CONFIGURATION = "adapter_config.json"
@@ -77,7 +77,7 @@ def stage_adapter(output: OutputFolder, recipe: Recipe, pair: ModelPair, made_of
     return digest
 
 
-def write_head_part(folder: Path, pair: ModelPair, recipe: Recipe, fitted: CalibratedHead, alone: bool) -> Path:
+def write_head_part(folder: Path, pair: ModelPair, recipe: Recipe, fitted: Fitted, alone: bool) -> Path:
     """The part of the fitted head: a LoRA pair, or the head whole.
 
     Args:

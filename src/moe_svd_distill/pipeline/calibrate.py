@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from moe_svd_distill.fitting.pairs import HeadWeights, common_rows, second_momen
 from moe_svd_distill.fitting.rank import RankChoice, choose_rank, head_factors
 from moe_svd_distill.fitting.source import StateSource
 from moe_svd_distill.pipeline.assembly import asked_head_rank
+from moe_svd_distill.pipeline.fitted import Fitted
 from moe_svd_distill.pipeline.preparation import available_cores, library_versions
 from moe_svd_distill.pipeline.states import Body, Report, StateReader
 from moe_svd_distill.streaming import PassSettings, load_head, load_last_layers
@@ -40,25 +41,6 @@ GROUP = "calibrated"
 ALGORITHM = 4  # raise whenever the same input would give another head
 
 
-@dataclass(frozen=True, eq=False)
-class CalibratedHead:
-    """The fitted head and how it came about.
-
-    Attributes:
-        factors: ``(B, A)`` as stored, (V, r) and (r, d).
-        delta: Their product, float32, (V, d).
-        pairs: Hub name to ``(B, A)`` as stored, for every matrix of the last layers that was fitted.
-        search: The scale search on top of what was there before.
-        record: Facts for run.json.
-    """
-
-    factors: tuple[Tensor, Tensor]
-    delta: Tensor
-    pairs: Mapping[str, tuple[Tensor, Tensor]]
-    search: ScaleSearch
-    record: dict[str, Any]
-
-
 def calibrate(
     recipe: Recipe,
     pair: ModelPair,
@@ -67,7 +49,7 @@ def calibrate(
     devices: tuple[str, ...],
     body: Body | None,
     report: Report,
-) -> CalibratedHead:
+) -> Fitted:
     """Stream both models over the text, fit the head, choose its rank and its scale.
 
     Args:
@@ -109,7 +91,7 @@ class _Calibration:
         self.ranks: dict[str, int] = {}
         self.fixed: list[str] = []
 
-    def run(self) -> CalibratedHead:
+    def run(self) -> Fitted:
         begin = time.monotonic()
         self.load_heads()
         source = self.source()
@@ -138,7 +120,7 @@ class _Calibration:
             else {}
         )
         record = self.facts(source, fitted, choice, scale) | {"seconds": round(time.monotonic() - begin, 2)}
-        return CalibratedHead((whole, right.cpu()), delta.cpu(), pairs, search, record)
+        return Fitted((whole, right.cpu()), delta.cpu(), pairs, search, record)
 
     def load_heads(self) -> None:
         device = str(self.device)

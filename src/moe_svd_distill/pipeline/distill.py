@@ -34,7 +34,7 @@ from moe_svd_distill.report.card import adapter_card
 from moe_svd_distill.streaming.groups import GROUPS
 
 if TYPE_CHECKING:
-    from moe_svd_distill.pipeline.calibrate import CalibratedHead
+    from moe_svd_distill.pipeline.fitted import Fitted
 
 MANIFEST = "run.json"
 CARD = "README.md"
@@ -193,7 +193,7 @@ class _Run:
         report = partial(self.listener.on_stage, step)
         return decide_scale(staged, self.pair, self.text.search, self.device, self.cache, report)
 
-    def calibrate(self, on_top: bool, decision: ScaleDecision) -> tuple[CalibratedHead, Path | None]:
+    def calibrate(self, on_top: bool, decision: ScaleDecision) -> tuple[Fitted, Path | None]:
         """The calibrated stage; no part where nothing of it is kept."""
         from moe_svd_distill.pipeline.calibrate import calibrate
         from moe_svd_distill.pipeline.states import Body
@@ -211,7 +211,7 @@ class _Run:
             return fitted, None
         return fitted, write_head_part(self.output.parts, self.pair, self.recipe, fitted, alone=not on_top)
 
-    def refine(self, start: Ingredients) -> tuple[CalibratedHead, Path]:
+    def refine(self, start: Ingredients) -> tuple[Fitted, Path]:
         """The refined stage, from what the stages before have made, or from an adapter that was named."""
         from moe_svd_distill.pipeline.refine import refine
         from moe_svd_distill.pipeline.states import Body
@@ -241,8 +241,8 @@ class _Run:
         plan: Plan | None,
         units: list[dict[str, Any]],
         summary: ExecutionSummary | None,
-        calibrated: CalibratedHead | None,
-        refined: CalibratedHead | None,
+        calibrated: Fitted | None,
+        refined: Fitted | None,
     ) -> dict[str, Any]:
         """Everything about the run but the figures."""
         tensors = tensor_records(units)

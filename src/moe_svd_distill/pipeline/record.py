@@ -18,7 +18,7 @@ from moe_svd_distill.pipeline.preparation import NUMERIC_LIBRARIES, PROJECT
 from moe_svd_distill.recipe import Recipe
 
 if TYPE_CHECKING:
-    from moe_svd_distill.pipeline.calibrate import CalibratedHead
+    from moe_svd_distill.pipeline.fitted import Fitted
     from moe_svd_distill.pipeline.method import Stages
 
 SCHEMA = 1
@@ -53,9 +53,7 @@ def summarise(tensors: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def calibrated_records(
-    pair: ModelPair, fitted: CalibratedHead, whole: bool, stage: str = "calibrated"
-) -> list[dict[str, Any]]:
+def calibrated_records(pair: ModelPair, fitted: Fitted, whole: bool, stage: str = "calibrated") -> list[dict[str, Any]]:
     """The fate of every tensor that a stage on text changes: the head first, then those of the layers."""
     layout = pair.student.layout
     rows = [_head_record(pair, fitted, whole, stage)]
@@ -75,7 +73,7 @@ def calibrated_records(
     return rows
 
 
-def _head_record(pair: ModelPair, fitted: CalibratedHead, whole: bool, stage: str) -> dict[str, Any]:
+def _head_record(pair: ModelPair, fitted: Fitted, whole: bool, stage: str) -> dict[str, Any]:
     layout = pair.student.layout
     left, right = fitted.factors
     return {

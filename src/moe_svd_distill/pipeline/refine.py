@@ -19,9 +19,9 @@ from moe_svd_distill.fitting.check import Places, figures_by_document, predictin
 from moe_svd_distill.fitting.pairs import HeadWeights, Segment, StatePairs, common_rows
 from moe_svd_distill.fitting.rank import choose_rank, head_factors
 from moe_svd_distill.pipeline.assembly import asked_head_rank
-from moe_svd_distill.pipeline.calibrate import CalibratedHead
 from moe_svd_distill.pipeline.copying import draw, for_training
 from moe_svd_distill.pipeline.cost import optimiser_steps, trained_ranks
+from moe_svd_distill.pipeline.fitted import Fitted
 from moe_svd_distill.pipeline.placement import Placement, place_training
 from moe_svd_distill.pipeline.preparation import library_versions
 from moe_svd_distill.pipeline.states import Body, Report
@@ -59,7 +59,7 @@ def refine(
     start: Body | None,
     report: Report,
     note: Callable[[str], None],
-) -> CalibratedHead:
+) -> Fitted:
     """Train the student's pairs and its head, choose the head's rank and the scale of it all.
 
     Args:
@@ -112,7 +112,7 @@ class _Refinement:
         together = self.step_tokens // length
         self.placement: Placement = place_training(recipe, pair, devices, workers, self.ranks, together)
 
-    def run(self) -> CalibratedHead:
+    def run(self) -> Fitted:
         begin = time.monotonic()
         start = read_start(self.pair, self.begin_with, self.ranks, self.fit_text.student_ids, self.folder)
         job = self.job(start)
@@ -144,7 +144,7 @@ class _Refinement:
         whole[rows] = left.cpu()
         delta[rows] = left.float().cpu() @ right.float().cpu()
         record = self.facts(job, run, choice, scale, fixed, start) | {"seconds": round(time.monotonic() - begin, 2)}
-        return CalibratedHead((whole, right.cpu()), delta, pairs, search, record)
+        return Fitted((whole, right.cpu()), delta, pairs, search, record)
 
     def told(self, progress: Progress, steps: int) -> None:
         """Pass on where training stands, and keep its curve in the output folder."""

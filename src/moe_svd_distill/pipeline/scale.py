@@ -16,7 +16,7 @@ from moe_svd_distill.streaming.groups import GROUPS, group_of
 if TYPE_CHECKING:
     from moe_svd_distill.calibration.paired import PairedText
     from moe_svd_distill.evaluation.figures import Measurement
-    from moe_svd_distill.pipeline.calibrate import CalibratedHead
+    from moe_svd_distill.pipeline.fitted import Fitted
     from moe_svd_distill.pipeline.pair import ModelPair
 
 Report = Callable[[float], None]
@@ -65,7 +65,7 @@ def not_searched(reason: str) -> ScaleDecision:
 
 
 def combined_decision(
-    weights: ScaleDecision | None, fitted: CalibratedHead | None, refined: CalibratedHead | None = None
+    weights: ScaleDecision | None, fitted: Fitted | None, refined: Fitted | None = None
 ) -> ScaleDecision:
     """What the searches of the stages say together."""
     if refined is not None:
