@@ -17,8 +17,8 @@ _TINY = 1e-12
 _LIKE_ADAM = 0.2
 
 
-def near_polar_factor(matrices: Float[Tensor, "n r c"], iterations: int = 5) -> Float[Tensor, "n r c"]:
-    """Matrices of the same singular vectors with singular values of about 0.7 to 1.2; zero stays zero."""
+def near_polar_factor(matrices: Float[Tensor, "n r c"], iterations: int = 4) -> Float[Tensor, "n r c"]:
+    """Matrices of the same singular vectors, with singular values near one unless they were very small."""
     wide = matrices.shape[1] <= matrices.shape[2]
     found = matrices if wide else matrices.transpose(1, 2)
     found = found / (found.norm(dim=(1, 2), keepdim=True) + _TINY)

@@ -131,7 +131,7 @@ class Training:
         if bank.values.numel():
             decay = settings.weight_decay
             factors: Optimiser = (
-                Muon(bank, settings.momentum, decay)
+                Muon(bank, settings.momentum, decay, self.peers)
                 if settings.optimiser == "muon"
                 else AdamW(bank.values, bank.gradient, settings.betas, decay)
             )

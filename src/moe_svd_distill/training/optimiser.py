@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_svd_distill.algebra.orthogonal_step import adam_like_size, near_polar_factor
 from moe_svd_distill.training.factors import FactorBank
+from moe_svd_distill.training.peers import Peers
 
 OptimiserName: TypeAlias = Literal["muon", "adamw"]
 _TINY = 1e-10
@@ -62,15 +63,16 @@ class AdamW:
 class Muon:
     """Steps of equal size in all directions of each factor, from Nesterov momentum."""
 
-    def __init__(self, bank: FactorBank, momentum: float, weight_decay: float) -> None:
+    def __init__(self, bank: FactorBank, momentum: float, weight_decay: float, peers: Peers) -> None:
         """Begin at zero.
 
         Args:
             bank: Whose factors move.
             momentum: Decay of the mean gradient.
             weight_decay: Decoupled.
+            peers: Each computes the steps of some factors and is told those of the others.
         """
-        self._bank, self._momentum, self._decay = bank, momentum, weight_decay
+        self._bank, self._momentum, self._decay, self._peers = bank, momentum, weight_decay, peers
         self._mean = torch.zeros_like(bank.values)
 
     @torch.no_grad()
@@ -81,9 +83,13 @@ class Muon:
         ahead = torch.lerp(self._mean, bank.gradient, share)
         if self._decay:
             bank.values.mul_(1 - rate * self._decay)
-        for begin, end, shape in bank.blocks:
-            step = near_polar_factor(ahead[begin:end].view(shape))
-            bank.values[begin:end].view(shape).add_(step, alpha=-rate * adam_like_size(*shape[1:]))
+        steps = torch.zeros_like(ahead) if self._peers.count > 1 else ahead
+        for number, (begin, end, shape) in enumerate(bank.blocks):
+            if number // 2 % self._peers.count == self._peers.number:  # A and B of a stack together: even shares
+                found = near_polar_factor(ahead[begin:end].view(shape))
+                steps[begin:end] = found.mul_(adam_like_size(*shape[1:])).reshape(-1)
+        self._peers.add_up(steps)
+        bank.values.add_(steps, alpha=-rate)
 
     def tensors(self) -> dict[str, Tensor]:
         """As `Optimiser`."""
