@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -76,6 +76,7 @@ def test_no_part_of_a_neuron_drowns_the_others() -> None:
 
 @settings(max_examples=10, deadline=None)
 @given(seed=SEEDS, experts=st.integers(2, 12))
+@example(seed=193, experts=4)
 def test_planted_experts_are_found_though_their_neurons_are_permuted_too(seed: int, experts: int) -> None:
     hidden, neurons = 24, 20
     parts = [mlp(neurons, hidden, seed + 10 * e) for e in range(experts)]
@@ -89,8 +90,9 @@ def test_planted_experts_are_found_though_their_neurons_are_permuted_too(seed: i
     features = expert_probe_features(gate, up, down, probes), expert_probe_features(*own, probes)
     by_both = match_experts(router, noisy(router[order] - 7.0, seed, 0.1), *features)
     assert torch.equal(by_both.teacher_index, order)
-    unrelated_router = random(experts, hidden, seed=seed + 5)
-    by_features = match_experts(random(experts, hidden, seed=seed + 6), unrelated_router, *features)
+    # Wide, because the rows of few narrow unrelated routers resemble each other by chance (seed 193, 4 experts).
+    unrelated = [random(experts, 50 * hidden, seed=seed + more) for more in (5, 6)]
+    by_features = match_experts(*unrelated, *features)
     assert torch.equal(by_features.teacher_index, order)
 
 

@@ -108,7 +108,7 @@ class Crew:
             daemon=True,
         )
         try:
-            with signals_held(), bare_main(self._pickled_work):
+            with signals_held(START_METHOD), bare_main(self._pickled_work):
                 process.start()
                 self.workers[slot] = Worker(slot, device, process, ours)
         except OSError as error:

@@ -24,9 +24,9 @@ def leave_with_parent(look: Callable[[], object]) -> None:
 
 
 @contextmanager
-def signals_held() -> Iterator[None]:
+def signals_held(start_method: str) -> Iterator[None]:
     """Hold back Ctrl-C while a process starts: it would hit the child before the child can ignore it."""
-    if START_METHOD == "spawn":
+    if start_method == "spawn":
         resource_tracker.ensure_running()  # it would lift the mask if it were started within
     held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:

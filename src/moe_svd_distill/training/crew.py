@@ -60,7 +60,7 @@ def _start(job: TrainingJob, number: int, address: str) -> Any:
     process = context.Process(
         target=_take_part, args=(job, number, address), name=f"moe-svd-distill trainer {number}", daemon=True
     )
-    with signals_held(), bare_main(b""):
+    with signals_held(START_METHOD), bare_main(b""):
         process.start()
     return process
 
