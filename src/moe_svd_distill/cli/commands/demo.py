@@ -16,7 +16,7 @@ EVALUATION_TOKENS = 16_000
 SCALE_SEARCH_TOKENS = 8_192
 TOKENS = 8_192
 COPIES = 3
-PASSES = 6
+PASSES = 4
 
 
 @click.command("demo", short_help="The whole pipeline, no download.")
