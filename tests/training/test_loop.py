@@ -169,6 +169,7 @@ def _job(model: Path, folder: Path, devices: tuple[str, ...], resident: bool) ->
         1,
         folder,
         "job",
+        120.0,
     )
 
 

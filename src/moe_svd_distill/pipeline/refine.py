@@ -221,6 +221,7 @@ class _Refinement:
             self.placement.threads,
             self.folder,
             key,
+            self.recipe.training.save_seconds,
         )
 
     def settings(self) -> TrainingSettings:

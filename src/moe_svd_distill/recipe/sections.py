@@ -65,6 +65,7 @@ class TrainingRecipe(Section):
     )
     checks: int = Field(12, ge=1, description="How often the student is measured on calibration text meanwhile.")
     patience: int = Field(4, ge=1, description="Checks without a gain after which training stops.")
+    save_seconds: float = Field(120.0, gt=0, description="Seconds between two saves that a killed run goes on from.")
     start_tokens: int = Field(
         32768, ge=512, description="Tokens of the text that a calibrated start is fitted on, at most."
     )

@@ -72,6 +72,7 @@ class TrainingJob:
         threads: CPU threads of each process.
         folder: Where saves lie, and inputs of layers that memory does not hold.
         key: Hash of everything the run depends on.
+        save_seconds: Between two saves.
     """
 
     teacher: Checkpoint
@@ -90,6 +91,7 @@ class TrainingJob:
     threads: int
     folder: Path
     key: str
+    save_seconds: float
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ class Trainee:
 
     def train(self, on_progress: Listener) -> Trained:
         """Train, or go on with it; the best state is then in the bank and the head."""
-        saves = Saves(self._job.folder, self._job.key, writes=self._peers.number == 0)
+        saves = Saves(self._job.folder, self._job.key, self._peers.number == 0, self._job.save_seconds)
         settings, trials = self._settings()
         before = self.decoder.bytes_read
         outcome = self._run(settings).complete(saves, on_progress)

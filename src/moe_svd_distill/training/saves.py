@@ -19,14 +19,13 @@ from moe_svd_distill.execution.parts import (
     write_part,
 )
 
-SAVE_EVERY_S = 120.0
 _TURNS = 2
 
 
 class Saves:
     """Two files in turn, so that there is a whole one while the other is written, or after it is damaged."""
 
-    def __init__(self, folder: Path, key: str, writes: bool = True, every_s: float = SAVE_EVERY_S) -> None:
+    def __init__(self, folder: Path, key: str, writes: bool = True, every_s: float = 120.0) -> None:
         """Nothing is written yet.
 
         Args:
