@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.adapter import check_loads
-from moe_svd_distill.errors import BadDataError, CannotWriteError, MissingInputError, NothingToTransferError
+from moe_svd_distill.errors import BadDataError, NothingToTransferError
 from moe_svd_distill.execution.events import Event
 from moe_svd_distill.execution.publish import OutputFolder, write_json_atomic, write_text_atomic
 from moe_svd_distill.execution.supervisor import ExecutionSummary, Settings, execute
@@ -19,6 +18,7 @@ from moe_svd_distill.pipeline.assembly import ADAPTER, Ingredients, head_is_whol
 from moe_svd_distill.pipeline.method import Stages, choose_stages
 from moe_svd_distill.pipeline.pair import ModelPair, open_pair
 from moe_svd_distill.pipeline.preparation import execution_settings, make_work, prepare
+from moe_svd_distill.pipeline.published import MANIFEST, Adapter, load_adapter, refuse_foreign_folder
 from moe_svd_distill.pipeline.record import (
     calibrated_records,
     is_nothing,
@@ -36,7 +36,8 @@ from moe_svd_distill.streaming.groups import GROUPS
 if TYPE_CHECKING:
     from moe_svd_distill.pipeline.fitted import Fitted
 
-MANIFEST = "run.json"
+__all__ = ["MANIFEST", "Adapter", "Listener", "distill", "load_adapter"]
+
 CARD = "README.md"
 TAKEN_APART = "transformers takes it apart on loading, so it cannot be fitted in place"
 NOT_TRAINED = "the refined stage trains the matrices of the layers and the head alone"
@@ -60,29 +61,6 @@ class Listener:
     on_note: Callable[[str], None] = field(default=lambda note: None)
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """A published adapter.
-
-    Attributes:
-        folder: Where it lies.
-        record: The content of run.json.
-    """
-
-    folder: Path
-    record: Mapping[str, Any]
-
-    @property
-    def sha256(self) -> str:
-        """Digest of adapter_model.safetensors."""
-        return str(self.record["adapter_sha256"])
-
-    @property
-    def transferred(self) -> bool | None:
-        """Whether anything was transferred: None where no calibration text was given, so nobody knows."""
-        return self.record["transferred"]
-
-
 def distill(recipe: Recipe, listener: Listener | None = None) -> Adapter:
     """Run a recipe; goes on where an earlier run with the same output stopped.
 
@@ -96,7 +74,7 @@ def distill(recipe: Recipe, listener: Listener | None = None) -> Adapter:
     """
     listener = listener or Listener()
     settings = execution_settings(recipe)
-    _refuse_foreign_folder(recipe.output)
+    refuse_foreign_folder(recipe.output)
     with open_pair(recipe.teacher, recipe.student) as pair:
         stages = choose_stages(recipe, pair)
         listener.on_note(f"method: {' and '.join(stages.names)} ({stages.reason})")
@@ -277,34 +255,6 @@ class _Run:
 
 def _no_text(recipe: Recipe) -> str:
     return "no calibration text was given" if not recipe.calibration else "recipe: scale_search: false"
-
-
-def load_adapter(folder: Path) -> Adapter:
-    """A published adapter.
-
-    Raises:
-        MissingInputError: The folder holds none.
-    """
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        raise MissingInputError(
-            f"{folder} holds no finished adapter (no {MANIFEST})", "Run moe-svd-distill distill with this --output"
-        )
-    return Adapter(folder, json.loads(manifest.read_text(encoding="utf-8")))
-
-
-def _refuse_foreign_folder(folder: Path) -> None:
-    """Refuse to write into a folder that holds something else than an earlier run."""
-    if folder.exists() and not folder.is_dir():
-        raise CannotWriteError(f"output {folder} is a file, expected a folder", "Choose another --output")
-    if not folder.is_dir():
-        return
-    names = {path.name for path in folder.iterdir()}
-    if names and not names & {MANIFEST, "parts", "cache", ".lock"}:
-        raise CannotWriteError(
-            f"output {folder} is not empty and holds no earlier run (found {sorted(names)[0]})",
-            "Choose another --output",
-        )
 
 
 def _refuse_changed_models(plan: Plan, recipe: Recipe, pair: ModelPair, settings: Settings) -> None:

@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from moe_svd_distill.recipe.presets import Preset
-from moe_svd_distill.recipe.sections import ExpertSettings, Section, TrainingRecipe
+from moe_svd_distill.recipe.sections import ExpertSettings, Preset, Section, TrainingRecipe
 
 DEFAULT_HEAD_RANK = 64
 Rank = Annotated[int, Field(ge=1)] | Literal["full"]

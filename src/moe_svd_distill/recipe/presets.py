@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.recipe.sections import Section
 
 if TYPE_CHECKING:
     from moe_svd_distill.recipe.model import Recipe
 
-Preset: TypeAlias = Literal["fast", "balanced", "best"]
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fast": {"tokens": 16_384},
     "balanced": {"method": "refined", "tokens": 131_072, "training": {"epochs": 3.0}},

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
+
+Preset: TypeAlias = Literal["fast", "balanced", "best"]
 
 
 class Section(BaseModel):
