@@ -92,9 +92,7 @@ def stages_for(recipe: Recipe, relatedness: Relatedness) -> Stages:
         before = choice.stages
         if recipe.tokens > MUCH_TEXT and "calibrated" in before:
             before = tuple(stage for stage in before if stage != "calibrated")
-            reason += (
-                f"; of more than {MUCH_TEXT:,} tokens training makes as much without the calibrated stage before it"
-            )
+            reason += f"; above {MUCH_TEXT:,} tokens auto leaves the calibrated stage out"
         return Stages((*before, "refined"), reason, relatedness)
     return Stages(choice.stages, choice.reason, relatedness)
 
