@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_svd_distill.algebra.whitening import Whitening, whitening
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.execution.parts import PartContent, open_part, part_path, read_record, verify_part, write_part
-from moe_svd_distill.fitting.pairs import HeadWeights, common_rows
+from moe_svd_distill.fitting.pairs import common_rows
 from moe_svd_distill.streaming import load_head
 from moe_svd_distill.streaming.decoder import Decoder, EmbeddingChange, ResidentDecoder, StreamedDecoder
 from moe_svd_distill.streaming.states_file import StatesFile
@@ -224,12 +224,6 @@ class Trainee:
             count += len(wide)
         assert total is not None
         return whitening((total / count).float())
-
-
-def trained_head(trainee: Trainee, scale: float) -> HeadWeights:
-    """The student's head with this share of its change."""
-    weight = trainee.student.weight + scale * trainee.head.delta
-    return HeadWeights(weight, trainee.student.bias, trainee.student.transform)
 
 
 def _embedding_change(tensors: Mapping[str, Tensor]) -> EmbeddingChange | None:
