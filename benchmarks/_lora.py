@@ -34,6 +34,7 @@ class Training:
 
     Attributes:
         rank: Of every pair; alpha is the same, so that B·A acts unscaled.
+        head_rank: Of the head's pair; 0 for the same.
         step_tokens: Tokens of one optimiser step, at least one sequence.
         epochs: Passes over the tokens.
         warm_up: Share of the steps in which the learning rate rises linearly; a cosine takes it down afterwards.
@@ -43,6 +44,7 @@ class Training:
     """
 
     rank: int = 64
+    head_rank: int = 0
     step_tokens: int = 1024
     epochs: int = 1
     warm_up: float = 0.1
@@ -108,7 +110,7 @@ def adapter_targets(model: nn.Module) -> tuple[list[str], list[str]]:
     return modules, parameters
 
 
-def zero_start(model: nn.Module, rank: int, seed: int) -> Any:
+def zero_start(model: nn.Module, rank: int, seed: int, head_rank: int = 0) -> Any:
     """Wrap a model, in place, in an adapter that changes nothing yet; alpha equals the rank.
 
     Raises:
@@ -118,9 +120,12 @@ def zero_start(model: nn.Module, rank: int, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
     modules, parameters = adapter_targets(model)
+    pattern = {"lm_head": head_rank} if head_rank else {}
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
+        rank_pattern=dict(pattern),
+        alpha_pattern=dict(pattern),
         lora_dropout=0.0,
         bias="none",
         target_modules=modules,
@@ -130,7 +135,7 @@ def zero_start(model: nn.Module, rank: int, seed: int) -> Any:
     torch.manual_seed(seed)
     wrapped = get_peft_model(model, config)
     adapted = sum(".lora_B." in name for name, _ in wrapped.named_parameters())
-    if adapted != len(modules) + len(parameters) or config.rank_pattern:
+    if adapted != len(modules) + len(parameters) or config.rank_pattern != pattern:
         raise IncompatiblePairError(
             f"PEFT adapts {adapted} tensors of {type(model).__name__}, expected {len(modules) + len(parameters)}",
             "Choose a student without dense layers beside its experts",
@@ -159,7 +164,9 @@ def train(student: Path, teacher: TeacherRecord, learning_rate: float, training:
             "Give more tokens a step",
         )
     device = teacher.weight.device
-    peft_model = zero_start(load_model(student, str(device), torch.float32), training.rank, training.seed)
+    peft_model = zero_start(
+        load_model(student, str(device), torch.float32), training.rank, training.seed, training.head_rank
+    )
     trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=learning_rate, betas=training.betas, weight_decay=0.0)
     orders = torch.Generator().manual_seed(training.seed)
@@ -193,7 +200,8 @@ def search(
 ) -> Search:
     """Train once with every learning rate of the grid and keep the run with the lowest KL on the tuning text.
 
-    While the best is the smallest or the greatest, the grid grows by one on that side, threefold or so.
+    While the best is the smallest or the greatest, the grid grows by one on that side, threefold or so; a single rate
+    is taken as it is.
     """
     waiting, tuning_kl, seconds = sorted(grid), dict[float, float](), 0.0
     best: TrainedAdapter | None = None
@@ -204,7 +212,7 @@ def search(
         if best is None or kl < tuning_kl[best.learning_rate]:
             best = run
         tuning_kl = dict(sorted({**tuning_kl, run.learning_rate: kl}.items()))
-        if not waiting:
+        if not waiting and len(grid) > 1:
             waiting = _beyond(tuning_kl, best.learning_rate)
     if best is None or not math.isfinite(tuning_kl[best.learning_rate]):
         raise BadDataError("Training diverged with every learning rate", "Try smaller ones")

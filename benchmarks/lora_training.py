@@ -47,8 +47,10 @@ def main() -> None:
     options.add_argument("--pair", action="append", choices=PAIRS, help="once or more")
     options.add_argument("--tokens", action="append", type=int, help=f"once or more; by default {BUDGETS}")
     options.add_argument("--all", action="store_true", help="every pair")
-    options.add_argument("--seeds", type=int, default=1, help="runs of each, with seeds 0, 1, …")
+    options.add_argument("--seeds", type=int, default=1, help="runs of each, with seeds that follow each other")
+    options.add_argument("--first-seed", type=int, default=0)
     options.add_argument("--rank", type=int, default=Training.rank)
+    options.add_argument("--head-rank", type=int, default=Training.head_rank, help="0: as the others")
     options.add_argument("--step-tokens", type=int, default=Training.step_tokens)
     options.add_argument("--epochs", type=int, default=Training.epochs, help="passes over the tokens")
     options.add_argument("--learning-rates", nargs="+", type=float, default=list(GRID))
@@ -64,8 +66,8 @@ def main() -> None:
     rows = []
     for name in PAIRS if asked.all else asked.pair:
         for tokens in asked.tokens or BUDGETS:
-            for seed in range(asked.seeds):
-                training = Training(asked.rank, asked.step_tokens, asked.epochs, seed=seed)
+            for seed in range(asked.first_seed, asked.first_seed + asked.seeds):
+                training = Training(asked.rank, asked.head_rank, asked.step_tokens, asked.epochs, seed=seed)
                 rows.append(bench.run(name, tokens, training, asked.learning_rates, asked.save))
                 print(line(rows[-1]), flush=True)
                 if asked.json:

@@ -26,7 +26,18 @@ from moe_svd_distill.pipeline.evaluate import evaluate_adapter
 from moe_svd_distill.pipeline.lab import lab_folder
 from moe_svd_distill.recipe import parse_recipe
 
-_SHOWN = ("steps", "best", "ended", "training_seconds", "trials", "settings", "placement", "trained_on_tokens", "scale")
+_SHOWN = (
+    "steps",
+    "best",
+    "ended",
+    "training_seconds",
+    "rate_trials",
+    "trials",
+    "settings",
+    "placement",
+    "trained_on_tokens",
+    "scale",
+)
 
 
 def measure(pair: str, values: dict[str, Any], held_out: int) -> dict[str, Any]:
@@ -66,7 +77,8 @@ def main() -> None:
     parser.add_argument("--pair", action="append", choices=sorted(MODELS))
     parser.add_argument("--preset", choices=("fast", "balanced", "best"))
     parser.add_argument("--tokens", action="append", type=int)
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each, with seeds 0, 1, ...")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each, with seeds that follow each other")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--held-out", type=int, default=64_000)
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe key; training.KEY too"
@@ -75,7 +87,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for pair in arguments.pair or sorted(MODELS):
         for tokens in arguments.tokens or (None,):
-            for seed in range(arguments.seeds):
+            for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
                 values = _values(arguments.set, arguments.preset, tokens, seed)
                 line = json.dumps(measure(pair, values, arguments.held_out))
                 print(line, flush=True)

@@ -103,3 +103,16 @@ def test_a_change_that_helps_nothing_keeps_all_of_nothing(problem: Problem) -> N
     )
     assert choice.rank == 16
     assert choice.trials[0].share == 1.0
+
+
+def test_where_there_is_next_to_no_fall_what_is_left_is_the_measure(problem: Problem) -> None:
+    noise = 0.01 * torch.randn(70, WIDTH, generator=torch.Generator().manual_seed(3))
+    teacher = HeadWeights(problem.teacher.weight + noise, None, problem.teacher.transform)
+    delta = problem.teacher.weight - problem.student.weight
+    best = mean_kl(problem.check, problem.teacher, teacher)
+    choice = choose_rank(
+        delta, _metric(problem), "auto", problem.check, problem.student, teacher, best * (1 + 1e-6), torch.float32
+    )
+    assert choice.trials[0].rank == 16
+    assert choice.trials[0].share == pytest.approx(1 - (choice.trials[0].kl - best) / (best / 10), rel=1e-3)
+    assert choice.trials[0].share < KEPT_SHARE <= choice.trials[-1].share

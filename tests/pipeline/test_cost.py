@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 
 from moe_svd_distill.errors import MissingInputError
-from moe_svd_distill.pipeline.cost import active_parameters, cost_of_training, operations, optimiser_steps, readable
+from moe_svd_distill.pipeline.cost import (
+    active_parameters,
+    cost_of_training,
+    epochs,
+    operations,
+    optimiser_steps,
+    readable,
+)
 from moe_svd_distill.pipeline.distill import ADAPTER, distill
 from moe_svd_distill.pipeline.outlook import look_ahead
 from moe_svd_distill.pipeline.pair import open_model, open_pair
@@ -72,7 +79,7 @@ def test_the_plan_of_training_from_zero(tiny: tuple[Path, Path], tmp_path: Path)
     assert not any(name.startswith(("weights", "calibrated")) for name, _ in outlook["sizes"])
     found, cost = rows(outlook), outlook["refined"]
     assert found["tokens read"] == "2,560 (0 copies, 0 of the student's own, and the search text)"
-    assert found["steps"] == "12 of 512 tokens, at most, and 36 to choose the learning rate"
+    assert found["steps"] == "12 of 512 tokens, at most, and 36 or somewhat more to choose the learning rate"
     assert found["tokens trained on"] == f"{(12 + 36) * 512:,}, repeated ones counted again"
     assert found["student"].startswith("in memory: ")
     assert "weights read in each step" not in found
@@ -80,7 +87,7 @@ def test_the_plan_of_training_from_zero(tiny: tuple[Path, Path], tmp_path: Path)
     assert cost["states_bytes"] == 2560 * 32 * 4
     with open_pair(*map(str, tiny)) as pair:
         (body, head), (_, taught) = active_parameters(pair.student), active_parameters(pair.teacher)
-    measured = 1024 * (1 + 12 + 3 * 2)  # before, at each check, and before and after each trial
+    measured = 1024 * (1 + 12 + 3)  # before, at each check, and after each trial
     assert cost["teacher_operations"] == 2 * body * 2560 + 2 * taught * (48 * 512 + measured)
     assert cost["student_operations"] == 6 * (body + head) * 48 * 512 + 2 * (body + head) * measured
 
@@ -104,11 +111,14 @@ def test_where_the_weights_are_not_at_hand_nothing_is_said_of_the_place(
     tiny: tuple[Path, Path], tmp_path: Path
 ) -> None:
     with open_pair(*map(str, tiny)) as pair:
-        cost = cost_of_training(recipe_for(*tiny, tmp_path, **LITTLE), pair, at_hand=False)
+        cost = cost_of_training(recipe_for(*tiny, tmp_path, **LITTLE), pair, ["refined"], at_hand=False)
         assert (cost.resident, cost.placement, cost.step_bytes) == (None, "", 0)
         assert not any(name == "refined stage: student" for name, _ in cost.rows())
         asked = recipe_for(*tiny, tmp_path, **(LITTLE | {"training": {"placement": "streamed"}}))
-        assert cost_of_training(asked, pair, at_hand=False).step_bytes == 2 * pair.student.checkpoint.total_bytes
+        assert (
+            cost_of_training(asked, pair, ["refined"], at_hand=False).step_bytes
+            == 2 * pair.student.checkpoint.total_bytes
+        )
 
 
 def test_a_start_by_stages_comes_before_and_is_fitted_on_less_text(tiny: tuple[Path, Path], tmp_path: Path) -> None:
@@ -157,7 +167,22 @@ def test_of_the_experts_only_those_a_token_is_sent_to_count(model_type: str, tmp
 )
 def test_steps_of_the_optimiser(tokens: int, training: dict[str, Any], expected: tuple[int, int]) -> None:
     recipe = parse_recipe({"teacher": "t", "student": "s", "training": training})
-    assert optimiser_steps(recipe, tokens, 512) == expected
+    assert optimiser_steps(recipe, epochs(recipe, ["refined"]), tokens, 512) == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "asked", "stages", "expected"),
+    [
+        (65_536, "auto", ["refined"], 4.0),
+        (65_537, "auto", ["refined"], 2.5),
+        (65_537, "auto", ["weights", "refined"], 0.5),
+        (8_192, "auto", ["calibrated", "refined"], 4.0),
+        (8_192, 3, ["weights", "refined"], 3.0),
+    ],
+)
+def test_passes_over_the_text(tokens: int, asked: Any, stages: list[str], expected: float) -> None:
+    recipe = parse_recipe({"teacher": "t", "student": "s", "tokens": tokens, "training": {"epochs": asked}})
+    assert epochs(recipe, stages) == pytest.approx(expected)
 
 
 def test_units() -> None:

@@ -137,13 +137,14 @@ def test_training_goes_on_from_an_earlier_adapter_at_a_higher_rank(
 
 @pytest.mark.slow
 def test_stages_before_it_are_the_start(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    values = TRAINED | {"start": "calibrated", "copies": 1, "fit_passes": 2}
+    values = _with_training(learning_rate="auto") | {"start": "calibrated", "copies": 1, "fit_passes": 2}
     adapter = distill(recipe_for(*tiny, tmp_path / "out", **values))
     record = adapter.record
     verify(adapter.folder)
     assert record["method"] == "calibrated+refined"
     facts = record["refinement"]
     assert facts["start_pairs"] == record["calibration"]["last_layers_matrices"]
+    assert facts["settings"]["rate"] == min(facts["rate_trials"], key=lambda trial: trial["after"])["rate"]
     untouched = record["scale_search"]["trials"][0]["kl"]
     assert facts["curve"][0]["kl"] < 0.9 * untouched
 

@@ -14,8 +14,9 @@ from moe_svd_distill.errors import UsageError
 from moe_svd_distill.execution.parts import PartContent, write_part
 from moe_svd_distill.streaming.states_file import write_states
 from moe_svd_distill.training.crew import trained
+from moe_svd_distill.training.head import ExpectedHead
 from moe_svd_distill.training.job import TextFile, TrainingJob
-from moe_svd_distill.training.loop import Progress
+from moe_svd_distill.training.loop import Progress, Training
 from moe_svd_distill.training.optimiser import OptimiserName
 from moe_svd_distill.training.saves import Saves
 from moe_svd_distill.training.settings import TrainingSettings
@@ -123,6 +124,18 @@ def test_checks_without_a_gain_stop_the_run(model: Path, tmp_path: Path) -> None
     assert len(outcome.curve) == still.patience + 1
 
 
+def test_a_curve_that_falls_again_is_not_given_up(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = replace(SETTINGS, checks=8, patience=2)
+    measured = iter([1.0, 1.4, 1.3, 1.5, 1.2, 1.1, 1.3, 1.4, 0.9])  # above the first throughout, yet it falls
+    monkeypatch.setattr(Training, "measure", lambda self: next(measured))
+    outcome = setting(model, tmp_path, settings=settings).training(made_up_text(32, 1), made_up_text(6, 2), settings)
+    found = outcome.complete()
+    assert (found.ended, [point.kl for point in found.curve]) == (
+        "no more gain",
+        [1.0, 1.4, 1.3, 1.5, 1.2, 1.1, 1.3, 1.4],
+    )
+
+
 def test_a_start_is_kept_exactly_at_a_higher_rank_and_refused_at_a_lower_one(model: Path, tmp_path: Path) -> None:
     small = setting(model, tmp_path, rank=3)
     disturb(small.bank)
@@ -180,8 +193,41 @@ def test_two_processes_give_what_one_gives(model: Path, tmp_path: Path) -> None:
         with trained(job, lambda progress, steps: None) as (trainee, run):
             kl = run.outcome.curve[-1].kl
             results.append((torch.cat([trainee.bank.values, trainee.head.values]).clone(), kl))
-            assert len(run.trials) == 3
+            assert len(run.trials) >= 3
             assert run.settings.rate == min(run.trials, key=lambda trial: trial.after).rate
     for values, kl in results[1:]:
         assert kl == pytest.approx(results[0][1], rel=1e-4)
         torch.testing.assert_close(values, results[0][0], rtol=2e-3, atol=2e-4)
+
+
+def test_expected_rows_train_as_the_whole_distributions_do(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curves = []
+    for passes_that_pay in (2, 99):
+        monkeypatch.setattr("moe_svd_distill.training.job._PASSES_THAT_PAY", passes_that_pay)
+        job = _job(model, tmp_path / str(passes_that_pay), ("cpu",), resident=True)
+        settings = replace(job.settings, head="fixed", epochs=2, cross_entropy_share=0.2)
+        with trained(replace(job, settings=settings, tried=False), lambda progress, steps: None) as (trainee, run):
+            assert isinstance(trainee.head, ExpectedHead) == (passes_that_pay == 2)
+            curves.append([(point.kl, point.loss or 0.0) for point in run.outcome.curve])
+    assert len(curves[0]) == len(curves[1]) > 2
+    for short, plain in zip(*curves, strict=True):
+        assert short == pytest.approx(plain, rel=1e-3)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_training_in_bfloat16_keeps_the_factors_in_float32(model: Path, tmp_path: Path, resident: bool) -> None:
+    gains = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        job = _job(model, tmp_path / str(dtype), ("cpu",), resident)
+        job = replace(job, dtype=dtype, tried=False, settings=replace(job.settings, epochs=4))
+        with trained(job, lambda progress, steps: None) as (trainee, run):
+            assert trainee.bank.values.dtype == trainee.head.values.dtype == torch.float32
+            assert all(
+                weight.value.dtype == dtype for of_layer in trainee.decoder.weights.values() for weight in of_layer
+            )
+            curve = run.outcome.curve
+            gains[dtype] = curve[0].kl - curve[run.outcome.best].kl
+    assert gains[torch.float32] > 0.01
+    assert gains[torch.bfloat16] == pytest.approx(gains[torch.float32], rel=0.2)

@@ -15,12 +15,20 @@ from moe_svd_distill.fitting.pairs import HeadWeights, StatePairs
 SERVED_RANKS = (16, 32, 64, 128, 256, 320, 512)
 """The ranks vLLM has kernels for, from the smallest that is worth having for a head."""
 KEPT_SHARE = 0.98
+_TINY = 1e-12
 HeadRank: TypeAlias = int | Literal["auto", "full"]
 
 
 @dataclass(frozen=True)
 class RankTrial:
-    """What a rank keeps: KL on the checking text, in nats per token, and the share of the whole change's fall."""
+    """What a rank keeps.
+
+    Attributes:
+        rank: Tried.
+        kl: On the checking text, in nats per token.
+        share: One less what is lost of the whole change's fall of KL. Where there is next to no fall, as after a start
+            that was good already, a tenth of the KL that is left counts in its place.
+    """
 
     rank: int
     kl: float
@@ -100,5 +108,4 @@ def _trial(
     b, a = head_factors(delta, metric, rank, dtype)
     kl = mean_kl(check, _changed(student, b.float() @ a.float()), teacher)
     best = mean_kl(check, _changed(student, delta), teacher) if whole_kl is None else whole_kl
-    fall = untouched_kl - best
-    return RankTrial(rank, kl, (untouched_kl - kl) / fall if fall > 0 else 1.0)
+    return RankTrial(rank, kl, 1 - (kl - best) / max(untouched_kl - best, best / 10, _TINY))

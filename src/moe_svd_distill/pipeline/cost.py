@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from moe_svd_distill.checkpoints.header import BYTES_PER_ELEMENT
 from moe_svd_distill.families import Carrier
 from moe_svd_distill.fitting.copies import ROUNDS
 from moe_svd_distill.pipeline.assembly import asked_head_rank, head_is_whole
-from moe_svd_distill.pipeline.copying import for_fit, for_training
+from moe_svd_distill.pipeline.copying import MUCH_TEXT, for_fit, for_training
 from moe_svd_distill.pipeline.pair import Model, ModelPair
 from moe_svd_distill.pipeline.preparation import execution_settings
 from moe_svd_distill.pipeline.texts import sequence_length
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 Rows = list[list[str]]
+_EPOCHS_OF_LITTLE, _EPOCHS_OF_MUCH, _SHARE_AFTER_WEIGHTS = 4.0, 2.5, 0.2
 _STEPS, _SMALLEST_STEP, _LARGEST_STEP = 3072, 512, 65536
 _SAVES, _SAVED_BYTES = 2, 4 * 4  # files in turn; value, best value and at most two moments, float32
 
@@ -75,7 +76,7 @@ class TrainingCost:
 
     def rows(self) -> Rows:
         """For people."""
-        trials = f", and {self.trial_steps:,} to choose the learning rate" if self.trial_steps else ""
+        trials = f", and {self.trial_steps:,} or somewhat more to choose the learning rate" if self.trial_steps else ""
         beside = f"{self.copies} copies, {self.own_text:,} of the student's own, and the search text"
         rows = [
             ("tokens read", f"{self.teacher_tokens:,} ({beside})"),
@@ -96,12 +97,13 @@ class TrainingCost:
         return [[f"refined stage: {name}", value] for name, value in rows]
 
 
-def cost_of_training(recipe: Recipe, pair: ModelPair, *, at_hand: bool) -> TrainingCost:
+def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, at_hand: bool) -> TrainingCost:
     """What the refined stage would read, compute and keep.
 
     Args:
         recipe: What is asked for.
         pair: Teacher and student.
+        stages: Of the run.
         at_hand: Whether the weights are on this machine, so that it can be said where the student would be trained.
     """
     teacher, student = pair.teacher, pair.student
@@ -113,12 +115,12 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, *, at_hand: bool) -> Train
     read_by_student = once * bool(copying.copies) + ROUNDS * copying.own * length
     ranks = trained_ranks(recipe, student)
     asked = recipe.training.placement
-    steps, step_tokens = optimiser_steps(recipe, text, length)
+    steps, step_tokens = optimiser_steps(recipe, epochs(recipe, stages), text, length)
     placed = _place(recipe, pair, ranks, step_tokens // length) if at_hand else None
     resident = placed.resident if placed else {"resident": True, "streamed": False}.get(asked)
     trials, trial_steps = _trials(recipe, steps)
     trained = (steps + trials * trial_steps) * step_tokens
-    checks = 1 + min(recipe.training.checks, steps) + 2 * trials
+    checks = 1 + min(recipe.training.checks, steps) + trials
     measured = search * checks
     read = text + search
     body, head = active_parameters(teacher)
@@ -156,13 +158,21 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, *, at_hand: bool) -> Train
     )
 
 
-def optimiser_steps(recipe: Recipe, tokens: int, length: int) -> tuple[int, int]:
+def epochs(recipe: Recipe, stages: Sequence[str]) -> float:
+    """Passes over the text of a run with these stages."""
+    if recipe.training.epochs != "auto":
+        return recipe.training.epochs
+    passes = _EPOCHS_OF_LITTLE if recipe.tokens <= MUCH_TEXT else _EPOCHS_OF_MUCH
+    return passes * (_SHARE_AFTER_WEIGHTS if "weights" in stages else 1.0)
+
+
+def optimiser_steps(recipe: Recipe, passes: float, tokens: int, length: int) -> tuple[int, int]:
     """How many steps training has and how many tokens one of them, for sequences of this length."""
     asked = recipe.training
-    automatic = min(max(int(asked.epochs * tokens // _STEPS), _SMALLEST_STEP), _LARGEST_STEP)
+    automatic = min(max(int(passes * tokens // _STEPS), _SMALLEST_STEP), _LARGEST_STEP)
     wanted = automatic if asked.step_tokens == "auto" else asked.step_tokens
     sequences, together = tokens // length, max(1, round(wanted / length))
-    return max(1, round(asked.epochs * max(1, sequences // together))), min(sequences, together) * length
+    return max(1, round(passes * max(1, sequences // together))), min(sequences, together) * length
 
 
 def trained_ranks(recipe: Recipe, student: Model) -> dict[str, int]:

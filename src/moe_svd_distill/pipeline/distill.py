@@ -191,7 +191,7 @@ class _Run:
 
     def refine(self, start: Ingredients) -> tuple[Fitted, Path]:
         """The refined stage, from what the stages before have made, or from an adapter that was named."""
-        from moe_svd_distill.pipeline.refine import refine
+        from moe_svd_distill.pipeline.refine import Given, refine
         from moe_svd_distill.pipeline.states import Body
 
         assert self.text is not None
@@ -201,17 +201,17 @@ class _Run:
         elif start.parts or start.head:
             self.stage(start)
             body = Body(self.output.staged(ADAPTER).parent, dict.fromkeys(GROUPS, 1.0))
-        refined = refine(
+        given = Given(
             self.recipe,
             self.pair,
+            self.stages.names,
             self.text,
             self.output.parts,
             self.settings.devices,
             self.settings.workers,
             body,
-            self.listener.on_stage,
-            self.listener.on_note,
         )
+        refined = refine(given, self.listener.on_stage, self.listener.on_note)
         return refined, write_head_part(self.output.parts, self.pair, self.recipe, refined, alone=True)
 
     def record(

@@ -30,7 +30,8 @@ def look_ahead(recipe: Recipe) -> dict[str, Any]:
         plan = plan_pair(recipe.model_copy(update={"embeddings": "keep"}) if undecided else recipe, pair)
         relatedness = measure_relatedness(pair, sample_weights=at_hand)
         method = outlook_of_method(recipe, relatedness)
-        refined = cost_of_training(recipe, pair, at_hand=at_hand) if "refined" in method["stages"] else None
+        stages = method["stages"]
+        refined = cost_of_training(recipe, pair, stages, at_hand=at_hand) if "refined" in stages else None
     tasks = [task for unit in plan.units for task in unit.tasks]
     changed = Counter(task.role for task in tasks if task.change)
     kept = Counter(task.role for task in tasks if not task.change)
@@ -58,12 +59,8 @@ def look_ahead(recipe: Recipe) -> dict[str, Any]:
         "sizes": [
             ["teacher", readable(teacher.checkpoint.total_bytes)],
             ["student", readable(student.checkpoint.total_bytes)],
-            *(weights if "weights" in method["stages"] else []),
-            *(
-                cost_of_calibrating(recipe, pair, as_start=refined is not None)
-                if "calibrated" in method["stages"]
-                else []
-            ),
+            *(weights if "weights" in stages else []),
+            *(cost_of_calibrating(recipe, pair, as_start=refined is not None) if "calibrated" in stages else []),
             *(refined.rows() if refined else []),
         ],
         "kept": {

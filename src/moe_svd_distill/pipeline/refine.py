@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from moe_svd_distill.fitting.pairs import HeadWeights, Segment, StatePairs, comm
 from moe_svd_distill.fitting.rank import choose_rank, head_factors
 from moe_svd_distill.pipeline.assembly import asked_head_rank
 from moe_svd_distill.pipeline.copying import draw, for_training
-from moe_svd_distill.pipeline.cost import optimiser_steps, trained_ranks
+from moe_svd_distill.pipeline.cost import epochs, optimiser_steps, trained_ranks
 from moe_svd_distill.pipeline.fitted import Fitted
 from moe_svd_distill.pipeline.placement import Placement, place_training
 from moe_svd_distill.pipeline.preparation import library_versions
@@ -49,27 +49,36 @@ _STEP = "training"
 _BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
 
 
-def refine(
-    recipe: Recipe,
-    pair: ModelPair,
-    text: RunText,
-    folder: Path,
-    devices: tuple[str, ...],
-    workers: int,
-    start: Body | None,
-    report: Report,
-    note: Callable[[str], None],
-) -> Fitted:
-    """Train the student's pairs and its head, choose the head's rank and the scale of it all.
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What the refined stage works with.
 
-    Args:
+    Attributes:
         recipe: What is asked for.
         pair: Teacher and student.
+        stages: Of the run.
         text: From ``read_run_text``, with a part to train on.
         folder: The output's folder for parts, where training is saved.
         devices: Where to compute.
         workers: Processes to use on the CPU.
         start: The adapter to begin with; None for none.
+    """
+
+    recipe: Recipe
+    pair: ModelPair
+    stages: tuple[str, ...]
+    text: RunText
+    folder: Path
+    devices: tuple[str, ...]
+    workers: int
+    start: Body | None
+
+
+def refine(given: Given, report: Report, note: Callable[[str], None]) -> Fitted:
+    """Train the student's pairs and its head, choose the head's rank and the scale of it all.
+
+    Args:
+        given: What to work with.
         report: Told the name of a step and the fraction done.
         note: Told where training stands, in words, each time it is measured.
 
@@ -77,40 +86,30 @@ def refine(
         DistillError: One of its kinds.
     """
     with ExitStack() as stack:
-        return _Refinement(recipe, pair, text, folder, devices, workers, start, report, note, stack).run()
+        return _Refinement(given, report, note, stack).run()
 
 
 class _Refinement:
-    def __init__(
-        self,
-        recipe: Recipe,
-        pair: ModelPair,
-        text: RunText,
-        folder: Path,
-        devices: tuple[str, ...],
-        workers: int,
-        start: Body | None,
-        report: Report,
-        note: Callable[[str], None],
-        stack: ExitStack,
-    ) -> None:
+    def __init__(self, given: Given, report: Report, note: Callable[[str], None], stack: ExitStack) -> None:
+        recipe, pair, text = given.recipe, given.pair, given.text
         assert text.fit is not None
         self.recipe, self.pair, self.text, self.fit_text = recipe, pair, text, text.fit
-        self.folder, self.begin_with, self.report, self.stack = folder, start, report, stack
+        self.folder, self.begin_with, self.report, self.stack = given.folder, given.start, report, stack
         self.note, self.points = note, 0
         self.cache = recipe.cache or recipe.output / "cache"
-        self.pass_settings = PassSettings(devices)
-        self.device = torch.device(devices[0])
+        self.pass_settings = PassSettings(given.devices)
+        self.device = torch.device(given.devices[0])
         self.dtype: torch.dtype = getattr(torch, recipe.dtype)
         self.passes: dict[str, Any] = {}
         self.ranks = trained_ranks(recipe, pair.student)
-        given, length = self.fit_text.student, self.fit_text.student.length
-        count = len(given.sequences)
-        self.copying = for_training(recipe, given.tokens, count, self.fit_text.identical)
+        tokenized, length = self.fit_text.student, self.fit_text.student.length
+        count = len(tokenized.sequences)
+        self.copying = for_training(recipe, tokenized.tokens, count, self.fit_text.identical)
         tokens = (count + self.copying.sequences(count)) * length
-        self.step_tokens = optimiser_steps(recipe, tokens, length)[1]
+        self.epochs = epochs(recipe, given.stages)
+        self.step_tokens = optimiser_steps(recipe, self.epochs, tokens, length)[1]
         together = self.step_tokens // length
-        self.placement: Placement = place_training(recipe, pair, devices, workers, self.ranks, together)
+        self.placement: Placement = place_training(recipe, pair, given.devices, given.workers, self.ranks, together)
 
     def run(self) -> Fitted:
         begin = time.monotonic()
@@ -119,7 +118,7 @@ class _Refinement:
         with trained(job, self.told) as (trainee, run):
             self.report("measuring the trained student", None)
             places = predicting_places(self.text.search)
-            check = self.check_pairs(trainee, places, 1.0)
+            check = self.check_pairs(trainee, 1.0)
             choice = choose_rank(
                 trainee.head.delta,
                 trainee.metric,
@@ -230,7 +229,7 @@ class _Refinement:
         kind = torch.device(self.placement.devices[0]).type
         rate = asked.learning_rate if asked.learning_rate != "auto" else 0.6 / hidden
         return TrainingSettings(
-            epochs=asked.epochs,
+            epochs=self.epochs,
             step_tokens=self.step_tokens,
             batch_tokens=_BATCH_TOKENS[kind] if asked.batch_tokens == "auto" else asked.batch_tokens,
             rate=float(rate),
@@ -249,7 +248,7 @@ class _Refinement:
         """A pass of the untouched student."""
         return self.read(name, self.pair.student, sequences)
 
-    def check_pairs(self, trainee: Trainee, places: Places, scale: float) -> StatePairs:
+    def check_pairs(self, trainee: Trainee, scale: float) -> StatePairs:
         """States of the checking text, in the order of its places."""
         mine = trainee.check_states(scale)
         return StatePairs([Segment(mine, trainee.check.teacher, np.arange(len(mine)), trainee.check.teacher_position)])
@@ -275,7 +274,7 @@ class _Refinement:
             left, right = self.head_pair(trainee, rank, scale)
             weight = trainee.student.weight + left.float() @ right.float()
             head = HeadWeights(weight, trainee.student.bias, trainee.student.transform)
-            sums = figures_by_document(self.check_pairs(trainee, places, scale), places, head, trainee.teacher)
+            sums = figures_by_document(self.check_pairs(trainee, scale), places, head, trainee.teacher)
             return Measurement(sums.kl, sums.cross_entropy, sums.agreement, sums.tokens)
 
         return search_scale(at, (GROUP,), global_scales=(0.5, 1.0))
@@ -307,7 +306,7 @@ class _Refinement:
             "peak_anonymous_bytes": run.peak_anonymous_bytes,
             "saves_rejected": list(outcome.rejected),
             "settings": asdict(run.settings),
-            "trials": [asdict(trial) for trial in run.trials],
+            "rate_trials": [asdict(trial) for trial in run.trials],
             "placement": self.placement.as_dict(),
             "matrices": len(self.ranks) - len(fixed),
             "fixed": sorted(fixed),

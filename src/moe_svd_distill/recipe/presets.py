@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fast": {"tokens": 16_384},
     "balanced": {"method": "refined", "tokens": 131_072, "training": {"epochs": 3.0}},
-    "best": {"method": "refined", "tokens": 393_216, "training": {"epochs": 7.0}},
+    "best": {"method": "refined", "tokens": 393_216},
 }
 
 

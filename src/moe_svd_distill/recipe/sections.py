@@ -39,7 +39,11 @@ class ExpertSettings(Section):
 class TrainingRecipe(Section):
     """How the refined stage trains."""
 
-    epochs: float = Field(4.0, gt=0, description="Passes over the text.")
+    epochs: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
+        "auto",
+        description="Passes over the text. auto: 4 over up to 65,536 tokens, 2.5 over more; after a weights stage, "
+        "which leaves less to learn, a fifth of that.",
+    )
     step_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="Tokens of one step of the optimiser. auto: about 3,000 steps, of 512 to 65,536 tokens."
     )
@@ -66,7 +70,9 @@ class TrainingRecipe(Section):
         "memory if it fits.",
     )
     checks: int = Field(12, ge=1, description="How often the student is measured on calibration text meanwhile.")
-    patience: int = Field(4, ge=1, description="Checks without a gain after which training stops.")
+    patience: int = Field(
+        4, ge=1, description="Checks in a row, none lower than the one before, after which training stops."
+    )
     save_seconds: float = Field(120.0, gt=0, description="Seconds between two saves that a killed run goes on from.")
     start_tokens: int = Field(
         32768, ge=512, description="Tokens of the text that a calibrated start is fitted on, at most."

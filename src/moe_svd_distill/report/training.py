@@ -22,7 +22,9 @@ def training_note(record: Record) -> str:
     if not refinement:
         return ""
     return " ".join(
-        part for part in (_done(refinement), _kept(refinement), f"It began with {beginning(record)}.") if part
+        part
+        for part in (_done(refinement), _rate(refinement), _kept(refinement), f"It began with {beginning(record)}.")
+        if part
     )
 
 
@@ -65,6 +67,13 @@ def _where(placement: Record) -> str:
         return ""
     named = ", ".join(f"{count} × {device}" if count > 1 else device for device, count in devices.items())
     return f", {'in memory' if placement.get('resident') else 'one layer in memory at a time'}, on {named}"
+
+
+def _rate(refinement: Record) -> str:
+    rate, trials = _part(refinement, "settings").get("rate"), refinement.get("rate_trials") or ()
+    if not rate or not trials:
+        return ""
+    return f"The learning rate, {rate:.2g}, was the best of {len(trials)} in short trials."
 
 
 def _kept(refinement: Record) -> str:

@@ -6,6 +6,7 @@ or it stands still, and then nothing but the states' gradient is computed.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 import torch
@@ -17,7 +18,8 @@ from moe_svd_distill.fitting.pairs import HeadWeights
 from moe_svd_distill.training.text import Batch
 
 HeadTraining: TypeAlias = Literal["whole", "fixed"]
-_LOGIT_BYTES = 128 << 20
+LOGIT_BYTES = 128 << 20
+"""Of the logits that are computed at once."""
 
 
 class TrainedHead:
@@ -80,7 +82,7 @@ class TrainedHead:
             places: Places of the whole step, over which the loss is a mean.
         """
         slopes = []
-        step = max(1, _LOGIT_BYTES // (4 * len(self._weights)))
+        step = max(1, LOGIT_BYTES // (4 * len(self._weights)))
         for begin in range(0, len(states), step):
             part = slice(begin, begin + step)
             inputs = states[part].float() @ self._metric.inverse
@@ -98,4 +100,30 @@ class TrainedHead:
             slopes.append((error @ self._weights) @ self._metric.inverse)
             if self._moves:
                 self.gradient.view_as(self._weights).addmm_(error.T, inputs)
+        return torch.cat(slopes)
+
+
+class ExpectedHead(TrainedHead):
+    """A head that stands still, for a text with rows of `expected_rows` in the place of the teacher's states."""
+
+    @cached_property
+    def fixed(self) -> HeadWeights:
+        """The head, once and for all."""
+        return self.head()
+
+    @torch.no_grad()
+    def learn(self, states: Tensor, batch: Batch, places: int) -> Tensor:
+        """As `TrainedHead`."""
+        head = self.fixed
+        slopes = []
+        step = max(1, LOGIT_BYTES // (4 * len(head.weight)))
+        for begin in range(0, len(states), step):
+            part = slice(begin, begin + step)
+            inputs, rows = states[part].float(), batch.teacher[part]
+            logits = head.logits(inputs)
+            expected, constant = rows[:, :-1], rows[:, -1]
+            loss = torch.logsumexp(logits, dim=-1) - torch.linalg.vecdot(inputs, expected) + constant
+            self.loss += loss.double().sum().cpu() / places
+            slope = (torch.softmax(logits, dim=-1) @ head.weight).mul_(head.transform.multiplier)
+            slopes.append(slope.sub_(expected).div_(places))
         return torch.cat(slopes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,8 +19,9 @@ from moe_svd_distill.streaming import load_head
 from moe_svd_distill.streaming.decoder import Decoder, EmbeddingChange, ResidentDecoder, StreamedDecoder
 from moe_svd_distill.streaming.states_file import StatesFile
 from moe_svd_distill.training.engine import Engine, ResidentEngine, StreamedEngine
+from moe_svd_distill.training.expected_rows import with_expected_rows
 from moe_svd_distill.training.factors import FactorBank, Pair
-from moe_svd_distill.training.head import TrainedHead
+from moe_svd_distill.training.head import ExpectedHead, TrainedHead
 from moe_svd_distill.training.loop import Outcome, Progress, Training
 from moe_svd_distill.training.peers import Peers
 from moe_svd_distill.training.saves import Saves
@@ -30,6 +31,7 @@ from moe_svd_distill.training.trials import Trial, choose_rate, with_best
 
 HEAD, EMBEDDING = "head", "embedding"
 _MOMENT_ROWS = 64
+_PASSES_THAT_PAY = 2
 
 Listener = Callable[[Progress, int], None]
 
@@ -150,7 +152,8 @@ class Trainee:
         self.teacher = common_rows(load_head(job.teacher, device, torch.float32), job.teacher_ids)
         self.metric = self._metric()
         settings = job.settings
-        self.head = TrainedHead(
+        kind_of_head = ExpectedHead if self._expects(settings) else TrainedHead
+        self.head = kind_of_head(
             self.student,
             self.teacher,
             self.metric,
@@ -159,6 +162,13 @@ class Trainee:
             settings.divergence,
             settings.cross_entropy_share,
         )
+        self._closing = ExitStack()
+        if isinstance(self.head, ExpectedHead):
+            self.text = self._closing.enter_context(
+                with_expected_rows(
+                    self.text, self.teacher, self.head.fixed, settings.cross_entropy_share, job.folder, peers.number
+                )
+            )
         self._first = self.bank.values.clone(), self.head.values.clone()
 
     def train(self, on_progress: Listener) -> Trained:
@@ -166,7 +176,8 @@ class Trainee:
         saves = Saves(self._job.folder, self._job.key, self._peers.number == 0, self._job.save_seconds)
         settings, trials = self._settings()
         before = self.decoder.bytes_read
-        outcome = self._run(settings).complete(saves, on_progress)
+        kl_before = trials[0].before if trials else None
+        outcome = self._run(settings).complete(saves, on_progress, kl_before)
         read = self.decoder.bytes_read - before
         return Trained(outcome, settings, trials, read, self.decoder.seconds_waiting, self.decoder.watch.look())
 
@@ -207,7 +218,13 @@ class Trainee:
 
     def close(self) -> None:
         """Let go of the student."""
+        self._closing.close()
         self.decoder.close()
+
+    def _expects(self, settings: TrainingSettings) -> bool:
+        """Whether what the loss needs of the teacher is worked out before training, because it stays as it is."""
+        linear = settings.divergence == "forward" and self.student.transform.cap is None
+        return linear and settings.head == "fixed" and settings.epochs >= _PASSES_THAT_PAY
 
     def _metric(self) -> Whitening:
         """Second moment of the student's states on some of the text, as it begins."""

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from moe_svd_distill.training.saves import Saves
 from moe_svd_distill.training.settings import TrainingSettings
 from moe_svd_distill.training.text import Batch, TrainingText
 
-_DIVERGED = 1.5  # times the KL before training, on the checking text
+_DIVERGED = 3.0  # times the KL before training, on the checking text; large rates raise it at first, without harm
 
 
 @dataclass(frozen=True)
@@ -143,18 +144,20 @@ class Training:
         self,
         saves: Saves | None = None,
         on_progress: Callable[[Progress, int], None] = lambda progress, steps: None,
+        kl_before: float | None = None,
     ) -> Outcome:
         """Train to the end, and leave the best state in the bank and the head.
 
         Args:
             saves: Where the run is saved; None keeps nothing.
             on_progress: Told after each step where the run stands, and the number of steps.
+            kl_before: What `measure` gives at the start, where that is known.
         """
         found = saves.load() if saves else None
         progress = Progress()
         best = self._moving()
         if found is None:
-            kl = self.measure()
+            kl = self.measure() if kl_before is None else kl_before
             progress.curve.append(Point(0, 0, 0.0, None, kl, 0.0))
         else:
             tensors, record = found
@@ -249,9 +252,15 @@ class Training:
         if kl < progress.curve[progress.best].kl:
             progress.best = len(progress.curve) - 1
             return True
-        if len(progress.curve) - 1 - progress.best >= self.settings.patience:
+        if self._checks_without_gain(progress.curve) >= self.settings.patience:
             progress.ended = progress.ended or "no more gain"
         return False
+
+    @staticmethod
+    def _checks_without_gain(curve: list[Point]) -> int:
+        """Checks at the end of the curve of which none was lower than the one before."""
+        falls = (later.kl < earlier.kl for earlier, later in zip(reversed(curve[:-1]), reversed(curve), strict=False))
+        return sum(1 for _ in takewhile(lambda fell: not fell, falls))
 
     def _together(self, value: bool) -> bool:
         """Whether the first process says so: its clock counts."""

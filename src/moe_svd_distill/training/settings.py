@@ -30,7 +30,7 @@ class TrainingSettings:
         cross_entropy_share: Share of the cross-entropy with the text in the loss.
         head: Whether the head moves.
         checks: How often the student is measured on other text.
-        patience: Checks without a gain after which training stops.
+        patience: Checks in a row, none lower than the one before, after which training stops.
         seed: Of the order of the sequences.
     """
 

@@ -10,6 +10,7 @@ from moe_svd_distill.training.loop import Training
 from moe_svd_distill.training.settings import TrainingSettings
 
 MULTIPLES = (0.5, 1.0, 2.0)
+_SMALLEST = 1 / 16
 _SHARE, _FEWEST = 0.025, 12
 
 
@@ -34,6 +35,9 @@ def choose_rate(
 ) -> tuple[TrainingSettings, tuple[Trial, ...]]:
     """Try the rates of the settings times each multiple for some steps, and keep those with the lowest KL.
 
+    While the smallest is the best, half of it is tried as well, down to a sixteenth of the settings'. There is no going
+    on upwards: short runs flatter large rates.
+
     Args:
         begin: Makes a run that begins at the start.
         settings: How the whole training will be.
@@ -43,13 +47,18 @@ def choose_rate(
         The settings with the rates chosen, and what was tried.
     """
     whole = begin(settings)
-    steps = trial_steps(whole.steps)
+    steps, before = trial_steps(whole.steps), whole.measure()
     short = replace(settings, epochs=steps / whole.steps_in_epoch, checks=1, patience=1)
-    trials = []
-    for multiple in sorted(multiples):
+    trials: list[Trial] = []
+    waiting = sorted(multiples, reverse=True)
+    while waiting:
+        multiple = waiting.pop(0)
         tried = replace(short, rate=multiple * settings.rate, head_rate=multiple * settings.head_rate)
-        curve = begin(tried).complete().curve
-        trials.append(Trial(tried.rate, curve[0].kl, curve[-1].kl))
+        curve = begin(tried).complete(kl_before=before).curve
+        trials.append(Trial(tried.rate, before, curve[-1].kl))
+        smallest_is_best = with_best(settings, trials).rate == tried.rate
+        if not waiting and smallest_is_best and multiple / 2 >= _SMALLEST:
+            waiting.append(multiple / 2)
     return with_best(settings, trials), tuple(trials)
 
 

@@ -1,0 +1,62 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moe_svd_distill.algebra.logits import LogitTransform
+from moe_svd_distill.algebra.whitening import whitening
+from moe_svd_distill.fitting.pairs import HeadWeights
+from moe_svd_distill.training.expected_rows import expected_rows, with_expected_rows
+from moe_svd_distill.training.head import ExpectedHead, TrainedHead
+from tests.training.setting import CPU, TEACHER_WIDTH, VOCABULARY, made_up_text
+
+WIDTH = 12
+
+
+def _heads(multiplier: float, bias: bool) -> tuple[HeadWeights, HeadWeights]:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(VOCABULARY, WIDTH, generator=generator)
+    shift = torch.randn(VOCABULARY, generator=generator) if bias else None
+    student = HeadWeights(weight, shift, LogitTransform(multiplier))
+    return student, HeadWeights(torch.randn(VOCABULARY, TEACHER_WIDTH, generator=generator), None, LogitTransform())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+@pytest.mark.parametrize(("multiplier", "bias"), [(1.0, False), (0.5, True)])
+def test_loss_and_slope_are_those_of_the_whole_distributions(
+    share: float, multiplier: float, bias: bool, tmp_path: Path
+) -> None:
+    student, teacher = _heads(multiplier, bias)
+    basis = torch.randn(4 * WIDTH, WIDTH, generator=torch.Generator().manual_seed(2))
+    start = 0.1 * torch.randn(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(3))
+    kinds = (TrainedHead, ExpectedHead)
+    plain, short = (
+        kind(student, teacher, whitening(basis.T @ basis), start, "fixed", "forward", share) for kind in kinds
+    )
+    assert isinstance(short, ExpectedHead)
+    text = made_up_text(6, seed=4)
+    order = np.array([4, 1, 5])
+    with with_expected_rows(text, teacher, short.fixed, share, tmp_path) as shortened:
+        assert shortened.teacher.shape == (len(text.position), WIDTH + 1)
+        batch, brief = text.take(order, CPU), shortened.take(order, CPU)
+        states = torch.randn(len(batch.position), WIDTH, generator=torch.Generator().manual_seed(7))
+        slopes = [head.learn(states, part, 50) for head, part in ((plain, batch), (short, brief))]
+        torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-3, atol=1e-5)
+        assert float(short.loss) == pytest.approx(float(plain.loss), rel=1e-5)
+        assert not short.values.numel()
+        assert list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_are_the_plain_formula() -> None:
+    student, teacher = _heads(2.0, bias=True)
+    states = torch.randn(5, TEACHER_WIDTH, generator=torch.Generator().manual_seed(8))
+    following = torch.tensor([3, -1, 0, 7, -1])
+    found = expected_rows(states, following, teacher, student, 0.4)
+    p = torch.softmax(states.double() @ teacher.weight.double().T, dim=-1)
+    real = torch.where(following >= 0, 0.4, 0.0)[:, None].double()
+    mixed = (1 - real) * p + real * torch.nn.functional.one_hot(following.clamp_min(0), VOCABULARY)
+    constant = (1 - real[:, 0]) * (p * p.log()).sum(-1) - 2 * mixed @ student.bias.double()  # type: ignore[union-attr]
+    torch.testing.assert_close(found[:, :-1].double(), 2 * mixed @ student.weight.double(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[:, -1].double(), constant, rtol=1e-4, atol=1e-4)
