@@ -31,3 +31,19 @@ def test_entries_are_as_large_as_those_of_a_step_of_adamw() -> None:
     step = near_polar_factor(torch.randn(1, 64, 256, generator=torch.Generator().manual_seed(2)))
     size = adam_like_size(64, 256) * float(step.square().mean().sqrt())
     assert 0.1 < size < 0.3
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 20), (2, 20, 8)])
+def test_the_way_over_the_gram_matrix_is_the_plain_iteration(shape: tuple[int, int, int]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    matrices = torch.randn(shape, generator=generator, dtype=torch.float64)
+    left, values, right = torch.linalg.svd(matrices, full_matrices=False)
+    matrices = left @ torch.diag_embed(values * torch.logspace(0, -6, values.shape[1])) @ right
+    wide = matrices if shape[1] <= shape[2] else matrices.transpose(1, 2)
+    plain = wide / wide.norm(dim=(1, 2), keepdim=True)
+    for _ in range(4):
+        square = plain @ plain.transpose(1, 2)
+        plain = 3.4445 * plain + (-4.7750 * square + 2.0315 * square @ square) @ plain
+    expected = plain if shape[1] <= shape[2] else plain.transpose(1, 2)
+    torch.testing.assert_close(near_polar_factor(matrices), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(near_polar_factor(matrices.float()).double(), expected, rtol=0, atol=1e-4)

@@ -82,7 +82,7 @@ def place_training(
         return Placement(True, devices[:together], cores, name, f"{_gib(needed)} on each device")
     processes = max(1, min(workers, together, int(_SHARE * free // max(1, needed))))
     why = f"{_gib(needed)} in each of {processes} processes"
-    return Placement(True, ("cpu",) * processes, max(1, available_cores() // processes), name, why)
+    return Placement(True, ("cpu",) * processes, max(1, cores // processes), name, why)
 
 
 def bytes_in_training(pair: ModelPair, itemsize: int, ranks: Mapping[str, int]) -> int:

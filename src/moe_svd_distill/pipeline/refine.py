@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 CURVE = "training_curve.json"
 GROUP = "refined"
-ALGORITHM = 1  # raise whenever the same input would give another adapter
+ALGORITHM = 2  # raise whenever the same input would give another adapter
 _STEP = "training"
 _BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
 

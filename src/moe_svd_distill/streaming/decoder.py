@@ -85,10 +85,23 @@ class _Base:
         checkpoint: Checkpoint,
         length: int,
         device: torch.device,
-        dtype: torch.dtype,
-        embedding_change: EmbeddingChange | None,
+        dtype: torch.dtype = torch.float32,
+        embedding_change: EmbeddingChange | None = None,
     ) -> None:
-        skeleton = build_skeleton(checkpoint.config, checkpoint.source, dtype, device.type)
+        """Read the end of the decoder, and all of it where it stays in memory.
+
+        Args:
+            checkpoint: The model.
+            length: Tokens of a sequence.
+            device: Where to.
+            dtype: Type to compute in.
+            embedding_change: What an adapter adds to the embeddings.
+
+        Raises:
+            BadDataError: A tensor is missing.
+            IncompatiblePairError: The architecture cannot be run layer by layer.
+        """
+        skeleton = build_skeleton(checkpoint.config, checkpoint.source, dtype, device.type, gradients=True)
         self.device, self._skeleton, self._checkpoint = device, skeleton, checkpoint
         self._embedding_change = embedding_change
         self._sources = Sources(checkpoint, skeleton)
@@ -106,6 +119,11 @@ class _Base:
                 if module._buffers.get(name) is not None:
                     module._buffers[name] = module._buffers[name].to(device)
         self._run = DecoderRun(skeleton, device, length)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Read what is to be there from the beginning."""
+        raise NotImplementedError
 
     @property
     def bytes_read(self) -> int:
@@ -127,36 +145,15 @@ class _Base:
 class ResidentDecoder(_Base):
     """A `Decoder` that is in memory."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        length: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        embedding_change: EmbeddingChange | None = None,
-    ) -> None:
-        """Read all of it.
+    seconds_waiting = 0.0
 
-        Args:
-            checkpoint: The model.
-            length: Tokens of a sequence.
-            device: Where to.
-            dtype: Type to compute in.
-            embedding_change: What an adapter adds to the embeddings.
-
-        Raises:
-            BadDataError: A tensor is missing.
-            IncompatiblePairError: The architecture cannot be run layer by layer.
-        """
-        super().__init__(checkpoint, length, device, dtype, embedding_change)
+    def _begin(self) -> None:
         for part in (EMBEDDING, *range(self.layers)):
             self._weights.attach(part, self._weights.read(part))
-        if embedding_change is not None:
+        if self._embedding_change is not None:
             weight: Any = self._skeleton.embedding.weight
             with torch.no_grad():
-                weight.add_(embedding_change(torch.arange(len(weight))).to(weight))
-
-    seconds_waiting = 0.0
+                weight.add_(self._embedding_change(torch.arange(len(weight))).to(weight))
 
     def enter(self, layer: int, following: int | None = None) -> None:
         """As `Decoder`: it is there."""
@@ -180,17 +177,8 @@ class StreamedDecoder(_Base):
 
     resident = False
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        length: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        embedding_change: EmbeddingChange | None = None,
-    ) -> None:
-        """Nothing but the end of the decoder is read yet; arguments and errors as of `ResidentDecoder`."""
-        super().__init__(checkpoint, length, device, dtype, embedding_change)
-        self._reader = Prefetcher(self._weights, device)
+    def _begin(self) -> None:
+        self._reader = Prefetcher(self._weights, self.device)
         self._here: int | None = None
         self._coming: int | None = None
         self._embedding_name = _embedding_name(self._sources, self._skeleton)

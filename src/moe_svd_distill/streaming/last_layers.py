@@ -147,7 +147,7 @@ def load_last_layers(checkpoint: Checkpoint, last: int, length: int, device: tor
         BadDataError: There are fewer layers, or a tensor is missing.
         IncompatiblePairError: The architecture cannot be run layer by layer.
     """
-    skeleton = build_skeleton(checkpoint.config, checkpoint.source, torch.float32, device.type)
+    skeleton = build_skeleton(checkpoint.config, checkpoint.source, torch.float32, device.type, gradients=True)
     layers = len(skeleton.originals)
     if not 0 < last <= layers:
         raise BadDataError(f"{checkpoint.source} has {layers} layers, not {last}", "Fit at most as many as there are")

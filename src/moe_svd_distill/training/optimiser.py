@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol, TypeAlias
 
 import torch
@@ -14,6 +14,7 @@ from moe_svd_distill.training.peers import Peers
 
 OptimiserName: TypeAlias = Literal["muon", "adamw"]
 _TINY = 1e-10
+_TOGETHER = 1 << 24  # factors' entries whose steps are computed together, unless a stack alone has more
 
 
 class Optimiser(Protocol):
@@ -74,6 +75,12 @@ class Muon:
         """
         self._bank, self._momentum, self._decay, self._peers = bank, momentum, weight_decay, peers
         self._mean = torch.zeros_like(bank.values)
+        mine = [
+            block
+            for number, block in enumerate(bank.blocks)
+            if number // 2 % peers.count == peers.number  # A and B of a stack together: even shares
+        ]
+        self._groups = _alike(mine)
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
@@ -84,10 +91,13 @@ class Muon:
         if self._decay:
             bank.values.mul_(1 - rate * self._decay)
         steps = torch.zeros_like(ahead) if self._peers.count > 1 else ahead
-        for number, (begin, end, shape) in enumerate(bank.blocks):
-            if number // 2 % self._peers.count == self._peers.number:  # A and B of a stack together: even shares
-                found = near_polar_factor(ahead[begin:end].view(shape))
-                steps[begin:end] = found.mul_(adam_like_size(*shape[1:])).reshape(-1)
+        for (rows, columns), blocks in self._groups:
+            found = near_polar_factor(torch.cat([ahead[begin:end].view(-1, rows, columns) for begin, end in blocks]))
+            found = found.mul_(adam_like_size(rows, columns)).reshape(-1)
+            for (begin, end), step in zip(
+                blocks, torch.split(found, [end - begin for begin, end in blocks]), strict=True
+            ):
+                steps[begin:end] = step
         self._peers.add_up(steps)
         bank.values.add_(steps, alpha=-rate)
 
@@ -98,3 +108,22 @@ class Muon:
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """As `Optimiser`."""
         self._mean.copy_(tensors["mean"])
+
+
+Group = tuple[tuple[int, int], list[tuple[int, int]]]
+"""Rows and columns of some matrices, and where the stacks of them begin and end in the flat buffers."""
+
+
+def _alike(blocks: Sequence[tuple[int, int, tuple[int, int, int]]]) -> list[Group]:
+    """Stacks of matrices of one shape, as many together as one batched product may take."""
+    groups: list[Group] = []
+    open_groups: dict[tuple[int, int], tuple[Group, int]] = {}
+    for begin, end, (_, rows, columns) in blocks:
+        shape = rows, columns
+        group, size = open_groups.get(shape, (None, 0))
+        if group is None or size + end - begin > _TOGETHER:
+            group, size = (shape, []), 0
+            groups.append(group)
+        group[1].append((begin, end))
+        open_groups[shape] = group, size + end - begin
+    return groups

@@ -1,0 +1,44 @@
+from pathlib import Path
+
+import pytest
+
+from moe_svd_distill.pipeline.cost import trained_ranks
+from moe_svd_distill.pipeline.pair import open_pair
+from moe_svd_distill.pipeline.placement import Placement, place_training
+from tests.pipeline.test_cost import LITTLE
+from tests.support.pairs import recipe_for
+
+
+def _place(tiny: tuple[Path, Path], tmp_path: Path, workers: int, together: int) -> Placement:
+    recipe = recipe_for(*tiny, tmp_path, **LITTLE)
+    with open_pair(*map(str, tiny)) as pair:
+        return place_training(recipe, pair, ("cpu",), workers, trained_ranks(recipe, pair.student), together)
+
+
+@pytest.mark.parametrize(
+    ("asked", "workers", "together", "processes", "threads"),
+    [
+        (None, 4, 8, 4, 2),  # eight cores
+        (None, 4, 1, 1, 8),  # a step of one sequence is not shared
+        (None, 3, 2, 2, 4),
+        ("2", 4, 8, 4, 1),
+        ("1", 1, 8, 1, 1),  # fewer threads than cores if the environment says so
+    ],
+)
+def test_processes_share_a_step_and_the_threads(
+    tiny: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: str | None,
+    workers: int,
+    together: int,
+    processes: int,
+    threads: int,
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    monkeypatch.setattr("moe_svd_distill.pipeline.placement.available_cores", lambda: 8)
+    placed = _place(tiny, tmp_path, workers, together)
+    assert placed.resident
+    assert (placed.devices, placed.threads) == (("cpu",) * processes, threads)
