@@ -54,7 +54,7 @@ def test_the_same_as_json_and_from_the_environment(
 ) -> None:
     monkeypatch.setenv("MOE_SVD_DISTILL_PRESET", "balanced")
     outlook = json.loads(run(capsys, *words, "--json")[1])
-    supplied = {"method": "refined", "tokens": 131_072, "training.epochs": 3.0}
+    supplied = {"method": "refined", "tokens": 131_072}
     assert outlook["preset"] == {"name": "balanced", "supplied": supplied, "given_otherwise": {}}
     assert outlook["method"]["asked"] == "refined"
     assert outlook["refined"]["teacher_tokens"] == 131_072 + outlook["refined"]["own_text"] + 16_384

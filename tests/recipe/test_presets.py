@@ -25,7 +25,7 @@ def values(recipe: Recipe) -> tuple[str, int, float | str]:
     [
         (None, ("auto", 65_536, "auto")),
         ("fast", ("auto", 16_384, "auto")),
-        ("balanced", ("refined", 131_072, 3.0)),
+        ("balanced", ("refined", 131_072, "auto")),
         ("best", ("refined", 393_216, "auto")),
     ],
 )
@@ -92,4 +92,4 @@ def test_the_resolved_recipe_shows_the_values_and_reads_back_the_same() -> None:
 def test_what_is_taken_from_a_preset_and_what_was_given_otherwise() -> None:
     assert supplied_values(parse_recipe(BASE)) == ({}, {})
     recipe = parse_recipe(BASE | {"preset": "balanced", "tokens": 1024, "training": {"epochs": 2}})
-    assert supplied_values(recipe) == ({"method": "refined"}, {"tokens": 1024, "training.epochs": 2.0})
+    assert supplied_values(recipe) == ({"method": "refined"}, {"tokens": 1024})

@@ -26,8 +26,8 @@ class Recipe(Section):
     preset: Preset | None = Field(
         None,
         description="Values for keys that are not given. fast: 16,384 tokens. balanced: method refined, 131,072 "
-        "tokens, 3 epochs. best: method refined, 393,216 tokens. In a file that gives method, tokens and "
-        "training.epochs, as one of init does, it has nothing to add.",
+        "tokens. best: method refined, 393,216 tokens. In a file that gives method and tokens, as one of init "
+        "does, it has nothing to add.",
     )
     method: Literal["auto", "weights", "calibrated", "weights+calibrated", "refined"] = Field(
         "auto",

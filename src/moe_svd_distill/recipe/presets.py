@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fast": {"tokens": 16_384},
-    "balanced": {"method": "refined", "tokens": 131_072, "training": {"epochs": 3.0}},
+    "balanced": {"method": "refined", "tokens": 131_072},
     "best": {"method": "refined", "tokens": 393_216},
 }
 
@@ -37,23 +37,13 @@ def merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]
 
 
 def supplied_values(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the recipe has of its preset, and what was given otherwise in place of it, both by dotted key."""
+    """What the recipe has of its preset, and what was given otherwise in place of it."""
     taken: dict[str, Any] = {}
     otherwise: dict[str, Any] = {}
-    for key, value in _flat(PRESETS[recipe.preset] if recipe.preset else {}):
-        found: Any = recipe
-        for part in key.split("."):
-            found = getattr(found, part)
+    for key, value in (PRESETS[recipe.preset] if recipe.preset else {}).items():
+        found = getattr(recipe, key)
         (taken if found == value else otherwise)[key] = found
     return taken, otherwise
-
-
-def _flat(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return [
-        (f"{key}.{inner}" if inner else key, one)
-        for key, value in values.items()
-        for inner, one in (value.items() if isinstance(value, Mapping) else [("", value)])
-    ]
 
 
 def _keys(value: Any) -> Mapping[str, Any] | None:

@@ -11,7 +11,7 @@ from moe_svd_distill.training.settings import TrainingSettings
 
 MULTIPLES = (0.5, 1.0, 2.0)
 _SMALLEST = 1 / 16
-_SHARE, _FEWEST = 0.025, 12
+_SHARE, _FEWEST = 0.015, 12
 
 
 @dataclass(frozen=True)
