@@ -16,19 +16,20 @@ import torch
 
 from moe_svd_distill.execution.publish import write_json_atomic
 from moe_svd_distill.fitting.check import Places, figures_by_document, predicting_places
-from moe_svd_distill.fitting.pairs import HeadWeights, Segment, StatePairs, common_rows
+from moe_svd_distill.fitting.pairs import HeadWeights, Segment, StatePairs
 from moe_svd_distill.fitting.rank import choose_rank, head_factors
 from moe_svd_distill.pipeline.assembly import asked_head_rank
-from moe_svd_distill.pipeline.copying import draw, for_training
+from moe_svd_distill.pipeline.copying import for_training
 from moe_svd_distill.pipeline.cost import epochs, optimiser_steps, trained_ranks
 from moe_svd_distill.pipeline.fitted import Fitted
 from moe_svd_distill.pipeline.placement import Placement, place_training
 from moe_svd_distill.pipeline.preparation import library_versions
 from moe_svd_distill.pipeline.states import Body, Report
 from moe_svd_distill.pipeline.training_start import Start, read_start
+from moe_svd_distill.pipeline.training_text import training_texts
 from moe_svd_distill.streaming import PassSettings, StreamedStates, load_head, stream_states
 from moe_svd_distill.training.crew import trained
-from moe_svd_distill.training.job import TextFile, Trained, Trainee, TrainingJob
+from moe_svd_distill.training.job import Trained, Trainee, TrainingJob
 from moe_svd_distill.training.loop import Progress
 from moe_svd_distill.training.settings import TrainingSettings
 
@@ -162,33 +163,8 @@ class _Refinement:
 
     def job(self, start: Start) -> TrainingJob:
         """Read the text by the teacher, and write down what every process needs to know."""
-        fit, search = self.fit_text, self.text.search
-        count = len(fit.student.sequences)
-        head = common_rows(load_head(self.pair.student.checkpoint, "cpu", torch.float32), fit.student_ids)
-        copied = draw(fit.student.sequences, self.copying, self.read_student, head, self.recipe.seed)
-        read = np.concatenate([fit.teacher.sequences, search.teacher.sequences, copied])
-        theirs = self.read("teacher", self.pair.teacher, read)
-        offset = (count + len(search.teacher.sequences)) * fit.teacher.length
-        everywhere = np.arange(copied.size)
-        following = np.full(len(fit.student_position) + copied.size, -1, dtype=np.int64)
-        predicted = predicting_places(fit)
-        following[np.searchsorted(fit.student_position, predicted.student_position)] = predicted.target
-        length = fit.student.length
-        text = TextFile(
-            np.concatenate([fit.student.sequences, copied]),
-            np.concatenate([fit.student_position, everywhere + count * length]),
-            np.concatenate([fit.teacher_position, everywhere + offset]),
-            following,
-            theirs.path,
-        )
-        places = predicting_places(search)
-        check = TextFile(
-            search.student.sequences,
-            places.student_position,
-            places.teacher_position + count * fit.teacher.length,
-            places.target,
-            theirs.path,
-        )
+        fit = self.fit_text
+        text, check = training_texts(self.recipe, self.pair, self.text, self.copying, self.read)
         settings = self.settings()
         identity = {
             "algorithm": ALGORITHM,
@@ -243,10 +219,6 @@ class _Refinement:
             weight_decay=asked.weight_decay,
             seed=self.recipe.seed,
         )
-
-    def read_student(self, name: str, sequences: NDArray[np.int64]) -> StreamedStates:
-        """A pass of the untouched student."""
-        return self.read(name, self.pair.student, sequences)
 
     def check_pairs(self, trainee: Trainee, scale: float) -> StatePairs:
         """States of the checking text, in the order of its places."""

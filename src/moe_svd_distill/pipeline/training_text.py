@@ -1,0 +1,70 @@
+"""The text of a training run: what was given, what is read beside it, and what is measured on, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from moe_svd_distill.fitting.check import predicting_places
+from moe_svd_distill.fitting.pairs import common_rows
+from moe_svd_distill.pipeline.copying import Copying, draw
+from moe_svd_distill.streaming import StreamedStates, load_head
+from moe_svd_distill.training.job import TextFile
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from moe_svd_distill.pipeline.pair import Model, ModelPair
+    from moe_svd_distill.pipeline.texts import RunText
+    from moe_svd_distill.recipe import Recipe
+
+Read = Callable[[str, "Model", "NDArray[np.int64]"], StreamedStates]
+"""A pass of a model over sequences, under a name."""
+
+
+def training_texts(
+    recipe: Recipe, pair: ModelPair, text: RunText, copying: Copying, read: Read
+) -> tuple[TextFile, TextFile]:
+    """Draw what is read beside the text, and let the teacher read it all.
+
+    Args:
+        recipe: What is asked for.
+        pair: Teacher and student.
+        text: From ``read_run_text``, with a part to train on.
+        copying: What is read beside it.
+        read: Passes a model over sequences.
+
+    Returns:
+        The text to train on and the text to measure on; both point into the file of the teacher's states.
+    """
+    assert text.fit is not None
+    fit, search = text.fit, text.search
+    count = len(fit.student.sequences)
+    head = common_rows(load_head(pair.student.checkpoint, "cpu", torch.float32), fit.student_ids)
+    copied = draw(fit.student.sequences, copying, lambda name, rows: read(name, pair.student, rows), head, recipe.seed)
+    everything = np.concatenate([fit.teacher.sequences, search.teacher.sequences, copied])
+    theirs = read("teacher", pair.teacher, everything)
+    offset = (count + len(search.teacher.sequences)) * fit.teacher.length
+    everywhere = np.arange(copied.size)
+    following = np.full(len(fit.student_position) + copied.size, -1, dtype=np.int64)
+    predicted = predicting_places(fit)
+    following[np.searchsorted(fit.student_position, predicted.student_position)] = predicted.target
+    trained_on = TextFile(
+        np.concatenate([fit.student.sequences, copied]),
+        np.concatenate([fit.student_position, everywhere + count * fit.student.length]),
+        np.concatenate([fit.teacher_position, everywhere + offset]),
+        following,
+        theirs.path,
+    )
+    places = predicting_places(search)
+    measured_on = TextFile(
+        search.student.sequences,
+        places.student_position,
+        places.teacher_position + count * fit.teacher.length,
+        places.target,
+        theirs.path,
+    )
+    return trained_on, measured_on
