@@ -276,6 +276,7 @@ class _Refinement:
             "bytes_read": run.bytes_read,
             "seconds_waiting": round(run.seconds_waiting, 2),
             "peak_anonymous_bytes": run.peak_anonymous_bytes,
+            "peak_device_bytes": run.peak_device_bytes,
             "saves_rejected": list(outcome.rejected),
             "settings": asdict(run.settings),
             "rate_trials": [asdict(trial) for trial in run.trials],

@@ -107,6 +107,7 @@ class Trained:
         bytes_read: Stored bytes of the student's weights that were read meanwhile, by one process.
         seconds_waiting: Time without work because a layer was not there yet.
         peak_anonymous_bytes: The process's largest anonymous memory seen, libraries included.
+        peak_device_bytes: The most that lay on the GPU of one process at a time; 0 on a CPU.
     """
 
     outcome: Outcome
@@ -115,6 +116,7 @@ class Trained:
     bytes_read: int
     seconds_waiting: float
     peak_anonymous_bytes: int
+    peak_device_bytes: int
 
 
 class Trainee:
@@ -179,7 +181,9 @@ class Trainee:
         kl_before = trials[0].before if trials else None
         outcome = self._run(settings).complete(saves, on_progress, kl_before)
         read = self.decoder.bytes_read - before
-        return Trained(outcome, settings, trials, read, self.decoder.seconds_waiting, self.decoder.watch.look())
+        on_device = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+        waiting, anonymous = self.decoder.seconds_waiting, self.decoder.watch.look()
+        return Trained(outcome, settings, trials, read, waiting, anonymous, on_device)
 
     def _run(self, settings: TrainingSettings) -> Training:
         """A run that begins at the start."""
