@@ -79,8 +79,8 @@ def test_the_plan_of_training_from_zero(tiny: tuple[Path, Path], tmp_path: Path)
     assert not any(name.startswith(("weights", "calibrated")) for name, _ in outlook["sizes"])
     found, cost = rows(outlook), outlook["refined"]
     assert found["tokens read"] == "2,560 (0 copies, 0 of the student's own, and the search text)"
-    assert found["steps"] == "12 of 512 tokens, at most, and 36 or somewhat more to choose the learning rate"
-    assert found["tokens trained on"] == f"{(12 + 36) * 512:,}, repeated ones counted again"
+    assert found["steps"] == "12 of 512 tokens, at most, and 9 or somewhat more to choose the learning rate"
+    assert found["tokens trained on"] == f"{(12 + 9) * 512:,}, repeated ones counted again"
     assert found["student"].startswith("in memory: ")
     assert "weights read in each step" not in found
     assert cost["weights_read"] == open_model(str(tiny[0])).checkpoint.total_bytes
@@ -88,8 +88,8 @@ def test_the_plan_of_training_from_zero(tiny: tuple[Path, Path], tmp_path: Path)
     with open_pair(*map(str, tiny)) as pair:
         (body, head), (_, taught) = active_parameters(pair.student), active_parameters(pair.teacher)
     measured = 1024 * (1 + 12 + 3)  # before, at each check, and after each trial
-    assert cost["teacher_operations"] == 2 * body * 2560 + 2 * taught * (48 * 512 + measured)
-    assert cost["student_operations"] == 6 * (body + head) * 48 * 512 + 2 * (body + head) * measured
+    assert cost["teacher_operations"] == 2 * body * 2560 + 2 * taught * (21 * 512 + measured)
+    assert cost["student_operations"] == 6 * (body + head) * 21 * 512 + 2 * (body + head) * measured
 
 
 def test_streamed_training_reads_the_student_twice_in_each_step(tiny: tuple[Path, Path], tmp_path: Path) -> None:

@@ -193,8 +193,9 @@ def test_two_processes_give_what_one_gives(model: Path, tmp_path: Path) -> None:
         with trained(job, lambda progress, steps: None) as (trainee, run):
             kl = run.outcome.curve[-1].kl
             results.append((torch.cat([trainee.bank.values, trainee.head.values]).clone(), kl))
-            assert len(run.trials) >= 3
-            assert run.settings.rate == min(run.trials, key=lambda trial: trial.after).rate
+            assert run.choice is not None
+            assert len(run.choice.trials) >= 3
+            assert run.settings.rate == min(run.choice.trials, key=lambda trial: trial.after).rate
     for values, kl in results[1:]:
         assert kl == pytest.approx(results[0][1], rel=1e-4)
         torch.testing.assert_close(values, results[0][0], rtol=2e-3, atol=2e-4)
@@ -231,3 +232,35 @@ def test_training_in_bfloat16_keeps_the_factors_in_float32(model: Path, tmp_path
             gains[dtype] = curve[0].kl - curve[run.outcome.best].kl
     assert gains[torch.float32] > 0.01
     assert gains[torch.bfloat16] == pytest.approx(gains[torch.float32], rel=0.2)
+
+
+@pytest.mark.parametrize("nearly_there", [0.0, 100.0])
+def test_rates_are_tried_from_a_good_start_or_with_the_untouched_student(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nearly_there: float
+) -> None:
+    monkeypatch.setattr("moe_svd_distill.training.job.NEARLY_THERE", nearly_there)
+    job = _job(model, tmp_path / "run", ("cpu",), resident=True)
+    disturbed = setting(model, tmp_path)
+    disturb(disturbed.bank)
+    pairs = {
+        f"{name}#{side}": tensor
+        for name, pair in disturbed.bank.pairs()
+        for side, tensor in zip("BA", pair, strict=True)
+    }
+    change = 0.05 * torch.randn(
+        VOCABULARY, disturbed.student.weight.shape[1], generator=torch.Generator().manual_seed(1)
+    )
+    start = write_part(job.folder, "another-start", PartContent({**pairs, "head": change}, {}))
+    with trained(replace(job, tried=False), lambda progress, steps: None) as (_, plain):
+        untouched = plain.outcome.curve[0].kl
+    with trained(replace(job, start=start, key="started"), lambda progress, steps: None) as (_, run):
+        assert run.choice is not None
+        begun = run.outcome.curve[0].kl
+        assert abs(begun - untouched) > 1e-3
+        assert run.choice.start_kl == pytest.approx(begun, rel=1e-6)
+        assert run.choice.from_start == (nearly_there > 0)
+        expected = begun if nearly_there else untouched
+        assert all(trial.before == pytest.approx(expected, rel=1e-6) for trial in run.choice.trials)
+        first = run.choice
+    with trained(replace(job, start=start, key="started"), lambda progress, steps: None) as (_, again):
+        assert again.choice == first

@@ -160,6 +160,11 @@ class FactorBank:
             for weight in stack.weights:
                 weight.parameter.grad = None
 
+    def forget(self) -> None:
+        """Let every product be zero, as without a start."""
+        for stack in self._all():
+            stack.b.zero_()
+
     @contextmanager
     def scaled(self, scale: float) -> Iterator[None]:
         """Every product times a number, for a while."""

@@ -68,6 +68,11 @@ class TrainedHead:
         """Change of the student's weight, (v, d)."""
         return (self._weights - self._origin) @ self._metric.inverse
 
+    def forget(self) -> None:
+        """Undo every change, the start's as well, of a head that moves."""
+        if self._moves:
+            self._weights.copy_(self._origin)
+
     def head(self) -> HeadWeights:
         """The head as it is now."""
         return HeadWeights(self._weights @ self._metric.inverse, self._student.bias, self._student.transform)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,15 @@ from moe_svd_distill.training.peers import Peers
 from moe_svd_distill.training.saves import Saves
 from moe_svd_distill.training.settings import TrainingSettings
 from moe_svd_distill.training.text import IntArray, TrainingText
-from moe_svd_distill.training.trials import Trial, choose_rate, with_best
+from moe_svd_distill.training.trials import (
+    MULTIPLES,
+    NEARLY_THERE,
+    POLISHING,
+    RateChoice,
+    Trial,
+    choose_rate,
+    with_best,
+)
 
 HEAD, EMBEDDING = "head", "embedding"
 _MOMENT_ROWS = 64
@@ -103,7 +112,7 @@ class Trained:
     Attributes:
         outcome: Of the run itself.
         settings: With the learning rate that was chosen.
-        trials: Of the learning rate.
+        choice: Of the learning rate; None where it was given.
         bytes_read: Stored bytes of the student's weights that were read meanwhile, by one process.
         seconds_waiting: Time without work because a layer was not there yet.
         peak_anonymous_bytes: The process's largest anonymous memory seen, libraries included.
@@ -112,7 +121,7 @@ class Trained:
 
     outcome: Outcome
     settings: TrainingSettings
-    trials: tuple[Trial, ...]
+    choice: RateChoice | None
     bytes_read: int
     seconds_waiting: float
     peak_anonymous_bytes: int
@@ -172,39 +181,50 @@ class Trainee:
                 )
             )
         self._first = self.bank.values.clone(), self.head.values.clone()
+        self._started = bool(pairs) or HEAD in tensors
 
     def train(self, on_progress: Listener) -> Trained:
         """Train, or go on with it; the best state is then in the bank and the head."""
         saves = Saves(self._job.folder, self._job.key, self._peers.number == 0, self._job.save_seconds)
-        settings, trials = self._settings()
+        choice = self._choice()
+        settings = self._job.settings if choice is None else with_best(self._job.settings, choice.trials)
         before = self.decoder.bytes_read
-        kl_before = trials[0].before if trials else None
+        kl_before = choice.start_kl if choice else None
         outcome = self._run(settings).complete(saves, on_progress, kl_before)
         read = self.decoder.bytes_read - before
         on_device = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
         waiting, anonymous = self.decoder.seconds_waiting, self.decoder.watch.look()
-        return Trained(outcome, settings, trials, read, waiting, anonymous, on_device)
+        return Trained(outcome, settings, choice, read, waiting, anonymous, on_device)
 
-    def _run(self, settings: TrainingSettings) -> Training:
-        """A run that begins at the start."""
+    def _run(self, settings: TrainingSettings, untouched: bool = False) -> Training:
+        """A run that begins at the start, or with the untouched student."""
         self.bank.values.copy_(self._first[0])
         self.head.values.copy_(self._first[1])
+        if untouched:
+            self.bank.forget()
+            self.head.forget()
         return Training(self.engine, self.bank, self.head, self.text, self.check, self.teacher, settings, self._peers)
 
-    def _settings(self) -> tuple[TrainingSettings, tuple[Trial, ...]]:
-        """The settings with their learning rate, tried once in the life of a run."""
+    def _choice(self) -> RateChoice | None:
+        """The trials of the learning rate, made once in the life of a run."""
         job = self._job
         if not job.tried:
-            return job.settings, ()
+            return None
         key = f"rate-{job.key}"
         path = part_path(job.folder, key)
         if verify_part(path, key):
-            trials = tuple(Trial(**trial) for trial in read_record(path)["trials"])
-            return with_best(job.settings, trials), trials
-        settings, trials = choose_rate(self._run, job.settings)
+            record = read_record(path)
+            trials = tuple(Trial(**trial) for trial in record["trials"])
+            return RateChoice(trials, record["start_kl"], record["from_start"])
+        untouched = self._run(job.settings, untouched=True).measure()
+        start_kl = self._run(job.settings).measure() if self._started else untouched
+        polishing = start_kl < NEARLY_THERE * untouched
+        begin = partial(self._run, untouched=not polishing)
+        before, multiples = (start_kl, POLISHING) if polishing else (untouched, MULTIPLES)
+        choice = RateChoice(choose_rate(begin, job.settings, before, multiples), start_kl, polishing)
         if self._peers.number == 0:
-            write_part(job.folder, key, PartContent({}, {"trials": [asdict(trial) for trial in trials]}))
-        return settings, trials
+            write_part(job.folder, key, PartContent({}, asdict(choice)))
+        return choice
 
     def check_states(self, scale: float) -> Tensor:
         """The student's states at the places of the checking text, (places, d), with this share of every pair."""

@@ -1,4 +1,9 @@
-"""The learning rate, chosen by short runs from the start that are measured on other text."""
+"""The learning rate, chosen by short runs that are measured on other text.
+
+Short runs from a start flatter small rates: a large one spoils at first what the start has, and only a long run wins it
+back and more (docs/decisions/0017). So they begin with the untouched student, unless the start is so good that training
+can only polish it.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +15,12 @@ from moe_svd_distill.training.loop import Training
 from moe_svd_distill.training.settings import TrainingSettings
 
 MULTIPLES = (0.5, 1.0, 2.0)
+POLISHING = (0.125, 0.25, 0.5)
+"""Of the usual rates, for a start that is good already."""
+NEARLY_THERE = 0.2
+"""Share of the untouched student's KL below which a start is good already."""
 _SMALLEST = 1 / 16
-_SHARE, _FEWEST = 0.015, 12
+_SHARE, _FEWEST, _LARGEST_SHARE = 0.015, 32, 0.25
 
 
 @dataclass(frozen=True)
@@ -23,31 +32,45 @@ class Trial:
     after: float
 
 
+@dataclass(frozen=True)
+class RateChoice:
+    """What was tried.
+
+    Attributes:
+        trials: In order.
+        start_kl: KL on the checking text at the start of the training itself.
+        from_start: Whether the short runs began there as well, or with the untouched student.
+    """
+
+    trials: tuple[Trial, ...]
+    start_kl: float
+    from_start: bool
+
+
 def trial_steps(steps: int) -> int:
     """Steps of one short run, for a training of so many."""
-    return min(steps, max(_FEWEST, math.ceil(_SHARE * steps)))
+    return max(1, min(max(_FEWEST, math.ceil(_SHARE * steps)), round(_LARGEST_SHARE * steps)))
 
 
 def choose_rate(
     begin: Callable[[TrainingSettings], Training],
     settings: TrainingSettings,
+    before: float,
     multiples: Sequence[float] = MULTIPLES,
-) -> tuple[TrainingSettings, tuple[Trial, ...]]:
-    """Try the rates of the settings times each multiple for some steps, and keep those with the lowest KL.
+) -> tuple[Trial, ...]:
+    """Try the rates of the settings times each multiple for some steps, and measure KL after each.
 
     While the smallest is the best, half of it is tried as well, down to a sixteenth of the settings'. There is no going
     on upwards: short runs flatter large rates.
 
     Args:
-        begin: Makes a run that begins at the start.
+        begin: Makes a run.
         settings: How the whole training will be.
+        before: KL on the checking text where they begin.
         multiples: Of both rates.
-
-    Returns:
-        The settings with the rates chosen, and what was tried.
     """
     whole = begin(settings)
-    steps, before = trial_steps(whole.steps), whole.measure()
+    steps = trial_steps(whole.steps)
     short = replace(settings, epochs=steps / whole.steps_in_epoch, checks=1, patience=1)
     trials: list[Trial] = []
     waiting = sorted(multiples, reverse=True)
@@ -59,7 +82,7 @@ def choose_rate(
         smallest_is_best = with_best(settings, trials).rate == tried.rate
         if not waiting and smallest_is_best and multiple / 2 >= _SMALLEST:
             waiting.append(multiple / 2)
-    return with_best(settings, trials), tuple(trials)
+    return tuple(trials)
 
 
 def with_best(settings: TrainingSettings, trials: Sequence[Trial]) -> TrainingSettings:
