@@ -21,7 +21,7 @@ from moe_svd_distill.errors import IncompatiblePairError, NothingToTransferError
 from moe_svd_distill.pipeline.distill import Adapter, Listener, distill, load_adapter
 from moe_svd_distill.pipeline.lab import lab_pair
 from moe_svd_distill.pipeline.pair import open_model, open_pair
-from moe_svd_distill.pipeline.texts import LONGEST_SEQUENCE, read_run_text, sequence_length
+from moe_svd_distill.pipeline.texts import LONGEST_SEQUENCE, longest_sequence, read_run_text
 from moe_svd_distill.recipe import Recipe, recipe_yaml
 from moe_svd_distill.streaming.groups import group_of
 from tests.pipeline.test_quantised import in_float8
@@ -164,7 +164,7 @@ def _kl_on_search_text(
     from moe_svd_distill.evaluation.resident import measure
 
     with open_pair(recipe.teacher, recipe.student) as pair:
-        text = read_run_text(recipe, pair, fitting="calibrated" in recipe.method).search
+        text = read_run_text(recipe, pair, recipe.method.split("+")).search
     record = teacher_pass(Path(recipe.teacher), text.student, vocabulary=len(text.student_ids), device="cpu")
     found = {}
     for name, (folder, scales) in adapters.items():
@@ -344,13 +344,13 @@ def test_a_quantised_teacher_gives_nearly_the_same_head(tiny: tuple[Path, Path],
 def test_models_without_a_longest_sequence_read_the_usual_one(tiny: tuple[Path, Path], tmp_path: Path) -> None:
     copies = [shutil.copytree(folder, tmp_path / folder.name) for folder in tiny]
     with open_pair(str(tiny[0]), str(tiny[1])) as pair:
-        assert sequence_length(pair) == 128
+        assert longest_sequence(pair) == 128
     for folder in copies:
         config = json.loads((folder / "config.json").read_text())
         del config["max_position_embeddings"]
         (folder / "config.json").write_text(json.dumps(config))
     with open_pair(str(copies[0]), str(copies[1])) as pair:
-        assert sequence_length(pair) == LONGEST_SEQUENCE
+        assert longest_sequence(pair) == LONGEST_SEQUENCE
 
 
 @pytest.fixture(scope="module")

@@ -14,15 +14,12 @@ from moe_svd_distill.errors import MissingInputError
 from moe_svd_distill.pipeline.cost import (
     active_parameters,
     cost_of_training,
-    epochs,
     operations,
-    optimiser_steps,
     readable,
 )
 from moe_svd_distill.pipeline.distill import ADAPTER, distill
 from moe_svd_distill.pipeline.outlook import look_ahead
 from moe_svd_distill.pipeline.pair import open_model, open_pair
-from moe_svd_distill.recipe import parse_recipe
 from tests.support.heads import TEXT, student_with_tokenizer, teacher_with_other_head, trained_tokenizer
 from tests.support.models import saved
 from tests.support.pairs import recipe_for
@@ -152,37 +149,6 @@ def test_of_the_experts_only_those_a_token_is_sent_to_count(model_type: str, tmp
     inside = sum(size for name, size in layers.items() if routed.search(name))
     assert (inside > 0) == (model_type != "llama")
     assert active_parameters(model) == (outside + inside // 2, 96 * 32)  # two of four experts for each token
-
-
-@pytest.mark.parametrize(
-    ("tokens", "training", "expected"),
-    [
-        (131_072, {"epochs": 3}, (768, 512)),  # the smallest step
-        (393_216, {"epochs": 7}, (2688, 1024)),  # 896 tokens, in whole sequences
-        (2**26, {"epochs": 4}, (4096, 65_536)),  # the largest step
-        (2**26, {"epochs": 4, "step_tokens": 1 << 20}, (256, 1 << 20)),
-        (1024, {"epochs": 0.1}, (1, 512)),
-        (1024, {"epochs": 2, "step_tokens": 4096}, (2, 1024)),  # no step is larger than the text
-    ],
-)
-def test_steps_of_the_optimiser(tokens: int, training: dict[str, Any], expected: tuple[int, int]) -> None:
-    recipe = parse_recipe({"teacher": "t", "student": "s", "training": training})
-    assert optimiser_steps(recipe, epochs(recipe, ["refined"]), tokens, 512) == expected
-
-
-@pytest.mark.parametrize(
-    ("tokens", "asked", "stages", "expected"),
-    [
-        (65_536, "auto", ["refined"], 4.0),
-        (65_537, "auto", ["refined"], 3.0),
-        (65_537, "auto", ["weights", "refined"], 0.6),
-        (8_192, "auto", ["calibrated", "refined"], 4.0),
-        (8_192, 3, ["weights", "refined"], 3.0),
-    ],
-)
-def test_passes_over_the_text(tokens: int, asked: Any, stages: list[str], expected: float) -> None:
-    recipe = parse_recipe({"teacher": "t", "student": "s", "tokens": tokens, "training": {"epochs": asked}})
-    assert epochs(recipe, stages) == pytest.approx(expected)
 
 
 def test_units() -> None:

@@ -12,10 +12,11 @@ from moe_svd_distill.checkpoints.header import BYTES_PER_ELEMENT
 from moe_svd_distill.families import Carrier
 from moe_svd_distill.fitting.copies import ROUNDS
 from moe_svd_distill.pipeline.assembly import asked_head_rank, head_is_whole
-from moe_svd_distill.pipeline.copying import MUCH_TEXT, for_fit, for_training
+from moe_svd_distill.pipeline.copying import for_fit, for_training
 from moe_svd_distill.pipeline.pair import Model, ModelPair
 from moe_svd_distill.pipeline.preparation import execution_settings
-from moe_svd_distill.pipeline.texts import sequence_length
+from moe_svd_distill.pipeline.steps import epochs, optimiser_steps, sequence_length
+from moe_svd_distill.pipeline.texts import longest_sequence
 from moe_svd_distill.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 Rows = list[list[str]]
-_EPOCHS_OF_LITTLE, _EPOCHS_OF_MUCH, _SHARE_AFTER_WEIGHTS = 4.0, 3.0, 0.2
-_STEPS, _SMALLEST_STEP, _LARGEST_STEP = 3072, 512, 65536
 _SAVES, _SAVED_BYTES = 2, 4 * 4  # files in turn; value, best value and at most two moments, float32
 
 
@@ -107,7 +106,7 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
         at_hand: Whether the weights are on this machine, so that it can be said where the student would be trained.
     """
     teacher, student = pair.teacher, pair.student
-    length = sequence_length(pair)
+    length = sequence_length(recipe, stages, longest_sequence(pair))
     once, search = whole(recipe.tokens, length), whole(recipe.scale_search_tokens, length)
     copying = for_training(recipe, once, once // length, identical=recipe.vocabulary == "equal")
     text = once + copying.sequences(once // length) * length
@@ -156,23 +155,6 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
         step_bytes=2 * pass_bytes,
         training_bytes=pass_bytes * (2 * (steps + trials * trial_steps) + checks),
     )
-
-
-def epochs(recipe: Recipe, stages: Sequence[str]) -> float:
-    """Passes over the text of a run with these stages."""
-    if recipe.training.epochs != "auto":
-        return recipe.training.epochs
-    passes = _EPOCHS_OF_LITTLE if recipe.tokens <= MUCH_TEXT else _EPOCHS_OF_MUCH
-    return passes * (_SHARE_AFTER_WEIGHTS if "weights" in stages else 1.0)
-
-
-def optimiser_steps(recipe: Recipe, passes: float, tokens: int, length: int) -> tuple[int, int]:
-    """How many steps training has and how many tokens one of them, for sequences of this length."""
-    asked = recipe.training
-    automatic = min(max(int(passes * tokens // _STEPS), _SMALLEST_STEP), _LARGEST_STEP)
-    wanted = automatic if asked.step_tokens == "auto" else asked.step_tokens
-    sequences, together = tokens // length, max(1, round(wanted / length))
-    return max(1, round(passes * max(1, sequences // together))), min(sequences, together) * length
 
 
 def trained_ranks(recipe: Recipe, student: Model) -> dict[str, int]:

@@ -82,7 +82,7 @@ def distill(recipe: Recipe, listener: Listener | None = None) -> Adapter:
             listener.on_note("scale_search: false holds for the weights stage; the calibrated stage is always guarded")
         fitting = stages.calibrated or stages.refined
         searching = fitting or (bool(recipe.calibration) and recipe.scale_search)
-        text = read_run_text(recipe, pair, fitting=fitting) if searching else None
+        text = read_run_text(recipe, pair, stages.names) if searching else None
         for shortfall in text.shortfalls() if text else ():
             listener.on_note(shortfall)
         plan = prepare(recipe, pair, settings) if stages.weights else None

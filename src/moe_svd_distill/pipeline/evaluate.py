@@ -12,7 +12,7 @@ from moe_svd_distill.adapter.digest import sha256_of
 from moe_svd_distill.errors import MissingInputError, UsageError
 from moe_svd_distill.execution.publish import write_json_atomic, write_text_atomic
 from moe_svd_distill.pipeline.pair import open_model, open_pair
-from moe_svd_distill.pipeline.texts import sequence_length
+from moe_svd_distill.pipeline.texts import longest_sequence
 from moe_svd_distill.report.card import adapter_card
 from moe_svd_distill.report.html import html_report
 
@@ -115,7 +115,7 @@ def evaluate_adapter(
                 pair.student.checkpoint.folder,
                 read_documents(texts),
                 limit_tokens=tokens,
-                length=sequence_length(pair),
+                length=longest_sequence(pair),
                 seed=seed,
                 controls=controls,
                 used=used,

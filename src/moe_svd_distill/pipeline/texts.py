@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.pipeline.pair import ModelPair
+from moe_svd_distill.pipeline.steps import sequence_length
 from moe_svd_distill.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ class RunText:
         ]
 
 
-def read_run_text(recipe: Recipe, pair: ModelPair, *, fitting: bool) -> RunText:
-    """Read, divide and tokenise the calibration text.
+def read_run_text(recipe: Recipe, pair: ModelPair, stages: Sequence[str]) -> RunText:
+    """Read, divide and tokenise the calibration text for a run with these stages.
 
     Raises:
         MissingInputError: A text is not there.
@@ -73,20 +74,22 @@ def read_run_text(recipe: Recipe, pair: ModelPair, *, fitting: bool) -> RunText:
     from moe_svd_distill.calibration.paired import pair_text
     from moe_svd_distill.calibration.text import read_documents
 
-    budgets = {"search": recipe.scale_search_tokens} | ({"fit": recipe.tokens} if fitting else {})
+    budgets = {"search": recipe.scale_search_tokens}
+    if "calibrated" in stages or "refined" in stages:
+        budgets["fit"] = recipe.tokens
     parts = pair_text(
         read_documents(recipe.calibration, field=recipe.text_field),
         pair.teacher.checkpoint.folder,
         pair.student.checkpoint.folder,
         budgets,
-        length=sequence_length(pair),
+        length=sequence_length(recipe, stages, longest_sequence(pair)),
         mode=recipe.vocabulary,
         seed=recipe.seed,
     )
     return RunText(parts["search"], parts.get("fit"))
 
 
-def sequence_length(pair: ModelPair) -> int:
+def longest_sequence(pair: ModelPair) -> int:
     """The longest sequence both models take, at most 512 tokens."""
     limits = (model.checkpoint.config.get("max_position_embeddings") for model in (pair.teacher, pair.student))
     return min([LONGEST_SEQUENCE, *(int(limit) for limit in limits if limit)])

@@ -104,6 +104,11 @@ class Recipe(Section):
     tokens: int = Field(
         65536, ge=512, description="Tokens of calibration text the adapter is fitted on; the weights stage needs none."
     )
+    sequence_tokens: Literal["auto"] | Annotated[int, Field(ge=32)] = Field(
+        "auto",
+        description="Tokens of a sequence the models read, at most what they take. auto: 512; 256 for the refined "
+        "stage where a step has fewer than 1,024 tokens.",
+    )
     copies: Literal["auto"] | Annotated[int, Field(ge=0, le=31)] = Field(
         "auto",
         description="Copies of the fitting text with tokens replaced by the student's own predictions; the teacher "
