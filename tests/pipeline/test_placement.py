@@ -9,20 +9,22 @@ from tests.pipeline.test_cost import LITTLE
 from tests.support.pairs import recipe_for
 
 
-def _place(tiny: tuple[Path, Path], tmp_path: Path, workers: int, together: int) -> Placement:
+def _place(tiny: tuple[Path, Path], tmp_path: Path, workers: int, together: int, tokens: int) -> Placement:
     recipe = recipe_for(*tiny, tmp_path, **LITTLE)
     with open_pair(*map(str, tiny)) as pair:
-        return place_training(recipe, pair, ("cpu",), workers, trained_ranks(recipe, pair.student), together)
+        return place_training(recipe, pair, ("cpu",), workers, trained_ranks(recipe, pair.student), together, tokens)
 
 
 @pytest.mark.parametrize(
-    ("asked", "workers", "together", "processes", "threads"),
+    ("asked", "workers", "together", "tokens", "processes", "threads"),
     [
-        (None, 4, 8, 4, 2),  # eight cores
-        (None, 4, 1, 1, 8),  # a step of one sequence is not shared
-        (None, 3, 2, 2, 4),
-        ("2", 4, 8, 4, 1),
-        ("1", 1, 8, 1, 1),  # fewer threads than cores if the environment says so
+        (None, 4, 8, 4096, 4, 2),  # eight cores
+        (None, 4, 1, 4096, 1, 8),  # a step of one sequence is not shared
+        (None, 3, 2, 1024, 2, 4),
+        (None, 4, 8, 1500, 2, 4),  # less than 512 tokens for a third
+        (None, 4, 2, 512, 1, 8),
+        ("2", 4, 8, 4096, 4, 1),
+        ("1", 1, 8, 4096, 1, 1),  # fewer threads than cores if the environment says so
     ],
 )
 def test_processes_share_a_step_and_the_threads(
@@ -32,6 +34,7 @@ def test_processes_share_a_step_and_the_threads(
     asked: str | None,
     workers: int,
     together: int,
+    tokens: int,
     processes: int,
     threads: int,
 ) -> None:
@@ -39,6 +42,6 @@ def test_processes_share_a_step_and_the_threads(
     if asked is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
     monkeypatch.setattr("moe_svd_distill.pipeline.placement.available_cores", lambda: 8)
-    placed = _place(tiny, tmp_path, workers, together)
+    placed = _place(tiny, tmp_path, workers, together, tokens)
     assert placed.resident
     assert (placed.devices, placed.threads) == (("cpu",) * processes, threads)

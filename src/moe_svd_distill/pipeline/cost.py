@@ -115,7 +115,7 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
     ranks = trained_ranks(recipe, student)
     asked = recipe.training.placement
     steps, step_tokens = optimiser_steps(recipe, epochs(recipe, stages), text, length)
-    placed = _place(recipe, pair, ranks, step_tokens // length) if at_hand else None
+    placed = _place(recipe, pair, ranks, step_tokens // length, step_tokens) if at_hand else None
     resident = placed.resident if placed else {"resident": True, "streamed": False}.get(asked)
     trials, trial_steps = _trials(recipe, steps)
     trained = (steps + trials * trial_steps) * step_tokens
@@ -223,11 +223,11 @@ def operations(count: float) -> str:
     return f"{count:,.1f} EFLOP"
 
 
-def _place(recipe: Recipe, pair: ModelPair, ranks: Mapping[str, int], together: int) -> Placement:
+def _place(recipe: Recipe, pair: ModelPair, ranks: Mapping[str, int], together: int, step_tokens: int) -> Placement:
     from moe_svd_distill.pipeline.placement import place_training
 
     settings = execution_settings(recipe)
-    return place_training(recipe, pair, settings.devices, settings.workers, ranks, together)
+    return place_training(recipe, pair, settings.devices, settings.workers, ranks, together, step_tokens)
 
 
 def _trials(recipe: Recipe, steps: int) -> tuple[int, int]:

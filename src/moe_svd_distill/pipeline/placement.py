@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from moe_svd_distill.recipe import Recipe
 
 _SHARE = 0.7  # of the free memory that a student in training may take
+_TOKENS_OF_A_PROCESS = 512
 _COPIES = 3  # the weights, the weights with the pairs in them, and their gradients
 _PER_FACTOR = 4 * 5  # value, gradient, two moments, and the best so far, float32
 
@@ -57,6 +58,7 @@ def place_training(
     workers: int,
     ranks: Mapping[str, int],
     together: int,
+    step_tokens: int,
 ) -> Placement:
     """Decide where to train.
 
@@ -67,6 +69,7 @@ def place_training(
         workers: Processes that may be used on the CPU.
         ranks: Hub name to rank of every trained matrix.
         together: Sequences of one step, which the processes share.
+        step_tokens: Tokens of one step; CPU processes with few tokens each wait for one another more than they gain.
     """
     kind = torch.device(devices[0]).type
     dtype = torch.float32 if kind == "cpu" else torch.bfloat16
@@ -80,7 +83,9 @@ def place_training(
         return Placement(False, devices[:together], cores, name, why)
     if kind != "cpu":
         return Placement(True, devices[:together], cores, name, f"{_gib(needed)} on each device")
-    processes = max(1, min(workers, together, int(_SHARE * free // max(1, needed))))
+    processes = max(
+        1, min(workers, together, step_tokens // _TOKENS_OF_A_PROCESS, int(_SHARE * free // max(1, needed)))
+    )
     why = f"{_gib(needed)} in each of {processes} processes"
     return Placement(True, ("cpu",) * processes, max(1, cores // processes), name, why)
 

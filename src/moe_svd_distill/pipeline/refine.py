@@ -111,7 +111,9 @@ class _Refinement:
         self.epochs = epochs(recipe, given.stages)
         self.step_tokens = optimiser_steps(recipe, self.epochs, tokens, length)[1]
         together = self.step_tokens // length
-        self.placement: Placement = place_training(recipe, pair, given.devices, given.workers, self.ranks, together)
+        self.placement: Placement = place_training(
+            recipe, pair, given.devices, given.workers, self.ranks, together, self.step_tokens
+        )
 
     def run(self) -> Fitted:
         begin = time.monotonic()
