@@ -38,20 +38,8 @@ def test_passes_over_the_text(tokens: int, asked: Any, stages: list[str], expect
 
 
 @pytest.mark.parametrize(
-    ("values", "stages", "longest", "expected"),
-    [
-        ({}, ["calibrated"], 512, 512),
-        ({}, ["calibrated", "refined"], 512, 256),  # steps of 512 tokens
-        ({"tokens": 2**20}, ["refined"], 512, 512),  # of 1,024
-        ({"tokens": 800_000}, ["refined"], 512, 256),  # of 781
-        ({"training": {"step_tokens": 4096}}, ["refined"], 512, 512),
-        ({"training": {"step_tokens": 64}}, ["refined"], 512, 256),
-        ({}, ["refined"], 128, 128),
-        ({"sequence_tokens": 64}, ["refined"], 512, 64),
-        ({"sequence_tokens": 64}, ["weights"], 512, 64),
-        ({"sequence_tokens": 4096}, ["calibrated"], 512, 512),
-    ],
+    ("asked", "longest", "expected"), [("auto", 512, 512), ("auto", 128, 128), (64, 512, 64), (4096, 512, 512)]
 )
-def test_tokens_of_a_sequence(values: dict[str, Any], stages: list[str], longest: int, expected: int) -> None:
-    recipe = parse_recipe({"teacher": "t", "student": "s"} | values)
-    assert sequence_length(recipe, stages, longest) == expected
+def test_tokens_of_a_sequence(asked: Any, longest: int, expected: int) -> None:
+    recipe = parse_recipe({"teacher": "t", "student": "s", "sequence_tokens": asked})
+    assert sequence_length(recipe, longest) == expected

@@ -106,7 +106,7 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
         at_hand: Whether the weights are on this machine, so that it can be said where the student would be trained.
     """
     teacher, student = pair.teacher, pair.student
-    length = sequence_length(recipe, stages, longest_sequence(pair))
+    length = sequence_length(recipe, longest_sequence(pair))
     once, search = whole(recipe.tokens, length), whole(recipe.scale_search_tokens, length)
     copying = for_training(recipe, once, once // length, identical=recipe.vocabulary == "equal")
     text = once + copying.sequences(once // length) * length

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 _EPOCHS_OF_LITTLE, _EPOCHS_OF_MUCH, _SHARE_AFTER_WEIGHTS = 4.0, 3.0, 0.2
 _STEPS, _SMALLEST_STEP, _LARGEST_STEP = 3072, 512, 65536
-_SEQUENCES, _SHORTEST = 2, 256
 
 
 def epochs(recipe: Recipe, stages: Sequence[str]) -> float:
@@ -30,25 +29,12 @@ def optimiser_steps(recipe: Recipe, passes: float, tokens: int, length: int) -> 
     return max(1, round(passes * max(1, sequences // together))), min(sequences, together) * length
 
 
-def sequence_length(recipe: Recipe, stages: Sequence[str], longest: int) -> int:
-    """Tokens of a sequence.
+def sequence_length(recipe: Recipe, longest: int) -> int:
+    """Tokens of a sequence, for what both models take and is usual at most.
 
-    What follows in one sequence is alike, so a step learns more from several short ones than from a long one
-    (docs/decisions/0019): where steps are small, training takes two of half the length.
-
-    Args:
-        recipe: What is asked for.
-        stages: Of the run.
-        longest: What both models take, and not more than is usual.
+    Shorter ones learn faster for a while and then spoil what lies beyond them (docs/decisions/0019).
     """
-    if recipe.sequence_tokens != "auto":
-        return min(longest, recipe.sequence_tokens)
-    if "refined" not in stages:
-        return longest
-    step, length = _step_tokens(recipe, epochs(recipe, stages), recipe.tokens), longest
-    while length > _SHORTEST and _SEQUENCES * length > step:
-        length //= 2
-    return length
+    return longest if recipe.sequence_tokens == "auto" else min(longest, recipe.sequence_tokens)
 
 
 def _step_tokens(recipe: Recipe, passes: float, tokens: int) -> int:

@@ -82,7 +82,7 @@ def read_run_text(recipe: Recipe, pair: ModelPair, stages: Sequence[str]) -> Run
         pair.teacher.checkpoint.folder,
         pair.student.checkpoint.folder,
         budgets,
-        length=sequence_length(recipe, stages, longest_sequence(pair)),
+        length=sequence_length(recipe, longest_sequence(pair)),
         mode=recipe.vocabulary,
         seed=recipe.seed,
     )

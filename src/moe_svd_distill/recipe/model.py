@@ -106,8 +106,7 @@ class Recipe(Section):
     )
     sequence_tokens: Literal["auto"] | Annotated[int, Field(ge=32)] = Field(
         "auto",
-        description="Tokens of a sequence the models read, at most what they take. auto: 512; 256 for the refined "
-        "stage where a step has fewer than 1,024 tokens.",
+        description="Tokens of a sequence the models read, at most what they take. auto: 512.",
     )
     copies: Literal["auto"] | Annotated[int, Field(ge=0, le=31)] = Field(
         "auto",
