@@ -5,6 +5,7 @@ Both compute with the same modules on the same weights; what differs is only whe
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -75,7 +76,7 @@ class Decoder(Protocol):
         """Let go of everything."""
 
 
-class _Base:
+class _Base(ABC):
     """What both kinds share."""
 
     resident = True
@@ -121,9 +122,9 @@ class _Base:
         self._run = DecoderRun(skeleton, device, length)
         self._begin()
 
+    @abstractmethod
     def _begin(self) -> None:
         """Read what is to be there from the beginning."""
-        raise NotImplementedError
 
     @property
     def bytes_read(self) -> int:
