@@ -4,9 +4,9 @@ Synthetic Qwen3-MoE checkpoints with the lab's tokenizer are distilled by the co
 machine lets us make one), the student streamed, and once more without a limit, the student in memory. Reported: the
 curves of both, seconds and bytes a step, and what a step waits for.
 
-On a GPU, with layers of the shapes of Qwen3-30B-A3B and the sequences of the lab's teacher:
+On a GPU, with layers of the shapes of Qwen3-30B-A3B, and what reading and copying alone take there:
 
-    python -m benchmarks.streamed_training --device cuda --real --layers 8 --step-tokens 8192 --steps 20
+    python -m benchmarks.streamed_training --device cuda --real --step-tokens 8192 --step-tokens 32768 --steps 5
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ from benchmarks.synthetic import Sizes, write_model
 from moe_svd_distill.pipeline.lab import lab_folder
 
 MIB = 2**20
-LENGTH = 128
 STUDENT = Sizes(108, 1024, 8, 512, 8, 2, 64, 2048)  # 28 MiB a layer
-REAL = Sizes(8, 2048, 128, 768, 32, 4, 128, 2048)  # 1.2 GiB a layer
+REAL = Sizes(8, 2048, 128, 768, 32, 4, 128, 2048, 8)  # 1.2 GiB a layer
+LENGTHS = {STUDENT: 128, REAL: 512}  # tokens of a sequence
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -45,85 +46,130 @@ def main() -> None:
     options.add_argument("--layers", type=int)
     options.add_argument("--teacher-layers", type=int, help="default: 8 more, with --real 2")
     options.add_argument("--steps", type=int, default=3)
-    options.add_argument("--step-tokens", type=int, default=LENGTH)
+    options.add_argument("--step-tokens", type=int, action="append", help="once or more; default: one sequence")
     options.add_argument("--rank", type=int, default=1)
     options.add_argument("--device", default="cpu")
     options.add_argument("--no-resident", action="store_true", help="leave out the run in memory")
     options.add_argument("--limit-mib", type=int, help="default: a quarter of the student")
     asked = options.parse_args()
     print_machine()
+    kind = REAL if asked.real else STUDENT
     with tempfile.TemporaryDirectory() as scratch:
-        sizes = REAL if asked.real else STUDENT
-        sizes = replace(sizes, layers=asked.layers or sizes.layers)
+        sizes = replace(kind, layers=asked.layers or kind.layers)
         above = replace(sizes, layers=asked.teacher_layers or (2 if asked.real else sizes.layers + 8))
-        student = _with_tokenizer(write_model(Path(scratch) / "student", sizes, seed=1))
-        teacher = _with_tokenizer(write_model(Path(scratch) / "teacher", above, seed=2))
+        student = _with_tokenizer(write_model(Path(scratch) / "student", sizes, 1, asked.device), LENGTHS[kind])
+        teacher = _with_tokenizer(write_model(Path(scratch) / "teacher", above, 2, asked.device), LENGTHS[kind])
         stored = sum(path.stat().st_size for path in student.glob("*.safetensors"))
         limit_bytes = asked.limit_mib * MIB if asked.limit_mib else stored // 4
         group = memory_group(limit_bytes) if asked.device == "cpu" else None
-        kind = "memory cgroup" if group else "no limit could be set"
-        print(f"student {stored / MIB:,.0f} MiB stored; limit {limit_bytes / MIB:,.0f} MiB ({kind})", flush=True)
-        records = {}
-        for placement in ("streamed",) if asked.no_resident else ("streamed", "resident"):
-            limit = group if placement == "streamed" else None
-            records[placement] = _distil(teacher, student, Path(scratch) / placement, placement, asked, limit)
-            _report(placement, records[placement])
-        if len(records) == 2:
-            _compare(*records.values())
+        limited = "memory cgroup" if group else "no limit was set"
+        print(f"student {stored / MIB:,.0f} MiB stored; limit {limit_bytes / MIB:,.0f} MiB ({limited})", flush=True)
+        if asked.device != "cpu":
+            _print_ceilings(next(student.glob("model-00002-*.safetensors")), asked.device)
+        for step_tokens in asked.step_tokens or [LENGTHS[kind]]:
+            run = _Run(teacher, student, Path(scratch), LENGTHS[kind], step_tokens, asked, group)
+            records = {}
+            for placement in ("streamed",) if asked.no_resident else ("streamed", "resident"):
+                records[placement] = run.distil(placement)
+                _report(placement, step_tokens, records[placement])
+            if len(records) == 2:
+                _compare(*records.values())
 
 
-def _distil(
-    teacher: Path, student: Path, output: Path, placement: str, asked: argparse.Namespace, group: Path | None
-) -> dict[str, Any]:
-    tokens = max(512, asked.step_tokens * asked.steps)
-    training = {"step_tokens": asked.step_tokens, "learning_rate": 1e-4, "checks": 1, "placement": placement}
-    training |= {"epochs": asked.step_tokens * asked.steps / tokens}
-    if asked.device == "cpu":
-        training |= {"batch_tokens": LENGTH}
-    recipe = {
-        "teacher": str(teacher),
-        "student": str(student),
-        "output": str(output),
-        "method": "refined",
-        "start": "zero",
-        "calibration": [str(lab_folder() / "text" / "calibration.jsonl")],
-        "tokens": tokens,
-        "copies": 0,
-        "own_text": 0,
-        "scale_search_tokens": 512,
-        "rank": asked.rank,
-        "devices": [asked.device],
-        "workers": 1,
-        "training": training,
-    }
-    file = output.with_suffix(".yaml")
-    file.write_text(json.dumps(recipe))
+@dataclass(frozen=True)
+class _Run:
+    teacher: Path
+    student: Path
+    scratch: Path
+    length: int
+    step_tokens: int
+    asked: argparse.Namespace
+    group: Path | None
 
-    def enter() -> None:
-        if group is not None:
-            (group / "cgroup.procs").write_text(str(os.getpid()))
+    def distil(self, placement: str) -> dict[str, Any]:
+        """Distil by the command line; returns what run.json says."""
+        asked, output = self.asked, self.scratch / f"{placement}-{self.step_tokens}"
+        tokens = max(512, self.step_tokens * asked.steps)
+        training = {"step_tokens": self.step_tokens, "learning_rate": 1e-4, "checks": 1, "placement": placement}
+        training |= {"epochs": self.step_tokens * asked.steps / tokens}
+        if asked.device == "cpu":
+            training |= {"batch_tokens": self.length}
+        recipe = {
+            "teacher": str(self.teacher),
+            "student": str(self.student),
+            "output": str(output),
+            "cache": str(self.scratch / "cache"),
+            "method": "refined",
+            "start": "zero",
+            "calibration": [str(lab_folder() / "text" / "calibration.jsonl")],
+            "tokens": tokens,
+            "copies": 0,
+            "own_text": 0,
+            "scale_search_tokens": 512,
+            "rank": asked.rank,
+            "devices": [asked.device],
+            "workers": 1,
+            "training": training,
+        }
+        file = output.with_suffix(".yaml")
+        file.write_text(json.dumps(recipe))
+        limit = self.group if placement == "streamed" else None
 
-    command = [sys.executable, "-m", "moe_svd_distill", "distill", str(file), "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, preexec_fn=enter)
-    if done.returncode not in (0, 79):
-        raise SystemExit(f"FAILED: exit code {done.returncode}: {done.stdout[-500:]}")
-    record: dict[str, Any] = json.loads((output / "run.json").read_text())
-    return record
+        def enter() -> None:
+            if limit is not None:
+                (limit / "cgroup.procs").write_text(str(os.getpid()))
+
+        command = [sys.executable, "-m", "moe_svd_distill", "distill", str(file), "--json"]
+        begin = time.monotonic()
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, preexec_fn=enter)
+        if done.returncode not in (0, 79):
+            raise SystemExit(f"FAILED: exit code {done.returncode}: {done.stdout[-500:]}")
+        record: dict[str, Any] = json.loads((output / "run.json").read_text())
+        shutil.rmtree(output)
+        return record | {"wall_seconds": time.monotonic() - begin}
 
 
-def _report(placement: str, record: dict[str, Any]) -> None:
+def _report(placement: str, step_tokens: int, record: dict[str, Any]) -> None:
     facts = record["refinement"]
     passes = {name: found["seconds"] for name, found in record["refinement"]["streamed"].items()}
-    seen = facts["curve"][-1]["tokens"]
+    last = facts["curve"][-1]
     print(
-        f"{placement}: {facts['steps']} steps, {facts['training_seconds'] / facts['steps']:.1f} s each with checks, "
-        f"{seen / facts['training_seconds']:,.0f} tokens a second, "
-        f"{facts['bytes_read'] / facts['steps'] / MIB:,.0f} MiB read a step with checks, waiting for weights "
-        f"{facts['seconds_waiting']:.1f} s; peak of anonymous memory {facts['peak_anonymous_bytes'] / MIB:,.0f} MiB, "
-        f"on the GPU {facts['peak_device_bytes'] / MIB:,.0f} MiB; "
-        f"teacher's pass {passes.get('teacher', 0.0):.1f} s; KL {[round(point['kl'], 6) for point in facts['curve']]}",
+        f"{placement}, {step_tokens:,} tokens a step: {facts['steps']} steps, "
+        f"{facts['training_seconds'] / facts['steps']:.2f} s each with checks, "
+        f"{last['tokens'] / facts['training_seconds']:,.0f} tokens a second, "
+        f"{facts['bytes_read'] / facts['steps'] / MIB:,.0f} MiB read a step with checks; "
+        f"reading {facts['seconds_reading']:.1f} s, of which waiting for it {facts['seconds_waiting']:.1f} s, "
+        f"of {facts['training_seconds']:.1f} s; peak of anonymous memory "
+        f"{facts['peak_anonymous_bytes'] / MIB:,.0f} MiB, on the GPU {facts['peak_device_bytes'] / MIB:,.0f} MiB; "
+        f"teacher's pass {passes.get('teacher', 0.0):.1f} s; whole command {record['wall_seconds']:.0f} s; "
+        f"KL {[round(point['kl'], 6) for point in facts['curve']]}",
         flush=True,
     )
+
+
+def _print_ceilings(shard: Path, device: str) -> None:
+    """What a layer's file takes to be read, and to be copied to the GPU from ordinary and from page-locked memory."""
+    import torch
+
+    size = shard.stat().st_size
+    rates = []
+    for _ in range(2):
+        begin = time.monotonic()
+        ordinary = torch.frombuffer(bytearray(shard.read_bytes()), dtype=torch.uint8)
+        rates.append(size / (time.monotonic() - begin))
+    locked = ordinary.pin_memory()
+    target = torch.empty(size, dtype=torch.uint8, device=device)
+    for source in (ordinary, locked):
+        for _ in range(2):
+            torch.cuda.synchronize()
+            begin = time.monotonic()
+            target.copy_(source, non_blocking=True)
+            torch.cuda.synchronize()
+            seconds = time.monotonic() - begin
+        rates.append(size / seconds)
+    names = ("read once", "read again", "copied from ordinary memory", "from page-locked memory")
+    shown = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in zip(names, rates, strict=True))
+    print(f"one layer, {size / MIB:,.0f} MiB, GB/s: {shown}", flush=True)
 
 
 def _compare(streamed: dict[str, Any], resident: dict[str, Any]) -> None:
@@ -134,11 +180,11 @@ def _compare(streamed: dict[str, Any], resident: dict[str, Any]) -> None:
         raise SystemExit("FAILED: the two runs differ by more than rounding")
 
 
-def _with_tokenizer(model: Path) -> Path:
+def _with_tokenizer(model: Path, length: int) -> Path:
     for name in TOKENIZER:
         shutil.copyfile(lab_folder() / "models" / "qwen3-moe-teacher" / name, model / name)
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": LENGTH}))
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": length}))
     return model
 
 

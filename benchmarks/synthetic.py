@@ -26,6 +26,7 @@ class Sizes:
     key_value_heads: int
     head_dimension: int
     vocabulary: int
+    experts_per_token: int = 4
 
     def config(self) -> dict[str, Any]:
         """config.json."""
@@ -40,7 +41,7 @@ class Sizes:
             "num_key_value_heads": self.key_value_heads,
             "head_dim": self.head_dimension,
             "num_experts": self.experts,
-            "num_experts_per_tok": min(4, self.experts),
+            "num_experts_per_tok": min(self.experts_per_token, self.experts),
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
             "norm_topk_prob": True,
@@ -58,22 +59,24 @@ TEACHER = Sizes(8, 1024, 32, 512, 16, 4, 64, 8192)
 STUDENT = Sizes(6, 768, 24, 384, 12, 4, 64, 8192)
 
 
-def write_model(folder: Path, sizes: Sizes, seed: int) -> Path:
+def write_model(folder: Path, sizes: Sizes, seed: int, device: str = "cpu") -> Path:
     """Write a model, one shard for each layer and one for the ends.
 
     Args:
         folder: Where to.
         sizes: How large.
         seed: Seed of the weights.
+        device: Where they are drawn; other devices draw other numbers.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     shards = sizes.layers + 1
     index: dict[str, str] = {}
     total = 0
     for number in range(shards):
         tensors = _ends(sizes, generator) if number == 0 else _layer(sizes, number - 1, generator)
         file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(0o644)
         index |= dict.fromkeys(tensors, file)
@@ -87,10 +90,13 @@ def write_model(folder: Path, sizes: Sizes, seed: int) -> Path:
 def bulk(rows: int, columns: int, generator: torch.Generator, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """A matrix like a weight: Gaussian noise plus a power-law part of low rank."""
     rank = max(1, int(SPECTRUM * min(rows, columns)))
-    decay = torch.arange(1, rank + 1) ** -0.5
-    left = torch.randn(rows, rank, generator=generator) * decay
-    right = torch.randn(rank, columns, generator=generator)
-    return (torch.randn(rows, columns, generator=generator) * NOISE + NOISE * 0.3 * (left @ right)).to(dtype)
+    device = generator.device
+    decay = torch.arange(1, rank + 1, device=device) ** -0.5
+    left = torch.randn(rows, rank, generator=generator, device=device) * decay
+    right = torch.randn(rank, columns, generator=generator, device=device)
+    return (torch.randn(rows, columns, generator=generator, device=device) * NOISE + NOISE * 0.3 * (left @ right)).to(
+        dtype
+    )
 
 
 def _ends(sizes: Sizes, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -125,4 +131,4 @@ def _layer(sizes: Sizes, layer: int, generator: torch.Generator) -> dict[str, to
 
 
 def _gain(size: int, generator: torch.Generator) -> torch.Tensor:
-    return (1.0 + 0.1 * torch.randn(size, generator=generator)).to(torch.bfloat16)
+    return (1.0 + 0.1 * torch.randn(size, generator=generator, device=generator.device)).to(torch.bfloat16)

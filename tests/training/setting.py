@@ -59,24 +59,26 @@ def setting(
     start: dict[str, Pair] | None = None,
     settings: TrainingSettings | None = None,
     budget: int | None = None,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
 ) -> Setting:
     """A tiny model as a student, with a random teacher's head."""
     checkpoint = open_checkpoint(model)
     kind = StreamedDecoder if streamed else ResidentDecoder
-    decoder: Decoder = kind(checkpoint, LENGTH, CPU)
+    decoder: Decoder = kind(checkpoint, LENGTH, device, dtype)
     ranks = {weight.hub_name: rank for of_layer in decoder.weights.values() for weight in of_layer}
-    bank = FactorBank(decoder.weights, ranks, CPU, start or {}, seed=3)
+    bank = FactorBank(decoder.weights, ranks, device, start or {}, seed=3)
     engine: Engine = StreamedEngine(decoder, bank, scratch, budget) if streamed else ResidentEngine(decoder, bank)
-    student = common_rows(load_head(checkpoint, "cpu", torch.float32), np.arange(VOCABULARY))
+    student = common_rows(load_head(checkpoint, str(device), torch.float32), np.arange(VOCABULARY))
     weight = torch.randn(VOCABULARY, TEACHER_WIDTH, generator=torch.Generator().manual_seed(5)) / TEACHER_WIDTH**0.5
-    teacher = HeadWeights(weight, None, student.transform)
+    teacher = HeadWeights(weight.to(device), None, student.transform)
     width = student.weight.shape[1]
     basis = torch.randn(4 * width, width, generator=torch.Generator().manual_seed(6))
     asked = settings or TrainingSettings(epochs=1, step_tokens=64, batch_tokens=32, rate=1e-2, head_rate=1e-2)
     head = TrainedHead(
         student,
         teacher,
-        whitening(basis.T @ basis / len(basis)),
+        whitening((basis.T @ basis / len(basis)).to(device)),
         None,
         asked.head,
         asked.divergence,
@@ -87,4 +89,5 @@ def setting(
 
 def disturb(bank: FactorBank, size: float = 0.05) -> None:
     """Let every pair change something."""
-    bank.values.add_(size * torch.randn(len(bank.values), generator=torch.Generator().manual_seed(9)))
+    noise = torch.randn(len(bank.values), generator=torch.Generator().manual_seed(9))
+    bank.values.add_(size * noise.to(bank.values.device))

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 CURVE = "training_curve.json"
 GROUP = "refined"
-ALGORITHM = 2  # raise whenever the same input would give another adapter
+ALGORITHM = 3  # raise whenever the same input would give another adapter
 _STEP = "training"
 _BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
 
@@ -277,6 +277,7 @@ class _Refinement:
             "training_seconds": round(outcome.seconds, 2),
             "resumed_at_step": outcome.resumed_at,
             "bytes_read": run.bytes_read,
+            "seconds_reading": round(run.seconds_reading, 2),
             "seconds_waiting": round(run.seconds_waiting, 2),
             "peak_anonymous_bytes": run.peak_anonymous_bytes,
             "peak_device_bytes": run.peak_device_bytes,

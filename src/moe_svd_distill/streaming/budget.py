@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 _SHARE = 0.25
 _GROUPS = Path("/sys/fs/cgroup")
 
 
-def activation_budget() -> int:
-    """Bytes that hidden states may take when nobody says how many: a quarter of what is free now."""
-    return int(_SHARE * free_memory())
+def activation_budget(device: torch.device | None = None) -> int:
+    """Bytes that hidden states may take when nobody says how many: a quarter of what is free now.
+
+    Args:
+        device: A GPU; None for the machine's memory.
+    """
+    return int(_SHARE * (free_memory() if device is None else _free_on(device)))
+
+
+def _free_on(device: torch.device) -> int:
+    """Bytes that are free on a GPU, those included that torch holds back for its next tensors."""
+    import torch
+
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
 
 
 def free_memory() -> int:

@@ -49,6 +49,10 @@ class Decoder(Protocol):
         """Stored bytes of weights read so far."""
 
     @property
+    def seconds_reading(self) -> float:
+        """Time in which a layer was being read, beside other work or not."""
+
+    @property
     def seconds_waiting(self) -> float:
         """Time without work because a layer was not there yet."""
 
@@ -146,7 +150,7 @@ class _Base(ABC):
 class ResidentDecoder(_Base):
     """A `Decoder` that is in memory."""
 
-    seconds_waiting = 0.0
+    seconds_reading = seconds_waiting = 0.0
 
     def _begin(self) -> None:
         for part in (EMBEDDING, *range(self.layers)):
@@ -211,7 +215,7 @@ class StreamedDecoder(_Base):
     def embed(self, ids: Tensor) -> Tensor:
         """As `Decoder`; of the embeddings only the rows of these tokens are read."""
         present, places = torch.unique(ids, return_inverse=True)
-        table = self._checkpoint.read(self._embedding_name)[present].to(self.device, self._skeleton.dtype)
+        table = self._checkpoint.read(self._embedding_name)[present.cpu()].to(self.device, self._skeleton.dtype)
         self._bytes_of_rows += len(table) * self._checkpoint[self._embedding_name].bytes // self._skeleton.vocabulary
         if self._embedding_change is not None:
             table = table + self._embedding_change(present).to(table)
@@ -225,12 +229,12 @@ class StreamedDecoder(_Base):
 
     @property
     def seconds_waiting(self) -> float:
-        """Time without work because a layer was not there yet."""
+        """As `Decoder`."""
         return self._reader.seconds_waiting
 
     @property
     def seconds_reading(self) -> float:
-        """Time in which the reading thread was at work."""
+        """As `Decoder`."""
         return self._reader.seconds_reading
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.streaming.overlay import AdapterOverlay
 from moe_svd_distill.streaming.skeleton import Part, Place, Skeleton
 from moe_svd_distill.streaming.sources import Origin, Sources
+from moe_svd_distill.streaming.staging import Staging
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Weights:
     ) -> None:
         self._checkpoint, self._skeleton, self._sources = checkpoint, skeleton, sources
         self._overlay, self._device, self._look = overlay, device, look
+        self._staging = Staging() if device.type == "cuda" else None
         self.bytes_read = 0
 
     def read(self, part: Part) -> Loaded:
@@ -88,7 +90,10 @@ class Weights:
             if region.shape != stored.shape:
                 found, expected = ("×".join(map(str, shape)) for shape in (stored.shape, region.shape))
                 raise BadDataError(f"{piece.hub_name} is {found}, expected {expected}", "Fetch the model again")
-            region.copy_(stored)
+            if self._staging is None or stored.device.type != "cpu":
+                region.copy_(stored)
+            else:
+                self._staging.copy(region, stored)
             self._look()
         return [(place, whole)]
 

@@ -84,8 +84,9 @@ class StreamedEngine:
         Args:
             decoder: The student's.
             bank: Its pairs.
-            folder: Where the inputs of layers lie while they take more memory than the budget.
-            budget: Bytes; by default a quarter of what is free.
+            folder: Where the inputs of layers lie while they take more memory than the budgets.
+            budget: Bytes on the device, and as many in the machine's memory beside a GPU; by default a quarter of what
+                is free in each.
         """
         self._decoder, self._bank, self._folder, self._budget = decoder, bank, folder, budget
 
@@ -93,7 +94,7 @@ class StreamedEngine:
         """As `Engine`."""
         decoder, bank = self._decoder, self._bank
         last = decoder.layers - 1
-        with _Inputs(self._folder, self._budget, last) as kept:
+        with _Inputs(self._folder, decoder.device, self._budget) as kept:
             states = [decoder.embed(batch.ids) for batch in batches]
             for layer in range(last):
                 self._enter(layer, layer + 1)
@@ -137,22 +138,22 @@ class StreamedEngine:
 
 
 class _Inputs:
-    """What went into each layer, batch by batch: in memory, or in a file that is gone when this closes."""
+    """What went into each layer, batch by batch: on the device, in memory, or in a file that goes when this closes."""
 
-    def __init__(self, folder: Path, budget: int | None, layers: int) -> None:
-        self._folder, self._layers = folder, layers
-        self._budget = activation_budget() if budget is None else budget
+    def __init__(self, folder: Path, device: torch.device, budget: int | None) -> None:
+        self._folder = folder
+        self._left = {name: left if budget is None else budget for name, left in _free(device).items()}
         self._kept: dict[tuple[int, int], Tensor] = {}
-        self._used = 0
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     def put(self, layer: int, number: int, states: Tensor) -> None:
         """Keep the input of a layer."""
         size = states.numel() * states.element_size()
-        if self._used + size <= self._budget:
-            self._used += size
-            self._kept[layer, number] = states.detach()
-            return
+        for device, left in self._left.items():
+            if size <= left:
+                self._left[device] -= size
+                self._kept[layer, number] = states.detach().to(device)
+                return
         if self._scratch is None:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._scratch = tempfile.TemporaryDirectory(prefix="inputs-", dir=self._folder)
@@ -172,3 +173,9 @@ class _Inputs:
         self._kept.clear()
         if self._scratch is not None:
             self._scratch.cleanup()
+
+
+def _free(device: torch.device) -> dict[torch.device, int]:
+    """Bytes that the inputs of layers may take, on a GPU first and then in the machine's memory."""
+    machine = {torch.device("cpu"): activation_budget()}
+    return machine if device.type == "cpu" else {device: activation_budget(device)} | machine

@@ -1,55 +1,24 @@
 """The LoRA pairs of a student on two flat buffers: values and gradients.
 
 A layer runs with ``W + BA`` in the place of ``W``, so that a step costs what full training costs, whatever the rank,
-and the gradients of the factors follow from the gradient by the weight: ``∂A = Bᵀ ∂W``, ``∂B = ∂W Aᵀ``. Pairs of one
-shape in one layer (experts) are stacked, so that one batched product serves all. Flat buffers make the optimiser's
-step, the sum over processes and the checkpoint one operation each.
+and the gradients of the factors follow from the gradient by the weight. Flat buffers make the optimiser's step, the sum
+over processes and the checkpoint one operation each.
 """
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moe_svd_distill.errors import UsageError
 from moe_svd_distill.streaming import LayerWeight
+from moe_svd_distill.training.stacks import WHOLE_RATE, Block, Pair, PairStack, Stack, WholeStack
 
-_CHUNK_BYTES = 256 << 20
-
-Pair = tuple[Tensor, Tensor]
-"""``(B, A)`` with (rows, rank) and (rank, columns)."""
-
-
-@dataclass(frozen=True, eq=False)
-class Stack:
-    """Pairs of one shape in one layer.
-
-    Attributes:
-        weights: Where their products go.
-        a: (n, rank, columns); a view of the flat values, as is `b`, (n, rows, rank).
-        b: See `a`.
-        slope_a: The same places in the flat gradients.
-        slope_b: See `slope_a`.
-    """
-
-    weights: tuple[LayerWeight, ...]
-    a: Tensor
-    b: Tensor
-    slope_a: Tensor
-    slope_b: Tensor
-
-    def chunks(self) -> Iterator[slice]:
-        """Ranges of pairs whose products take a bounded amount of memory together."""
-        one = 4 * self.b.shape[1] * self.a.shape[2]
-        step = max(1, _CHUNK_BYTES // one)
-        for begin in range(0, len(self.weights), step):
-            yield slice(begin, min(begin + step, len(self.weights)))
+_Group = tuple[int, tuple[LayerWeight, ...], int, tuple[int, int]]
+"""Layer, matrices of one shape in it, rank, and (rows, columns)."""
 
 
 class FactorBank:
@@ -59,7 +28,7 @@ class FactorBank:
         values: Flat float32.
         gradient: Flat float32, of the same length.
         names: Hub names in order.
-        blocks: Beginning, end and shape (n, rows, columns) of every stack of factors in the flat buffers.
+        blocks: What lies in the flat buffers, in order: first the changes that move as a whole, then pairs.
     """
 
     def __init__(
@@ -72,48 +41,36 @@ class FactorBank:
     ) -> None:
         """Begin with the given pairs, and with pairs that change nothing (B zero, A as PEFT draws it) elsewhere.
 
-        A start of lower rank is kept exactly: its B is continued with zeros.
-
         Args:
             weights: Layer to the matrices that can be trained.
             ranks: Hub name to rank; a matrix without one is not trained. Ranks above the smaller side are cut to it.
             device: Where the buffers lie.
-            start: Hub name to pair.
+            start: Hub name to pair, of lower rank perhaps; its product is kept exactly.
             seed: Of the A matrices.
 
         Raises:
             UsageError: A start has a higher rank than its matrix is to have.
         """
-        self._stacks: dict[int, list[Stack]] = {}
-        grouped: list[tuple[int, tuple[LayerWeight, ...], int, tuple[int, int]]] = []
-        total = 0
-        for layer, of_layer in sorted(weights.items()):
-            alike: dict[tuple[tuple[int, int], int, str], list[LayerWeight]] = defaultdict(list)
-            for weight in of_layer:
-                if weight.hub_name in ranks:
-                    rows, columns = weight.value.shape
-                    rank = min(ranks[weight.hub_name], rows, columns)
-                    alike[(rows, columns), rank, weight.place.name].append(weight)
-            for (shape, rank, _), members in alike.items():
-                grouped.append((layer, tuple(members), rank, shape))
-                total += len(members) * rank * sum(shape)
+        groups = [group for layer, of_layer in sorted(weights.items()) for group in _alike(layer, of_layer, ranks)]
+        groups.sort(key=lambda group: not _is_whole(group))
+        self.blocks: list[Block] = []
+        of_group: list[tuple[Block, ...]] = []
+        for group in groups:
+            of_group.append(tuple(self._place(group)))
+        total = self.blocks[-1].end if self.blocks else 0
         self.values = torch.zeros(total, device=device)
         self.gradient = torch.zeros(total, device=device)
-        self.blocks: list[tuple[int, int, tuple[int, int, int]]] = []
-        begin = 0
-        for layer, stacked, rank, (rows, columns) in grouped:
-            middle = begin + len(stacked) * rank * columns
-            end = middle + len(stacked) * rows * rank
-            views = [
-                flat[first:last].view(len(stacked), *shape)
-                for flat in (self.values, self.gradient)
-                for first, last, shape in ((begin, middle, (rank, columns)), (middle, end, (rows, rank)))
-            ]
-            self.blocks.append((begin, middle, (len(stacked), rank, columns)))
-            self.blocks.append((middle, end, (len(stacked), rows, rank)))
-            self._stacks.setdefault(layer, []).append(Stack(stacked, *views))
-            begin = end
-        self._fill(start, seed)
+        self._stacks: dict[int, list[Stack]] = {}
+        for (layer, members, _, _), blocks in zip(groups, of_group, strict=True):
+            views = [block.of(flat) for flat in (self.values, self.gradient) for block in blocks]
+            stack: Stack = WholeStack(members, *views) if len(blocks) == 1 else PairStack(members, *views)
+            self._stacks.setdefault(layer, []).append(stack)
+        generator = torch.Generator().manual_seed(seed)
+        for stack in self._all():
+            stack.draw(generator)
+            for place, weight in enumerate(stack.weights):
+                if weight.hub_name in start:
+                    stack.begin_with(place, *start[weight.hub_name])
         self.names = [weight.hub_name for stack in self._all() for weight in stack.weights]
 
     def stacks(self, layer: int) -> Sequence[Stack]:
@@ -134,11 +91,10 @@ class FactorBank:
         """
         for number, stack in enumerate(self.stacks(layer)):
             for chunk in stack.chunks():
-                change = torch.bmm(stack.b[chunk], stack.a[chunk])
                 base = None if bases is None else bases[number][chunk]
-                for place, (weight, delta) in enumerate(zip(stack.weights[chunk], change, strict=True)):
+                for place, (weight, change) in enumerate(zip(stack.weights[chunk], stack.changes(chunk), strict=True)):
                     old = weight.value if base is None else base[place]
-                    weight.value.copy_(delta.add_(old))
+                    weight.value.copy_(change + old)
 
     def require_gradients(self, layer: int) -> None:
         """Let a backward pass through a layer leave gradients in its parameters, and forget earlier ones."""
@@ -153,9 +109,8 @@ class FactorBank:
         for stack in self.stacks(layer):
             for chunk in stack.chunks():
                 found = [weight.gradient for weight in stack.weights[chunk]]
-                slope = (found[0][None] if len(found) == 1 else torch.stack(found)).to(self.values.dtype)
-                torch.bmm(stack.b[chunk].transpose(1, 2), slope, out=stack.slope_a[chunk])
-                torch.bmm(slope, stack.a[chunk].transpose(1, 2), out=stack.slope_b[chunk])
+                slopes = found[0][None] if len(found) == 1 else torch.stack(found)
+                stack.learn(chunk, slopes.to(self.values.dtype))
         for stack in self.stacks(layer):
             for weight in stack.weights:
                 weight.parameter.grad = None
@@ -163,50 +118,59 @@ class FactorBank:
     def forget(self) -> None:
         """Let every product be zero, as without a start."""
         for stack in self._all():
-            stack.b.zero_()
+            stack.multiply(0.0)
 
     @contextmanager
     def scaled(self, scale: float) -> Iterator[None]:
         """Every product times a number, for a while."""
         before = self.values.clone()
         for stack in self._all():
-            stack.b.mul_(scale)
+            stack.multiply(scale)
         try:
             yield
         finally:
             self.values.copy_(before)
 
     def pair(self, hub_name: str) -> Pair:
-        """``(B, A)`` of a matrix, as views."""
-        for stack in self._all():
-            for place, weight in enumerate(stack.weights):
-                if weight.hub_name == hub_name:
-                    return stack.b[place], stack.a[place]
+        """``(B, A)`` of a matrix."""
+        for name, pair in self.pairs():
+            if name == hub_name:
+                return pair
         raise KeyError(hub_name)
 
     def pairs(self) -> Iterator[tuple[str, Pair]]:
-        """Every hub name and its pair, as views."""
+        """Every hub name and its pair."""
         for stack in self._all():
             for place, weight in enumerate(stack.weights):
-                yield weight.hub_name, (stack.b[place], stack.a[place])
+                yield weight.hub_name, stack.pair(place)
 
     def _all(self) -> Iterator[Stack]:
         for layer in sorted(self._stacks):
             yield from self._stacks[layer]
 
-    def _fill(self, start: Mapping[str, Pair], seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        for stack in self._all():
-            count, rank, columns = stack.a.shape
-            drawn = torch.rand(count, rank, columns, generator=generator).mul_(2).sub_(1).div_(math.sqrt(columns))
-            stack.a.copy_(drawn)
-            for place, weight in enumerate(stack.weights):
-                if weight.hub_name in start:
-                    left, right = start[weight.hub_name]
-                    if len(right) > rank:
-                        raise UsageError(
-                            f"the start has rank {len(right)} for {weight.hub_name}, the adapter is to have {rank}",
-                            f"Ask for rank {len(right)} or more",
-                        )
-                    stack.a[place, : len(right)] = right.to(stack.a)
-                    stack.b[place, :, : len(right)] = left.to(stack.b)
+    def _place(self, group: _Group) -> Iterator[Block]:
+        """Where a group lies in the flat buffers: its A and B, or its changes."""
+        _, members, rank, (rows, columns) = group
+        shapes = [(rows, columns, WHOLE_RATE)] if _is_whole(group) else [(rank, columns, 1.0), (rows, rank, 1.0)]
+        for height, width, rate in shapes:
+            begin = self.blocks[-1].end if self.blocks else 0
+            block = Block(begin, len(members), height, width, rate)
+            self.blocks.append(block)
+            yield block
+
+
+def _alike(layer: int, weights: Sequence[LayerWeight], ranks: Mapping[str, int]) -> Iterator[_Group]:
+    """The trained matrices of a layer, those of one shape, rank and parameter together."""
+    alike: dict[tuple[tuple[int, int], int, str], list[LayerWeight]] = defaultdict(list)
+    for weight in weights:
+        if weight.hub_name in ranks:
+            rows, columns = weight.value.shape
+            rank = min(ranks[weight.hub_name], rows, columns)
+            alike[(rows, columns), rank, weight.place.name].append(weight)
+    for (shape, rank, _), members in alike.items():
+        yield layer, tuple(members), rank, shape
+
+
+def _is_whole(group: _Group) -> bool:
+    _, _, rank, shape = group
+    return rank == min(shape)

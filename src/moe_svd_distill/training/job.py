@@ -21,12 +21,13 @@ from moe_svd_distill.streaming.decoder import Decoder, EmbeddingChange, Resident
 from moe_svd_distill.streaming.states_file import StatesFile
 from moe_svd_distill.training.engine import Engine, ResidentEngine, StreamedEngine
 from moe_svd_distill.training.expected_rows import with_expected_rows
-from moe_svd_distill.training.factors import FactorBank, Pair
+from moe_svd_distill.training.factors import FactorBank
 from moe_svd_distill.training.head import ExpectedHead, TrainedHead
 from moe_svd_distill.training.loop import Outcome, Progress, Training
 from moe_svd_distill.training.peers import Peers
 from moe_svd_distill.training.saves import Saves
 from moe_svd_distill.training.settings import TrainingSettings
+from moe_svd_distill.training.stacks import Pair
 from moe_svd_distill.training.text import IntArray, TrainingText
 from moe_svd_distill.training.trials import (
     MULTIPLES,
@@ -114,6 +115,7 @@ class Trained:
         settings: With the learning rate that was chosen.
         choice: Of the learning rate; None where it was given.
         bytes_read: Stored bytes of the student's weights that were read meanwhile, by one process.
+        seconds_reading: Time in which a layer was being read, beside other work or not; 0 in memory.
         seconds_waiting: Time without work because a layer was not there yet.
         peak_anonymous_bytes: The process's largest anonymous memory seen, libraries included.
         peak_device_bytes: The most that lay on the GPU of one process at a time; 0 on a CPU.
@@ -123,6 +125,7 @@ class Trained:
     settings: TrainingSettings
     choice: RateChoice | None
     bytes_read: int
+    seconds_reading: float
     seconds_waiting: float
     peak_anonymous_bytes: int
     peak_device_bytes: int
@@ -188,13 +191,17 @@ class Trainee:
         saves = Saves(self._job.folder, self._job.key, self._peers.number == 0, self._job.save_seconds)
         choice = self._choice()
         settings = self._job.settings if choice is None else with_best(self._job.settings, choice.trials)
-        before = self.decoder.bytes_read
+        before = self._reading()
         kl_before = choice.start_kl if choice else None
         outcome = self._run(settings).complete(saves, on_progress, kl_before)
-        read = self.decoder.bytes_read - before
+        read, reading, waiting = (now - then for now, then in zip(self._reading(), before, strict=True))
         on_device = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
-        waiting, anonymous = self.decoder.seconds_waiting, self.decoder.watch.look()
-        return Trained(outcome, settings, choice, read, waiting, anonymous, on_device)
+        anonymous = self.decoder.watch.look()
+        return Trained(outcome, settings, choice, int(read), reading, waiting, anonymous, on_device)
+
+    def _reading(self) -> tuple[float, float, float]:
+        """Bytes read so far, seconds of reading, seconds of waiting for it."""
+        return self.decoder.bytes_read, self.decoder.seconds_reading, self.decoder.seconds_waiting
 
     def _run(self, settings: TrainingSettings, untouched: bool = False) -> Training:
         """A run that begins at the start, or with the untouched student."""

@@ -134,7 +134,7 @@ class Training:
             factors: Optimiser = (
                 Muon(bank, settings.momentum, decay, self.peers)
                 if settings.optimiser == "muon"
-                else AdamW(bank.values, bank.gradient, settings.betas, decay)
+                else AdamW(bank.values, bank.gradient, settings.betas, decay, bank.blocks)
             )
             self.optimisers["factors"] = factors, settings.rate
         if head.values.numel():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from moe_svd_distill.algebra.orthogonal_step import adam_like_size, near_polar_factor
 from moe_svd_distill.training.factors import FactorBank
 from moe_svd_distill.training.peers import Peers
+from moe_svd_distill.training.stacks import Block
 
 OptimiserName: TypeAlias = Literal["muon", "adamw"]
 _TINY = 1e-10
@@ -31,9 +32,16 @@ class Optimiser(Protocol):
 
 
 class AdamW:
-    """torch's own AdamW on one flat tensor."""
+    """torch's own AdamW on a flat tensor, parts of which may move at rates of their own."""
 
-    def __init__(self, values: Tensor, gradient: Tensor, betas: tuple[float, float], weight_decay: float) -> None:
+    def __init__(
+        self,
+        values: Tensor,
+        gradient: Tensor,
+        betas: tuple[float, float],
+        weight_decay: float,
+        blocks: Sequence[Block] = (),
+    ) -> None:
         """Begin at zero.
 
         Args:
@@ -41,24 +49,39 @@ class AdamW:
             gradient: Of the same length, filled before each step.
             betas: Decay of the two moments.
             weight_decay: Decoupled.
+            blocks: What lies in it; without any all of it moves at one rate.
         """
-        values.grad = gradient
-        self._values = values
-        self._adamw = torch.optim.AdamW([values], betas=betas, eps=_TINY, weight_decay=weight_decay, fused=True)
+        self._parts: list[tuple[float, Tensor]] = []
+        for begin, end, rate in _of_one_rate(blocks) or [(0, len(values), 1.0)]:
+            part = values[begin:end]
+            part.grad = gradient[begin:end]
+            self._parts.append((rate, part))
+        groups: list[dict[str, Any]] = [{"params": [part]} for _, part in self._parts]
+        self._adamw = torch.optim.AdamW(groups, betas=betas, eps=_TINY, weight_decay=weight_decay, fused=True)
 
     def step(self, rate: float) -> None:
         """As `Optimiser`."""
-        self._adamw.param_groups[0]["lr"] = rate
+        for group, (share, _) in zip(self._adamw.param_groups, self._parts, strict=True):
+            group["lr"] = rate * share
         self._adamw.step()
 
     def tensors(self) -> dict[str, Tensor]:
         """As `Optimiser`."""
-        return dict(self._adamw.state[self._values])
+        return {
+            f"{number}.{name}": tensor
+            for number, (_, part) in enumerate(self._parts)
+            for name, tensor in self._adamw.state[part].items()
+        }
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """As `Optimiser`."""
-        device = self._values.device
-        self._adamw.state[self._values] = {name: tensor.clone().to(device) for name, tensor in tensors.items()}
+        for number, (_, part) in enumerate(self._parts):
+            prefix = f"{number}."
+            self._adamw.state[part] = {
+                name.removeprefix(prefix): tensor.clone().to(part.device)
+                for name, tensor in tensors.items()
+                if name.startswith(prefix)
+            }
 
 
 class Muon:
@@ -75,12 +98,7 @@ class Muon:
         """
         self._bank, self._momentum, self._decay, self._peers = bank, momentum, weight_decay, peers
         self._mean = torch.zeros_like(bank.values)
-        mine = [
-            block
-            for number, block in enumerate(bank.blocks)
-            if number // 2 % peers.count == peers.number  # A and B of a stack together: even shares
-        ]
-        self._groups = _alike(mine)
+        self._groups = _alike(_shares(bank.blocks, peers.count)[peers.number])
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
@@ -91,13 +109,11 @@ class Muon:
         if self._decay:
             bank.values.mul_(1 - rate * self._decay)
         steps = torch.zeros_like(ahead) if self._peers.count > 1 else ahead
-        for (rows, columns), blocks in self._groups:
-            found = near_polar_factor(torch.cat([ahead[begin:end].view(-1, rows, columns) for begin, end in blocks]))
-            found = found.mul_(adam_like_size(rows, columns)).reshape(-1)
-            for (begin, end), step in zip(
-                blocks, torch.split(found, [end - begin for begin, end in blocks]), strict=True
-            ):
-                steps[begin:end] = step
+        for blocks in self._groups:
+            found = near_polar_factor(torch.cat([block.of(ahead) for block in blocks]))
+            found = found.mul_(blocks[0].rate * adam_like_size(blocks[0].rows, blocks[0].columns))
+            for block, step in zip(blocks, torch.split(found, [block.count for block in blocks]), strict=True):
+                block.of(steps).copy_(step)
         self._peers.add_up(steps)
         bank.values.add_(steps, alpha=-rate)
 
@@ -110,20 +126,37 @@ class Muon:
         self._mean.copy_(tensors["mean"])
 
 
-Group = tuple[tuple[int, int], list[tuple[int, int]]]
-"""Rows and columns of some matrices, and where the stacks of them begin and end in the flat buffers."""
-
-
-def _alike(blocks: Sequence[tuple[int, int, tuple[int, int, int]]]) -> list[Group]:
-    """Stacks of matrices of one shape, as many together as one batched product may take."""
-    groups: list[Group] = []
-    open_groups: dict[tuple[int, int], tuple[Group, int]] = {}
-    for begin, end, (_, rows, columns) in blocks:
-        shape = rows, columns
-        group, size = open_groups.get(shape, (None, 0))
-        if group is None or size + end - begin > _TOGETHER:
-            group, size = (shape, []), 0
+def _alike(blocks: Sequence[Block]) -> list[list[Block]]:
+    """Blocks of matrices of one shape and rate, as many together as one batched product may take."""
+    groups: list[list[Block]] = []
+    latest: dict[tuple[int, int, float], list[Block]] = {}
+    for block in blocks:
+        kind = block.rows, block.columns, block.rate
+        group = latest.get(kind)
+        if group is None or sum(other.end - other.begin for other in (*group, block)) > _TOGETHER:
+            group = latest[kind] = []
             groups.append(group)
-        group[1].append((begin, end))
-        open_groups[shape] = group, size + end - begin
+        group.append(block)
     return groups
+
+
+def _shares(blocks: Sequence[Block], count: int) -> list[list[Block]]:
+    """The blocks dealt out to so many processes, each time to the one with the least work so far."""
+    shares: list[list[Block]] = [[] for _ in range(count)]
+    work = [0] * count
+    for block in blocks:
+        least = work.index(min(work))
+        shares[least].append(block)
+        work[least] += (block.end - block.begin) * min(block.rows, block.columns)
+    return shares
+
+
+def _of_one_rate(blocks: Sequence[Block]) -> list[tuple[int, int, float]]:
+    """Beginning, end and rate of the stretches of blocks with one rate each."""
+    stretches: list[tuple[int, int, float]] = []
+    for block in blocks:
+        if stretches and stretches[-1][2] == block.rate:
+            stretches[-1] = stretches[-1][0], block.end, block.rate
+        else:
+            stretches.append((block.begin, block.end, block.rate))
+    return stretches

@@ -55,7 +55,9 @@ class Connected:
 
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         self.number, self.count = number, count
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # the loss is summed on the CPU
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         dist.init_process_group(backend, init_method=address, rank=number, world_size=count, timeout=_PATIENCE)
         self._reduce: Callable[[Tensor], Any] = dist.all_reduce
         self._leave: Callable[[], None] = dist.destroy_process_group

@@ -1,0 +1,201 @@
+"""Trained pairs of one shape in one layer (experts), stacked so that one batched product serves all.
+
+A pair whose rank is the smaller side of its matrix can make any change at all. Then nothing is gained by two factors:
+one is the identity, and the other, which is the change itself, moves alone (docs/decisions/0020).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moe_svd_distill.errors import UsageError
+from moe_svd_distill.streaming import LayerWeight
+
+WHOLE_RATE = 0.5
+"""Learning rate of a change that moves as a whole, as a share of that of two factors."""
+_CHUNK_BYTES = 256 << 20
+
+Pair = tuple[Tensor, Tensor]
+"""``(B, A)`` with (rows, rank) and (rank, columns)."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Matrices of one shape that follow each other in the flat buffers.
+
+    Attributes:
+        begin: Where they begin.
+        count: How many.
+        rows: Of each.
+        columns: Of each.
+        rate: Share of the learning rate that they move with.
+    """
+
+    begin: int
+    count: int
+    rows: int
+    columns: int
+    rate: float
+
+    @property
+    def end(self) -> int:
+        """Where they end."""
+        return self.begin + self.count * self.rows * self.columns
+
+    def of(self, flat: Tensor) -> Tensor:
+        """Their place in a flat buffer, (count, rows, columns)."""
+        return flat[self.begin : self.end].view(self.count, self.rows, self.columns)
+
+
+class Stack(Protocol):
+    """Pairs of one shape in one layer.
+
+    Attributes:
+        weights: Where their products go.
+    """
+
+    @property
+    def weights(self) -> tuple[LayerWeight, ...]:
+        """Where their products go."""
+
+    def chunks(self) -> Iterator[slice]:
+        """Ranges of pairs whose products take a bounded amount of memory together."""
+
+    def changes(self, chunk: slice) -> Tensor:
+        """The products B·A of some pairs, (n, rows, columns); not to be written to."""
+
+    def learn(self, chunk: slice, slopes: Tensor) -> None:
+        """Turn gradients by the weights, (n, rows, columns), into those of what moves."""
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Begin with pairs that change nothing, as PEFT does."""
+
+    def begin_with(self, place: int, left: Tensor, right: Tensor) -> None:
+        """Begin with a given pair of this rank or less, whose product is kept exactly.
+
+        Raises:
+            UsageError: Its rank is higher.
+        """
+
+    def multiply(self, scale: float) -> None:
+        """Every product times a number."""
+
+    def pair(self, place: int) -> Pair:
+        """``(B, A)`` of one of the matrices."""
+
+
+@dataclass(frozen=True, eq=False)
+class PairStack:
+    """A `Stack` of two factors each.
+
+    Attributes:
+        weights: As `Stack`.
+        a: (n, rank, columns); a view of the flat values, as is `b`, (n, rows, rank).
+        b: See `a`.
+        slope_a: The same places in the flat gradients.
+        slope_b: See `slope_a`.
+    """
+
+    weights: tuple[LayerWeight, ...]
+    a: Tensor
+    b: Tensor
+    slope_a: Tensor
+    slope_b: Tensor
+
+    def chunks(self) -> Iterator[slice]:
+        """As `Stack`."""
+        return _chunks(len(self.weights), self.b.shape[1] * self.a.shape[2])
+
+    def changes(self, chunk: slice) -> Tensor:
+        """As `Stack`."""
+        return torch.bmm(self.b[chunk], self.a[chunk])
+
+    def learn(self, chunk: slice, slopes: Tensor) -> None:
+        """As `Stack`: ``∂A = Bᵀ ∂W``, ``∂B = ∂W Aᵀ``."""
+        torch.bmm(self.b[chunk].transpose(1, 2), slopes, out=self.slope_a[chunk])
+        torch.bmm(slopes, self.a[chunk].transpose(1, 2), out=self.slope_b[chunk])
+
+    def draw(self, generator: torch.Generator) -> None:
+        """As `Stack`: B is zero and A uniform."""
+        self.a.copy_(torch.rand(self.a.shape, generator=generator).mul_(2).sub_(1).div_(math.sqrt(self.a.shape[2])))
+        self.b.zero_()
+
+    def begin_with(self, place: int, left: Tensor, right: Tensor) -> None:
+        """As `Stack`: B is continued with zeros."""
+        _refuse_higher(self.weights[place].hub_name, len(right), self.a.shape[1])
+        self.a[place, : len(right)] = right.to(self.a)
+        self.b[place, :, : len(right)] = left.to(self.b)
+
+    def multiply(self, scale: float) -> None:
+        """As `Stack`."""
+        self.b.mul_(scale)
+
+    def pair(self, place: int) -> Pair:
+        """As `Stack`; views."""
+        return self.b[place], self.a[place]
+
+
+@dataclass(frozen=True, eq=False)
+class WholeStack:
+    """A `Stack` of changes that move as a whole.
+
+    Attributes:
+        weights: As `Stack`.
+        change: (n, rows, columns); a view of the flat values.
+        slope: The same place in the flat gradients.
+    """
+
+    weights: tuple[LayerWeight, ...]
+    change: Tensor
+    slope: Tensor
+
+    def chunks(self) -> Iterator[slice]:
+        """As `Stack`."""
+        return _chunks(len(self.weights), self.change[0].numel())
+
+    def changes(self, chunk: slice) -> Tensor:
+        """As `Stack`."""
+        return self.change[chunk]
+
+    def learn(self, chunk: slice, slopes: Tensor) -> None:
+        """As `Stack`."""
+        self.slope[chunk] = slopes
+
+    def draw(self, generator: torch.Generator) -> None:
+        """As `Stack`; nothing is drawn."""
+        self.change.zero_()
+
+    def begin_with(self, place: int, left: Tensor, right: Tensor) -> None:
+        """As `Stack`."""
+        _refuse_higher(self.weights[place].hub_name, len(right), min(self.change.shape[1:]))
+        self.change[place] = (left.float() @ right.float()).to(self.change)
+
+    def multiply(self, scale: float) -> None:
+        """As `Stack`."""
+        self.change.mul_(scale)
+
+    def pair(self, place: int) -> Pair:
+        """As `Stack`: the factor on the smaller side is the identity."""
+        change = self.change[place]
+        rows, columns = change.shape
+        one = torch.eye(min(rows, columns), dtype=change.dtype, device=change.device)
+        return (one, change) if rows <= columns else (change, one)
+
+
+def _chunks(count: int, entries: int) -> Iterator[slice]:
+    step = max(1, _CHUNK_BYTES // (4 * entries))
+    for begin in range(0, count, step):
+        yield slice(begin, min(begin + step, count))
+
+
+def _refuse_higher(hub_name: str, found: int, rank: int) -> None:
+    if found > rank:
+        raise UsageError(
+            f"the start has rank {found} for {hub_name}, the adapter is to have {rank}", f"Ask for rank {found} or more"
+        )
