@@ -152,10 +152,14 @@ def _print_ceilings(shard: Path, device: str) -> None:
     import torch
 
     size = shard.stat().st_size
+    ordinary = torch.zeros(size, dtype=torch.uint8)
     rates = []
     for _ in range(2):
         begin = time.monotonic()
-        ordinary = torch.frombuffer(bytearray(shard.read_bytes()), dtype=torch.uint8)
+        with shard.open("rb", buffering=0) as file:
+            into = memoryview(ordinary.numpy())
+            while into:
+                into = into[file.readinto(into) or len(into) :]
         rates.append(size / (time.monotonic() - begin))
     locked = ordinary.pin_memory()
     target = torch.empty(size, dtype=torch.uint8, device=device)

@@ -202,6 +202,22 @@ def test_unknown_tokens_are_refused(sparse: Case, tmp_path: Path, wrong: Ids) ->
         stream_states(sparse.checkpoint, wrong, tmp_path)
 
 
+def test_threads_share_the_batches_and_change_no_bit(case: Case, sequences: Ids, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            with stream_states(
+                case.checkpoint, sequences, tmp_path / str(threads), SETTINGS, adapter=case.adapter
+            ) as s:
+                found.append(s.rows(slice(None)).clone())
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
 def test_devices_of_two_kinds_are_refused(sparse: Case, sequences: Ids, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="found cpu, cuda"):
         stream_states(sparse.checkpoint, sequences, tmp_path, PassSettings(("cpu", "cuda:0")))

@@ -1,10 +1,11 @@
-"""Several devices on one layer: batches go out in turn and come back in order."""
+"""Several devices, or the cores of a processor, on one layer: batches go out in turn and come back in order."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 
 import torch
@@ -16,10 +17,18 @@ _AHEAD = 2  # batches of each device under way, so that it has work while result
 class Crew:
     """One thread for each device. Batch k is computed by device k modulo their number."""
 
-    def __init__(self, devices: Sequence[torch.device]) -> None:
+    def __init__(self, devices: Sequence[torch.device], threads: int | None = None) -> None:
+        """Start no thread yet.
+
+        Args:
+            devices: One of them may be named more than once.
+            threads: That torch may use for an operation on each; None leaves it as it is.
+        """
         self.devices = tuple(devices)
+        self._before = torch.get_num_threads() if threads else None
+        prepare = partial(torch.set_num_threads, threads) if threads else None
         self._pools = [
-            ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"device-{number}")
+            ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"device-{number}", initializer=prepare)
             for number, _ in enumerate(self.devices)
         ]
 
@@ -55,6 +64,8 @@ class Crew:
     ) -> None:
         for pool in self._pools:
             pool.shutdown(wait=True, cancel_futures=True)
+        if self._before is not None:
+            torch.set_num_threads(self._before)  # some libraries under torch have one number for the whole process
 
     @staticmethod
     def _on(device: torch.device, work: Callable[[slice], Tensor], rows: slice) -> Tensor:
