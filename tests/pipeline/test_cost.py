@@ -159,3 +159,14 @@ def test_units() -> None:
         "10,000.0 EFLOP",
     ]
     assert [readable(1024**power) for power in (0, 1, 2, 4)] == ["1 B", "1 KiB", "1 MiB", "1,024.0 GiB"]
+
+
+def test_a_fixed_head_needs_rows_on_the_disk(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    cost = outlook_of(tiny, tmp_path / "fixed", training={"head": "fixed", "epochs": 2})
+    tokens = cost["refined"]["teacher_tokens"] - 1100 // 128 * 128
+    assert cost["refined"]["rows_bytes"] == 4 * tokens * (open_model(str(tiny[1])).layout.geometry.hidden + 1)
+    assert rows(cost)["the teacher's part for the fixed head, while training"]
+    for training in ({"head": "fixed", "epochs": 1}, {"head": "train", "epochs": 2}):
+        without = outlook_of(tiny, tmp_path / "without", training=training)
+        assert without["refined"]["rows_bytes"] == 0
+        assert "the teacher's part for the fixed head, while training" not in rows(without)

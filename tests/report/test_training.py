@@ -38,6 +38,14 @@ def test_the_note_of_a_training_that_was_stopped() -> None:
     assert "it diverged" in useless
 
 
+@pytest.mark.parametrize(("from_start", "words"), [(True, "where training began"), (False, "with the untouched")])
+def test_the_note_says_where_the_trials_of_the_rate_began(from_start: bool, words: str) -> None:
+    trials = [{"rate": 0.01, "before": 0.5, "after": 0.4}, {"rate": 0.005, "before": 0.5, "after": 0.3}]
+    tried = refinement(settings={"rate": 0.005}, rate_trials=trials, rate_tried_from_start=from_start)
+    note = training_note(trained_record(refinement=tried))
+    assert f"The learning rate, 0.005, was the best of 2 in short trials that began {words}" in note
+
+
 @pytest.mark.parametrize(
     ("method", "start", "expected"),
     [

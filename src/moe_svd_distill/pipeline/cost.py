@@ -45,6 +45,7 @@ class TrainingCost:
         student_operations: Those of the student's training and of measuring it meanwhile.
         adapter_bytes: The adapter's size, at most.
         saves_bytes: What a stopped run goes on from, on the disk.
+        rows_bytes: What a head that stands still needs of the teacher, on the disk while training runs.
         resident: Whether the student would be in memory; None where its files are not at hand to tell.
         placement: Why, in words; empty where that is not known.
         step_bytes: Stored bytes of weights read in each step, if streamed.
@@ -64,6 +65,7 @@ class TrainingCost:
     student_operations: int
     adapter_bytes: int
     saves_bytes: int
+    rows_bytes: int
     resident: bool | None
     placement: str
     step_bytes: int
@@ -88,6 +90,8 @@ class TrainingCost:
             ("adapter, at most", readable(self.adapter_bytes)),
             ("saves of the training, at most", readable(self.saves_bytes)),
         ]
+        if self.rows_bytes:
+            rows.append(("the teacher's part for the fixed head, while training", readable(self.rows_bytes)))
         if self.placement:
             rows.append(("student", f"{'in memory' if self.resident else 'one layer at a time'}: {self.placement}"))
         if self.resident is False:
@@ -130,11 +134,11 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
     student_operations = (8 if resident is False else 6) * body * trained + 6 * head * trained
     student_operations += 2 * (body + head) * measured
     widths = teacher.layout.geometry.hidden * read + student.layout.geometry.hidden * read_by_student
-    factors = sum(min(rank, *student.shapes[name]) * sum(student.shapes[name]) for name, rank in ranks.items())
+    factors = trained_numbers(student.shapes, ranks)
     stored = sum(rank * sum(student.shapes[name]) for name, rank in ranks.items())  # padded where a side is smaller
+    processes = len(placed.devices) if placed else len(execution_settings(recipe).devices)
     pass_bytes = 0
     if resident is False:
-        processes = len(placed.devices) if placed else len(execution_settings(recipe).devices)
         pass_bytes = student.checkpoint.total_bytes * processes
     return TrainingCost(
         teacher_tokens=read,
@@ -150,6 +154,7 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
         student_operations=student_operations,
         adapter_bytes=stored * BYTES[recipe.dtype] + _head_bytes(recipe, pair),
         saves_bytes=_SAVES * _SAVED_BYTES * (factors + moving),
+        rows_bytes=_rows_bytes(recipe, stages, text, student) * processes,
         resident=resident,
         placement=placed.reason if placed else "",
         step_bytes=2 * pass_bytes,
@@ -164,6 +169,11 @@ def trained_ranks(recipe: Recipe, student: Model) -> dict[str, int]:
         for name, meaning in student.layout.meanings.items()
         if meaning.layer is not None and meaning.role.carrier is not Carrier.NONE
     }
+
+
+def trained_numbers(shapes: Mapping[str, tuple[int, ...]], ranks: Mapping[str, int]) -> int:
+    """How many numbers move: two factors of each matrix, or the whole change where the rank is full."""
+    return sum(min(rank * sum(shapes[name]), prod(shapes[name])) for name, rank in ranks.items())
 
 
 def active_parameters(model: Model) -> tuple[int, int]:
@@ -235,6 +245,14 @@ def _trials(recipe: Recipe, steps: int) -> tuple[int, int]:
     from moe_svd_distill.training.trials import MULTIPLES, trial_steps
 
     return (len(MULTIPLES), trial_steps(steps)) if recipe.training.learning_rate == "auto" else (0, 0)
+
+
+def _rows_bytes(recipe: Recipe, stages: Sequence[str], tokens: int, student: Model) -> int:
+    """What one process keeps of the teacher for a head that stands still (`training.expected_rows`)."""
+    from moe_svd_distill.training.settings import rows_pay
+
+    pay = rows_pay(recipe.training.head == "fixed", recipe.training.divergence, epochs(recipe, stages))
+    return 4 * tokens * (student.layout.geometry.hidden + 1) if pay else 0
 
 
 def _head_bytes(recipe: Recipe, pair: ModelPair) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_svd_distill.evaluation.loading import available_bytes, model_bytes
+from moe_svd_distill.pipeline.cost import trained_numbers
 from moe_svd_distill.pipeline.preparation import available_cores
 
 if TYPE_CHECKING:
@@ -92,8 +93,7 @@ def place_training(
 
 def bytes_in_training(pair: ModelPair, itemsize: int, ranks: Mapping[str, int]) -> int:
     """What a student takes while it is trained in memory, its activations left out."""
-    shapes = pair.student.shapes
-    factors = sum(rank * sum(shapes[name]) for name, rank in ranks.items())
+    factors = trained_numbers(pair.student.shapes, ranks)
     geometry = pair.student.layout.geometry
     head = geometry.vocabulary * geometry.hidden
     body = model_bytes(pair.student.checkpoint.folder, itemsize)

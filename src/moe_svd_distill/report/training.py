@@ -73,7 +73,8 @@ def _rate(refinement: Record) -> str:
     rate, trials = _part(refinement, "settings").get("rate"), refinement.get("rate_trials") or ()
     if not rate or not trials:
         return ""
-    return f"The learning rate, {rate:.2g}, was the best of {len(trials)} in short trials."
+    began = "where training began" if refinement.get("rate_tried_from_start") else "with the untouched student"
+    return f"The learning rate, {rate:.2g}, was the best of {len(trials)} in short trials that began {began}."
 
 
 def _kept(refinement: Record) -> str:

@@ -26,7 +26,7 @@ from moe_svd_distill.training.head import ExpectedHead, TrainedHead
 from moe_svd_distill.training.loop import Outcome, Progress, Training
 from moe_svd_distill.training.peers import Peers
 from moe_svd_distill.training.saves import Saves
-from moe_svd_distill.training.settings import TrainingSettings
+from moe_svd_distill.training.settings import TrainingSettings, rows_pay
 from moe_svd_distill.training.stacks import Pair
 from moe_svd_distill.training.text import IntArray, TrainingText
 from moe_svd_distill.training.trials import (
@@ -41,7 +41,6 @@ from moe_svd_distill.training.trials import (
 
 HEAD, EMBEDDING = "head", "embedding"
 _MOMENT_ROWS = 64
-_PASSES_THAT_PAY = 2
 
 Listener = Callable[[Progress, int], None]
 
@@ -254,8 +253,9 @@ class Trainee:
 
     def _expects(self, settings: TrainingSettings) -> bool:
         """Whether what the loss needs of the teacher is worked out before training, because it stays as it is."""
-        linear = settings.divergence == "forward" and self.student.transform.cap is None
-        return linear and settings.head == "fixed" and settings.epochs >= _PASSES_THAT_PAY
+        return self.student.transform.cap is None and rows_pay(
+            settings.head == "fixed", settings.divergence, settings.epochs
+        )
 
     def _metric(self) -> Whitening:
         """Second moment of the student's states on some of the text, as it begins."""
