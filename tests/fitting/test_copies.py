@@ -11,6 +11,7 @@ import torch
 from moe_svd_distill.algebra.logits import LogitTransform
 from moe_svd_distill.fitting.copies import (
     MOST_COPIES,
+    _one_each,
     default_copies,
     default_own_text,
     drawn_anew,
@@ -121,3 +122,12 @@ def test_own_text_begins_with_any_token() -> None:
     assert found.shape == (50, 20)
     assert set(np.unique(found)) == set(range(30))
     assert [default_own_text(copies) for copies in (0, 1, 2, 3, 7)] == [0, 0, 1, 1, 3]
+
+
+def test_one_token_each_is_drawn_as_often_as_expected() -> None:
+    expected = torch.tensor([[0.0, 0.5, 0.2, 0.3, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0]]).repeat(20_000, 1)
+    drawn = _one_each(expected, torch.Generator().manual_seed(0)).view(-1, 2)
+    shares = torch.bincount(drawn[:, 0], minlength=5) / len(drawn)
+    torch.testing.assert_close(shares, expected[0], rtol=0, atol=0.015)
+    assert shares[0] == shares[4] == 0
+    assert not drawn[:, 1].any()

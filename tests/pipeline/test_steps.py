@@ -26,8 +26,8 @@ def test_steps_of_the_optimiser(tokens: int, training: dict[str, Any], expected:
     ("tokens", "asked", "stages", "expected"),
     [
         (65_536, "auto", ["refined"], 4.0),
-        (65_537, "auto", ["refined"], 3.0),
-        (65_537, "auto", ["weights", "refined"], 0.6),
+        (65_537, "auto", ["refined"], 2.75),
+        (65_537, "auto", ["weights", "refined"], 0.55),
         (8_192, "auto", ["calibrated", "refined"], 4.0),
         (8_192, 3, ["weights", "refined"], 3.0),
     ],

@@ -58,8 +58,20 @@ def drawn_anew(sequences: NDArray[np.int64], states: StreamedStates, head: HeadW
     result = sequences.copy()
     for row in range(len(sequences)):
         for place, expected in _expectations(states, head, row):
-            result[row, place] = torch.multinomial(expected, 1, generator=generator)[:, 0].numpy()
+            result[row, place] = _one_each(expected, generator).numpy()
     return result
+
+
+def _one_each(expected: Tensor, generator: torch.Generator) -> Tensor:
+    """One token for each place, (places,), with one random number a place (inverse of the distribution).
+
+    Args:
+        expected: Probabilities, (places, v).
+        generator: Of the draws.
+    """
+    summed = expected.cumsum(dim=-1)
+    chosen = torch.rand(len(expected), 1, generator=generator) * summed[:, -1:]
+    return torch.searchsorted(summed, chosen, right=True)[:, 0].clamp_max(expected.shape[1] - 1)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from moe_svd_distill.pipeline.copying import MUCH_TEXT
 if TYPE_CHECKING:
     from moe_svd_distill.recipe import Recipe
 
-_EPOCHS_OF_LITTLE, _EPOCHS_OF_MUCH, _SHARE_AFTER_WEIGHTS = 4.0, 3.0, 0.2
+_EPOCHS_OF_LITTLE, _EPOCHS_OF_MUCH, _SHARE_AFTER_WEIGHTS = 4.0, 2.75, 0.2
 _STEPS, _SMALLEST_STEP, _LARGEST_STEP = 3072, 512, 65536
 
 

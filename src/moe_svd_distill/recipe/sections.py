@@ -41,7 +41,7 @@ class TrainingRecipe(Section):
 
     epochs: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
         "auto",
-        description="Passes over the text. auto: 4 over up to 65,536 tokens, 3 over more; after a weights stage, "
+        description="Passes over the text. auto: 4 over up to 65,536 tokens, 2.75 over more; after a weights stage, "
         "which leaves less to learn, a fifth of that.",
     )
     step_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
