@@ -56,6 +56,31 @@ def test_in_bf16_streamed_is_resident(model: Path, tmp_path: Path, budget: int |
         assert float((mine - theirs).norm() / theirs.norm()) < 1e-2
 
 
+def test_a_layer_stays_until_its_kernels_are_done(tmp_path: Path) -> None:
+    """Kernels of a layer wait on the GPU while the next one is read: its memory must not be filled meanwhile."""
+    sizes = {
+        "hidden_size": 1024,
+        "moe_intermediate_size": 512,
+        "num_experts": 32,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 6,
+        "head_dim": 64,
+        "num_attention_heads": 16,
+        "max_position_embeddings": 512,
+    }
+    folder = saved("qwen3_moe", tmp_path / "student", dtype=torch.bfloat16, scale=1.0, **sizes)
+    text = made_up_text(1024, seed=1)  # 16,384 tokens in one batch
+    found = []
+    for streamed in (False, True):
+        each = setting(folder, tmp_path, streamed=streamed, device=GPU, dtype=torch.bfloat16)
+        disturb(each.bank, 0.001)
+        each.engine.learn([text.take(np.arange(1024), GPU)], each.head, len(text.position))
+        found.append((each.bank.gradient.cpu(), float(each.head.loss)))
+        each.decoder.close()
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-4)
+    assert float((found[1][0] - found[0][0]).norm() / found[0][0].norm()) < 2e-2
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_run_in_bf16_learns(tmp_path: Path, streamed: bool) -> None:
     folder = saved("qwen3_moe", tmp_path / "student", dtype=torch.bfloat16)

@@ -75,7 +75,13 @@ class Weights:
         self._look()
 
     def release(self, part: Part) -> None:
-        """Let go of a part."""
+        """Let go of a part, once nothing on its way to the device needs it any more.
+
+        The memory goes back to the stream that layers are read on, which would fill it again at once, while kernels
+        that were started on another stream may still be waiting to read from it.
+        """
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
         if self._overlay is not None:
             self._overlay.release(part)
         self._skeleton.clear(part)
