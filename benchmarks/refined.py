@@ -20,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the file runs by its path as well
 
 from benchmarks._measure import machine
+from benchmarks._merged import merged_beside_unmerged
 from benchmarks.calibrated import MODELS
 from moe_svd_distill.pipeline.distill import distill
 from moe_svd_distill.pipeline.evaluate import evaluate_adapter
@@ -40,8 +41,8 @@ _SHOWN = (
 )
 
 
-def measure(pair: str, values: dict[str, Any], held_out: int) -> dict[str, Any]:
-    """Distil one pair and evaluate the adapter on text it was not trained on."""
+def measure(pair: str, values: dict[str, Any], held_out: int, merged: bool) -> dict[str, Any]:
+    """Distil one pair and evaluate the adapter on text it was not trained on, and merged as well where asked to."""
     lab = lab_folder()
     teacher, student = (str(lab / "models" / name) for name in MODELS[pair])
     folder = Path(tempfile.mkdtemp(prefix=f"refined-{pair}-"))
@@ -52,6 +53,7 @@ def measure(pair: str, values: dict[str, Any], held_out: int) -> dict[str, Any]:
         adapter = distill(parse_recipe({**given, **values}))
         seconds = time.monotonic() - begin
         figures = evaluate_adapter(adapter.folder, None, None, [heldout], tokens=held_out).evaluation
+        both = merged_beside_unmerged(adapter.folder, Path(teacher), Path(student), heldout) if merged else {}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     record = adapter.record
@@ -65,6 +67,7 @@ def measure(pair: str, values: dict[str, Any], held_out: int) -> dict[str, Any]:
         "effect": figures["effect"],
         "student": {key: figures["student"][key] for key in ("kl", "cross_entropy")},
         "adapted": {key: figures["adapted"][key] for key in ("kl", "cross_entropy")},
+        **both,
         "training": {key: refinement[key] for key in _SHOWN if key in refinement},
         "curve": [(point["step"], round(point["kl"], 4)) for point in refinement.get("curve", ())],
         "machine": machine(),
@@ -80,6 +83,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="runs of each, with seeds that follow each other")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--held-out", type=int, default=64_000)
+    parser.add_argument("--merged", action="store_true", help="verify, merge, and measure merged and unmerged as well")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe key; training.KEY too"
     )
@@ -89,7 +93,7 @@ def main() -> None:
         for tokens in arguments.tokens or (None,):
             for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
                 values = _values(arguments.set, arguments.preset, tokens, seed)
-                line = json.dumps(measure(pair, values, arguments.held_out))
+                line = json.dumps(measure(pair, values, arguments.held_out, arguments.merged))
                 print(line, flush=True)
                 if arguments.json:
                     with arguments.json.open("a", encoding="utf-8") as file:

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from moe_svd_distill.pipeline.cost import trained_ranks
 from moe_svd_distill.pipeline.pair import open_pair
 from moe_svd_distill.pipeline.placement import Placement, place_training
+from moe_svd_distill.pipeline.ranks import trained_ranks
 from tests.pipeline.test_cost import LITTLE
 from tests.support.pairs import recipe_for
 

@@ -78,7 +78,7 @@ def test_a_layer_stays_until_its_kernels_are_done(tmp_path: Path) -> None:
         found.append((each.bank.gradient.cpu(), float(each.head.loss)))
         each.decoder.close()
     assert found[1][1] == pytest.approx(found[0][1], rel=1e-4)
-    assert float((found[1][0] - found[0][0]).norm() / found[0][0].norm()) < 2e-2
+    assert float((found[1][0] - found[0][0]).norm() / found[0][0].norm()) < 5e-2
 
 
 @pytest.mark.parametrize("streamed", [False, True])

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.calibration.text import whole
 from moe_svd_distill.checkpoints.header import BYTES_PER_ELEMENT
-from moe_svd_distill.families import Carrier
 from moe_svd_distill.fitting.copies import ROUNDS
 from moe_svd_distill.pipeline.assembly import asked_head_rank, head_is_whole
 from moe_svd_distill.pipeline.copying import for_fit, for_training
 from moe_svd_distill.pipeline.pair import Model, ModelPair
 from moe_svd_distill.pipeline.preparation import execution_settings
+from moe_svd_distill.pipeline.ranks import trained_numbers, trained_ranks
 from moe_svd_distill.pipeline.steps import epochs, optimiser_steps, sequence_length
 from moe_svd_distill.pipeline.texts import longest_sequence
 from moe_svd_distill.recipe import Recipe
@@ -160,20 +160,6 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
         step_bytes=2 * pass_bytes,
         training_bytes=pass_bytes * (2 * (steps + trials * trial_steps) + checks),
     )
-
-
-def trained_ranks(recipe: Recipe, student: Model) -> dict[str, int]:
-    """Rank of every matrix of the layers that is trained."""
-    return {
-        name: recipe.rank_of(name, meaning.role.role, (student.shapes[name][0], student.shapes[name][1]))
-        for name, meaning in student.layout.meanings.items()
-        if meaning.layer is not None and meaning.role.carrier is not Carrier.NONE
-    }
-
-
-def trained_numbers(shapes: Mapping[str, tuple[int, ...]], ranks: Mapping[str, int]) -> int:
-    """How many numbers move: two factors of each matrix, or the whole change where the rank is full."""
-    return sum(min(rank * sum(shapes[name]), prod(shapes[name])) for name, rank in ranks.items())
 
 
 def active_parameters(model: Model) -> tuple[int, int]:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_svd_distill.evaluation.loading import available_bytes, model_bytes
-from moe_svd_distill.pipeline.cost import trained_numbers
 from moe_svd_distill.pipeline.preparation import available_cores
+from moe_svd_distill.pipeline.ranks import trained_numbers
 
 if TYPE_CHECKING:
     from moe_svd_distill.pipeline.pair import ModelPair

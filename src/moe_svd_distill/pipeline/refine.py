@@ -20,10 +20,10 @@ from moe_svd_distill.fitting.pairs import HeadWeights, Segment, StatePairs
 from moe_svd_distill.fitting.rank import choose_rank, head_factors
 from moe_svd_distill.pipeline.assembly import asked_head_rank
 from moe_svd_distill.pipeline.copying import for_training
-from moe_svd_distill.pipeline.cost import trained_ranks
 from moe_svd_distill.pipeline.fitted import Fitted
 from moe_svd_distill.pipeline.placement import Placement, place_training
 from moe_svd_distill.pipeline.preparation import library_versions
+from moe_svd_distill.pipeline.ranks import trained_ranks
 from moe_svd_distill.pipeline.states import Body, Report
 from moe_svd_distill.pipeline.steps import epochs, optimiser_steps
 from moe_svd_distill.pipeline.training_start import Start, read_start

@@ -1,0 +1,27 @@
+"""Which matrices the refined stage trains, at which ranks, and how many numbers that are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import TYPE_CHECKING
+
+from moe_svd_distill.families import Carrier
+
+if TYPE_CHECKING:
+    from moe_svd_distill.pipeline.pair import Model
+    from moe_svd_distill.recipe import Recipe
+
+
+def trained_ranks(recipe: Recipe, student: Model) -> dict[str, int]:
+    """Rank of every matrix of the layers that is trained."""
+    return {
+        name: recipe.rank_of(name, meaning.role.role, (student.shapes[name][0], student.shapes[name][1]))
+        for name, meaning in student.layout.meanings.items()
+        if meaning.layer is not None and meaning.role.carrier is not Carrier.NONE
+    }
+
+
+def trained_numbers(shapes: Mapping[str, tuple[int, ...]], ranks: Mapping[str, int]) -> int:
+    """How many numbers move: two factors of each matrix, or the whole change where the rank is full."""
+    return sum(min(rank * sum(shapes[name]), prod(shapes[name])) for name, rank in ranks.items())
