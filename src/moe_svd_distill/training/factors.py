@@ -71,7 +71,10 @@ class FactorBank:
             for place, weight in enumerate(stack.weights):
                 if weight.hub_name in start:
                     stack.begin_with(place, *start[weight.hub_name])
-        self.names = [weight.hub_name for stack in self._all() for weight in stack.weights]
+        self._where = {
+            weight.hub_name: (stack, place) for stack in self._all() for place, weight in enumerate(stack.weights)
+        }
+        self.names = list(self._where)
 
     def stacks(self, layer: int) -> Sequence[Stack]:
         """The stacks of a layer."""
@@ -133,16 +136,13 @@ class FactorBank:
 
     def pair(self, hub_name: str) -> Pair:
         """``(B, A)`` of a matrix."""
-        for name, pair in self.pairs():
-            if name == hub_name:
-                return pair
-        raise KeyError(hub_name)
+        stack, place = self._where[hub_name]
+        return stack.pair(place)
 
     def pairs(self) -> Iterator[tuple[str, Pair]]:
         """Every hub name and its pair."""
-        for stack in self._all():
-            for place, weight in enumerate(stack.weights):
-                yield weight.hub_name, stack.pair(place)
+        for name in self.names:
+            yield name, self.pair(name)
 
     def _all(self) -> Iterator[Stack]:
         for layer in sorted(self._stacks):
