@@ -139,20 +139,21 @@ class DecoderRun:
     def _probe_once(self, seed: int, rows: int) -> list[LayerCall]:
         generator = torch.Generator().manual_seed(seed)
         calls: list[LayerCall] = []
-        given: list[Tensor] = []
+        last: Tensor | None = None  # one noise at a time: all layers' together would be as large as a layer or larger
 
         def act(index: int, hidden: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
+            nonlocal last
             if index != len(calls):
                 raise IncompatiblePairError(
                     f"{type(self._skeleton.decoder).__name__} does not run its layers one after the other", _REPORT
                 )
-            if given and not (isinstance(hidden, Tensor) and same(hidden, given[-1])):
+            if last is not None and not (isinstance(hidden, Tensor) and same(hidden, last)):
                 raise _UnexpectedInputError(index)
             by_name = "hidden_states" in keywords
             rest = {name: value for name, value in keywords.items() if name != "hidden_states"}
             calls.append(LayerCall(arguments, rest, by_name, self._in_tuple))
-            given.append(torch.randn(hidden.shape, generator=generator).to(hidden))
-            return given[-1]
+            last = torch.randn(hidden.shape, generator=generator).to(hidden)
+            return last
 
         vocabulary = self._skeleton.model.config.get_text_config().vocab_size
         ids = torch.randint(0, vocabulary, (rows, self._length), generator=generator).to(self._device)
