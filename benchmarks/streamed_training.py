@@ -29,7 +29,7 @@ from benchmarks.synthetic import Sizes, write_model
 from moe_svd_distill.pipeline.lab import lab_folder
 
 MIB = 2**20
-STUDENT = Sizes(108, 1024, 8, 512, 8, 2, 64, 2048)  # 28 MiB a layer
+STUDENT = Sizes(180, 1024, 4, 1024, 8, 2, 64, 2048, 2)  # 27 MiB a layer
 REAL = Sizes(8, 2048, 128, 768, 32, 4, 128, 2048, 8)  # 1.2 GiB a layer
 LENGTHS = {STUDENT: 128, REAL: 512}  # tokens of a sequence
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")

@@ -206,7 +206,7 @@ def test_expected_rows_train_as_the_whole_distributions_do(
 ) -> None:
     curves = []
     for passes_that_pay in (2, 99):
-        monkeypatch.setattr("moe_svd_distill.training.job._PASSES_THAT_PAY", passes_that_pay)
+        monkeypatch.setattr("moe_svd_distill.training.settings._PASSES_THAT_PAY", passes_that_pay)
         job = _job(model, tmp_path / str(passes_that_pay), ("cpu",), resident=True)
         settings = replace(job.settings, head="fixed", epochs=2, cross_entropy_share=0.2)
         with trained(replace(job, settings=settings, tried=False), lambda progress, steps: None) as (trainee, run):

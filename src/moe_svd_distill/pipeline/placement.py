@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _SHARE = 0.7  # of the free memory that a student in training may take
 _TOKENS_OF_A_PROCESS = 512
-_COPIES = 3  # the weights, the weights with the pairs in them, and their gradients
+_COPIES = 2  # the weights, and the weights with the pairs in them; of gradients there is a layer's at a time
 _PER_FACTOR = 4 * 5  # value, gradient, two moments, and the best so far, float32
 
 
@@ -97,7 +97,7 @@ def bytes_in_training(pair: ModelPair, itemsize: int, ranks: Mapping[str, int]) 
     geometry = pair.student.layout.geometry
     head = geometry.vocabulary * geometry.hidden
     body = model_bytes(pair.student.checkpoint.folder, itemsize)
-    return _COPIES * body + _PER_FACTOR * (factors + head)
+    return _COPIES * body + body // geometry.layers + _PER_FACTOR * (factors + head)
 
 
 def _gib(size: float) -> str:

@@ -26,7 +26,7 @@ class Engine(Protocol):
     """Runs the student as it is now."""
 
     def learn(self, batches: Sequence[Batch], head: TrainedHead, places: int) -> None:
-        """Leave the gradients of a step in the factors' bank and in the head.
+        """Add the gradients of a step to those in the factors' bank and in the head.
 
         Args:
             batches: Sequences that go through a layer together, batch by batch.
@@ -44,18 +44,16 @@ class ResidentEngine:
     def __init__(self, decoder: Decoder, bank: FactorBank) -> None:
         self._decoder, self._bank = decoder, bank
         self._bases = [bank.bases(layer) for layer in range(decoder.layers)]
+        for layer in range(decoder.layers):
+            bank.collect_at_once(layer)
 
     def learn(self, batches: Sequence[Batch], head: TrainedHead, places: int) -> None:
         """As `Engine`."""
         self._compose()
-        for layer in range(self._decoder.layers):
-            self._bank.require_gradients(layer)
         for batch in batches:
             with torch.enable_grad():
                 states = self._through(batch).flatten(0, 1)[batch.position]
             torch.autograd.backward(states, head.learn(states.detach(), batch, places).to(states.dtype))
-        for layer in range(self._decoder.layers):
-            self._bank.collect(layer)
 
     @torch.no_grad()
     def states(self, batches: Sequence[Batch]) -> Iterator[Tensor]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_svd_distill.streaming import LayerWeight
 from moe_svd_distill.training.stacks import WHOLE_RATE, Block, Pair, PairStack, Stack, WholeStack
@@ -106,17 +107,37 @@ class FactorBank:
                 weight.parameter.requires_grad_(True)
                 weight.parameter.grad = None
 
-    @torch.no_grad()
     def collect(self, layer: int) -> None:
-        """Turn the gradients by a layer's weights into those of its factors, and let go of the former."""
+        """Add what follows from the gradients by a layer's weights to those of its factors; let go of the former."""
         for stack in self.stacks(layer):
-            for chunk in stack.chunks():
-                found = [weight.gradient for weight in stack.weights[chunk]]
-                slopes = found[0][None] if len(found) == 1 else torch.stack(found)
-                stack.learn(chunk, slopes.to(self.values.dtype))
+            self._learn(stack)
         for stack in self.stacks(layer):
             for weight in stack.weights:
                 weight.parameter.grad = None
+
+    def collect_at_once(self, layer: int) -> None:
+        """Let every backward pass do what `collect` does, weight by weight, in a layer that stays in memory.
+
+        So no more than one weight's gradient is there at a time.
+        """
+        of_parameter: dict[nn.Parameter, list[Stack]] = defaultdict(list)
+        for stack in self.stacks(layer):
+            of_parameter[stack.weights[0].parameter].append(stack)
+        for parameter, stacks in of_parameter.items():
+            parameter.requires_grad_(True)
+            parameter.register_post_accumulate_grad_hook(partial(self._take, stacks))  # type: ignore[no-untyped-call]
+
+    def _take(self, stacks: Sequence[Stack], parameter: Tensor) -> None:
+        for stack in stacks:
+            self._learn(stack)
+        parameter.grad = None
+
+    @torch.no_grad()
+    def _learn(self, stack: Stack) -> None:
+        for chunk in stack.chunks():
+            found = [weight.gradient for weight in stack.weights[chunk]]
+            slopes = found[0][None] if len(found) == 1 else torch.stack(found)
+            stack.learn(chunk, slopes.to(self.values.dtype))
 
     def forget(self) -> None:
         """Let every product be zero, as without a start."""

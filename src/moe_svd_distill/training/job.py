@@ -182,7 +182,7 @@ class Trainee:
                     self.text, self.teacher, self.head.fixed, settings.cross_entropy_share, job.folder, peers.number
                 )
             )
-        self._first = self.bank.values.clone(), self.head.values.clone()
+        self._first = [values.clone() for values in (self.bank.values, self.head.values)] if job.tried else []
         self._started = bool(pairs) or HEAD in tensors
 
     def train(self, on_progress: Listener) -> Trained:
@@ -192,7 +192,9 @@ class Trainee:
         settings = self._job.settings if choice is None else with_best(self._job.settings, choice.trials)
         before = self._reading()
         kl_before = choice.start_kl if choice else None
-        outcome = self._run(settings).complete(saves, on_progress, kl_before)
+        run = self._run(settings)
+        self._first.clear()
+        outcome = run.complete(saves, on_progress, kl_before)
         read, reading, waiting = (now - then for now, then in zip(self._reading(), before, strict=True))
         on_device = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
         anonymous = self.decoder.watch.look()
@@ -203,9 +205,9 @@ class Trainee:
         return self.decoder.bytes_read, self.decoder.seconds_reading, self.decoder.seconds_waiting
 
     def _run(self, settings: TrainingSettings, untouched: bool = False) -> Training:
-        """A run that begins at the start, or with the untouched student."""
-        self.bank.values.copy_(self._first[0])
-        self.head.values.copy_(self._first[1])
+        """A run that begins at the start, to which trials have to return, or with the untouched student."""
+        for values, first in zip((self.bank.values, self.head.values), self._first, strict=False):
+            values.copy_(first)
         if untouched:
             self.bank.forget()
             self.head.forget()

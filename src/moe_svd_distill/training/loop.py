@@ -155,7 +155,7 @@ class Training:
         """
         found = saves.load() if saves else None
         progress = Progress()
-        best = self._moving()
+        best = [values.clone() for values in self._values()]
         if found is None:
             kl = self.measure() if kl_before is None else kl_before
             progress.curve.append(Point(0, 0, 0.0, None, kl, 0.0))
@@ -181,11 +181,12 @@ class Training:
                 kl = self.measure()
                 progress.seconds += time.monotonic() - begin
                 if self._note(progress, kl):
-                    best = self._moving()
+                    for kept, values in zip(best, self._values(), strict=True):
+                        kept.copy_(values)
             on_progress(progress, self.steps)
             if saves and (progress.step == self.steps or progress.ended or saves.due(self._together)):
                 saves.write(self._tensors(best), progress.as_dict())
-        for values, kept in zip((self.bank.values, self.head.values), best, strict=True):
+        for values, kept in zip(self._values(), best, strict=True):
             values.copy_(kept)
         return Outcome(
             tuple(progress.curve),
@@ -270,8 +271,8 @@ class Training:
         self.peers.add_up(flag)
         return bool(flag.item())
 
-    def _moving(self) -> list[Tensor]:
-        return [self.bank.values.clone(), self.head.values.clone()]
+    def _values(self) -> list[Tensor]:
+        return [self.bank.values, self.head.values]
 
     def _tensors(self, best: list[Tensor]) -> dict[str, Tensor]:
         tensors = {"factors": self.bank.values, "head": self.head.values}

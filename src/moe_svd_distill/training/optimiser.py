@@ -22,7 +22,7 @@ class Optimiser(Protocol):
     """Moves values in place."""
 
     def step(self, rate: float) -> None:
-        """Move along the gradient that lies beside the values."""
+        """Move along the gradient that lies beside the values; it may be overwritten."""
 
     def tensors(self) -> dict[str, Tensor]:
         """What must be on the disk to go on from here."""
@@ -103,9 +103,11 @@ class Muon:
     @torch.no_grad()
     def step(self, rate: float) -> None:
         """As `Optimiser`."""
-        bank, share = self._bank, 1 - self._momentum
-        self._mean.lerp_(bank.gradient, share)
-        ahead = torch.lerp(self._mean, bank.gradient, share)
+        bank, momentum = self._bank, self._momentum
+        self._mean.lerp_(bank.gradient, 1 - momentum)
+        ahead = bank.gradient.lerp_(
+            self._mean, momentum
+        )  # where it lies, which saves a buffer: each step fills it anew
         if self._decay:
             bank.values.mul_(1 - rate * self._decay)
         steps = torch.zeros_like(ahead) if self._peers.count > 1 else ahead

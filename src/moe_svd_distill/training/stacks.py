@@ -19,7 +19,7 @@ from moe_svd_distill.streaming import LayerWeight
 
 WHOLE_RATE = 0.5
 """Learning rate of a change that moves as a whole, as a share of that of two factors."""
-_CHUNK_BYTES = 256 << 20
+_CHUNK_BYTES = 32 << 20
 
 Pair = tuple[Tensor, Tensor]
 """``(B, A)`` with (rows, rank) and (rank, columns)."""
@@ -71,7 +71,7 @@ class Stack(Protocol):
         """The products B·A of some pairs, (n, rows, columns); not to be written to."""
 
     def learn(self, chunk: slice, slopes: Tensor) -> None:
-        """Turn gradients by the weights, (n, rows, columns), into those of what moves."""
+        """Add what follows from gradients by the weights, (n, rows, columns), to the gradients of what moves."""
 
     def draw(self, generator: torch.Generator) -> None:
         """Begin with pairs that change nothing, as PEFT does."""
@@ -118,8 +118,8 @@ class PairStack:
 
     def learn(self, chunk: slice, slopes: Tensor) -> None:
         """As `Stack`: ``∂A = Bᵀ ∂W``, ``∂B = ∂W Aᵀ``."""
-        torch.bmm(self.b[chunk].transpose(1, 2), slopes, out=self.slope_a[chunk])
-        torch.bmm(slopes, self.a[chunk].transpose(1, 2), out=self.slope_b[chunk])
+        self.slope_a[chunk].baddbmm_(self.b[chunk].transpose(1, 2), slopes)
+        self.slope_b[chunk].baddbmm_(slopes, self.a[chunk].transpose(1, 2))
 
     def draw(self, generator: torch.Generator) -> None:
         """As `Stack`: B is zero and A uniform."""
@@ -165,7 +165,7 @@ class WholeStack:
 
     def learn(self, chunk: slice, slopes: Tensor) -> None:
         """As `Stack`."""
-        self.slope[chunk] = slopes
+        self.slope[chunk] += slopes
 
     def draw(self, generator: torch.Generator) -> None:
         """As `Stack`; nothing is drawn."""
