@@ -18,24 +18,13 @@ from moe_svd_distill.errors import MissingInputError, UsageError
 from moe_svd_distill.pipeline.distill import distill, load_adapter
 from moe_svd_distill.pipeline.pair import open_model
 from moe_svd_distill.recipe import Recipe, recipe_yaml
-from tests.support.heads import TEXT
+from tests.support.heads import TRAINED
 from tests.support.models import load
 from tests.support.pairs import recipe_for
 
-TRAINED = {
-    "method": "refined",
-    "start": "zero",
-    "calibration": [str(TEXT)],
-    "tokens": 2048,
-    "scale_search_tokens": 2048,
-    "rank": 4,
-    "copies": 0,
-    "training": {"epochs": 2, "step_tokens": 256, "batch_tokens": 128, "learning_rate": 0.01, "checks": 4},
-}
-
 
 def _with_training(**values: Any) -> dict[str, Any]:
-    return TRAINED | {"training": {**TRAINED["training"], **values}}  # type: ignore[dict-item]
+    return TRAINED | {"training": {**TRAINED["training"], **values}}
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -16,6 +16,17 @@ from tests.calibration.tokenizers_made import byte_level
 from tests.support.models import saved
 
 TEXT = lab_pair("independent").calibration
+TRAINED: dict[str, Any] = {
+    "method": "refined",
+    "start": "zero",
+    "calibration": [str(TEXT)],
+    "tokens": 2048,
+    "scale_search_tokens": 2048,
+    "rank": 4,
+    "copies": 0,
+    "training": {"epochs": 2, "step_tokens": 256, "batch_tokens": 128, "learning_rate": 0.01, "checks": 4},
+}
+"""A short run of the refined stage."""
 
 
 def trained_tokenizer(folder: Path, size: int, part: int = 0) -> Path:

@@ -14,7 +14,7 @@ from moe_svd_distill.pipeline.distill import distill
 from moe_svd_distill.streaming.staging import Staging
 from moe_svd_distill.training.peers import Connected
 from moe_svd_distill.training.settings import TrainingSettings
-from tests.support.heads import TEXT, student_with_tokenizer, teacher_with_other_head, trained_tokenizer
+from tests.support.heads import TRAINED, student_with_tokenizer, teacher_with_other_head, trained_tokenizer
 from tests.support.models import saved
 from tests.support.pairs import recipe_for
 from tests.training.setting import CPU, Setting, disturb, made_up_text, setting
@@ -122,17 +122,8 @@ def test_processes_add_up_on_both_kinds_of_device(tmp_path: Path) -> None:
 def test_the_refined_stage_from_end_to_end(tmp_path: Path, placement: str) -> None:
     student = student_with_tokenizer("qwen3_moe", tmp_path / "student", trained_tokenizer(tmp_path / "tokenizer", 400))
     teacher = teacher_with_other_head(student, tmp_path / "teacher")
-    training = {"epochs": 2, "step_tokens": 256, "batch_tokens": 128, "checks": 4, "placement": placement}
-    values = {
-        "method": "refined",
-        "start": "zero",
-        "calibration": [str(TEXT)],
-        "tokens": 2048,
-        "scale_search_tokens": 2048,
-        "rank": 4,
-        "devices": ["cuda:0"],
-        "training": training,
-    }
+    training = TRAINED["training"] | {"learning_rate": "auto", "placement": placement}
+    values = TRAINED | {"copies": "auto", "devices": ["cuda:0"], "training": training}
     adapter = distill(recipe_for(teacher, student, tmp_path / "out", **values))
     verify(adapter.folder)
     facts = adapter.record["refinement"]

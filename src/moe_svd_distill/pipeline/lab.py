@@ -8,7 +8,6 @@ from typing import Any
 
 import yaml
 
-import moe_svd_distill
 from moe_svd_distill.errors import MissingInputError, UsageError
 
 
@@ -39,7 +38,7 @@ def lab_folder() -> Path:
     Raises:
         MissingInputError: Neither the package nor the source tree holds it.
     """
-    package = Path(moe_svd_distill.__file__).parent
+    package = Path(__file__).parent.parent
     for folder in (package / "_lab", package.parent.parent / "lab"):
         if (folder / "pairs.yaml").is_file():
             return folder

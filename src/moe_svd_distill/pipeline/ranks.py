@@ -24,4 +24,6 @@ def trained_ranks(recipe: Recipe, student: Model) -> dict[str, int]:
 
 def trained_numbers(shapes: Mapping[str, tuple[int, ...]], ranks: Mapping[str, int]) -> int:
     """How many numbers move: two factors of each matrix, or the whole change where the rank is full."""
-    return sum(min(rank * sum(shapes[name]), prod(shapes[name])) for name, rank in ranks.items())
+    return sum(
+        prod(shapes[name]) if rank >= min(shapes[name]) else rank * sum(shapes[name]) for name, rank in ranks.items()
+    )

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 CURVE = "training_curve.json"
 GROUP = "refined"
-ALGORITHM = 4  # raise whenever the same input would give another adapter
+ALGORITHM = 5  # raise whenever the same input would give another adapter
 _STEP = "training"
 _BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
 

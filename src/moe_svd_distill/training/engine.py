@@ -45,7 +45,7 @@ class ResidentEngine:
         self._decoder, self._bank = decoder, bank
         self._bases = [bank.bases(layer) for layer in range(decoder.layers)]
         for layer in range(decoder.layers):
-            bank.collect_at_once(layer)
+            bank.collect(layer)
 
     def learn(self, batches: Sequence[Batch], head: TrainedHead, places: int) -> None:
         """As `Engine`."""
@@ -103,7 +103,7 @@ class StreamedEngine:
             slopes: list[Tensor] = []
             for layer in range(last, -1, -1):
                 self._enter(layer, layer - 1 if layer else None)
-                bank.require_gradients(layer)
+                bank.collect(layer)
                 for number, batch in enumerate(batches):
                     before = states[number] if layer == last else kept.take(layer, number).to(decoder.device)
                     before = before.detach().requires_grad_(layer > 0)
@@ -116,7 +116,6 @@ class StreamedEngine:
                     if layer:
                         assert before.grad is not None
                         slopes[number] = before.grad
-                bank.collect(layer)
                 decoder.leave(layer)
 
     @torch.no_grad()

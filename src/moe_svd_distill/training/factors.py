@@ -100,25 +100,11 @@ class FactorBank:
                     old = weight.value if base is None else base[place]
                     weight.value.copy_(change + old)
 
-    def require_gradients(self, layer: int) -> None:
-        """Let a backward pass through a layer leave gradients in its parameters, and forget earlier ones."""
-        for stack in self.stacks(layer):
-            for weight in stack.weights:
-                weight.parameter.requires_grad_(True)
-                weight.parameter.grad = None
-
     def collect(self, layer: int) -> None:
-        """Add what follows from the gradients by a layer's weights to those of its factors; let go of the former."""
-        for stack in self.stacks(layer):
-            self._learn(stack)
-        for stack in self.stacks(layer):
-            for weight in stack.weights:
-                weight.parameter.grad = None
+        """Let backward passes through a layer add what follows from a weight's gradient to those of its factors.
 
-    def collect_at_once(self, layer: int) -> None:
-        """Let every backward pass do what `collect` does, weight by weight, in a layer that stays in memory.
-
-        So no more than one weight's gradient is there at a time.
+        Each weight's gradient is let go of at once, so no more than one is there at a time. That holds as long as the
+        layer's parameters do: for good in memory, until it is left where layers come and go.
         """
         of_parameter: dict[nn.Parameter, list[Stack]] = defaultdict(list)
         for stack in self.stacks(layer):

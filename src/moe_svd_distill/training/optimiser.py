@@ -105,9 +105,8 @@ class Muon:
         """As `Optimiser`."""
         bank, momentum = self._bank, self._momentum
         self._mean.lerp_(bank.gradient, 1 - momentum)
-        ahead = bank.gradient.lerp_(
-            self._mean, momentum
-        )  # where it lies, which saves a buffer: each step fills it anew
+        # In the gradient's place, which saves a buffer: each step fills it anew.
+        ahead = bank.gradient.lerp_(self._mean, momentum)
         if self._decay:
             bank.values.mul_(1 - rate * self._decay)
         steps = torch.zeros_like(ahead) if self._peers.count > 1 else ahead

@@ -54,11 +54,7 @@ class Block:
 
 
 class Stack(Protocol):
-    """Pairs of one shape in one layer.
-
-    Attributes:
-        weights: Where their products go.
-    """
+    """Pairs of one shape in one layer."""
 
     @property
     def weights(self) -> tuple[LayerWeight, ...]:
