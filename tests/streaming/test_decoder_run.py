@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from moe_svd_distill.architecture.skeleton import ENDS, build_skeleton
+from moe_svd_distill.architecture.stored import CheckpointMap
 from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.streaming.decoder_run import DecoderRun
-from moe_svd_distill.streaming.skeleton import ENDS, build_skeleton
-from moe_svd_distill.streaming.sources import Sources
 from moe_svd_distill.streaming.weights import Weights
 from tests.support.models import saved
 
@@ -23,7 +23,7 @@ def test_noise_of_one_layer_is_held_at_a_time(tmp_path: Path, monkeypatch: pytes
     """A deep model over a wide batch would otherwise hold more noise than a layer has weights."""
     checkpoint = open_checkpoint(saved("llama", tmp_path / "model", num_hidden_layers=6))
     skeleton = build_skeleton(checkpoint.config, checkpoint.source, torch.float32, "cpu")
-    weights = Weights(checkpoint, skeleton, Sources(checkpoint, skeleton), None, CPU)
+    weights = Weights(checkpoint, skeleton, CheckpointMap(checkpoint, skeleton), None, CPU)
     weights.attach(ENDS, weights.read(ENDS))
     run = DecoderRun(skeleton, CPU, 16)
     drawn: list[weakref.ref[torch.Tensor]] = []

@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
+from moe_svd_distill.architecture.skeleton import build_skeleton
+from moe_svd_distill.architecture.stored import CheckpointMap
 from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.streaming import PassSettings, load_head, stream_states
-from moe_svd_distill.streaming.skeleton import build_skeleton
-from moe_svd_distill.streaming.sources import Sources
 from tests.adapter import tiny
 from tests.checkpoints.quantisation.quantisers import float8_blocks
 from tests.streaming.conftest import LENGTH, Case, resident
@@ -63,17 +63,17 @@ def test_two_devices_read_once(sparse: Case, sequences: Ids, tmp_path: Path, rea
 def test_experts_are_placed_as_transformers_places_them(case: Case) -> None:
     """Copied one by one into the fused tensor, they are what transformers' own operations make."""
     skeleton = build_skeleton(case.checkpoint.config, "model", torch.float32, "cpu")
-    sources = Sources(case.checkpoint, skeleton)
+    sources = CheckpointMap(case.checkpoint, skeleton)
     expected = resident(case.folder).state_dict()
     seen = set()
     for origins in sources.of_part.values():
         for origin in origins:
             assert origin.pieces
-            whole = torch.full(origin.places[0].shape, float("nan"))
+            whole = torch.full(origin.slots[0].shape, float("nan"))
             for piece in origin.pieces:
                 piece.within(whole).copy_(case.checkpoint.read(piece.hub_name))
-            assert torch.equal(whole, expected[origin.places[0].name].float())
-            seen.add(origin.places[0].name)
+            assert torch.equal(whole, expected[origin.slots[0].name].float())
+            seen.add(origin.slots[0].name)
     assert seen == set(expected)
 
 

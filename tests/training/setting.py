@@ -66,7 +66,7 @@ def setting(
     checkpoint = open_checkpoint(model)
     kind = StreamedDecoder if streamed else ResidentDecoder
     decoder: Decoder = kind(checkpoint, LENGTH, device, dtype)
-    ranks = {weight.hub_name: rank for of_layer in decoder.weights.values() for weight in of_layer}
+    ranks = {weight.name: rank for of_layer in decoder.weights.values() for weight in of_layer}
     bank = FactorBank(decoder.weights, ranks, device, start or {}, seed=3)
     engine: Engine = StreamedEngine(decoder, bank, scratch, budget) if streamed else ResidentEngine(decoder, bank)
     student = common_rows(load_head(checkpoint, str(device), torch.float32), np.arange(VOCABULARY))

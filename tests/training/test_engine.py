@@ -38,10 +38,10 @@ def test_gradients_are_those_of_autograd_through_composed_weights(model: Path, t
     plain = load(model)
     plain.set_experts_implementation("eager")
     changes = {name: (b.clone().requires_grad_(), a.clone().requires_grad_()) for name, (b, a) in found.bank.pairs()}
-    weights = {weight.hub_name: weight for layer in found.decoder.weights.values() for weight in layer}
+    weights = {weight.name: weight for layer in found.decoder.weights.values() for weight in layer}
     parameters = {name: parameter.detach().clone() for name, parameter in plain.named_parameters()}
     for name, (b, a) in changes.items():
-        place = weights[name].place.name
+        place = weights[name].slot.name
         whole = torch.zeros_like(parameters[place])
         mask = weights[name].piece.within(whole)
         pad = torch.zeros_like(whole)
@@ -137,7 +137,7 @@ def _slopes(found: Setting, name: str, gradient: torch.Tensor) -> list[torch.Ten
     for layer in range(found.decoder.layers):
         for stack in found.bank.stacks(layer):
             for place, weight in enumerate(stack.weights):
-                if weight.hub_name == name:
+                if weight.name == name:
                     if isinstance(stack, PairStack):
                         return [stack.slope_b[place], stack.slope_a[place]]
                     assert isinstance(stack, WholeStack)

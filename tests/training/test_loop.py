@@ -163,7 +163,7 @@ def _job(model: Path, folder: Path, devices: tuple[str, ...], resident: bool) ->
     files = [TextFile(t.ids, t.position, t.position, t.following, states) for t in (text, check)]
     start = write_part(folder, "start", PartContent({}, {}))
     weights = setting(model, folder).decoder.weights
-    ranks = {weight.hub_name: 4 for of_layer in weights.values() for weight in of_layer}
+    ranks = {weight.name: 4 for of_layer in weights.values() for weight in of_layer}
     ids = np.arange(VOCABULARY)
     return TrainingJob(
         open_checkpoint(teacher_folder),

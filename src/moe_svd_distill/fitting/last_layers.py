@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_svd_distill.algebra.adam import adam_step
 from moe_svd_distill.fitting.pairs import Segment, StatePairs
-from moe_svd_distill.streaming import LastLayers, LayerWeight
+from moe_svd_distill.streaming import LastLayers, Matrix
 
 _STEP_TOKENS = 512
 BODY_RATE = 0.6  # over the width of the states: 5e-3 at 128, 3e-4 at 2048, where LoRA training commonly is
@@ -43,7 +43,7 @@ class RowSegment:
 class Factors:
     """The LoRA pair of one stored matrix, with its moments; A begins as PEFT begins it and B at zero."""
 
-    def __init__(self, weight: LayerWeight, rank: int, generator: torch.Generator) -> None:
+    def __init__(self, weight: Matrix, rank: int, generator: torch.Generator) -> None:
         rows, columns = weight.value.shape
         self.weight, self.base = weight, weight.value.clone()
         device = self.base.device
@@ -111,9 +111,9 @@ class LayerSource:
         self._device, self.moment = device, moment
         generator = torch.Generator().manual_seed(seed)
         self.factors = {
-            weight.hub_name: Factors(weight, min(ranks[weight.hub_name], *weight.value.shape), generator)
+            weight.name: Factors(weight, min(ranks[weight.name], *weight.value.shape), generator)
             for weight in layers.weights
-            if weight.hub_name in ranks
+            if weight.name in ranks
         }
         layers.require_gradients(set(self.factors))
         self._rows = [(number, row) for number, segment in enumerate(self._fit) for row in range(len(segment.inputs))]

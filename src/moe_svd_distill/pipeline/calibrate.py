@@ -160,7 +160,7 @@ class _Calibration:
             for name, meaning in student.layout.meanings.items()
             if meaning.layer is not None and meaning.layer >= first and meaning.role.carrier is not Carrier.NONE
         }
-        movable = {weight.hub_name for weight in layers.weights}
+        movable = {weight.name for weight in layers.weights}
         self.fixed = sorted(set(self.ranks) - movable)
         self.ranks = {name: rank for name, rank in self.ranks.items() if name in movable}
         assert self.states.check_rows is not None

@@ -4,10 +4,10 @@ Whatever transformers knows how to build runs here, on CPU or GPUs, with or with
 layers. Nothing here is imported before it is needed by `--help` or `inspect`: it imports torch.
 """
 
+from moe_svd_distill.architecture.matrices import Matrix
 from moe_svd_distill.streaming.groups import GROUPS, Scales, group_of
 from moe_svd_distill.streaming.head import Head, load_head
 from moe_svd_distill.streaming.last_layers import LastLayers, load_last_layers, stream_with_inputs
-from moe_svd_distill.streaming.layer_weights import LayerWeight
 from moe_svd_distill.streaming.logits import LogitTransform, logit_transform
 from moe_svd_distill.streaming.result import StreamedStates
 from moe_svd_distill.streaming.settings import PassRecord, PassSettings
@@ -20,8 +20,8 @@ __all__ = [
     "LastLayers",
     "LayerBatch",
     "LayerVisit",
-    "LayerWeight",
     "LogitTransform",
+    "Matrix",
     "PassRecord",
     "PassSettings",
     "Scales",

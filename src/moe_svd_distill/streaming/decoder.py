@@ -12,13 +12,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from moe_svd_distill.architecture.matrices import Matrix, find_matrices
+from moe_svd_distill.architecture.skeleton import EMBEDDING, ENDS, Skeleton, build_skeleton
+from moe_svd_distill.architecture.stored import CheckpointMap
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.execution.memory import MemoryWatch, give_back
 from moe_svd_distill.streaming.decoder_run import DecoderRun, LayerCall
-from moe_svd_distill.streaming.layer_weights import LayerWeight, layer_weights
-from moe_svd_distill.streaming.skeleton import EMBEDDING, ENDS, Skeleton, build_skeleton
-from moe_svd_distill.streaming.sources import Sources
 from moe_svd_distill.streaming.weights import Prefetcher, Weights
 
 EmbeddingChange = Callable[[Tensor], Tensor]
@@ -39,7 +39,7 @@ class Decoder(Protocol):
 
     layers: int
     device: torch.device
-    weights: Mapping[int, list[LayerWeight]]
+    weights: Mapping[int, tuple[Matrix, ...]]
     fixed: list[str]
     resident: bool
     watch: MemoryWatch
@@ -109,15 +109,15 @@ class _Base(ABC):
         skeleton = build_skeleton(checkpoint.config, checkpoint.source, dtype, device.type, gradients=True)
         self.device, self._skeleton, self._checkpoint = device, skeleton, checkpoint
         self._embedding_change = embedding_change
-        self._sources = Sources(checkpoint, skeleton)
+        self._sources = CheckpointMap(checkpoint, skeleton)
         self.watch = MemoryWatch()
         self._bytes_of_rows = 0
         self._weights = Weights(checkpoint, skeleton, self._sources, None, device, self.watch.look)
         self.layers = len(skeleton.originals)
         self._calls: dict[int, list[LayerCall]] = {}
-        found = [layer_weights(self._sources.of_part[layer]) for layer in range(self.layers)]
-        self.weights: Mapping[int, list[LayerWeight]] = {layer: movable for layer, (movable, _) in enumerate(found)}
-        self.fixed = [name for _, fixed in found for name in fixed]
+        matrices = find_matrices(skeleton, self._sources)
+        self.weights: Mapping[int, tuple[Matrix, ...]] = matrices.of_layer
+        self.fixed = list(matrices.left_out)
         self._weights.attach(ENDS, self._weights.read(ENDS))
         for module in skeleton.decoder.modules():
             for name in module._non_persistent_buffers_set:
@@ -247,9 +247,9 @@ class StreamedDecoder(_Base):
         give_back()
 
 
-def _embedding_name(sources: Sources, skeleton: Skeleton) -> str:
+def _embedding_name(sources: CheckpointMap, skeleton: Skeleton) -> str:
     for origin in sources.of_part[EMBEDDING]:
-        if len(origin.pieces) == 1 and origin.places[0].attribute == "weight":
+        if len(origin.pieces) == 1 and origin.slots[0].attribute == "weight":
             return origin.pieces[0].hub_name
     raise BadDataError(
         f"The embeddings of {type(skeleton.model).__name__} are not stored as one tensor", "Train it in memory"

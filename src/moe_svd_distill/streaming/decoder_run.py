@@ -15,9 +15,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from moe_svd_distill.architecture.proxy import ModuleProxy
+from moe_svd_distill.architecture.skeleton import Skeleton
 from moe_svd_distill.errors import IncompatiblePairError
-from moe_svd_distill.streaming.shadow import Shadow
-from moe_svd_distill.streaming.skeleton import Skeleton
 from moe_svd_distill.streaming.trees import map_tensors, same
 
 _REPORT = "Report the architecture to the project"
@@ -206,7 +206,7 @@ class _UnexpectedInputError(Exception):
         self.index = index
 
 
-class _StandIn(Shadow):
+class _StandIn(ModuleProxy):
     def __init__(self, original: nn.Module, index: int, act: Act, in_tuple: bool) -> None:
         super().__init__(original)
         object.__setattr__(self, "_call", (index, act, in_tuple))
@@ -219,7 +219,7 @@ class _StandIn(Shadow):
         return (output,) if in_tuple else output
 
 
-class _NoEmbedding(Shadow):
+class _NoEmbedding(ModuleProxy):
     def __init__(self, original: nn.Module, weight: Tensor, generator: torch.Generator | None) -> None:
         super().__init__(original)
         object.__setattr__(self, "weight", weight)

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_svd_distill.architecture.proxy import ModuleProxy
+from moe_svd_distill.architecture.skeleton import HEAD, Skeleton, build_skeleton
+from moe_svd_distill.architecture.stored import CheckpointMap
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.errors import IncompatiblePairError
 from moe_svd_distill.streaming.groups import Scales
 from moe_svd_distill.streaming.logits import LogitTransform, logit_transform
 from moe_svd_distill.streaming.overlay import AdapterOverlay
 from moe_svd_distill.streaming.settings import PassSettings
-from moe_svd_distill.streaming.shadow import Shadow
-from moe_svd_distill.streaming.skeleton import HEAD, Skeleton, build_skeleton
-from moe_svd_distill.streaming.sources import Sources
 from moe_svd_distill.streaming.weights import Weights
 
 _REPORT = "Report the architecture to the project"
@@ -74,7 +74,7 @@ def load_head(
             f"The head of {type(skeleton.model).__name__} is {type(head).__name__}, expected Linear", _REPORT
         )
     transform = _checked_transform(skeleton, head)
-    sources = Sources(checkpoint, skeleton)
+    sources = CheckpointMap(checkpoint, skeleton)
     overlay = None if adapter is None else AdapterOverlay(skeleton, adapter, scales, checkpoint.config)
     weights = Weights(checkpoint, skeleton, sources, overlay, torch.device("cpu") if adapter else place)
     weights.attach(HEAD, weights.read(HEAD))
@@ -116,7 +116,7 @@ def _checked_transform(skeleton: Skeleton, head: nn.Linear) -> LogitTransform:
     return transform
 
 
-class _Answer(Shadow):
+class _Answer(ModuleProxy):
     """A decoder whose final hidden states are known."""
 
     def __init__(self, original: nn.Module, hidden: Tensor) -> None:

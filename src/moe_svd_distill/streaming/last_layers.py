@@ -15,17 +15,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moe_svd_distill.architecture.matrices import find_matrices
+from moe_svd_distill.architecture.skeleton import ENDS, Skeleton, build_skeleton, layer_count
+from moe_svd_distill.architecture.stored import CheckpointMap
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.execution.durable import make_folder
 from moe_svd_distill.execution.parts import reject_part
 from moe_svd_distill.streaming.decoder_run import DecoderRun, LayerCall
 from moe_svd_distill.streaming.journal import Journal, pass_key
-from moe_svd_distill.streaming.layer_weights import LayerWeight, layer_weights
 from moe_svd_distill.streaming.result import StreamedStates
 from moe_svd_distill.streaming.settings import PassSettings
-from moe_svd_distill.streaming.skeleton import ENDS, Skeleton, build_skeleton, layer_count, parse_config
-from moe_svd_distill.streaming.sources import Sources
 from moe_svd_distill.streaming.states_file import StatesFile, find_fault, write_states
 from moe_svd_distill.streaming.stream import stream_states
 from moe_svd_distill.streaming.visit import LayerVisit
@@ -56,7 +56,7 @@ def stream_with_inputs(
     Raises:
         DistillError: As ``stream_states``.
     """
-    layers = layer_count(parse_config(checkpoint.config, checkpoint.source))
+    layers = layer_count(checkpoint.config, checkpoint.source)
     first = layers - last
     name = f"inputs-{first}"
     rows = max(1, settings.batch_tokens // sequences.shape[1])
@@ -102,15 +102,12 @@ class LastLayers:
         fixed: Stored matrices of the layers that an operation of transformers takes apart: they cannot be changed.
     """
 
-    def __init__(self, skeleton: Skeleton, run: DecoderRun, sources: Sources, first: int, length: int) -> None:
+    def __init__(self, skeleton: Skeleton, run: DecoderRun, sources: CheckpointMap, first: int, length: int) -> None:
         self._skeleton, self._run, self._first, self._length = skeleton, run, first, length
         self._calls: dict[int, list[LayerCall]] = {}
-        self.weights: list[LayerWeight] = []
-        self.fixed: list[str] = []
-        for part in range(first, len(skeleton.originals)):
-            movable, fixed = layer_weights(sources.of_part[part])
-            self.weights += movable
-            self.fixed += fixed
+        matrices = find_matrices(skeleton, sources)
+        self.weights = [matrix for matrix in matrices if int(matrix.part) >= first]
+        self.fixed = list(matrices.left_out)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Inputs of the first layer (rows, length, d) to final hidden states (rows, length, d)."""
@@ -126,7 +123,7 @@ class LastLayers:
     def require_gradients(self, hub_names: set[str]) -> None:
         """Let the backward pass leave gradients in the parameters that hold these tensors."""
         for weight in self.weights:
-            weight.parameter.requires_grad_(weight.hub_name in hub_names or weight.parameter.requires_grad)
+            weight.parameter.requires_grad_(weight.name in hub_names or weight.parameter.requires_grad)
 
     def zero_gradients(self) -> None:
         """Forget the gradients."""
@@ -151,7 +148,7 @@ def load_last_layers(checkpoint: Checkpoint, last: int, length: int, device: tor
     layers = len(skeleton.originals)
     if not 0 < last <= layers:
         raise BadDataError(f"{checkpoint.source} has {layers} layers, not {last}", "Fit at most as many as there are")
-    sources = Sources(checkpoint, skeleton)
+    sources = CheckpointMap(checkpoint, skeleton)
     weights = Weights(checkpoint, skeleton, sources, None, device)
     for part in (ENDS, *range(layers - last, layers)):
         weights.attach(part, weights.read(part))

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from moe_svd_distill.adapter.adapter_file import adapter_header, read_tensor
 from moe_svd_distill.adapter.load_check import check_loads
+from moe_svd_distill.architecture.skeleton import HEAD, OUTSIDE, Part, Skeleton
+from moe_svd_distill.architecture.stored import in_memory
 from moe_svd_distill.errors import BadDataError, UsageError
 from moe_svd_distill.streaming.groups import Scales, by_group, group_of
-from moe_svd_distill.streaming.skeleton import HEAD, OUTSIDE, Part, Skeleton
-from moe_svd_distill.streaming.sources import in_memory
 
 _NAME = "default"
 _MODEL = "base_model.model."
@@ -34,7 +34,7 @@ class AdapterOverlay:
     """The adapter's layers inside a skeleton; they hold values only for the parts that are attached."""
 
     def __init__(self, skeleton: Skeleton, folder: Path, scales: Scales, config: Mapping[str, Any]) -> None:
-        """Wrap the skeleton in place; its places and parts stay what they were.
+        """Wrap the skeleton in place; its slots and parts stay what they were.
 
         Args:
             skeleton: The base model.
@@ -86,9 +86,9 @@ class AdapterOverlay:
             return
         from peft import set_peft_model_state_dict
 
-        for place in self._skeleton.of_part(part):
-            wide = torch.promote_types(place.dtype, torch.float32)
-            place.fill(torch.empty(0, dtype=wide, device=device))
+        for slot in self._skeleton.of_part(part):
+            wide = torch.promote_types(slot.dtype, torch.float32)
+            slot.fill(torch.empty(0, dtype=wide, device=device))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # check_loads has settled what PEFT warns about
             result = set_peft_model_state_dict(
@@ -207,10 +207,10 @@ class AdapterOverlay:
 def _homes(skeleton: Skeleton) -> dict[str, Part]:
     """Name of a module or parameter to its part; names that hold several parts are left out."""
     found: dict[str, Part | None] = {}
-    for name, place in skeleton.places.items():
+    for name, slot in skeleton.slots.items():
         path = name
         while path:
-            found[path] = place.part if found.get(path, place.part) == place.part else None
+            found[path] = slot.part if found.get(path, slot.part) == slot.part else None
             path = path.rpartition(".")[0]
     return {name: part for name, part in found.items() if part is not None}
 

@@ -13,6 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moe_svd_distill.architecture.skeleton import (
+    EMBEDDING,
+    ENDS,
+    Skeleton,
+    build_skeleton,
+    layer_count,
+)
+from moe_svd_distill.architecture.stored import CheckpointMap
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.errors import BadDataError, UsageError
 from moe_svd_distill.execution.memory import MemoryWatch, give_back
@@ -25,15 +33,6 @@ from moe_svd_distill.streaming.overlay import AdapterOverlay
 from moe_svd_distill.streaming.replicas import replicate
 from moe_svd_distill.streaming.result import StreamedStates
 from moe_svd_distill.streaming.settings import PassRecord, PassSettings
-from moe_svd_distill.streaming.skeleton import (
-    EMBEDDING,
-    ENDS,
-    Skeleton,
-    build_skeleton,
-    layer_count,
-    parse_config,
-)
-from moe_svd_distill.streaming.sources import Sources
 from moe_svd_distill.streaming.states import States, slices, states_from
 from moe_svd_distill.streaming.visit import LayerBatch, LayerVisit, Visit
 from moe_svd_distill.streaming.weights import Prefetcher, Weights
@@ -90,7 +89,7 @@ def stream_states(
     rows = max(1, settings.batch_tokens // sequences.shape[1])
     dtype, kind = settings.compute_dtype(), settings.places()[0].type
     key = pass_key(checkpoint, sequences, rows, dtype, kind, adapter, scales, identity)
-    layers = layer_count(parse_config(checkpoint.config, checkpoint.source))
+    layers = layer_count(checkpoint.config, checkpoint.source)
     journal = Journal(Path(folder), key, layers)
     if anonymous:
         journal.discard()
@@ -126,7 +125,7 @@ class _Pass:
         self._rows = max(1, settings.batch_tokens // sequences.shape[1])
         self._budget = activation_budget() if settings.activation_bytes is None else settings.activation_bytes
         self._watch = MemoryWatch()
-        self._sources = Sources(checkpoint, skeleton)
+        self._sources = CheckpointMap(checkpoint, skeleton)
         overlay = None if adapter is None else AdapterOverlay(skeleton, adapter, scales, checkpoint.config)
         self._weights = Weights(checkpoint, skeleton, self._sources, overlay, self._places[0], self._watch.look)
         self._reader = Prefetcher(self._weights, self._places[0])

@@ -11,19 +11,19 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from moe_svd_distill.architecture.skeleton import ParameterSlot, Part, Skeleton
+from moe_svd_distill.architecture.stored import CheckpointMap, TensorSource
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.streaming.overlay import AdapterOverlay
-from moe_svd_distill.streaming.skeleton import Part, Place, Skeleton
-from moe_svd_distill.streaming.sources import Origin, Sources
 from moe_svd_distill.streaming.staging import Staging
 
 
 @dataclass
 class Loaded:
-    """The tensors of one part in memory: of the base model by place, of the adapter by key."""
+    """The tensors of one part in memory: of the base model by slot, of the adapter by key."""
 
-    base: list[tuple[Place, Tensor]] = field(default_factory=list)
+    base: list[tuple[ParameterSlot, Tensor]] = field(default_factory=list)
     adapter: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -38,7 +38,7 @@ class Weights:
         self,
         checkpoint: Checkpoint,
         skeleton: Skeleton,
-        sources: Sources,
+        sources: CheckpointMap,
         overlay: AdapterOverlay | None,
         device: torch.device,
         look: Callable[[], object] = lambda: None,
@@ -68,8 +68,8 @@ class Weights:
             self._overlay.load(part, loaded.adapter, self._device)
             loaded.adapter.clear()
         while loaded.base:
-            place, tensor = loaded.base.pop()
-            place.fill(tensor)
+            slot, tensor = loaded.base.pop()
+            slot.fill(tensor)
         if self._overlay is not None:
             self._overlay.settle(part, self._device)
         self._look()
@@ -86,10 +86,10 @@ class Weights:
             self._overlay.release(part)
         self._skeleton.clear(part)
 
-    def _copied(self, origin: Origin) -> list[tuple[Place, Tensor]]:
+    def _copied(self, origin: TensorSource) -> list[tuple[ParameterSlot, Tensor]]:
         """Copy stored tensors straight to where they belong: no second copy exists at any time."""
-        place = origin.places[0]
-        whole = torch.empty(place.shape, dtype=place.dtype, device=self._device)
+        slot = origin.slots[0]
+        whole = torch.empty(slot.shape, dtype=slot.dtype, device=self._device)
         for piece in origin.pieces:
             stored = self._fetch(piece.hub_name)
             region = piece.within(whole)
@@ -101,18 +101,18 @@ class Weights:
             else:
                 self._staging.copy(region, stored)
             self._look()
-        return [(place, whole)]
+        return [(slot, whole)]
 
-    def _converted(self, origin: Origin) -> list[tuple[Place, Tensor]]:
-        kind = origin.places[0].dtype
+    def _converted(self, origin: TensorSource) -> list[tuple[ParameterSlot, Tensor]]:
+        kind = origin.slots[0].dtype
         stored = (self._fetch(name).to(self._device, kind, copy=True) for _, name in origin.hub_names)
         made = origin.convert(stored, self._sources.names)
         self._look()
         # A converter may return views of one tensor, or a stored one that is not contiguous.
-        return [(place, made[place.name].to(place.dtype).contiguous()) for place in origin.places]
+        return [(slot, made[slot.name].to(slot.dtype).contiguous()) for slot in origin.slots]
 
     def _fetch(self, hub_name: str) -> Tensor:
-        # What is quantised is dequantised where it is needed; anything else is copied from the file to its place.
+        # What is quantised is dequantised where it is needed; anything else is copied from the file to its slot.
         device = "cpu" if self._checkpoint.quantisation is None else self._device
         tensor = self._checkpoint.read(hub_name, device=device)
         self.bytes_read += self._checkpoint[hub_name].bytes

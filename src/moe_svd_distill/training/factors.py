@@ -15,10 +15,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from moe_svd_distill.streaming import LayerWeight
+from moe_svd_distill.streaming import Matrix
 from moe_svd_distill.training.stacks import WHOLE_RATE, Block, Pair, PairStack, Stack, WholeStack
 
-_Group = tuple[int, tuple[LayerWeight, ...], int, tuple[int, int]]
+_Group = tuple[int, tuple[Matrix, ...], int, tuple[int, int]]
 """Layer, matrices of one shape in it, rank, and (rows, columns)."""
 
 
@@ -34,7 +34,7 @@ class FactorBank:
 
     def __init__(
         self,
-        weights: Mapping[int, Sequence[LayerWeight]],
+        weights: Mapping[int, Sequence[Matrix]],
         ranks: Mapping[str, int],
         device: torch.device,
         start: Mapping[str, Pair],
@@ -70,10 +70,10 @@ class FactorBank:
         for stack in self._all():
             stack.draw(generator)
             for place, weight in enumerate(stack.weights):
-                if weight.hub_name in start:
-                    stack.begin_with(place, *start[weight.hub_name])
+                if weight.name in start:
+                    stack.begin_with(place, *start[weight.name])
         self._where = {
-            weight.hub_name: (stack, place) for stack in self._all() for place, weight in enumerate(stack.weights)
+            weight.name: (stack, place) for stack in self._all() for place, weight in enumerate(stack.weights)
         }
         self.names = list(self._where)
 
@@ -166,14 +166,14 @@ class FactorBank:
             yield block
 
 
-def _alike(layer: int, weights: Sequence[LayerWeight], ranks: Mapping[str, int]) -> Iterator[_Group]:
+def _alike(layer: int, weights: Sequence[Matrix], ranks: Mapping[str, int]) -> Iterator[_Group]:
     """The trained matrices of a layer, those of one shape, rank and parameter together."""
-    alike: dict[tuple[tuple[int, int], int, str], list[LayerWeight]] = defaultdict(list)
+    alike: dict[tuple[tuple[int, int], int, str], list[Matrix]] = defaultdict(list)
     for weight in weights:
-        if weight.hub_name in ranks:
+        if weight.name in ranks:
             rows, columns = weight.value.shape
-            rank = min(ranks[weight.hub_name], rows, columns)
-            alike[(rows, columns), rank, weight.place.name].append(weight)
+            rank = min(ranks[weight.name], rows, columns)
+            alike[(rows, columns), rank, weight.slot.name].append(weight)
     for (shape, rank, _), members in alike.items():
         yield layer, tuple(members), rank, shape
 

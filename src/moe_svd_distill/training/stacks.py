@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_svd_distill.errors import UsageError
-from moe_svd_distill.streaming import LayerWeight
+from moe_svd_distill.streaming import Matrix
 
 WHOLE_RATE = 0.5
 """Learning rate of a change that moves as a whole, as a share of that of two factors."""
@@ -57,7 +57,7 @@ class Stack(Protocol):
     """Pairs of one shape in one layer."""
 
     @property
-    def weights(self) -> tuple[LayerWeight, ...]:
+    def weights(self) -> tuple[Matrix, ...]:
         """Where their products go."""
 
     def chunks(self) -> Iterator[slice]:
@@ -98,7 +98,7 @@ class PairStack:
         slope_b: See `slope_a`.
     """
 
-    weights: tuple[LayerWeight, ...]
+    weights: tuple[Matrix, ...]
     a: Tensor
     b: Tensor
     slope_a: Tensor
@@ -124,7 +124,7 @@ class PairStack:
 
     def begin_with(self, place: int, left: Tensor, right: Tensor) -> None:
         """As `Stack`: B is continued with zeros."""
-        _refuse_higher(self.weights[place].hub_name, len(right), self.a.shape[1])
+        _refuse_higher(self.weights[place].name, len(right), self.a.shape[1])
         self.a[place, : len(right)] = right.to(self.a)
         self.b[place, :, : len(right)] = left.to(self.b)
 
@@ -147,7 +147,7 @@ class WholeStack:
         slope: The same place in the flat gradients.
     """
 
-    weights: tuple[LayerWeight, ...]
+    weights: tuple[Matrix, ...]
     change: Tensor
     slope: Tensor
 
@@ -169,7 +169,7 @@ class WholeStack:
 
     def begin_with(self, place: int, left: Tensor, right: Tensor) -> None:
         """As `Stack`."""
-        _refuse_higher(self.weights[place].hub_name, len(right), min(self.change.shape[1:]))
+        _refuse_higher(self.weights[place].name, len(right), min(self.change.shape[1:]))
         self.change[place] = (left.float() @ right.float()).to(self.change)
 
     def multiply(self, scale: float) -> None:

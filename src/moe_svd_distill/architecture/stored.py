@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_svd_distill.architecture.skeleton import EMBEDDING, ENDS, OUTSIDE, ParameterSlot, Part, Skeleton
 from moe_svd_distill.checkpoints import Checkpoint, TensorInfo
 from moe_svd_distill.errors import BadDataError
-from moe_svd_distill.streaming.skeleton import EMBEDDING, ENDS, OUTSIDE, Part, Place, Skeleton
 
 _FETCH = "Fetch the model again, or report the architecture to the project"
 _OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")  # transformers ignores these in every model
 
 
 @dataclass(frozen=True)
-class Piece:
+class StoredSlice:
     """A stored tensor that goes into its place as it is: at ``[index]``, in the range from ``begin`` along ``dim``."""
 
     hub_name: str
@@ -36,31 +36,31 @@ class Piece:
     length: int = 0
 
     def within(self, whole: Tensor) -> Tensor:
-        """The region of the place, as a view."""
+        """The region of the parameter, as a view."""
         region = whole if self.index is None else whole[self.index]
         return region if self.begin is None else region.narrow(self.dim, self.begin, self.length)
 
 
 @dataclass(frozen=True, eq=False)
-class Origin:
-    """What one or more places are made from: pieces, or an operation of transformers.
+class TensorSource:
+    """What one or more parameters are made from: pieces, or an operation of transformers.
 
     Attributes:
-        places: What is made.
+        slots: What is made.
         hub_names: Stored tensors it takes, with the pattern each was found by.
         pieces: How to copy them in; empty where `converter` does it.
         converter: transformers' operation.
         first_name: The name that transformers gives the result first.
     """
 
-    places: tuple[Place, ...]
+    slots: tuple[ParameterSlot, ...]
     hub_names: tuple[tuple[str, str], ...]
-    pieces: tuple[Piece, ...] = ()
+    pieces: tuple[StoredSlice, ...] = ()
     converter: Any = None
     first_name: str = ""
 
     def convert(self, tensors: Iterable[Tensor], names: Any) -> dict[str, Tensor]:
-        """Let transformers make the places' tensors, by name, from the stored ones in the order of `hub_names`."""
+        """Let transformers make the slots' tensors, by name, from the stored ones in the order of `hub_names`."""
         converter = copy.deepcopy(self.converter)
         for (pattern, hub_name), tensor in zip(self.hub_names, tensors, strict=True):
             converter.add_tensor(self.first_name, hub_name, pattern, tensor)
@@ -68,11 +68,11 @@ class Origin:
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
-class Sources:
-    """The origins of every part.
+class CheckpointMap:
+    """The sources of every part.
 
     Attributes:
-        of_part: Part to its origins.
+        of_part: Part to its sources.
         unused: Stored tensors that have no place in the model, or none in its decoder or head.
         names: What transformers' operations may ask a model for.
     """
@@ -81,40 +81,40 @@ class Sources:
         self._checkpoint, self._skeleton = checkpoint, skeleton
         self.names = SimpleNamespace(
             config=skeleton.model.config,
-            get_parameter=lambda name: torch.empty(skeleton.places[name].shape, device="meta"),
+            get_parameter=lambda name: torch.empty(skeleton.slots[name].shape, device="meta"),
         )
-        self.of_part: dict[Part, list[Origin]] = defaultdict(list)
+        self.of_part: dict[Part, list[TensorSource]] = defaultdict(list)
         unused: list[str] = []
-        origins = self._origins(unused)
-        filled: dict[str, Origin] = {}
-        for origin in origins:
-            part = self._only_part(origin)
+        sources = self._sources(unused)
+        filled: dict[str, TensorSource] = {}
+        for source in sources:
+            part = self._only_part(source)
             if part == OUTSIDE:
-                unused += [name for _, name in origin.hub_names]
+                unused += [name for _, name in source.hub_names]
                 continue
-            self.of_part[part].append(origin)
-            filled |= {place.name: origin for place in origin.places}
+            self.of_part[part].append(source)
+            filled |= {slot.name: source for slot in source.slots}
         self.unused = tuple(sorted(unused))
         self._fill_tied(filled)
 
     def bytes_of(self, part: Part) -> int:
         """Stored bytes of a part."""
-        return sum(self._checkpoint[name].bytes for origin in self.of_part[part] for _, name in origin.hub_names)
+        return sum(self._checkpoint[name].bytes for source in self.of_part[part] for _, name in source.hub_names)
 
     def decoder_bytes(self) -> int:
         """Stored bytes of everything between token ids and final hidden states."""
         return sum(self.bytes_of(part) for part in (EMBEDDING, ENDS, *range(len(self._skeleton.originals))))
 
-    def _origins(self, unused: list[str]) -> list[Origin]:
+    def _sources(self, unused: list[str]) -> list[TensorSource]:
         ignored = _ignored(self._skeleton.model)
         gathered: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
         for hub_name, name, pattern, converter in in_memory(self._skeleton, self._checkpoint):
-            if name not in self._skeleton.places:
+            if name not in self._skeleton.slots:
                 self._refuse_left_over(hub_name, name, ignored)
                 unused.append(hub_name)
                 continue
             gathered.setdefault(name, (converter, []))[1].append((pattern, hub_name))
-        return [self._origin(name, converter, taken) for name, (converter, taken) in gathered.items()]
+        return [self._source(name, converter, taken) for name, (converter, taken) in gathered.items()]
 
     def _refuse_left_over(self, hub_name: str, name: str, ignored: re.Pattern[str]) -> None:
         """What a decoder layer has and the model does not would be lost silently."""
@@ -124,21 +124,21 @@ class Sources:
             kind = type(self._skeleton.model).__name__
             raise BadDataError(f"{self._checkpoint.source}: tensor {hub_name} has no place in {kind}", _FETCH)
 
-    def _origin(self, name: str, converter: Any, taken: list[tuple[str, str]]) -> Origin:
-        place = self._skeleton.places[name]
+    def _source(self, name: str, converter: Any, taken: list[tuple[str, str]]) -> TensorSource:
+        slot = self._skeleton.slots[name]
         infos = [self._checkpoint[hub_name] for _, hub_name in taken]
         if converter is None:
             if len(taken) > 1:
                 both = " and ".join(hub_name for _, hub_name in taken[:2])
                 raise BadDataError(f"{self._checkpoint.source}: {both} are both {name} in memory", _FETCH)
-            self._check_shape(name, infos[0].shape, place.shape)
-            return Origin((place,), tuple(taken), (Piece(taken[0][1]),))
-        pieces = _pieces(converter, taken, infos, place.shape)
+            self._check_shape(name, infos[0].shape, slot.shape)
+            return TensorSource((slot,), tuple(taken), (StoredSlice(taken[0][1]),))
+        pieces = _pieces(converter, taken, infos, slot.shape)
         if pieces is not None:
-            return Origin((place,), tuple(taken), pieces)
-        if missing := _missing_expert(converter, taken, place.shape):
+            return TensorSource((slot,), tuple(taken), pieces)
+        if missing := _missing_expert(converter, taken, slot.shape):
             raise BadDataError(f"{self._checkpoint.source}: {missing} is missing, {name} needs it", _FETCH)
-        trial = Origin((), tuple(taken), converter=converter, first_name=name)
+        trial = TensorSource((), tuple(taken), converter=converter, first_name=name)
         try:
             made = trial.convert((torch.empty(info.shape, device="meta") for info in infos), self.names)
         except Exception as error:
@@ -146,39 +146,39 @@ class Sources:
                 f"{self._checkpoint.source}: transformers cannot make {name} from {taken[0][1]}: {error}", _FETCH
             ) from error
         for made_name, tensor in made.items():
-            if made_name not in self._skeleton.places:
+            if made_name not in self._skeleton.slots:
                 raise BadDataError(f"{self._checkpoint.source}: {made_name} has no place in the model", _FETCH)
-            self._check_shape(made_name, tuple(tensor.shape), self._skeleton.places[made_name].shape)
-        targets = tuple(self._skeleton.places[made_name] for made_name in made)
-        return Origin(targets, tuple(taken), converter=converter, first_name=name)
+            self._check_shape(made_name, tuple(tensor.shape), self._skeleton.slots[made_name].shape)
+        targets = tuple(self._skeleton.slots[made_name] for made_name in made)
+        return TensorSource(targets, tuple(taken), converter=converter, first_name=name)
 
     def _check_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
         if tuple(found) != expected:
             sizes = ["×".join(map(str, shape)) for shape in (found, expected)]
             raise BadDataError(f"{self._checkpoint.source}: {name} is {sizes[0]}, the config needs {sizes[1]}", _FETCH)
 
-    def _only_part(self, origin: Origin) -> Part:
-        parts = {place.part for place in origin.places}
+    def _only_part(self, source: TensorSource) -> Part:
+        parts = {slot.part for slot in source.slots}
         if len(parts) > 1:
-            name = origin.hub_names[0][1]
+            name = source.hub_names[0][1]
             raise BadDataError(f"{self._checkpoint.source}: {name} holds weights of several layers", _FETCH)
         return parts.pop()
 
-    def _fill_tied(self, filled: Mapping[str, Origin]) -> None:
-        """Give a place that is tied to another one the other's tensor; refuse what is missing after that."""
+    def _fill_tied(self, filled: Mapping[str, TensorSource]) -> None:
+        """Give a parameter that is tied to another one the other's tensor; refuse what is missing after that."""
         tied: dict[str, str] = getattr(self._skeleton.model, "all_tied_weights_keys", None) or {}
-        for name, place in self._skeleton.places.items():
-            if name in filled or place.part == OUTSIDE:
+        for name, slot in self._skeleton.slots.items():
+            if name in filled or slot.part == OUTSIDE:
                 continue
             root = tied.get(name, name)
             partners = [root, *(target for target, source in tied.items() if source == root)]
             partner = next((other for other in partners if other in filled), None) if name in {root, *tied} else None
             if partner is None:
                 raise BadDataError(f"{self._checkpoint.source}: {name} is missing", _FETCH)
-            origin = filled[partner]
-            if not origin.pieces:
+            source = filled[partner]
+            if not source.pieces:
                 raise BadDataError(f"{self._checkpoint.source}: {name} is tied to a converted tensor", _FETCH)
-            self.of_part[place.part].append(Origin((place,), origin.hub_names, origin.pieces))
+            self.of_part[slot.part].append(TensorSource((slot,), source.hub_names, source.pieces))
 
 
 def in_memory(skeleton: Skeleton, hub_names: Iterable[str]) -> Iterator[tuple[str, str, str, Any]]:
@@ -194,7 +194,7 @@ def in_memory(skeleton: Skeleton, hub_names: Iterable[str]) -> Iterator[tuple[st
     renamings = [rule for rule in skeleton.rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in skeleton.rules if isinstance(rule, WeightConverter)]
     of_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-    known = dict.fromkeys(skeleton.places, True)
+    known = dict.fromkeys(skeleton.slots, True)
     for hub_name in sorted(hub_names, key=dot_natural_key):
         name, pattern = rename_source_key(hub_name, renamings, converters, prefix, known)
         if name not in known and hub_name in known:
@@ -210,7 +210,7 @@ def _ignored(model: Any) -> re.Pattern[str]:
 
 def _pieces(
     converter: Any, taken: list[tuple[str, str]], infos: list[TensorInfo], shape: tuple[int, ...]
-) -> tuple[Piece, ...] | None:
+) -> tuple[StoredSlice, ...] | None:
     """How to copy experts stored one by one into their fused tensor, if that is all the operation does."""
     from transformers.core_model_loading import Concatenate, MergeModulelist
 
@@ -237,11 +237,11 @@ def _pieces(
             return None
         size = sizes.pop()
         if dim is None:
-            pieces += [Piece(hub_name, index) for index, (hub_name, _) in enumerate(experts[pattern])]
+            pieces += [StoredSlice(hub_name, index) for index, (hub_name, _) in enumerate(experts[pattern])]
             complete = size == shape[1:]
         else:
             entries = enumerate(experts[pattern])
-            pieces += [Piece(hub_name, index, dim, begin, size[dim]) for index, (hub_name, _) in entries]
+            pieces += [StoredSlice(hub_name, index, dim, begin, size[dim]) for index, (hub_name, _) in entries]
             begin += size[dim]
             complete = (*size[:dim], *size[dim + 1 :]) == (*shape[1 : dim + 1], *shape[dim + 2 :])
         if not complete:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 
-class Shadow(nn.Module):
+class ModuleProxy(nn.Module):
     """Shows the attributes of the module it stands for: decoders ask their layers for their kind, for example."""
 
     def __init__(self, original: nn.Module) -> None:

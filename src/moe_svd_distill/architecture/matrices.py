@@ -1,0 +1,154 @@
+"""The matrices of decoder layers that an adapter can change: where each lies in memory and in the checkpoint.
+
+What a parameter is follows from its module alone: `nn.Linear` is a linear map, other matrices named ``weight`` are
+routers and the like, and three-dimensional ones hold a matrix for each expert.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from torch import Tensor, nn
+
+from moe_svd_distill.architecture.skeleton import ParameterSlot, Part, Skeleton
+from moe_svd_distill.architecture.stored import CheckpointMap, StoredSlice, TensorSource
+
+
+class Kind(StrEnum):
+    """What a matrix is for PEFT."""
+
+    LINEAR = "linear"
+    PARAMETER = "parameter"
+    EXPERT = "expert"
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A matrix ``(out, in)`` inside a parameter of a layer; it has a value while the layer is in memory.
+
+    Attributes:
+        name: The stored tensor's name. Of a tensor that holds all experts, with the expert's number:
+            ``….gate_up_proj[3]``. Where transformers makes the parameter from several tensors by an operation, its
+            name in memory takes the place of the stored one.
+        kind: What it is for PEFT.
+        part: The layer.
+        slot: The parameter in memory that holds it, perhaps beside others.
+        piece: Where in it; its `hub_name` is a stored tensor's only where `stored` says so.
+        transposed: Whether memory holds ``(in, out)``.
+        stored: Whether the matrix is a stored tensor by itself.
+    """
+
+    name: str
+    kind: Kind
+    part: Part
+    slot: ParameterSlot
+    piece: StoredSlice
+    transposed: bool = False
+    stored: bool = True
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """What holds it now; another one each time the layer is read."""
+        found = self.slot.module._parameters[self.slot.attribute]
+        assert isinstance(found, nn.Parameter)
+        return found
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns, (out, in)."""
+        rows, columns = self.within(self.parameter.data).shape
+        return rows, columns
+
+    @property
+    def value(self) -> Tensor:
+        """A view of the weight, (out, in)."""
+        return self.within(self.parameter.data)
+
+    @property
+    def gradient(self) -> Tensor:
+        """A view of the gradient by the weight, (out, in)."""
+        assert self.parameter.grad is not None
+        return self.within(self.parameter.grad)
+
+    def within(self, whole: Tensor) -> Tensor:
+        """A view of the matrix, (out, in), in a tensor of the parameter's shape."""
+        region = self.piece.within(whole)
+        return region.mT if self.transposed else region
+
+
+@dataclass(frozen=True, eq=False)
+class LayerMatrices:
+    """What an adapter can change in the decoder layers, and what it cannot.
+
+    Attributes:
+        of_layer: Layer to its matrices.
+        left_out: Stored tensor of the layers to the reason why no pair can change it.
+    """
+
+    of_layer: Mapping[int, tuple[Matrix, ...]]
+    left_out: Mapping[str, str]
+
+    def __iter__(self) -> Iterator[Matrix]:
+        return (matrix for layer in sorted(self.of_layer) for matrix in self.of_layer[layer])
+
+
+def find_matrices(skeleton: Skeleton, stored: CheckpointMap) -> LayerMatrices:
+    """All matrices of the decoder layers, layer after layer."""
+    owners = Counter(
+        (id(slot.module), slot.attribute) for slot in skeleton.slots.values() if isinstance(slot.part, int)
+    )
+    of_layer: dict[int, tuple[Matrix, ...]] = {}
+    left_out: dict[str, str] = {}
+    for layer in range(len(skeleton.originals)):
+        found: list[Matrix] = []
+        for source in stored.of_part[layer]:
+            for slot in source.slots:
+                shared = owners[id(slot.module), slot.attribute] > 1
+                kind, reason = (None, "shared by several layers") if shared else _kind(slot)
+                if kind is None:
+                    left_out |= {name: reason for _, name in source.hub_names}
+                else:
+                    found += _matrices(kind, layer, slot, source)
+        of_layer[layer] = tuple(found)
+    return LayerMatrices(of_layer, left_out)
+
+
+def _kind(slot: ParameterSlot) -> tuple[Kind | None, str]:
+    """What a parameter is for PEFT, or why it is nothing to it."""
+    module, sizes = slot.module, len(slot.shape)
+    if slot.is_buffer:
+        return None, "a buffer, which no LoRA can carry"
+    if sizes < 2:
+        return None, f"no LoRA can carry a {'bias' if slot.attribute == 'bias' else 'vector'}"
+    if isinstance(module, nn.Embedding):
+        return None, "embeddings inside a layer are not changed"
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return None, "a convolution"
+    if type(module) is nn.Linear and slot.attribute == "weight":
+        return Kind.LINEAR, ""
+    if sizes == 3:
+        return Kind.EXPERT, ""
+    if sizes == 2 and slot.attribute == "weight" and not hasattr(module, "is_transposed"):
+        if type(module).__name__ == "Conv1D":  # transformers' own: a linear map that is stored (in, out)
+            return None, "a Conv1D of transformers, which holds its weight transposed"
+        return Kind.PARAMETER, ""
+    return None, "a matrix that is not the weight of a module"
+
+
+def _matrices(kind: Kind, layer: int, slot: ParameterSlot, source: TensorSource) -> Iterator[Matrix]:
+    transposed = kind is Kind.EXPERT and bool(getattr(slot.module, "is_transposed", False))
+    whole = not source.pieces
+    if not whole and all(len(slot.shape) - (piece.index is not None) == 2 for piece in source.pieces):
+        for piece in source.pieces:
+            yield Matrix(piece.hub_name, kind, layer, slot, piece, transposed)
+        return
+    # What is stored otherwise than as matrices is named after the tensor that holds it.
+    name = source.hub_names[0][1] if len(source.hub_names) == 1 and len(source.slots) == 1 else slot.name
+    if len(slot.shape) == 2:
+        yield Matrix(name, kind, layer, slot, StoredSlice(name), stored=False)
+        return
+    for number in range(slot.shape[0]):
+        yield Matrix(f"{name}[{number}]", kind, layer, slot, StoredSlice(name, number), transposed, stored=False)
