@@ -1,62 +1,188 @@
-"""adapter_config.json, made from the shapes in the adapter's header alone.
+"""adapter_config.json: what PEFT is told to change, in as few words as name exactly that.
 
-The "explicit" configuration: everything that transformers 5 holds as an ``nn.Linear`` of its own in ``target_modules``,
-everything else (fused experts, routers, and the dense and shared MLPs of mixture-of-experts families) in
-``target_parameters``. A head that is saved whole is in ``modules_to_save``. ``lora_alpha`` equals ``r``, and wherever a
-rank differs both ``rank_pattern`` and ``alpha_pattern`` say so: the scale of every pair is exactly 1.
+``lora_alpha`` equals ``r``, and wherever a rank differs both ``rank_pattern`` and ``alpha_pattern`` say so: the scale
+of every pair is exactly 1. A head that is saved whole is in ``modules_to_save``.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from moe_svd_distill.adapter.coverage import check_coverage
-from moe_svd_distill.adapter.naming import EMBEDDING, HEAD
-from moe_svd_distill.adapter.pair_shapes import PairShape, pair_shapes, whole_shapes
-from moe_svd_distill.adapter.targets import Target, target_of
+from moe_svd_distill.adapter.keys import AdapterKeys, Target
+from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.errors import BadDataError
-from moe_svd_distill.families import Carrier, Family
-from moe_svd_distill.families.roles import LAYER
 
 
 def build_configuration(
-    shapes: Mapping[str, tuple[int, ...]],
-    family: Family,
+    keys: AdapterKeys,
+    ranks: Mapping[str, int],
     *,
     base_model: str,
-    student_layers: int,
-    tied_embeddings: bool = False,
+    whole_head: bool = False,
     revision: str | None = None,
 ) -> dict[str, Any]:
     """The content of adapter_config.json.
 
     Args:
-        shapes: Key of the adapter's tensor to its shape: A ``(r, in)``, B ``(out, r)``, a head saved whole ``(V, d)``.
-        family: The student's architecture.
+        keys: What an adapter of the model can change.
+        ranks: Name of a matrix to the rank of its pair, the head and the embeddings included. A parameter that holds
+            several matrices needs a pair for each.
         base_model: The student, as a hub id or a folder.
-        student_layers: The student's decoder layers. Every targeted class of tensors must have a pair in each of them
-            (of the MLPs: in each layer of its kind), because PEFT gives the rest an adapter that no key fills.
-        tied_embeddings: Whether the student's head is its embedding matrix.
+        whole_head: Whether the head is saved whole.
         revision: The student's revision on the hub.
 
     Raises:
-        BadDataError: The tensors cannot be one PEFT adapter of the family, and why.
+        BadDataError: The pairs cannot be one adapter of the model, and why.
     """
-    pairs, whole = pair_shapes(shapes), whole_shapes(shapes)
-    targets = {name: target_of(family, name) for name in pairs}
-    if tied_embeddings:
-        refuse_tied(targets, whole)
-    present = check_coverage(family, targets, student_layers)
-    # MLPs of one kind alone may stand in some layers only because the other layers are of the other kind.
-    attends = any(target.layer is not None and target.role.role.startswith("attention.") for target in targets.values())
-    by_layer = attends and len(present) < student_layers
-    ranks = memory_ranks(pairs, targets)
-    rank = _body_rank(pairs, targets)
-    patterns = _patterns(targets.values(), ranks, rank)
-    configuration: dict[str, Any] = {
+    architecture = keys.architecture
+    refuse_tied(architecture, ranks, whole_head)
+    targets = keys.changed_by(ranks)
+    for target in targets:
+        refuse_incomplete(target, ranks)
+    model = architecture.skeleton.model
+    every = [name for name, _ in model.named_modules()], list(architecture.skeleton.slots)
+    configuration = _configuration(targets, ranks.__getitem__, base_model, revision)
+    for place, names in zip(("target_modules", "target_parameters"), every, strict=True):
+        configuration[place] = short_names(configuration[place], names, least=1 + (place == "target_parameters"))
+    if whole_head:
+        head = architecture.head_slot.name.rpartition(".")[0]
+        configuration["modules_to_save"] = short_names([head], every[0])
+    return configuration
+
+
+def peft_configuration(targets: Sequence[Target], rank_of: Callable[[str], int]) -> Any:
+    """The same as PEFT's object, with every name in full."""
+    from peft import LoraConfig
+
+    fields = _configuration(targets, rank_of, "", None)
+    fields = {name: value for name, value in fields.items() if name != "peft_type"}
+    return LoraConfig(**{**fields, "target_parameters": fields["target_parameters"] or None})
+
+
+def plain_configuration(ranks: Mapping[str, int], *, base_model: str, whole: Sequence[str] = ()) -> dict[str, Any]:
+    """A configuration of last names alone, as transformers 4, vLLM and llama.cpp read adapters.
+
+    Args:
+        ranks: Module to the rank of its pair.
+        base_model: The student, as a hub id or a folder.
+        whole: Modules that are saved whole.
+    """
+    leaves = list(dict.fromkeys(module.rpartition(".")[2] for module in ranks))
+    configuration = _fields(leaves, [], ranks, list(ranks.values()), base_model, None)
+    return configuration | ({"modules_to_save": list(whole)} if whole else {})
+
+
+def refuse_tied(architecture: Architecture, names: Iterable[str], whole_head: bool = False) -> None:
+    """Refuse pairs of the embeddings or the head where these are one matrix, unless the head is saved whole.
+
+    PEFT merges such a pair into the shared matrix and so changes both, while unmerged it changes one. A head saved
+    whole gets a matrix of its own, and then a pair of the embeddings stays with the embeddings (decision 9).
+
+    Args:
+        architecture: Of the student.
+        names: The matrices with a pair.
+        whole_head: Whether the head is saved whole.
+
+    Raises:
+        BadDataError: There is such a pair.
+    """
+    if whole_head or not architecture.tied:
+        return
+    ends = (architecture.head, architecture.embedding)
+    if found := next((name for name in names if name in ends), None):
+        raise BadDataError(
+            f"{found} has a LoRA pair, but the student ties its head to its embeddings: merged by PEFT it would change "
+            "both",
+            "Save the head whole (modules_to_save), or leave embeddings and head out of the transfer",
+        )
+
+
+def refuse_incomplete(target: Target, ranks: Mapping[str, int]) -> None:
+    """Refuse pairs for some of the matrices of a parameter only, or of ranks that differ from expert to expert.
+
+    Raises:
+        BadDataError: Naming the first matrix that is lacking or differs.
+    """
+    if lacking := next((name for name in target.names if name not in ranks), None):
+        raise BadDataError(
+            f"{lacking} has no LoRA pair, but others of {target.parameter} have",
+            "Write the adapter again with a pair for every matrix of a parameter, zeros where nothing is changed",
+        )
+    expected: dict[int | None, int] = {}
+    for matrix in target.matrices:
+        rank = ranks[matrix.name]
+        if expected.setdefault(matrix.piece.begin, rank) != rank:
+            raise BadDataError(
+                f"{matrix.name} has rank {rank}, expected {expected[matrix.piece.begin]} like the layer's others",
+                "Zero-pad the experts of a layer to one rank",
+            )
+
+
+def short_names(wanted: Collection[str], every: Iterable[str], least: int = 1) -> list[str]:
+    """The fewest and shortest endings that name exactly the wanted ones, in their order.
+
+    Args:
+        wanted: Full names with dots.
+        every: All names that an ending could match.
+        least: Parts of the shortest ending.
+    """
+    ending_of: dict[str, list[str]] = defaultdict(list)
+    for name in every:
+        parts = name.split(".")
+        for count in range(least, len(parts) + 1):
+            ending_of[".".join(parts[-count:])].append(name)
+    kept = set(wanted)
+    chosen: dict[str, None] = {}
+    for name in wanted:
+        parts = name.split(".")
+        endings = (".".join(parts[-count:]) for count in range(min(least, len(parts)), len(parts) + 1))
+        chosen[next((ending for ending in endings if kept.issuperset(ending_of[ending])), name)] = None
+    return list(chosen)
+
+
+def rank_and_scale(configuration: Mapping[str, Any], name: str) -> tuple[int, float]:
+    """Rank and scale that PEFT gives a module or parameter: the first pattern that matches the end of its name counts.
+
+    Raises:
+        BadDataError: There is no usable rank and alpha.
+    """
+    try:
+        rank = int(_matching(configuration.get("rank_pattern"), name, configuration["r"]))
+        alpha = float(_matching(configuration.get("alpha_pattern"), name, configuration["lora_alpha"]))
+        return rank, alpha / (rank**0.5 if configuration.get("use_rslora") else rank)
+    except (KeyError, ValueError, TypeError, ZeroDivisionError, re.error) as error:
+        raise BadDataError(
+            f"adapter_config.json: no usable rank and alpha for {name}: {error!r}",
+            "Make adapter_config.json again with adapter-config",
+        ) from error
+
+
+def _configuration(
+    targets: Sequence[Target], rank_of: Callable[[str], int], base_model: str, revision: str | None
+) -> dict[str, Any]:
+    ranks = {target.entry: target.rank(rank_of) for target in targets}
+    single = [rank_of(name) for target in targets if target.matrices for name in target.names]
+    modules = [target.entry for target in targets if not target.as_parameter]
+    parameters = [target.entry for target in targets if target.as_parameter]
+    return _fields(modules, parameters, ranks, single or list(ranks.values()), base_model, revision)
+
+
+def _fields(
+    modules: list[str],
+    parameters: list[str],
+    ranks: Mapping[str, int],
+    counted: Sequence[int],
+    base_model: str,
+    revision: str | None,
+) -> dict[str, Any]:
+    """The configuration, with the commonest of the counted ranks as the one that holds where nothing else is said."""
+    counts = Counter(counted)
+    rank = max(counts, key=lambda rank: (counts[rank], rank))
+    patterns = _patterns(ranks, rank)
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
@@ -68,111 +194,24 @@ def build_configuration(
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,
-        "target_modules": _entries(family, targets.values(), {Carrier.MODULE, Carrier.EMBEDDING}, by_layer),
-        "target_parameters": _entries(family, targets.values(), {Carrier.PARAMETER, Carrier.FUSED_EXPERT}, by_layer),
+        "target_modules": modules,
+        "target_parameters": parameters,
         "rank_pattern": patterns,
         "alpha_pattern": dict(patterns),
     }
-    if whole:
-        configuration["modules_to_save"] = [target_of(family, name).role.target for name in whole]
-    return configuration
 
 
-def refuse_tied(hub_names: Iterable[str], whole: Collection[str] = ()) -> None:
-    """Refuse pairs of the embeddings or the head where these are one matrix, unless the head is saved whole.
-
-    PEFT merges such a pair into the shared matrix and so changes both, while unmerged it changes one. A head saved
-    whole gets a matrix of its own, and then a pair of the embeddings stays with the embeddings (decision 9).
-
-    Args:
-        hub_names: The tensors with a pair.
-        whole: The tensors that are saved whole.
-
-    Raises:
-        BadDataError: There is such a pair.
-    """
-    if HEAD in whole:
-        return
-    for name in hub_names:
-        if name in (HEAD, EMBEDDING):
-            raise BadDataError(
-                f"{name} has a LoRA pair, but the student ties its head to its embeddings: merged by PEFT it would "
-                "change both",
-                "Save the head whole (modules_to_save), or leave embeddings and head out of the transfer",
-            )
-
-
-def memory_ranks(pairs: Mapping[str, PairShape], targets: Mapping[str, Target]) -> dict[str, int]:
-    """The rank PEFT needs for each module and parameter, by its name in the loaded model.
-
-    The factors of gate and up are stacked: A ``(r_gate + r_up, H)``, so their ranks add up.
-
-    Raises:
-        BadDataError: The experts of a layer have different ranks.
-    """
-    parts: dict[str, dict[str, int]] = {}
-    for name, pair in pairs.items():
-        target = targets[name]
-        by_role = parts.setdefault(target.memory_name, {})
-        if by_role.setdefault(target.role.role, pair.rank) != pair.rank:
-            raise BadDataError(
-                f"{name} has rank {pair.rank}, expected {by_role[target.role.role]} like the layer's other experts",
-                "Zero-pad the experts of a layer to one rank",
-            )
-    return {memory_name: sum(by_role.values()) for memory_name, by_role in parts.items()}
-
-
-def _body_rank(pairs: Mapping[str, PairShape], targets: Mapping[str, Target]) -> int:
-    """The commonest rank of the decoder layers, the larger one if two are equally common."""
-    body = Counter(pair.rank for name, pair in pairs.items() if targets[name].layer is not None)
-    counts = body or Counter(pair.rank for pair in pairs.values())
-    return max(counts, key=lambda rank: (counts[rank], rank))
-
-
-def _entries(family: Family, targets: Iterable[Target], carriers: set[Carrier], by_layer: bool) -> list[str]:
-    """The entries in the family's order, each once; full names where only some layers have pairs."""
-    targets = list(targets)
-    if by_layer:
-        order = {role.role: place for place, role in enumerate(family.roles)}
-        named = sorted(
-            (target.layer is None, target.layer or 0, order[target.role.role], target.memory_name)
-            for target in targets
-            if target.role.carrier in carriers
-        )
-        return list(dict.fromkeys(name for *_, name in named))
-    found = {target.role.role for target in targets if target.role.carrier in carriers}
-    return list(dict.fromkeys(role.target for role in family.roles if role.role in found))
-
-
-def _patterns(targets: Iterable[Target], ranks: Mapping[str, int], rank: int) -> dict[str, int]:
-    """Regular expressions of memory names to ranks, for all that differs from ``rank``.
-
-    PEFT takes the first key that matches the end of the name after a dot; these keys never overlap, so their order
-    does not matter. Where the layers of a class differ, a key lists its layers.
-    """
-    classes: dict[str, dict[int | None, int]] = {}
-    for target in targets:
-        classes.setdefault(target.role.target, {})[target.layer] = ranks[target.memory_name]
-    full_names = {target.role.target: target.memory_name for target in targets}
+def _patterns(ranks: Mapping[str, int], rank: int) -> dict[str, int]:
+    """Regular expressions of name endings to ranks, for all that differs from ``rank``; no two match one name."""
     patterns: dict[str, int] = {}
-    for entry, by_layer in classes.items():
-        if None in by_layer:
-            patterns |= {re.escape(full_names[entry]): r for r in by_layer.values() if r != rank}
-        elif len(set(by_layer.values())) == 1:
-            patterns |= {rf".*\.{re.escape(entry)}": r for r in set(by_layer.values()) if r != rank}
-        else:
-            patterns |= _layer_patterns(full_names[entry], by_layer, rank)
+    for other in sorted(set(ranks.values()) - {rank}):
+        names = [name for name, found in ranks.items() if found == other]
+        patterns |= {re.escape(ending): other for ending in short_names(names, ranks)}
     return dict(sorted(patterns.items()))
 
 
-def _layer_patterns(memory_name: str, by_layer: Mapping[int | None, int], rank: int) -> dict[str, int]:
-    prefix = LAYER.partition("{layer}")[0]
-    tail = memory_name.removeprefix(prefix).partition(".")[2]
-    layers: dict[int, list[int]] = {}
-    for layer, r in by_layer.items():
-        if layer is not None and r != rank:
-            layers.setdefault(r, []).append(layer)
-    return {
-        f"{re.escape(prefix)}(?:{'|'.join(map(str, sorted(numbers)))})\\.{re.escape(tail)}": r
-        for r, numbers in layers.items()
-    }
+def _matching(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default

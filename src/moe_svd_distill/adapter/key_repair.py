@@ -10,22 +10,18 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from moe_svd_distill.adapter.adapter_file import adapter_header
-from moe_svd_distill.adapter.naming import is_whole_head, lora_keys, parse_key, whole_key
+from moe_svd_distill.adapter.naming import parse_key, right_name
 from moe_svd_distill.adapter.publication import new_file
 from moe_svd_distill.adapter.rewriting import packed_header, stored_blocks
 from moe_svd_distill.checkpoints.files import open_regular
 from moe_svd_distill.checkpoints.header import PREFIX_BYTES, raw_header
 from moe_svd_distill.errors import BadDataError, CannotWriteError
 
-_WRONG = re.compile(
-    r"(?:base_model\.model\.)*(?P<module>.+?)(?:\.weight)?\.lora_(?:embedding_)?(?P<side>[AB])(?:\.default)?(?:\.weight)?"
-)
 _ACTION = "Write the adapter again"
 
 
@@ -49,22 +45,12 @@ def repaired_keys(keys: Iterable[str]) -> dict[str, str]:
     renamed: dict[str, str] = {}
     taken: dict[str, str] = {}
     for key in keys:
-        new = _right_name(key)
-        parse_key(new)
+        new = right_name(key)
         if new in taken:
             raise BadDataError(f"{key} and {taken[new]} would both become {new}", _ACTION)
         taken[new] = key
         renamed[key] = new
     return renamed
-
-
-def _right_name(key: str) -> str:
-    if is_whole_head(key):
-        return whole_key()
-    match = _WRONG.fullmatch(key)
-    if match is None:
-        raise BadDataError(f"{key}: not the name of a LoRA tensor, in no known spelling", _ACTION)
-    return lora_keys(f"{match['module']}.weight")["AB".index(match["side"])]
 
 
 def repair_keys(file: Path | str, output: Path | str) -> dict[str, str]:

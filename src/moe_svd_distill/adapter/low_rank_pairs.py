@@ -1,88 +1,246 @@
-"""An adapter's pairs as a read-only mapping, and its head saved whole; tensors are read when they are asked for."""
+"""What an adapter does to each matrix of a model, read from its file when it is asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from moe_svd_distill.adapter.adapter_file import adapter_header, read_tensor, shapes_of
-from moe_svd_distill.adapter.pair_shapes import PairShape, WholeShape, pair_shapes, whole_shapes
+from torch import Tensor
 
-if TYPE_CHECKING:
-    import torch
+from moe_svd_distill.adapter.adapter_file import CONFIGURATION_FILE, adapter_header, read_json, read_tensor, shapes_of
+from moe_svd_distill.adapter.configuration import rank_and_scale
+from moe_svd_distill.adapter.fused import Factors, expert_factors, fused_rank, of_matrix
+from moe_svd_distill.adapter.naming import whole_key
+from moe_svd_distill.adapter.pair_shapes import PairShape, pair_shapes, whole_modules
+from moe_svd_distill.adapter.peft_model import lora_targets, read_configuration, wrap
+from moe_svd_distill.architecture.architecture import Architecture
+from moe_svd_distill.architecture.matrices import Matrix
+from moe_svd_distill.architecture.skeleton import build_on_meta
+from moe_svd_distill.errors import BadDataError
+
+_OTHER_STUDENT = "Use the student the adapter was made for"
 
 
 @dataclass(frozen=True)
 class LowRankPair:
-    """The two factors of one change.
+    """The change of one matrix: ``scale · left @ right``.
 
     Attributes:
-        shape: Names and sizes.
-        a: A as stored, ``(rank, in)``.
-        b: B as stored, ``(out, rank)``.
+        name: The matrix.
+        left: (rows, rank).
+        right: (rank, columns).
+        scale: The factor that PEFT multiplies the product by.
+    """
+
+    name: str
+    left: Tensor
+    right: Tensor
+    scale: float
+
+    def norm(self) -> float:
+        """The Frobenius norm of ``left @ right``."""
+        return norm_of_pair(self.left, self.right)
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """Where in the file the pair of a matrix lies.
+
+    Attributes:
+        shape: Of the pair in the file.
+        parameter: The parameter that it changes.
+        matrix: The matrix in it; None for the head and the embeddings.
+        whole: Whether the pair is one for the whole parameter.
     """
 
     shape: PairShape
-    a: torch.Tensor
-    b: torch.Tensor
-
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Left ``(rows, rank)`` and right ``(rank, columns)``, whose product has the shape of the changed tensor."""
-        return (self.a.T, self.b.T) if self.shape.transposed else (self.b, self.a)
-
-    def norm(self) -> float:
-        """The Frobenius norm of ``B @ A``, from two rank×rank matrices: the product itself is never formed."""
-        return frobenius_of_product(self.a, self.b)
-
-    def is_zero(self) -> bool:
-        """Whether the pair changes nothing, because one of its factors is zero throughout."""
-        return not bool(self.a.any()) or not bool(self.b.any())
+    parameter: str
+    matrix: Matrix | None
+    whole: bool
 
 
 class LowRankPairs(Mapping[str, LowRankPair]):
-    """Hub name to pair, in order of the names.
-
-    Args:
-        path: The adapter's folder or file. Its header is checked at once.
+    """Name of a matrix, as the architecture has it, to the change of it.
 
     Attributes:
-        shapes: Hub name to the sizes of its pair.
-        whole: Hub name to what is replaced whole and has no pair; not part of the mapping.
-
-    Raises:
-        MissingInputError: There is no such file.
-        BadDataError: The header is damaged, or its tensors are not whole pairs under names PEFT matches.
+        header: Of the adapter's file.
+        configuration: The content of adapter_config.json.
+        head: Key of a head that is saved whole, and has no pair.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self.header = adapter_header(path)
-        self.shapes: dict[str, PairShape] = pair_shapes(shapes_of(self.header))
-        self.whole: dict[str, WholeShape] = whole_shapes(shapes_of(self.header))
+    def __init__(self, folder: Path | str, architecture: Architecture, *, configured: bool = True) -> None:
+        """Read headers only.
 
-    def __getitem__(self, hub_name: str) -> LowRankPair:
-        shape = self.shapes[hub_name]
-        tensors = self.header.tensors
-        return LowRankPair(shape, read_tensor(tensors[shape.key_a]), read_tensor(tensors[shape.key_b]))
-
-    def read_whole(self, hub_name: str) -> torch.Tensor:
-        """The new weight ``(rows, columns)`` of a tensor that is replaced whole, as stored.
+        Args:
+            folder: The adapter's folder, or its file.
+            architecture: Of the student it was made for.
+            configured: Whether its adapter_config.json is to be believed; without it every scale is 1.
 
         Raises:
-            KeyError: It is not replaced whole.
+            MissingInputError: A file is not there.
+            BadDataError: The header is damaged, its tensors are not whole pairs, or the student has no such matrix.
         """
-        return read_tensor(self.header.tensors[self.whole[hub_name].key])
+        self.header = adapter_header(folder)
+        self.configuration: dict[str, Any] = read_json(Path(folder) / CONFIGURATION_FILE) if configured else {}
+        self._folder, self._architecture = Path(folder), architecture
+        shapes = shapes_of(self.header)
+        self._places = self._locate(pair_shapes(shapes))
+        whole = whole_modules(shapes)
+        head = architecture.head_slot
+        if other := next((module for module in whole if f"{module}.weight" != head.name), None):
+            raise BadDataError(f"the adapter saves {other} whole, expected the head at most", _OTHER_STUDENT)
+        self.head: str | None = next((whole_key(module) for module in whole), None)
+        for module, shape in whole.items():
+            if shape != head.shape:
+                raise _unlike(module, shape, head.shape)
+
+    def __getitem__(self, name: str) -> LowRankPair:
+        left, right = self._factors(self._places[name])
+        return LowRankPair(name, left, right, self.scale(name))
+
+    def scale(self, name: str) -> float:
+        """The factor that PEFT multiplies a matrix's pair by.
+
+        Raises:
+            BadDataError: adapter_config.json gives none, or another rank than the file has.
+        """
+        place = self._places[name]
+        if not self.configuration:
+            return 1.0
+        rank, scale = self._rank_and_scale(place.parameter)
+        if rank != (found := self._rank_of_parameter(place)):
+            raise BadDataError(
+                f"adapter_config.json gives {place.parameter} rank {rank}, expected {found}",
+                "Make adapter_config.json again with adapter-config",
+            )
+        return scale
+
+    def rank(self, name: str) -> int:
+        """The rank of a matrix's pair, from the header."""
+        place = self._places[name]
+        return place.shape.rank // place.matrix.experts if place.whole and place.matrix else place.shape.rank
+
+    def _rank_of_parameter(self, place: _Place) -> int:
+        if place.matrix is None or place.whole:
+            return self.rank(place.matrix.name) if place.matrix else place.shape.rank
+        return fused_rank(self._architecture.parameters[place.parameter], self.rank)
+
+    def read_pair(self, module: str) -> Factors:
+        """``(A, B)`` of a module as the file has them."""
+        shape = next(place.shape for place in self._places.values() if place.shape.module == module)
+        return read_tensor(self.header.tensors[shape.key_a]), read_tensor(self.header.tensors[shape.key_b])
+
+    def experts_in(self, module: str) -> int:
+        """How many experts share the pair of a module."""
+        places = (place for place in self._places.values() if place.shape.module == module)
+        return max(place.matrix.experts if place.whole and place.matrix else 1 for place in places)
+
+    def read_head(self) -> Tensor:
+        """The new weight (V, d) of a head that is saved whole, as stored."""
+        assert self.head is not None
+        return read_tensor(self.header.tensors[self.head])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self.shapes)
+        return len(self._places)
+
+    def _factors(self, place: _Place) -> Factors:
+        tensors = self.header.tensors
+        right, left = read_tensor(tensors[place.shape.key_a]), read_tensor(tensors[place.shape.key_b])
+        if place.shape.embedding:
+            return right.T, left.T
+        if place.matrix is None or not place.whole:
+            return left, right
+        return of_matrix(place.matrix, expert_factors(left, right, place.matrix.experts, place.matrix.piece.index or 0))
+
+    def _locate(self, pairs: Mapping[str, PairShape]) -> dict[str, _Place]:
+        """Stored names come first; what is left must be PEFT's own name of a parameter."""
+        architecture = self._architecture
+        ends = {
+            architecture.head: architecture.head_slot.name,
+            architecture.embedding: architecture.embedding_slot.name,
+        }
+        own = {name.removesuffix(".weight"): name for name in ends}
+        own |= {name.removesuffix(".weight"): name for name, matrix in architecture.by_name.items() if matrix.stored}
+        by_module = self._parameters_by_module({name: pair for name, pair in pairs.items() if name not in own})
+        places: dict[str, _Place] = {}
+        for module, shape in pairs.items():
+            if (name := own.get(module)) is not None:
+                matrix = architecture.by_name.get(name)
+                places[name] = _Place(shape, ends[name] if matrix is None else matrix.slot.name, matrix, whole=False)
+                self._check(name, places[name])
+                continue
+            parameter = by_module.get(module)
+            matrices = architecture.parameters.get(parameter or "", ())
+            if parameter in ends.values():
+                name = next(name for name, slot in ends.items() if slot == parameter)
+                places[name] = _Place(shape, parameter or "", None, whole=True)
+            elif not matrices:
+                raise BadDataError(f"{architecture.checkpoint.source} has no {module} to change", _OTHER_STUDENT)
+            for matrix in matrices:
+                places[matrix.name] = _Place(shape, matrix.slot.name, matrix, whole=True)
+        return dict(sorted(places.items()))
+
+    def _parameters_by_module(self, strangers: Mapping[str, PairShape]) -> dict[str, str]:
+        """What PEFT calls the parameters that it changes, to the parameters.
+
+        Args:
+            strangers: Pairs that are not named after a stored tensor.
+        """
+        from peft import LoraConfig
+
+        if not strangers:
+            return {}
+        architecture = self._architecture
+        model = build_on_meta(architecture.config, architecture.checkpoint.source, text_only=architecture.text_only)
+        if self.configuration:
+            configuration = read_configuration(self._folder)
+        else:
+            configuration = LoraConfig(r=1, target_modules=[], target_parameters=self._likely(strangers))
+        return {target.module: target.parameter for target in lora_targets(wrap(model, configuration))}
+
+    def _likely(self, strangers: Mapping[str, PairShape]) -> list[str]:
+        """The parameters that pairs under PEFT's own names change, by their modules and shapes."""
+        slots = self._architecture.skeleton.slots
+        chosen: list[str] = []
+        for module, pair in strangers.items():
+            base = module.replace(".base_layer", "")
+            inside = [name for name in self._architecture.parameters if name.rpartition(".")[0] == base]
+            several = sum(other.replace(".base_layer", "") == base for other in strangers) > 1
+            chosen += [
+                name for name in inside if several or sorted(slots[name].shape[1:]) == sorted((pair.out, pair.width))
+            ]
+        return list(dict.fromkeys(chosen))
+
+    def _check(self, name: str, place: _Place) -> None:
+        slot = self._architecture.skeleton.slots[place.parameter]
+        expected = (slot.shape[0], slot.shape[1]) if place.matrix is None else place.matrix.shape
+        found = (place.shape.out, place.shape.width)
+        if (found[::-1] if place.shape.embedding else found) != expected:
+            raise _unlike(name, found[::-1] if place.shape.embedding else found, expected)
+
+    def _rank_and_scale(self, parameter: str) -> tuple[int, float]:
+        named = self.configuration.get("target_parameters") or ()
+        as_parameter = any(parameter == entry or parameter.endswith(f".{entry}") for entry in named)
+        return rank_and_scale(self.configuration, parameter if as_parameter else parameter.rpartition(".")[0])
 
 
-def frobenius_of_product(a: torch.Tensor, b: torch.Tensor) -> float:
-    """``‖B A‖`` for A ``(r, in)`` and B ``(out, r)``: the root of the inner product of ``BᵀB`` and ``AAᵀ``."""
-    a, b = a.double(), b.double()
-    square = float(((b.T @ b) * (a @ a.T)).sum())
+def _unlike(name: str, found: tuple[int, int], expected: tuple[int, ...]) -> BadDataError:
+    sizes = ("×".join(map(str, shape)) for shape in (expected, found))
+    return BadDataError(f"{name} is {next(sizes)} in the student, the adapter's is {next(sizes)}", _OTHER_STUDENT)
+
+
+def norm_of_pair(left: Tensor, right: Tensor, experts: int = 1) -> float:
+    """``‖B A‖`` for B (out, r) and A (r, in): the root of the inner product of ``BᵀB`` and ``AAᵀ``.
+
+    The product itself is never formed. With several experts in the pair it is the norm of all their changes.
+    """
+    square = 0.0
+    for number in range(experts):
+        b, a = (factor.double() for factor in expert_factors(left, right, experts, number))
+        square += float(((b.T @ b) * (a @ a.T)).sum())
     return float(max(square, 0.0) ** 0.5)

@@ -9,26 +9,23 @@ that was tied to the embeddings, it becomes a tensor of its own and the merged c
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_svd_distill.adapter.adapter_file import CONFIGURATION_FILE, read_json
-from moe_svd_distill.adapter.agreement import check_agreement
-from moe_svd_distill.adapter.blocks import row_blocks
+from moe_svd_distill.adapter.changes import Changes
 from moe_svd_distill.adapter.companions import copy_companions
 from moe_svd_distill.adapter.configuration import refuse_tied
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
-from moe_svd_distill.adapter.pair_shapes import PairShape
 from moe_svd_distill.adapter.publication import new_folder
 from moe_svd_distill.adapter.rewriting import Addition, rewrite
 from moe_svd_distill.adapter.untying import added_head, untied_files
-from moe_svd_distill.adapter.whole_head import FLOATS, base_head, replaced_blocks
-from moe_svd_distill.checkpoints import Checkpoint, TensorInfo, open_checkpoint, refuse_quantised
+from moe_svd_distill.adapter.whole_head import base_head, replaced_blocks, student_of
+from moe_svd_distill.checkpoints import Checkpoint, TensorInfo, refuse_quantised
 from moe_svd_distill.checkpoints.header import read_header
-from moe_svd_distill.errors import BadDataError, CannotWriteError
-from moe_svd_distill.families.registry import family_of
+from moe_svd_distill.errors import CannotWriteError
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +39,7 @@ class MergeReport:
 
     Attributes:
         output: The merged model's folder.
-        merged: Tensors with a pair or saved whole.
+        merged: Stored tensors that are changed or replaced.
         copied: Tensors copied byte for byte.
         weights_files: Weights files written.
         bytes: Their tensors' size.
@@ -77,23 +74,20 @@ def merge(
         on_progress: Told the bytes of tensors done and their total.
 
     Raises:
-        BadDataError: A pair or a head saved whole has no tensor of its name and shape in the student, the
+        BadDataError: A pair or a head saved whole has no matrix of its name and shape in the student, the
             configuration disagrees with them, or a merged value is not finite. Nothing is written then.
         CannotWriteError: The output is not empty, or the disk is full.
     """
-    checkpoint = student if isinstance(student, Checkpoint) else open_checkpoint(student)
-    refuse_quantised(checkpoint)
-    pairs = LowRankPairs(adapter_folder)
-    family = family_of(checkpoint.config, checkpoint.source)
     configuration = read_json(Path(adapter_folder) / CONFIGURATION_FILE)
-    scales = check_agreement(pairs.shapes, family, configuration, pairs.whole).scales
-    tied = family.geometry(checkpoint.config).tied_embeddings
-    if tied:
-        refuse_tied(pairs, pairs.whole)
-    _check_places(pairs.shapes, checkpoint)
-    for shape in pairs.whole.values():
-        base_head(checkpoint, shape)
-    addition = added_head(pairs, checkpoint)
+    architecture = student_of(student, configuration, "a merge")
+    checkpoint = architecture.checkpoint
+    refuse_quantised(checkpoint)
+    pairs = LowRankPairs(adapter_folder, architecture)
+    refuse_tied(architecture, pairs, pairs.head is not None)
+    if pairs.head is not None:
+        base_head(architecture)
+    changes = Changes(architecture, pairs)
+    addition = added_head(pairs, architecture)
     target, total = Path(output).absolute(), checkpoint.total_bytes + (addition[1].bytes if addition else 0)
     _check_space(target, total)
     done = 0
@@ -104,9 +98,9 @@ def merge(
         on_progress(done, total)
 
     def change(info: TensorInfo) -> Iterator[torch.Tensor] | None:
-        if info.name in pairs.whole:
-            return replaced_blocks(pairs.read_whole(info.name), checkpoint.read(info.name).dtype, info.name)
-        return _merged_blocks(checkpoint, info, pairs, scales[info.name]) if info.name in pairs else None
+        if pairs.head is not None and info.name == architecture.head:
+            return replaced_blocks(pairs.read_head(), checkpoint.read(info.name).dtype, info.name)
+        return changes.merged(info.name) if info.name in changes else None
 
     def added(file: Path) -> Addition | None:
         return addition[1] if addition and addition[0] == file else None
@@ -117,34 +111,13 @@ def merge(
             place = folder / file.relative_to(checkpoint.folder)
             place.parent.mkdir(parents=True, exist_ok=True)
             rewrite(read_header(file), place, change, advance, added(file))
-        untied = tied and bool(pairs.whole)
+        untied = architecture.tied and pairs.head is not None
         changed = untied_files(checkpoint, addition) if untied else {}
         companions, left_out = copy_companions(checkpoint.folder, folder, set(files), changed)
-    copied = len(checkpoint) - len(pairs) - sum(name in checkpoint for name in pairs.whole)
-    merged = len(pairs) + len(pairs.whole)
+    replaced = pairs.head is not None and architecture.head in checkpoint
+    merged = len(changes) + (pairs.head is not None)
+    copied = len(checkpoint) - len(changes) - replaced
     return MergeReport(target, merged, copied, len(files), total, companions, left_out, untied)
-
-
-def _check_places(shapes: Mapping[str, PairShape], checkpoint: Checkpoint) -> None:
-    """Every pair must change a tensor of the student, else a merge would silently leave something out."""
-    action = "Merge the adapter into the student it was made for"
-    absent = [name for name in shapes if name not in checkpoint]
-    if absent:
-        raise BadDataError(
-            f"{checkpoint.source} has no {absent[0]}, which the adapter changes ({len(absent)} of {len(shapes)} pairs "
-            "have no tensor there)",
-            action,
-        )
-    for name, pair in shapes.items():
-        info = checkpoint[name]
-        if info.shape != (pair.rows, pair.columns):
-            found = "×".join(map(str, info.shape))
-            raise BadDataError(f"{name} is {found} in the student, the pair needs {pair.rows}×{pair.columns}", action)
-        if info.dtype not in FLOATS:
-            raise BadDataError(
-                f"{name} is {info.dtype} in the student, expected one of {', '.join(FLOATS)}",
-                "Use the unquantised student",
-            )
 
 
 def _check_space(output: Path, needed: int) -> None:
@@ -154,22 +127,3 @@ def _check_space(output: Path, needed: int) -> None:
             f"{place} has {free / 1e9:.1f} GB free, the merged model needs {needed / 1e9:.1f} GB",
             "Free space, or give an output on another disk",
         )
-
-
-def _merged_blocks(
-    checkpoint: Checkpoint, info: TensorInfo, pairs: LowRankPairs, scale: float
-) -> Iterator[torch.Tensor]:
-    """The merged tensor ``(rows, columns)`` in blocks of rows."""
-    import torch
-
-    left, right = (factor.float() for factor in pairs[info.name].factors())  # (rows, rank), (rank, columns)
-    weight = checkpoint.read(info.name)
-    for rows in row_blocks(info.shape[0], info.shape[1]):
-        block = weight[rows]
-        wide = block.double() if block.dtype is torch.float64 else block.float()
-        merged = (wide + scale * (left[rows] @ right)).to(block.dtype)
-        if not bool(torch.isfinite(merged).all()):
-            raise BadDataError(
-                f"{info.name}: merged values that are not finite in {info.dtype}", "Verify the adapter and the student"
-            )
-        yield merged

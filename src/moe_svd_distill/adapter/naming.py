@@ -1,8 +1,7 @@
-"""Names of an adapter's tensors: the hub name of the changed tensor inside PEFT's prefix and suffix.
+"""Names of an adapter's tensors: what is changed, inside PEFT's prefix and suffix.
 
 Whether PEFT finds a tensor depends on the name alone, and what it does not find it drops without a word. So names are
-made and read here only. A head that is saved whole (``modules_to_save``) has its hub name behind the prefix and no
-suffix at all.
+made and read here only. What is saved whole (``modules_to_save``) has its name behind the prefix and no suffix at all.
 """
 
 from __future__ import annotations
@@ -13,102 +12,81 @@ from typing import Literal
 from moe_svd_distill.errors import BadDataError
 
 PREFIX = "base_model.model."
-EMBEDDING_LEAVES = frozenset({"embed_tokens"})
-HEAD = "lm_head.weight"
-EMBEDDING = "model.embed_tokens.weight"
-WHOLE_MODULES = ("lm_head",)
-"""The modules that an adapter may replace whole, as ``modules_to_save`` names them."""
-
 Side = Literal["A", "B", "whole"]
 
 _ACTION = "Write the adapter again, or a copy with repaired names"
-_WHOLE_HEAD = re.compile(r"(?:base_model\.model\.)*lm_head(?:\.modules_to_save(?:\.default)?)?\.weight")
 _KEY = re.compile(
     r"base_model\.model\.(?P<module>.+?)\.(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<embedding_side>[AB]))"
 )
+_WHOLE = re.compile(r"(?:base_model\.model\.)*(?P<module>.+?)\.modules_to_save(?:\.default)?\.weight")
 
 
-def lora_keys(hub_name: str) -> tuple[str, str]:
-    """The keys of the pair that changes a hub tensor.
+def lora_keys(module: str, *, embedding: bool = False) -> tuple[str, str]:
+    """The keys of A and B of a pair.
 
-    For ``W (rows, columns)`` they hold ``A (r, columns)`` and ``B (rows, r)``; for the embeddings ``W (V, H)`` they
-    hold the transpose, ``A (r, V)`` and ``B (H, r)``.
+    For ``W (rows, columns)`` they hold ``A (r, columns)`` and ``B (rows, r)``; for embeddings ``W (V, H)`` they hold
+    the transpose, ``A (r, V)`` and ``B (H, r)``.
 
     Args:
-        hub_name: Name of the tensor in the student's checkpoint, for example
-            ``model.layers.0.self_attn.q_proj.weight``.
-
-    Raises:
-        BadDataError: The tensor is not a weight.
+        module: Stored name of the matrix without ``.weight``, or what PEFT calls it.
+        embedding: Whether it is a table of embeddings.
     """
-    module = hub_name.removesuffix(".weight")
-    if module == hub_name or not module:
-        raise BadDataError(f"{hub_name}: expected a name that ends in .weight", "Give a pair for weights only")
-    if is_embedding(hub_name):
+    if embedding:
         return f"{PREFIX}{module}.lora_embedding_A", f"{PREFIX}{module}.lora_embedding_B"
     return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
 
 
-def whole_key(hub_name: str = HEAD) -> str:
-    """The key of a tensor that the adapter replaces whole: the new weight itself ``(V, d)``, not a change of it.
-
-    Raises:
-        BadDataError: The tensor is not the head; of other modules no loader takes a replacement.
-    """
-    if hub_name.removesuffix(".weight") not in WHOLE_MODULES or not hub_name.endswith(".weight"):
-        raise BadDataError(f"{hub_name}: only {HEAD} can be saved whole", "Give a LoRA pair for it")
-    return f"{PREFIX}{hub_name}"
+def whole_key(module: str) -> str:
+    """The key of a weight that the adapter replaces whole: the new values themselves, not a change of them."""
+    return f"{PREFIX}{module}.weight"
 
 
 def parse_key(key: str) -> tuple[str, Side]:
-    """The hub name of a key and what it holds: the inverse of `lora_keys` and `whole_key`.
+    """The module of a key and what it holds: the inverse of `lora_keys` and `whole_key`.
 
     Raises:
         BadDataError: PEFT would not match the key, and why.
     """
-    if key in {whole_key(f"{module}.weight") for module in WHOLE_MODULES}:
-        return key.removeprefix(PREFIX), "whole"
     match = _KEY.fullmatch(key)
-    side = match and (match["side"] or match["embedding_side"])
-    if match is None or side not in ("A", "B"):
+    if match is None:
+        if key.startswith(PREFIX) and key.endswith(".weight") and ".lora_" not in key and not _WHOLE.fullmatch(key):
+            return key.removeprefix(PREFIX).removesuffix(".weight"), "whole"
         raise BadDataError(_why_unmatched(key), _ACTION)
-    hub_name = f"{match['module']}.weight"
-    if key not in lora_keys(hub_name) or _fault_of_module(match["module"]):
+    if match["module"].endswith(".weight"):
         raise BadDataError(_why_unmatched(key), _ACTION)
-    return hub_name, "A" if side == "A" else "B"
+    return match["module"], "A" if "A" in (match["side"], match["embedding_side"]) else "B"
 
 
-def is_whole_head(key: str) -> bool:
-    """Whether a key, rightly spelt or not, means a head that is saved whole: no LoRA factor, and no copy of the base.
+def right_name(key: str) -> str:
+    """A key that PEFT matches, from one of the known wrong spellings of it.
 
-    Known wrong spellings: no ``base_model.model.`` in front, that prefix twice, PEFT's name in memory
-    (``lm_head.modules_to_save.default.weight``), or without the adapter's name in it.
+    These are: ``.weight`` kept before the LoRA suffix, no ``base_model.model.`` in front or that twice, PEFT's adapter
+    name inside (``.lora_A.default.weight``), no ``.weight`` behind; of what is saved whole, PEFT's name in memory.
+
+    Raises:
+        BadDataError: It is no misspelt name of an adapter's tensor.
     """
-    return bool(_WHOLE_HEAD.fullmatch(key))
+    if match := _WHOLE.fullmatch(key):
+        return whole_key(match["module"])
+    match = _WRONG.fullmatch(key)
+    if match is None:
+        if re.fullmatch(r"(?:base_model\.model\.)*(lm_head|embed_out)\.weight", key):
+            return whole_key(key.removesuffix(".weight").rpartition(".")[2])
+        raise BadDataError(f"{key}: not the name of a LoRA tensor, in no known spelling", _ACTION)
+    return lora_keys(match["module"], embedding=bool(match["embedding"]))["AB".index(match["side"])]
 
 
-def is_embedding(hub_name: str) -> bool:
-    """Whether the tensor is an embedding matrix, whose pair PEFT keeps transposed."""
-    return hub_name.removesuffix(".weight").rpartition(".")[2] in EMBEDDING_LEAVES
-
-
-def _fault_of_module(module: str) -> str:
-    if module.endswith(".weight"):
-        return "it keeps .weight before the LoRA suffix, which PEFT never matches"
-    if module.endswith((".base_layer", ".experts")):
-        return "it is PEFT's layout of fused experts, expected one pair per expert under the hub names"
-    return ""
+_WRONG = re.compile(
+    r"(?:base_model\.model\.)*(?P<module>.+?)(?:\.weight)?\.lora_(?P<embedding>embedding_)?(?P<side>[AB])"
+    r"(?:\.default)?(?:\.weight)?"
+)
 
 
 def _why_unmatched(key: str) -> str:
-    module = re.sub(r"\.lora_(embedding_)?[AB](\.default)?(\.weight)?\Z", "", key)
-    if module == key and is_whole_head(key):
-        return f"{key}: PEFT does not match this name of a head saved whole, expected {whole_key()}"
-    if module == key:
+    if not _WRONG.fullmatch(key) and not _WHOLE.fullmatch(key):
         return f"{key}: not the name of a LoRA tensor"
     if not key.startswith(PREFIX):
         return f"{key}: it does not begin with {PREFIX}, so PEFT never matches it"
-    if fault := _fault_of_module(module):
-        return f"{key}: {fault}"
-    expected = lora_keys(f"{module}.weight")
-    return f"{key}: PEFT does not match this name, expected {expected[0]} and {expected[1]}"
+    if ".weight.lora_" in key:
+        return f"{key}: it keeps .weight before the LoRA suffix, which PEFT never matches"
+    return f"{key}: PEFT does not match this name, expected {right_name(key)}"

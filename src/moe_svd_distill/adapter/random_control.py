@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE, CONFIGURATION_FILE, RECORD_FILE, read_json, write_json
 from moe_svd_distill.adapter.blocks import row_blocks
 from moe_svd_distill.adapter.digest import sha256_of
-from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs, frobenius_of_product
+from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs, norm_of_pair
 from moe_svd_distill.adapter.naming import parse_key
 from moe_svd_distill.adapter.publication import new_folder
 from moe_svd_distill.adapter.rewriting import rewrite
 from moe_svd_distill.adapter.whole_head import base_head, change_norm, norm_of_blocks, shifted, student_of
+from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.checkpoints import Checkpoint, TensorInfo
 
 if TYPE_CHECKING:
@@ -47,52 +48,51 @@ def write_random_control(
         BadDataError: The original is damaged.
     """
     source = Path(adapter_folder)
-    pairs = LowRankPairs(source)
-    configuration = read_json(source / CONFIGURATION_FILE)
+    architecture = student_of(student, read_json(source / CONFIGURATION_FILE), "a random control")
+    pairs = LowRankPairs(source, architecture)
     latest: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def change(info: TensorInfo) -> Iterator[torch.Tensor]:
-        hub_name, side = parse_key(info.name)
+        module, side = parse_key(info.name)
         if side == "whole":
-            return _random_head(pairs, hub_name, seed, student_of(student, configuration, "a random control"))
-        if hub_name not in latest:  # A and B of a pair follow each other in the file: one pair is in memory at a time
+            return _random_head(pairs, architecture, seed)
+        if module not in latest:  # A and B of a pair follow each other in the file: one pair is in memory at a time
             latest.clear()
-            latest[hub_name] = _random_pair(pairs, hub_name, seed)
-        return iter((latest[hub_name]["AB".index(side)],))
+            latest[module] = _random_pair(pairs, module, seed)
+        return iter((latest[module]["AB".index(side)],))
 
     with new_folder(Path(output_folder)) as folder:
         rewrite(pairs.header, folder / ADAPTER_FILE, change)
-        write_json(folder / CONFIGURATION_FILE, configuration)
+        write_json(folder / CONFIGURATION_FILE, pairs.configuration)
         record = {"kind": "random control", "seed": seed, "adapter_sha256": sha256_of(folder / ADAPTER_FILE)}
         write_json(folder / RECORD_FILE, record)
 
 
-def _random_pair(pairs: LowRankPairs, hub_name: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _random_pair(pairs: LowRankPairs, module: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Gaussian A ``(rank, in)`` and B ``(out, rank)``; the norm is shared evenly between them."""
     import torch
 
-    original = pairs[hub_name]
-    norm = original.norm()
-    generator = _generator(seed, hub_name)
-    a = torch.randn(original.a.shape, generator=generator)
-    b = torch.randn(original.b.shape, generator=generator)
-    factor = (norm / frobenius_of_product(a, b)) ** 0.5
-    return (a * factor).to(original.a.dtype), (b * factor).to(original.b.dtype)
+    right, left = pairs.read_pair(module)
+    experts = pairs.experts_in(module)
+    generator = _generator(seed, module)
+    a, b = torch.randn(right.shape, generator=generator), torch.randn(left.shape, generator=generator)
+    factor = (norm_of_pair(left, right, experts) / norm_of_pair(b, a, experts)) ** 0.5
+    return (a * factor).to(right.dtype), (b * factor).to(left.dtype)
 
 
-def _random_head(pairs: LowRankPairs, hub_name: str, seed: int, student: Checkpoint) -> Iterator[torch.Tensor]:
+def _random_head(pairs: LowRankPairs, architecture: Architecture, seed: int) -> Iterator[torch.Tensor]:
     """The student's head ``(V, d)`` plus Gaussian noise with the norm of the original's change, in blocks of rows."""
     import torch
 
-    new, base = pairs.read_whole(hub_name), base_head(student, pairs.whole[hub_name])
+    new, base, name = pairs.read_head(), base_head(architecture), architecture.head
 
     def noise(rows: slice) -> torch.Tensor:
         """Made twice from the same seed, so that it is never in memory as a whole."""
         count = rows.stop - rows.start
-        return torch.randn((count, base.shape[1]), generator=_generator(seed, f"{hub_name} {rows.start}"))
+        return torch.randn((count, base.shape[1]), generator=_generator(seed, f"{name} {rows.start}"))
 
     factor = change_norm(new, base) / norm_of_blocks(noise(rows) for rows in row_blocks(*base.shape))
-    return shifted(base, noise, factor, new.dtype, pairs.whole[hub_name].key)
+    return shifted(base, noise, factor, new.dtype, name)
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

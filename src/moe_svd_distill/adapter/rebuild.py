@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moe_svd_distill.adapter.adapter_file import adapter_header, read_json, shapes_of
-from moe_svd_distill.adapter.configuration import build_configuration
-from moe_svd_distill.adapter.inference import Inference, infer_family
+from moe_svd_distill.adapter.adapter_file import adapter_header, shapes_of
+from moe_svd_distill.adapter.configuration import build_configuration, plain_configuration
 from moe_svd_distill.adapter.key_repair import unmatched_keys
-from moe_svd_distill.adapter.pair_shapes import pair_shapes, whole_shapes
+from moe_svd_distill.adapter.keys import settle_keys
+from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
+from moe_svd_distill.adapter.pair_shapes import pair_shapes, whole_modules
+from moe_svd_distill.architecture.architecture import Architecture
+from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.errors import BadDataError
-from moe_svd_distill.families.registry import family_of
 
 
 def rebuild_configuration(
@@ -21,7 +23,8 @@ def rebuild_configuration(
 
     Args:
         adapter_file: The adapter's file or folder.
-        student: The student's folder. Without it the family is inferred from the names; `inference_of` says how.
+        student: The student's folder. Without it the configuration names the last part of each module's name alone:
+            right for models without experts, and for programs that read an adapter by the names of its tensors.
         base_model: What to write as the base model; the student's folder if not given.
 
     Raises:
@@ -29,35 +32,20 @@ def rebuild_configuration(
         BadDataError: PEFT matches none of the keys as they are named (nothing is renamed silently), or the tensors
             cannot be one adapter.
     """
-    shapes = shapes_of(adapter_header(adapter_file))
+    header = adapter_header(adapter_file)
+    shapes = shapes_of(header)
     _refuse_unmatched(shapes, adapter_file)
     if student is None:
-        guess = infer_family(_changed(shapes))
-        return build_configuration(shapes, guess.family, base_model=base_model or "", student_layers=guess.layers)
-    config = read_json(Path(student) / "config.json")
-    family = family_of(config, str(student))
-    geometry = family.geometry(config)
+        ranks = {module: pair.rank for module, pair in pair_shapes(shapes).items()}
+        return plain_configuration(ranks, base_model=base_model or "", whole=tuple(whole_modules(shapes)))
+    architecture = Architecture(open_checkpoint(student))
+    pairs = LowRankPairs(header.file, architecture, configured=False)
     return build_configuration(
-        shapes,
-        family,
+        settle_keys(architecture),
+        {name: pairs.rank(name) for name in pairs},
         base_model=base_model or str(student),
-        student_layers=geometry.layers,
-        tied_embeddings=geometry.tied_embeddings,
+        whole_head=pairs.head is not None,
     )
-
-
-def inference_of(adapter_file: Path | str) -> Inference:
-    """What `rebuild_configuration` assumes about the student when none is given.
-
-    Raises:
-        MissingInputError: There is no such file.
-        BadDataError: The keys are not PEFT's, or no known family has all of the tensors.
-    """
-    return infer_family(_changed(shapes_of(adapter_header(adapter_file))))
-
-
-def _changed(shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    return [*pair_shapes(shapes), *whole_shapes(shapes)]
 
 
 def _refuse_unmatched(keys: dict[str, tuple[int, ...]], adapter_file: Path | str) -> None:

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
-from moe_svd_distill.adapter.naming import EMBEDDING
 from moe_svd_distill.adapter.rewriting import Addition
 from moe_svd_distill.adapter.whole_head import replaced_blocks
+from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.checkpoints.files import json_object, locate, read_small
 from moe_svd_distill.checkpoints.layout import CONFIG, INDEX
@@ -21,17 +21,17 @@ from moe_svd_distill.checkpoints.layout import CONFIG, INDEX
 Added = tuple[Path, Addition]
 
 
-def added_head(pairs: LowRankPairs, checkpoint: Checkpoint) -> Added | None:
+def added_head(pairs: LowRankPairs, architecture: Architecture) -> Added | None:
     """The head saved whole and the weights file to add it to, which is that of the embeddings, in their dtype.
 
     None where nothing is saved whole, or where the student has the tensor already.
     """
-    for name, shape in pairs.whole.items():
-        if name not in checkpoint:
-            info = checkpoint[EMBEDDING]
-            blocks = replaced_blocks(pairs.read_whole(name), checkpoint.read(EMBEDDING).dtype, name)
-            return info.file, Addition(name, info.dtype, (shape.rows, shape.columns), blocks)
-    return None
+    checkpoint, name = architecture.checkpoint, architecture.head
+    if pairs.head is None or name in checkpoint:
+        return None
+    info, head = checkpoint[architecture.embedding], pairs.read_head()
+    blocks = replaced_blocks(head, checkpoint.read(architecture.embedding).dtype, name)
+    return info.file, Addition(name, info.dtype, (head.shape[0], head.shape[1]), blocks)
 
 
 def untied_files(checkpoint: Checkpoint, addition: Added | None) -> Mapping[str, bytes]:
@@ -41,7 +41,10 @@ def untied_files(checkpoint: Checkpoint, addition: Added | None) -> Mapping[str,
         checkpoint: The tied student.
         addition: What its files lack, if they do.
     """
-    changed = {CONFIG: _json(checkpoint.config | {"tie_word_embeddings": False})}
+    config = dict(checkpoint.config)
+    if isinstance(text := config.get("text_config"), dict) and "tie_word_embeddings" in text:
+        config["text_config"] = text | {"tie_word_embeddings": False}
+    changed = {CONFIG: _json(config | {"tie_word_embeddings": False})}
     if addition is not None and (checkpoint.folder / INDEX).exists():
         file, head = addition
         index = json_object(read_small(locate(checkpoint.folder, INDEX)), INDEX, unique_keys=True)

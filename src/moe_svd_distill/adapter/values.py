@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moe_svd_distill.adapter.adapter_file import read_tensor
-from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.adapter.naming import parse_key
+from moe_svd_distill.checkpoints.header import Header
 from moe_svd_distill.errors import BadDataError
 
 if TYPE_CHECKING:
@@ -16,15 +16,15 @@ TAIL_BYTES = 4096
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
-def scan_values(pairs: LowRankPairs, *, digest_checked: bool) -> tuple[str, ...]:
+def scan_values(header: Header, *, digest_checked: bool) -> tuple[str, ...]:
     """Look at every value, one tensor at a time.
 
     Args:
-        pairs: The adapter.
+        header: Of the adapter's file.
         digest_checked: Whether the file is known to be complete; if not, a zero-filled tail is looked for.
 
     Returns:
-        Hub names of the pairs that are zero, sorted.
+        Modules of the pairs that are zero, sorted.
 
     Raises:
         BadDataError: A tensor has NaN or Inf, is not of a floating-point dtype, or breaks off into zeros; or a head
@@ -32,7 +32,7 @@ def scan_values(pairs: LowRankPairs, *, digest_checked: bool) -> tuple[str, ...]
     """
     zero: set[str] = set()
     broken_off, tail = "", 0  # the tensor that holds the file's last nonzero value, and the zero bytes behind it
-    for name, info in pairs.header.tensors.items():
+    for name, info in header.tensors.items():
         if info.dtype not in _DTYPES:
             raise BadDataError(
                 f"{name} is {info.dtype}, expected one of {', '.join(_DTYPES)}", "Write the adapter again"
@@ -41,12 +41,12 @@ def scan_values(pairs: LowRankPairs, *, digest_checked: bool) -> tuple[str, ...]
         _refuse_not_finite(name, tensor)
         filled = tensor.any(dim=1).nonzero()
         if not len(filled):
-            hub_name, side = parse_key(name)
+            module, side = parse_key(name)
             if side == "whole":
                 raise BadDataError(
                     f"{name} is zero throughout: a head of zeros says nothing", "Write the adapter again"
                 )
-            zero.add(hub_name)
+            zero.add(module)
             tail += info.bytes
             continue
         end = int(filled[-1])

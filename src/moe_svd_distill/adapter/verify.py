@@ -8,17 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE, CONFIGURATION_FILE, RECORD_FILE, read_json
-from moe_svd_distill.adapter.agreement import check_agreement
+from moe_svd_distill.adapter.adapter_file import (
+    ADAPTER_FILE,
+    CONFIGURATION_FILE,
+    RECORD_FILE,
+    adapter_header,
+    read_json,
+    shapes_of,
+)
 from moe_svd_distill.adapter.digest import sha256_of
-from moe_svd_distill.adapter.inference import infer_family
 from moe_svd_distill.adapter.load_check import LoadReport, check_loads
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
+from moe_svd_distill.adapter.pair_shapes import pair_shapes, whole_modules
 from moe_svd_distill.adapter.values import scan_values
-from moe_svd_distill.adapter.whole_change import WholeChange, changes_of_whole
+from moe_svd_distill.adapter.whole_change import WholeChange, change_of_head
+from moe_svd_distill.adapter.whole_head import student_of
 from moe_svd_distill.checkpoints import Checkpoint
-from moe_svd_distill.errors import BadDataError, MissingInputError, NothingToTransferError
-from moe_svd_distill.families.registry import family_of
+from moe_svd_distill.errors import BadDataError, MissingInputError, NothingToTransferError, UsageError
 
 
 @dataclass(frozen=True)
@@ -27,14 +33,14 @@ class VerifyReport:
 
     Attributes:
         pairs: Low-rank pairs.
-        zero_pairs: Hub names of those that change nothing.
+        zero_pairs: Modules of those that change nothing.
         scale: The factor PEFT multiplies every ``B @ A`` by.
         sha256: Digest of the tensors' file.
         digest_checked: Whether run.json recorded that digest, so that the file is known to be complete.
         load: What PEFT's load path did, or None where no student was at hand.
         transferred: False for an adapter that run.json declares to be scaled to zero.
         warnings: What is not wrong but should be known.
-        whole: Hub names of the tensors that are saved whole.
+        whole: Modules that are saved whole.
     """
 
     pairs: int
@@ -72,7 +78,8 @@ def verify(folder: Path | str, student: Checkpoint | Path | str | None = None) -
     place = Path(folder)
     if not place.is_dir():
         raise MissingInputError(f"{place} is not a folder", "Give the adapter's folder")
-    pairs = LowRankPairs(place)
+    header = adapter_header(place)
+    pairs, whole = pair_shapes(shapes_of(header)), tuple(whole_modules(shapes_of(header)))
     configuration = read_json(place / CONFIGURATION_FILE)
     record = read_json(place / RECORD_FILE) if (place / RECORD_FILE).exists() else {}
     digest, warnings = sha256_of(place / ADAPTER_FILE), []
@@ -84,40 +91,48 @@ def verify(folder: Path | str, student: Checkpoint | Path | str | None = None) -
         )
     if recorded is None:
         warnings.append(f"{RECORD_FILE} records no digest: a half-written file cannot be told from a complete one")
-    config, source = _student_config(student, configuration)
-    if config is None:
-        guess = infer_family([*pairs, *pairs.whole])
-        family, load = guess.family, None
-        warnings.append(f"the load check was left out, because {guess.statement}")
+    folder_or_config = _student(student, configuration)
+    load = None if folder_or_config is None else check_loads(place, folder_or_config)
+    scale = 1.0
+    if load is None:
+        warnings.append("whether PEFT loads every tensor was not checked, because no student was given")
     else:
-        family, load = family_of(config, source), check_loads(place, config)
-    agreement = check_agreement(pairs.shapes, family, configuration, pairs.whole)
-    scale = _common_scale(agreement.scales, _intended_scale(record, configuration) if recorded else None)
+        scale = _common_scale(load.scales, _intended_scale(record, configuration) if recorded else None)
     if scale != 1.0:
         warnings.append(f"PEFT multiplies every pair by {scale:g}")
-    zero = scan_values(pairs, digest_checked=recorded is not None)
-    changes = changes_of_whole(pairs, student, configuration)
-    warnings += [change.note for change in changes if change.note]
-    transferred = _check_effect(pairs, zero, record, changes)
+    zero = scan_values(header, digest_checked=recorded is not None)
+    change = _change_of_head(place, student, configuration) if whole else None
+    warnings += [change.note] if change and change.note else []
+    if whole and change is None:
+        warnings.append(f"{whole[0]} is saved whole; whether it differs from the student's was not checked")
+    transferred = _check_effect(len(pairs), zero, record, whole, change)
     if zero and transferred:
         warnings.append(f"{len(zero)} of {len(pairs)} pairs are zero and change nothing")
     complete = recorded is not None
-    return VerifyReport(
-        len(pairs), zero, scale, digest, complete, load, transferred, tuple(warnings), tuple(sorted(pairs.whole))
-    )
+    return VerifyReport(len(pairs), zero, scale, digest, complete, load, transferred, tuple(warnings), whole)
 
 
-def _student_config(
-    student: Checkpoint | Path | str | None, configuration: Mapping[str, Any]
-) -> tuple[dict[str, Any] | None, str]:
+def _student(student: Checkpoint | Path | str | None, configuration: Mapping[str, Any]) -> dict[str, Any] | Path | None:
+    """The student's configuration or its folder; None where there is none at hand."""
     if isinstance(student, Checkpoint):
-        return student.config, student.source
+        return student.config
     if student is not None:
-        return read_json(Path(student) / "config.json"), str(student)
+        return Path(student)
     named = configuration.get("base_model_name_or_path")
     if isinstance(named, str) and named and (Path(named) / "config.json").is_file():
-        return read_json(Path(named) / "config.json"), named
-    return None, ""
+        return Path(named)
+    return None
+
+
+def _change_of_head(
+    folder: Path, student: Checkpoint | Path | str | None, configuration: Mapping[str, Any]
+) -> WholeChange | None:
+    """What a head saved whole changes; None where the student's own is not at hand."""
+    try:
+        architecture = student_of(student, configuration, "a comparison")
+    except (UsageError, MissingInputError):  # config.json may be all there is of the student
+        return None
+    return change_of_head(LowRankPairs(folder, architecture), architecture)
 
 
 def _intended_scale(record: Mapping[str, Any], configuration: Mapping[str, Any]) -> float:
@@ -141,30 +156,26 @@ def _common_scale(scales: Mapping[str, float], intended: float | None) -> float:
 
 
 def _check_effect(
-    pairs: LowRankPairs, zero: tuple[str, ...], record: Mapping[str, Any], whole: tuple[WholeChange, ...]
+    pairs: int, zero: tuple[str, ...], record: Mapping[str, Any], whole: tuple[str, ...], change: WholeChange | None
 ) -> bool:
     """Whether the adapter changes the student; an adapter that does not must have declared it.
 
     A head saved whole that could not be compared is believed to be what run.json says, or a change if it says nothing.
     """
     declared = record.get("transferred") is False
-    replaced = any(change.relative for change in whole)
-    unknown = any(change.relative is None for change in whole)
-    if len(zero) == len(pairs) and not replaced:
-        if unknown:
+    replaced = change is not None and change.relative > 0
+    if len(zero) == pairs and not replaced:
+        if whole and change is None:
             return not declared
         if not declared:
             raise NothingToTransferError(
-                f"all {len(pairs)} pairs are zero: the adapter changes nothing",
+                f"all {pairs} pairs are zero: the adapter changes nothing",
                 "Run the distillation again with another teacher or method",
             )
         return False
     if declared:
-        changed = f"{len(pairs) - len(zero)} pairs are not zero" + (
-            " and a head saved whole differs" if replaced else ""
-        )
+        changed = f"{pairs - len(zero)} pairs are not zero" + (" and a head saved whole differs" if replaced else "")
         raise BadDataError(
-            f"{RECORD_FILE} declares that nothing was transferred, but {changed}",
-            "Run the distillation again",
+            f"{RECORD_FILE} declares that nothing was transferred, but {changed}", "Run the distillation again"
         )
     return True

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moe_svd_distill.adapter.blocks import row_blocks
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
-from moe_svd_distill.adapter.whole_head import base_head, change_norm, norm_of_blocks, student_of
-from moe_svd_distill.checkpoints import Checkpoint
-from moe_svd_distill.errors import MissingInputError, UsageError
+from moe_svd_distill.adapter.whole_head import base_head, change_norm, norm_of_blocks
+from moe_svd_distill.architecture.architecture import Architecture
 
 if TYPE_CHECKING:
     import torch
@@ -24,35 +21,41 @@ _MUCH = 0.05
 
 @dataclass(frozen=True)
 class WholeChange:
-    """What one tensor saved whole changes.
+    """What a head that is saved whole changes.
 
     Attributes:
-        relative: ``‖W' - W‖ / ‖W‖``; None where the student's own tensor was not at hand to compare with.
-        rounding: The expected norm of the rounding of W' to its stored dtype, as a share of ``‖W' - W‖``; None as
-            above, or where nothing changes.
+        relative: ``‖W' - W‖ / ‖W‖``.
+        rounding: The expected norm of the rounding of W' to its stored dtype, as a share of ``‖W' - W‖``; None where
+            nothing changes.
         note: What a reader should know, or nothing.
     """
 
-    hub_name: str
-    relative: float | None
+    relative: float
     rounding: float | None
     note: str = ""
 
 
-def changes_of_whole(
-    pairs: LowRankPairs, student: Checkpoint | Path | str | None, configuration: Mapping[str, Any]
-) -> tuple[WholeChange, ...]:
-    """Compare every tensor that an adapter saves whole with the student's own.
-
-    Args:
-        pairs: The adapter.
-        student: The student, its folder, or None for the base model that the configuration names, if it lies here.
-        configuration: The content of adapter_config.json.
+def change_of_head(pairs: LowRankPairs, architecture: Architecture) -> WholeChange | None:
+    """Compare a head that an adapter saves whole with the student's own; None where it saves none.
 
     Raises:
-        BadDataError: The student's head has another shape, or is not stored as floating-point numbers.
+        BadDataError: The student's head is not stored as floating-point numbers.
     """
-    return tuple(_change(pairs, name, student, configuration) for name in pairs.whole)
+    if pairs.head is None:
+        return None
+    base, new, dtype = base_head(architecture), pairs.read_head(), pairs.header.tensors[pairs.head].dtype
+    name = architecture.head
+    change, size = change_norm(new, base), norm_of_blocks(base[rows] for rows in row_blocks(*base.shape))
+    if not change:
+        return WholeChange(0.0, None, f"{name} is saved whole and is the student's own: it changes nothing")
+    rounding = rounding_norm(new, SIGNIFICANT_BITS[dtype]) / change
+    note = ""
+    if rounding > _MUCH:
+        note = (
+            f"{name} is saved whole in {dtype} and differs from the student's by {change / size:.2%} of its norm: "
+            f"rounding alone makes about {rounding:.0%} of that; a LoRA pair would keep the change"
+        )
+    return WholeChange(change / size if size else math.inf, rounding, note)
 
 
 def rounding_norm(values: torch.Tensor, bits: int) -> float:
@@ -67,25 +70,3 @@ def rounding_norm(values: torch.Tensor, bits: int) -> float:
         (values[rows].float().view(torch.int32) & 0x7F800000).view(torch.float32) for rows in row_blocks(*values.shape)
     )
     return norm_of_blocks(powers) * 2.0 ** (1 - bits) / math.sqrt(12)
-
-
-def _change(
-    pairs: LowRankPairs, name: str, student: Checkpoint | Path | str | None, configuration: Mapping[str, Any]
-) -> WholeChange:
-    try:
-        base = base_head(student_of(student, configuration, "a comparison"), pairs.whole[name])
-    except (UsageError, MissingInputError):  # config.json may be all there is of the student
-        note = f"{name} is saved whole; whether it differs from the student's was not checked, as that is not at hand"
-        return WholeChange(name, None, None, note)
-    new, dtype = pairs.read_whole(name), pairs.header.tensors[pairs.whole[name].key].dtype
-    change, size = change_norm(new, base), norm_of_blocks(base[rows] for rows in row_blocks(*base.shape))
-    if not change:
-        return WholeChange(name, 0.0, None, f"{name} is saved whole and is the student's own: it changes nothing")
-    rounding = rounding_norm(new, SIGNIFICANT_BITS[dtype]) / change
-    note = ""
-    if rounding > _MUCH:
-        note = (
-            f"{name} is saved whole in {dtype} and differs from the student's by {change / size:.2%} of its norm: "
-            f"rounding alone makes about {rounding:.0%} of that; a LoRA pair would keep the change"
-        )
-    return WholeChange(name, change / size if size else math.inf, rounding, note)

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.adapter.blocks import row_blocks
-from moe_svd_distill.adapter.naming import EMBEDDING, HEAD
-from moe_svd_distill.adapter.pair_shapes import WholeShape
+from moe_svd_distill.architecture.architecture import Architecture
+from moe_svd_distill.architecture.skeleton import HEAD
 from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint
 from moe_svd_distill.errors import BadDataError, UsageError
-from moe_svd_distill.families.registry import family_of
 
 if TYPE_CHECKING:
     import torch
@@ -24,71 +23,62 @@ if TYPE_CHECKING:
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def student_of(student: Checkpoint | Path | str | None, configuration: Mapping[str, Any], purpose: str) -> Checkpoint:
-    """The student whose head is the base: the one given, else the base model of the configuration if it lies here.
+def student_of(student: Checkpoint | Path | str | None, configuration: Mapping[str, Any], purpose: str) -> Architecture:
+    """The student an adapter is for: the one given, else the base model of its configuration if that lies here.
 
     Args:
         student: What the caller was given.
         configuration: The content of adapter_config.json.
-        purpose: What the base is needed for, in the words of an error.
+        purpose: What the student is needed for, in the words of an error.
 
     Raises:
         UsageError: There is none at hand.
     """
     if isinstance(student, Checkpoint):
-        return student
+        return Architecture(student)
     named = configuration.get("base_model_name_or_path")
     if student is None and isinstance(named, str) and named and (Path(named) / "config.json").is_file():
         student = named
     if student is None:
-        raise UsageError(
-            f"{purpose} needs the student's own {HEAD}, because the adapter saves it whole, and no student is at hand",
-            "Give the student",
-        )
-    return open_checkpoint(student)
+        raise UsageError(f"{purpose} needs the student, and none is at hand", "Give the student")
+    return Architecture(open_checkpoint(student))
 
 
-def base_name(checkpoint: Checkpoint, hub_name: str) -> str:
+def base_name(architecture: Architecture) -> str:
     """The tensor that holds the student's own head: the embeddings where the two are tied.
 
     Raises:
-        BadDataError: The student has no such tensor, or is tied in config.json and has another head in its files.
+        BadDataError: The student is tied in config.json and has another head in its files.
     """
-    tied = family_of(checkpoint.config, checkpoint.source).geometry(checkpoint.config).tied_embeddings
-    name = EMBEDDING if tied else hub_name
-    if name not in checkpoint:
-        raise BadDataError(f"{checkpoint.source} has no {name}", "Use the student the adapter was made for")
-    if tied and hub_name in checkpoint:
-        import torch
+    if not architecture.tied:
+        return architecture.head
+    import torch
 
-        if not torch.equal(checkpoint.read(hub_name), checkpoint.read(EMBEDDING)):
-            raise BadDataError(
-                f"{checkpoint.source} ties its head to its embeddings in config.json, but {hub_name} and {EMBEDDING} "
-                "differ in its files: loaders disagree on which counts",
-                "Set tie_word_embeddings to what is meant, or remove the tensor that is not used",
-            )
-    return name
+    checkpoint, embedding = architecture.checkpoint, architecture.embedding
+    for source in architecture.stored.of_part[HEAD]:
+        for _, name in source.hub_names:
+            if name != embedding and not torch.equal(checkpoint.read(name), checkpoint.read(embedding)):
+                raise BadDataError(
+                    f"{checkpoint.source} ties its head to its embeddings in config.json, but {name} and {embedding} "
+                    "differ in its files: loaders disagree on which counts",
+                    "Set tie_word_embeddings to what is meant, or remove the tensor that is not used",
+                )
+    return embedding
 
 
-def base_head(checkpoint: Checkpoint, shape: WholeShape) -> torch.Tensor:
+def base_head(architecture: Architecture) -> torch.Tensor:
     """The student's own head ``(V, d)`` as stored; the rest of the student may be quantised.
 
     Raises:
-        BadDataError: It is not there, has another shape, or is not stored as floating-point numbers.
+        BadDataError: It is not stored as floating-point numbers.
     """
-    info = checkpoint[base_name(checkpoint, shape.hub_name)]
-    if info.shape != (shape.rows, shape.columns):
-        raise BadDataError(
-            f"{info.name} is {'×'.join(map(str, info.shape))} in the student, the adapter's head saved whole is "
-            f"{shape.rows}×{shape.columns}",
-            "Use the student the adapter was made for",
-        )
+    info = architecture.checkpoint[base_name(architecture)]
     if info.dtype not in FLOATS:
         raise BadDataError(
             f"{info.name} is {info.dtype} in the student, expected one of {', '.join(FLOATS)}",
             "Use the unquantised student",
         )
-    return checkpoint.read(info.name)
+    return architecture.checkpoint.read(info.name)
 
 
 def change_norm(new: torch.Tensor, base: torch.Tensor) -> float:

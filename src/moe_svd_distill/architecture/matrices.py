@@ -57,6 +57,11 @@ class Matrix:
         return found
 
     @property
+    def experts(self) -> int:
+        """How many experts the parameter holds; 1 where it is one matrix."""
+        return 1 if self.piece.index is None else self.slot.shape[0]
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns, (out, in)."""
         rows, columns = self.within(self.parameter.data).shape

@@ -67,6 +67,46 @@ class TensorSource:
         made = converter.convert(self.first_name, model=names, config=names.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
+    def restore(self, made: Mapping[str, Tensor], names: Any) -> dict[str, Tensor]:
+        """The stored tensors that `convert` makes these from: the same values in the checkpoint's arrangement.
+
+        Args:
+            made: Name in memory to values, for every slot.
+            names: As for `convert`.
+
+        Raises:
+            BadDataError: transformers' operation cannot be undone.
+        """
+        reverse = copy.deepcopy(self.converter).reverse_transform()
+        tensors: dict[str, Any] = {
+            pattern: [made[slot.name]] for pattern, slot in zip(reverse.source_patterns, self.slots, strict=False)
+        }
+        order = {pattern: place for place, pattern in enumerate(self.converter.source_patterns)}
+        hub_names = [name for _, name in sorted(self.hub_names, key=lambda taken: order.get(taken[0], 0))]
+        try:
+            for operation in reverse.operations:
+                tensors = operation.convert(
+                    tensors,
+                    source_patterns=reverse.source_patterns,
+                    target_patterns=reverse.target_patterns,
+                    full_layer_name=self.first_name,
+                    model=names,
+                    config=names.config,
+                )
+            found = [value[0] if isinstance(value, list) else value for value in tensors.values()]
+            stored = dict(zip(hub_names, found, strict=True))
+            again = self.convert((stored[name] for _, name in self.hub_names), names)
+        except Exception as error:
+            raise BadDataError(
+                f"transformers cannot undo how it makes {self.first_name}: {error}",
+                "Load the adapter with PEFT instead",
+            ) from error
+        if not all(torch.equal(again[name], value) for name, value in made.items()):
+            raise BadDataError(
+                f"transformers does not undo how it makes {self.first_name}", "Load the adapter with PEFT instead"
+            )
+        return stored
+
 
 class CheckpointMap:
     """The sources of every part.

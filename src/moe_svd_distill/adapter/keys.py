@@ -1,0 +1,296 @@
+"""Under which keys an adapter holds the pairs of a model's matrices: settled by asking PEFT, pair by pair.
+
+The hub's names come first, because other programs read them: one pair for each stored matrix. Where PEFT does not bring
+such a pair to its parameter, the parameter gets one pair under PEFT's own name; where that does not arrive either, or
+PEFT refuses the module, it is left out and named. Layers of the same make are settled by one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_svd_distill.adapter.fused import Factors, expert_factors, fuse, fused_rank
+from moe_svd_distill.adapter.naming import lora_keys
+from moe_svd_distill.adapter.peft_model import LoraTarget, hold_values, load, lora_targets, wrap
+from moe_svd_distill.architecture.architecture import Architecture
+from moe_svd_distill.architecture.matrices import Kind, Matrix
+from moe_svd_distill.architecture.skeleton import build_on_meta
+from moe_svd_distill.errors import BadDataError
+
+_RANK = 2
+"""Of the pairs that PEFT is asked about."""
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A parameter that an adapter can change.
+
+    Attributes:
+        parameter: Its name in memory.
+        names: The matrices in it.
+        matrices: The same as they lie in it; none for the head and the embeddings.
+        as_parameter: Whether PEFT is told the parameter's name rather than its module's.
+        own_keys: Whether each matrix has a pair of its own under its stored name; else the parameter has one pair under
+            PEFT's name for it.
+        embedding: Whether it is the table of the token embeddings.
+    """
+
+    parameter: str
+    names: tuple[str, ...]
+    matrices: tuple[Matrix, ...]
+    as_parameter: bool
+    own_keys: bool
+    embedding: bool = False
+
+    @property
+    def module(self) -> str:
+        """Its module's name."""
+        return self.parameter.rpartition(".")[0]
+
+    @property
+    def entry(self) -> str:
+        """What PEFT is told."""
+        return self.parameter if self.as_parameter else self.module
+
+    def rank(self, rank_of: Callable[[str], int]) -> int:
+        """The rank PEFT needs for it."""
+        return fused_rank(self.matrices, rank_of) if self.matrices else rank_of(self.names[0])
+
+    def fused(self, factors_of: Callable[[str], Factors]) -> Factors:
+        """``(B, A)`` of the whole parameter."""
+        return fuse(self.matrices, factors_of) if self.matrices else factors_of(self.names[0])
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterKeys:
+    """What a PEFT adapter of a model can change, and how it is written.
+
+    Attributes:
+        architecture: The model.
+        targets: Parameter to how it is written, the head and the embeddings included.
+        left_out: Name of a matrix, or of another stored tensor of the layers, to why no pair can change it.
+    """
+
+    architecture: Architecture
+    targets: Mapping[str, Target]
+    left_out: Mapping[str, str]
+
+    @property
+    def layers(self) -> Iterator[Target]:
+        """The targets in the decoder layers."""
+        return (target for target in self.targets.values() if target.matrices)
+
+    def matrices(self) -> dict[str, Matrix]:
+        """Every matrix of the layers that a pair can change, by name."""
+        return {matrix.name: matrix for target in self.layers for matrix in target.matrices}
+
+    def changed_by(self, names: Collection[str]) -> list[Target]:
+        """The parameters in which matrices of these names lie.
+
+        Raises:
+            BadDataError: No adapter can hold a pair of one of them.
+        """
+        wanted = set(names)
+        found = [target for target in self.targets.values() if not wanted.isdisjoint(target.names)]
+        if lacking := wanted - {name for target in found for name in target.names}:
+            name = min(lacking)
+            reason = self.left_out.get(name, "the model has no such matrix")
+            raise BadDataError(f"{name}: no adapter can hold a pair of it: {reason}", "Leave the pair out")
+        return found
+
+    def without(self, reasons: Mapping[str, str]) -> AdapterKeys:
+        """The same with fewer parameters.
+
+        Args:
+            reasons: Parameter to why it is left out.
+        """
+        kept = {name: target for name, target in self.targets.items() if name not in reasons}
+        gone = {name: reasons[key] for key in reasons for name in self.targets[key].names}
+        return replace(self, targets=kept, left_out={**self.left_out, **gone})
+
+    def with_one_pair_a_parameter(self) -> AdapterKeys:
+        """The same with every parameter of experts written under PEFT's own name."""
+        changed = {
+            name: replace(target, own_keys=target.own_keys and len(target.names) == 1)
+            for name, target in self.targets.items()
+        }
+        return replace(self, targets=changed)
+
+
+def settle_keys(architecture: Architecture) -> AdapterKeys:
+    """Ask PEFT about one layer of each make, the head and the embeddings.
+
+    Raises:
+        BadDataError: PEFT can wrap nothing of the model.
+    """
+    candidates = {name: _candidate(name, matrices) for name, matrices in architecture.parameters.items()}
+    make_of, asked = _makes(architecture, candidates)
+    ends = _ends(architecture)
+    settled, reasons = _Asking(architecture, {**{name: candidates[name] for name in asked}, **ends}).settle()
+    targets: dict[str, Target] = {}
+    left_out: dict[str, str] = dict(architecture.matrices.left_out)
+    for name, candidate in {**candidates, **ends}.items():
+        model = make_of.get(name, name)
+        if model in settled:
+            like = settled[model]
+            targets[name] = replace(candidate, as_parameter=like.as_parameter, own_keys=like.own_keys)
+        else:
+            left_out |= dict.fromkeys(candidate.names, reasons[model])
+    return AdapterKeys(architecture, targets, left_out)
+
+
+def _candidate(name: str, matrices: tuple[Matrix, ...]) -> Target:
+    as_parameter = matrices[0].kind is not Kind.LINEAR
+    own_keys = all(matrix.stored for matrix in matrices)
+    return Target(name, tuple(matrix.name for matrix in matrices), matrices, as_parameter, own_keys)
+
+
+def _ends(architecture: Architecture) -> dict[str, Target]:
+    head, embedding = architecture.head_slot.name, architecture.embedding_slot.name
+    return {
+        head: Target(head, (architecture.head,), (), as_parameter=False, own_keys=True),
+        embedding: Target(embedding, (architecture.embedding,), (), as_parameter=False, own_keys=True, embedding=True),
+    }
+
+
+def _makes(architecture: Architecture, candidates: Mapping[str, Target]) -> tuple[dict[str, str], list[str]]:
+    """Parameter to the one that stands for it, and those that do: layers of like names and shapes are of one make."""
+    prefix = architecture.skeleton.prefix
+    layers: dict[int, list[Target]] = {}
+    for target in candidates.values():
+        layers.setdefault(int(target.matrices[0].part), []).append(target)
+    first: dict[frozenset[object], int] = {}
+    make_of: dict[str, str] = {}
+    for layer, targets in sorted(layers.items()):
+        tails = {target.parameter.removeprefix(f"{prefix}{layer}."): target for target in targets}
+        look = frozenset((tail, target.matrices[0].slot.shape, len(target.names)) for tail, target in tails.items())
+        model = first.setdefault(look, layer)
+        make_of |= {target.parameter: f"{prefix}{model}.{tail}" for tail, target in tails.items()}
+    return make_of, sorted(set(make_of.values()))
+
+
+class _Asking:
+    """Questions to PEFT about some parameters, each with random pairs of its own."""
+
+    def __init__(self, architecture: Architecture, targets: Mapping[str, Target]) -> None:
+        self._architecture = architecture
+        self._targets = dict(targets)
+        self._reasons: dict[str, str] = {}
+        generator = torch.Generator().manual_seed(0)
+        self._factors: dict[str, Factors] = {}
+        for target in targets.values():
+            shapes = [matrix.shape for matrix in target.matrices] or [self._end_shape(target)]
+            for name, (rows, columns) in zip(target.names, shapes, strict=True):
+                draw = [torch.randn(shape, generator=generator) for shape in ((rows, _RANK), (_RANK, columns))]
+                self._factors[name] = draw[0], draw[1]
+
+    def settle(self) -> tuple[dict[str, Target], dict[str, str]]:
+        """The parameters that take a pair, and why the others do not."""
+        self._name_what_is_rewritten()
+        for keys in ("stored names", "PEFT's own names"):
+            for name in self._not_arriving():
+                if keys == "stored names" and self._targets[name].own_keys:
+                    self._targets[name] = replace(self._targets[name], own_keys=False)
+                else:
+                    self._leave_out(name, "PEFT loses its pair, under the stored name and under its own")
+        return self._targets, self._reasons
+
+    def _name_what_is_rewritten(self) -> None:
+        """Linear maps that PEFT takes for experts of older models (peft#3711) are named as parameters instead."""
+        self._leave_out_refused()
+        found = {target.parameter for target in lora_targets(self._wrapped(self._targets.values()))}
+        for name in set(self._targets) - found:
+            self._targets[name] = replace(self._targets[name], as_parameter=True)
+        found = {target.parameter for target in lora_targets(self._wrapped(self._targets.values()))}
+        for name in set(self._targets) - found:
+            self._leave_out(name, "PEFT finds no module or parameter of this name")
+
+    def _leave_out_refused(self) -> None:
+        """PEFT refuses some modules by name, such as the output projections of Mamba layers."""
+        try:
+            self._wrapped(self._targets.values())
+        except BadDataError:
+            tails: dict[str, list[str]] = {}
+            for name in self._targets:
+                tails.setdefault(".".join(name.split(".")[-2:]), []).append(name)
+            for names in tails.values():
+                try:
+                    self._wrapped([self._targets[name] for name in names])
+                except BadDataError as error:
+                    for name in names:
+                        self._leave_out(name, error.what)
+
+    def _not_arriving(self) -> list[str]:
+        """The parameters whose pairs PEFT does not bring to them as they are meant."""
+        wrapped = self._wrapped(self._targets.values())
+        found = {target.parameter: target for target in lora_targets(wrapped)}
+        tensors: dict[str, Tensor] = {}
+        for name, target in self._targets.items():
+            tensors |= entries(target, found[name], self._factors.__getitem__)
+        hold_values(wrapped)
+        load(wrapped, tensors)
+        return [name for name, target in self._targets.items() if not self._arrived(target, found[name])]
+
+    def _arrived(self, target: Target, found: LoraTarget) -> bool:
+        right, left = found.factors
+        if right.is_meta or left.is_meta:
+            return False
+        meant = target.fused(self._factors.__getitem__)
+        if target.embedding:
+            meant = meant[1].T, meant[0].T
+        if meant[0].shape != left.shape or meant[1].shape != right.shape:
+            return False
+        experts = target.matrices[0].experts if target.matrices else 1
+        probe = torch.randn(right.shape[1], generator=torch.Generator().manual_seed(1))
+        for number in range(experts):
+            got, wanted = (expert_factors(*pair, experts, number) for pair in ((left, right), meant))
+            if not torch.allclose(got[0] @ (got[1] @ probe), wanted[0] @ (wanted[1] @ probe), rtol=1e-3, atol=1e-3):
+                return False
+        return True
+
+    def _wrapped(self, targets: Iterable[Target]) -> Any:
+        from moe_svd_distill.adapter.configuration import peft_configuration
+
+        model = build_on_meta(
+            self._architecture.config,
+            self._architecture.checkpoint.source,
+            torch.float32,
+            text_only=self._architecture.text_only,
+        )
+        return wrap(model, peft_configuration(list(targets), lambda name: _RANK))
+
+    def _leave_out(self, name: str, reason: str) -> None:
+        del self._targets[name]
+        self._reasons[name] = reason
+
+    def _end_shape(self, target: Target) -> tuple[int, int]:
+        slot = self._architecture.skeleton.slots[target.parameter]
+        return slot.shape[0], slot.shape[1]
+
+
+def entries(target: Target, found: LoraTarget, factors_of: Callable[[str], Factors]) -> dict[str, Tensor]:
+    """The adapter's tensors of a parameter, by key.
+
+    Args:
+        target: How it is written.
+        found: What PEFT makes of it.
+        factors_of: Matrix name to ``(B, A)``.
+    """
+    if not target.own_keys:
+        return _pair(found.keys, target, *target.fused(factors_of))
+    tensors: dict[str, Tensor] = {}
+    for name in target.names:
+        keys = lora_keys(name.removesuffix(".weight"), embedding=target.embedding)
+        tensors |= _pair(keys, target, *factors_of(name))
+    return tensors
+
+
+def _pair(keys: tuple[str, str], target: Target, left: Tensor, right: Tensor) -> dict[str, Tensor]:
+    """PEFT keeps the pair of embeddings transposed: A (rank, vocabulary), B (hidden, rank)."""
+    a, b = (left.T, right.T) if target.embedding else (right, left)
+    return {keys[0]: a.contiguous(), keys[1]: b.contiguous()}

@@ -1,0 +1,159 @@
+"""PEFT asked: what it makes of a configuration, and where the tensors of an adapter arrive, on a model without memory.
+
+PEFT drops what it does not recognise without an error, and rewrites names for some architectures; so what an adapter
+does is never deduced from its names here, but seen in the model that PEFT has wrapped.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_svd_distill.adapter.adapter_file import CONFIGURATION_FILE, read_json
+from moe_svd_distill.adapter.naming import lora_keys
+from moe_svd_distill.errors import BadDataError
+
+NAME = "default"
+_ACTION = "Make adapter_config.json again with adapter-config, or write the adapter again"
+
+
+@dataclass(frozen=True, eq=False)
+class LoraTarget:
+    """What PEFT has put around one parameter.
+
+    Attributes:
+        parameter: The parameter's name in the model as it was before.
+        layer: PEFT's module.
+        module: What PEFT calls it; its keys in an adapter's file begin so.
+        embedding: Whether its factors are named ``lora_embedding_A`` and ``lora_embedding_B``.
+    """
+
+    parameter: str
+    layer: Any
+    module: str
+    embedding: bool
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """``(A, B)`` as PEFT holds them."""
+        if self.embedding:
+            return self.layer.lora_embedding_A[NAME], self.layer.lora_embedding_B[NAME]
+        return self.layer.lora_A[NAME].weight, self.layer.lora_B[NAME].weight
+
+    @property
+    def keys(self) -> tuple[str, str]:
+        """The keys of both factors, as PEFT itself would save them."""
+        return lora_keys(self.module, embedding=self.embedding)
+
+    @property
+    def scale(self) -> float:
+        """The factor of ``B @ A``."""
+        return float(self.layer.scaling[NAME])
+
+
+def read_configuration(folder: Path) -> Any:
+    """An adapter's adapter_config.json as PEFT reads it.
+
+    Raises:
+        MissingInputError: There is none.
+        BadDataError: PEFT does not read it, or it is of another kind than LoRA.
+    """
+    from peft import PeftConfig
+
+    path = folder / CONFIGURATION_FILE
+    fields = read_json(path)
+    if fields.get("peft_type") != "LORA":
+        raise BadDataError(f"{path}: peft_type is {fields.get('peft_type')!r}, expected 'LORA'", _ACTION)
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:
+        raise BadDataError(f"{path}: not a configuration that PEFT reads: {error}", _ACTION) from error
+
+
+def wrap(model: Any, configuration: Any) -> Any:
+    """The model as PEFT wraps it, changed in place; its factors have no memory.
+
+    Args:
+        model: On the meta device.
+        configuration: A ``PeftConfig``; PEFT rewrites the copy it is given.
+
+    Raises:
+        BadDataError: PEFT refuses the configuration.
+    """
+    from peft import PeftModel
+
+    try:
+        with torch.device("meta"), _settled_warnings():
+            return PeftModel(model, copy.deepcopy(configuration), adapter_name=NAME, low_cpu_mem_usage=True)
+    except Exception as error:
+        raise BadDataError(f"PEFT cannot load the adapter: {first_line(error)}", _ACTION) from error
+
+
+def hold_values(wrapped: Any) -> None:
+    """Let loaded factors keep their values, which PEFT moves to where the base weight lies: that has no memory."""
+    for target in lora_targets(wrapped):
+        base, attribute = target.layer.get_base_layer(), target.parameter.rpartition(".")[2]
+        base._parameters[attribute] = nn.Parameter(torch.empty(0), requires_grad=False)
+
+
+def load(wrapped: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Let PEFT fill a wrapped model, as ``PeftModel.from_pretrained`` does after it has read the tensors.
+
+    Returns:
+        PEFT's lists of missing and unexpected keys.
+
+    Raises:
+        BadDataError: A shape differs, or PEFT cannot take what it is given.
+    """
+    from peft import set_peft_model_state_dict
+
+    try:
+        with _settled_warnings():
+            return set_peft_model_state_dict(wrapped, dict(tensors), adapter_name=NAME, low_cpu_mem_usage=True)
+    except Exception as error:
+        raise BadDataError(f"PEFT cannot load the adapter: {first_line(error)}", _ACTION) from error
+
+
+def lora_targets(wrapped: Any) -> Iterator[LoraTarget]:
+    """Everything that PEFT has put a pair around."""
+    from peft.tuners.lora import Embedding, LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+
+    for name, module in wrapped.base_model.model.named_modules():
+        if isinstance(module, LoraLayer):
+            attribute = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
+            parameter = f"{name.replace('.base_layer', '')}.{attribute}"
+            yield LoraTarget(parameter, module, name, isinstance(module, Embedding))
+
+
+def replaced_modules(wrapped: Any) -> tuple[str, ...]:
+    """The modules that PEFT keeps a second copy of, to be used instead of the base model's."""
+    from peft.utils import ModulesToSaveWrapper
+
+    modules = wrapped.base_model.model.named_modules()
+    return tuple(name for name, module in modules if isinstance(module, ModulesToSaveWrapper))
+
+
+def first_line(error: Exception) -> str:
+    """The first line of torch's list of size mismatches that names a key, or the whole message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    mismatches = [line for line in lines if line.startswith("size mismatch")]
+    if mismatches:
+        return mismatches[0] + (f" (and {len(mismatches) - 1} more)" if len(mismatches) > 1 else "")
+    return " ".join(lines) or type(error).__name__
+
+
+@contextmanager
+def _settled_warnings() -> Iterator[None]:
+    """PEFT warns about names that it does use, such as rank patterns of parameters; what counts is checked after."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
