@@ -28,23 +28,19 @@ def build_configuration(
 
     Args:
         keys: What an adapter of the model can change.
-        ranks: Name of a matrix to the rank of its pair, the head and the embeddings included. A parameter that holds
-            several matrices needs a pair for each.
+        ranks: Parameter to the rank that PEFT needs for it, the head and the embeddings included.
         base_model: The student, as a hub id or a folder.
         whole_head: Whether the head is saved whole.
         revision: The student's revision on the hub.
 
     Raises:
-        BadDataError: The pairs cannot be one adapter of the model, and why.
+        BadDataError: A pair of tied embeddings.
     """
     architecture = keys.architecture
-    refuse_tied(architecture, ranks, whole_head)
-    targets = keys.changed_by(ranks)
-    for target in targets:
-        refuse_incomplete(target, ranks)
-    model = architecture.skeleton.model
-    every = [name for name, _ in model.named_modules()], list(architecture.skeleton.slots)
-    configuration = _configuration(targets, ranks.__getitem__, base_model, revision)
+    targets = [keys.targets[name] for name in keys.targets if name in ranks]
+    refuse_tied(architecture, (name for target in targets for name in target.names), whole_head)
+    every = [name for name, _ in architecture.skeleton.model.named_modules()], list(architecture.skeleton.slots)
+    configuration = _configuration(targets, ranks, base_model, revision)
     for place, names in zip(("target_modules", "target_parameters"), every, strict=True):
         configuration[place] = short_names(configuration[place], names, least=1 + (place == "target_parameters"))
     if whole_head:
@@ -54,10 +50,15 @@ def build_configuration(
 
 
 def peft_configuration(targets: Sequence[Target], rank_of: Callable[[str], int]) -> Any:
-    """The same as PEFT's object, with every name in full."""
+    """The same as PEFT's object, with every name in full.
+
+    Args:
+        targets: The parameters.
+        rank_of: Matrix to the rank of its pair.
+    """
     from peft import LoraConfig
 
-    fields = _configuration(targets, rank_of, "", None)
+    fields = _configuration(targets, {target.parameter: target.rank(rank_of) for target in targets}, "", None)
     fields = {name: value for name, value in fields.items() if name != "peft_type"}
     return LoraConfig(**{**fields, "target_parameters": fields["target_parameters"] or None})
 
@@ -161,13 +162,13 @@ def rank_and_scale(configuration: Mapping[str, Any], name: str) -> tuple[int, fl
 
 
 def _configuration(
-    targets: Sequence[Target], rank_of: Callable[[str], int], base_model: str, revision: str | None
+    targets: Sequence[Target], ranks: Mapping[str, int], base_model: str, revision: str | None
 ) -> dict[str, Any]:
-    ranks = {target.entry: target.rank(rank_of) for target in targets}
-    single = [rank_of(name) for target in targets if target.matrices for name in target.names]
+    by_entry = {target.entry: ranks[target.parameter] for target in targets}
+    inside = [ranks[target.parameter] for target in targets if target.matrices]
     modules = [target.entry for target in targets if not target.as_parameter]
     parameters = [target.entry for target in targets if target.as_parameter]
-    return _fields(modules, parameters, ranks, single or list(ranks.values()), base_model, revision)
+    return _fields(modules, parameters, by_entry, inside or list(by_entry.values()), base_model, revision)
 
 
 def _fields(

@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_svd_distill.adapter.fused import Factors, expert_factors, fuse, fused_rank
 from moe_svd_distill.adapter.naming import lora_keys
-from moe_svd_distill.adapter.peft_model import LoraTarget, hold_values, load, lora_targets, wrap
+from moe_svd_distill.adapter.peft_model import NAME, LoraTarget, hold_values, load, lora_targets, wrap
 from moe_svd_distill.architecture.architecture import Architecture
+from moe_svd_distill.architecture.called import never_called
 from moe_svd_distill.architecture.matrices import Kind, Matrix
 from moe_svd_distill.architecture.skeleton import build_on_meta
 from moe_svd_distill.errors import BadDataError
@@ -191,6 +192,7 @@ class _Asking:
 
     def settle(self) -> tuple[dict[str, Target], dict[str, str]]:
         """The parameters that take a pair, and why the others do not."""
+        self._leave_out_never_called()
         self._name_what_is_rewritten()
         for keys in ("stored names", "PEFT's own names"):
             for name in self._not_arriving():
@@ -199,6 +201,16 @@ class _Asking:
                 else:
                     self._leave_out(name, "PEFT loses its pair, under the stored name and under its own")
         return self._targets, self._reasons
+
+    def _leave_out_never_called(self) -> None:
+        """What PEFT puts around a module acts when the module is called."""
+        inside = {name: target for name, target in self._targets.items() if target.matrices}
+        layers = 1 + max((int(target.matrices[0].part) for target in inside.values()), default=0)
+        modules = {target.module for target in inside.values()}
+        silent = never_called(self._architecture.skeleton, modules, layers)
+        for name, target in inside.items():
+            if target.module in silent:
+                self._leave_out(name, "its module is never called: unmerged, a pair would change nothing")
 
     def _name_what_is_rewritten(self) -> None:
         """Linear maps that PEFT takes for experts of older models (peft#3711) are named as parameters instead."""
@@ -234,7 +246,11 @@ class _Asking:
             tensors |= entries(target, found[name], self._factors.__getitem__)
         hold_values(wrapped)
         load(wrapped, tensors)
-        return [name for name, target in self._targets.items() if not self._arrived(target, found[name])]
+        lost = [name for name, target in self._targets.items() if not self._arrived(target, found[name])]
+        for name, target in list(self._targets.items()):
+            if target.embedding and name not in lost and not _adds_to_rows(found[name]):
+                self._leave_out(name, "PEFT adds its pair to what the embeddings give, not to their rows")
+        return lost
 
     def _arrived(self, target: Target, found: LoraTarget) -> bool:
         right, left = found.factors
@@ -271,6 +287,34 @@ class _Asking:
     def _end_shape(self, target: Target) -> tuple[int, int]:
         slot = self._architecture.skeleton.slots[target.parameter]
         return slot.shape[0], slot.shape[1]
+
+
+@torch.no_grad()
+def _adds_to_rows(found: LoraTarget) -> bool:
+    """Whether embeddings with PEFT's pair around them give what embeddings with changed rows give, on a few rows.
+
+    Not so where an architecture does something to the rows that are looked up, such as normalising them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    layer, rows = found.layer, 4
+    base = layer.get_base_layer()
+    for module in base.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                shape = (rows, layer.out_features) if module is base and name == "weight" else parameter.shape
+                value = torch.randn(shape, generator=generator)
+                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.full(buffer.shape, 2.0).to(buffer.dtype)
+    base.padding_idx = None
+    factors = [torch.randn(shape, generator=generator) for shape in ((_RANK, rows), (layer.out_features, _RANK))]
+    for holder, factor in zip((layer.lora_embedding_A, layer.lora_embedding_B), factors, strict=True):
+        holder[NAME] = nn.Parameter(factor, requires_grad=False)
+    ids = torch.arange(rows)
+    got = layer(ids)
+    base.weight.add_((factors[1] @ factors[0]).T * found.scale)
+    return bool(torch.allclose(got, base(ids), rtol=1e-3, atol=1e-3))
 
 
 def entries(target: Target, found: LoraTarget, factors_of: Callable[[str], Factors]) -> dict[str, Tensor]:

@@ -87,7 +87,7 @@ def check_loads(
             raise MissingInputError(f"{Path(student) / 'config.json'} is not there", "Give the student's folder")
         config, source = read_json(Path(student) / "config.json"), str(student)
     model = build_on_meta(parse_config(config, source), source, text_only=text_only)
-    if model.config.get_text_config().tie_word_embeddings and not whole:
+    if getattr(model, "all_tied_weights_keys", None) and not whole:
         _refuse_tied(model, pair_shapes(shapes))
     wrapped = wrap(model, configuration)
     # Without its entry a key would fill the base model's own weight, and PEFT would report nothing.

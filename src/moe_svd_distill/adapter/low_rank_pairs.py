@@ -117,6 +117,10 @@ class LowRankPairs(Mapping[str, LowRankPair]):
             )
         return scale
 
+    def parameter_ranks(self) -> dict[str, int]:
+        """The rank of each changed parameter, as PEFT counts it."""
+        return {place.parameter: self._rank_of_parameter(place) for place in self._places.values()}
+
     def rank(self, name: str) -> int:
         """The rank of a matrix's pair, from the header."""
         place = self._places[name]
@@ -200,21 +204,22 @@ class LowRankPairs(Mapping[str, LowRankPair]):
         if self.configuration:
             configuration = read_configuration(self._folder)
         else:
-            configuration = LoraConfig(r=1, target_modules=[], target_parameters=self._likely(strangers))
+            modules, parameters = self._likely(strangers)
+            configuration = LoraConfig(r=1, target_modules=modules, target_parameters=parameters or None)
         return {target.module: target.parameter for target in lora_targets(wrap(model, configuration))}
 
-    def _likely(self, strangers: Mapping[str, PairShape]) -> list[str]:
-        """The parameters that pairs under PEFT's own names change, by their modules and shapes."""
-        slots = self._architecture.skeleton.slots
-        chosen: list[str] = []
+    def _likely(self, strangers: Mapping[str, PairShape]) -> tuple[list[str], list[str]]:
+        """The modules and parameters that pairs under PEFT's own names change, by their names and shapes."""
+        slots, modules, parameters = self._architecture.skeleton.slots, [], []
         for module, pair in strangers.items():
             base = module.replace(".base_layer", "")
+            if f"{base}.weight" in (self._architecture.head_slot.name, self._architecture.embedding_slot.name):
+                modules.append(base)
             inside = [name for name in self._architecture.parameters if name.rpartition(".")[0] == base]
             several = sum(other.replace(".base_layer", "") == base for other in strangers) > 1
-            chosen += [
-                name for name in inside if several or sorted(slots[name].shape[1:]) == sorted((pair.out, pair.width))
-            ]
-        return list(dict.fromkeys(chosen))
+            factors = sorted((pair.out, pair.width))
+            parameters += [name for name in inside if several or sorted(slots[name].shape[-2:]) == factors]
+        return modules, list(dict.fromkeys(parameters))
 
     def _check(self, name: str, place: _Place) -> None:
         slot = self._architecture.skeleton.slots[place.parameter]

@@ -42,7 +42,7 @@ def rebuild_configuration(
     pairs = LowRankPairs(header.file, architecture, configured=False)
     return build_configuration(
         settle_keys(architecture),
-        {name: pairs.rank(name) for name in pairs},
+        pairs.parameter_ranks(),
         base_model=base_model or str(student),
         whole_head=pairs.head is not None,
     )
