@@ -1,30 +1,22 @@
-"""Under which keys an adapter holds the pairs of a model's matrices: settled by asking PEFT, pair by pair.
+"""Under which keys an adapter holds the pairs of a model's matrices.
 
-The hub's names come first, because other programs read them: one pair for each stored matrix. Where PEFT does not bring
-such a pair to its parameter, the parameter gets one pair under PEFT's own name; where that does not arrive either, or
-PEFT refuses the module, it is left out and named. Layers of the same make are settled by one of them.
+A parameter is written in one of two ways: one pair for each stored matrix in it, under the stored names, or one pair
+for all of it under PEFT's own name. `settling` finds out which.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moe_svd_distill.adapter.fused import Factors, expert_factors, fuse, fused_rank
+from moe_svd_distill.adapter.fused import Factors, fuse, fused_rank
 from moe_svd_distill.adapter.naming import lora_keys
-from moe_svd_distill.adapter.peft_model import NAME, LoraTarget, hold_values, load, lora_targets, wrap
 from moe_svd_distill.architecture.architecture import Architecture
-from moe_svd_distill.architecture.called import never_called
-from moe_svd_distill.architecture.matrices import Kind, Matrix
-from moe_svd_distill.architecture.skeleton import build_on_meta
+from moe_svd_distill.architecture.matrices import Matrix
 from moe_svd_distill.errors import BadDataError
-
-_RANK = 2
-"""Of the pairs that PEFT is asked about."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,218 +115,60 @@ class AdapterKeys:
         return replace(self, targets=changed)
 
 
-def settle_keys(architecture: Architecture) -> AdapterKeys:
-    """Ask PEFT about one layer of each make, the head and the embeddings.
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A tensor of an adapter's file.
 
-    Raises:
-        BadDataError: PEFT can wrap nothing of the model.
+    Attributes:
+        key: Its name in the file.
+        shape: Its shape.
+        make: Makes it from a function of matrix name to ``(B, A)``.
     """
-    candidates = {name: _candidate(name, matrices) for name, matrices in architecture.parameters.items()}
-    make_of, asked = _makes(architecture, candidates)
-    ends = _ends(architecture)
-    settled, reasons = _Asking(architecture, {**{name: candidates[name] for name in asked}, **ends}).settle()
-    targets: dict[str, Target] = {}
-    left_out: dict[str, str] = dict(architecture.matrices.left_out)
-    for name, candidate in {**candidates, **ends}.items():
-        model = make_of.get(name, name)
-        if model in settled:
-            like = settled[model]
-            targets[name] = replace(candidate, as_parameter=like.as_parameter, own_keys=like.own_keys)
-        else:
-            left_out |= dict.fromkeys(candidate.names, reasons[model])
-    return AdapterKeys(architecture, targets, left_out)
+
+    key: str
+    shape: tuple[int, int]
+    make: Callable[[Callable[[str], Factors]], Tensor]
 
 
-def _candidate(name: str, matrices: tuple[Matrix, ...]) -> Target:
-    as_parameter = matrices[0].kind is not Kind.LINEAR
-    own_keys = all(matrix.stored for matrix in matrices)
-    return Target(name, tuple(matrix.name for matrix in matrices), matrices, as_parameter, own_keys)
-
-
-def _ends(architecture: Architecture) -> dict[str, Target]:
-    head, embedding = architecture.head_slot.name, architecture.embedding_slot.name
-    return {
-        head: Target(head, (architecture.head,), (), as_parameter=False, own_keys=True),
-        embedding: Target(embedding, (architecture.embedding,), (), as_parameter=False, own_keys=True, embedding=True),
-    }
-
-
-def _makes(architecture: Architecture, candidates: Mapping[str, Target]) -> tuple[dict[str, str], list[str]]:
-    """Parameter to the one that stands for it, and those that do: layers of like names and shapes are of one make."""
-    prefix = architecture.skeleton.prefix
-    layers: dict[int, list[Target]] = {}
-    for target in candidates.values():
-        layers.setdefault(int(target.matrices[0].part), []).append(target)
-    first: dict[frozenset[object], int] = {}
-    make_of: dict[str, str] = {}
-    for layer, targets in sorted(layers.items()):
-        tails = {target.parameter.removeprefix(f"{prefix}{layer}."): target for target in targets}
-        look = frozenset((tail, target.matrices[0].slot.shape, len(target.names)) for tail, target in tails.items())
-        model = first.setdefault(look, layer)
-        make_of |= {target.parameter: f"{prefix}{model}.{tail}" for tail, target in tails.items()}
-    return make_of, sorted(set(make_of.values()))
-
-
-class _Asking:
-    """Questions to PEFT about some parameters, each with random pairs of its own."""
-
-    def __init__(self, architecture: Architecture, targets: Mapping[str, Target]) -> None:
-        self._architecture = architecture
-        self._targets = dict(targets)
-        self._reasons: dict[str, str] = {}
-        generator = torch.Generator().manual_seed(0)
-        self._factors: dict[str, Factors] = {}
-        for target in targets.values():
-            shapes = [matrix.shape for matrix in target.matrices] or [self._end_shape(target)]
-            for name, (rows, columns) in zip(target.names, shapes, strict=True):
-                draw = [torch.randn(shape, generator=generator) for shape in ((rows, _RANK), (_RANK, columns))]
-                self._factors[name] = draw[0], draw[1]
-
-    def settle(self) -> tuple[dict[str, Target], dict[str, str]]:
-        """The parameters that take a pair, and why the others do not."""
-        self._leave_out_never_called()
-        self._name_what_is_rewritten()
-        for keys in ("stored names", "PEFT's own names"):
-            for name in self._not_arriving():
-                if keys == "stored names" and self._targets[name].own_keys:
-                    self._targets[name] = replace(self._targets[name], own_keys=False)
-                else:
-                    self._leave_out(name, "PEFT loses its pair, under the stored name and under its own")
-        return self._targets, self._reasons
-
-    def _leave_out_never_called(self) -> None:
-        """What PEFT puts around a module acts when the module is called."""
-        inside = {name: target for name, target in self._targets.items() if target.matrices}
-        layers = 1 + max((int(target.matrices[0].part) for target in inside.values()), default=0)
-        modules = {target.module for target in inside.values()}
-        silent = never_called(self._architecture.skeleton, modules, layers)
-        for name, target in inside.items():
-            if target.module in silent:
-                self._leave_out(name, "its module is never called: unmerged, a pair would change nothing")
-
-    def _name_what_is_rewritten(self) -> None:
-        """Linear maps that PEFT takes for experts of older models (peft#3711) are named as parameters instead."""
-        self._leave_out_refused()
-        found = {target.parameter for target in lora_targets(self._wrapped(self._targets.values()))}
-        for name in set(self._targets) - found:
-            self._targets[name] = replace(self._targets[name], as_parameter=True)
-        found = {target.parameter for target in lora_targets(self._wrapped(self._targets.values()))}
-        for name in set(self._targets) - found:
-            self._leave_out(name, "PEFT finds no module or parameter of this name")
-
-    def _leave_out_refused(self) -> None:
-        """PEFT refuses some modules by name, such as the output projections of Mamba layers."""
-        try:
-            self._wrapped(self._targets.values())
-        except BadDataError:
-            tails: dict[str, list[str]] = {}
-            for name in self._targets:
-                tails.setdefault(".".join(name.split(".")[-2:]), []).append(name)
-            for names in tails.values():
-                try:
-                    self._wrapped([self._targets[name] for name in names])
-                except BadDataError as error:
-                    for name in names:
-                        self._leave_out(name, error.what)
-
-    def _not_arriving(self) -> list[str]:
-        """The parameters whose pairs PEFT does not bring to them as they are meant."""
-        wrapped = self._wrapped(self._targets.values())
-        found = {target.parameter: target for target in lora_targets(wrapped)}
-        tensors: dict[str, Tensor] = {}
-        for name, target in self._targets.items():
-            tensors |= entries(target, found[name], self._factors.__getitem__)
-        hold_values(wrapped)
-        load(wrapped, tensors)
-        lost = [name for name, target in self._targets.items() if not self._arrived(target, found[name])]
-        for name, target in list(self._targets.items()):
-            if target.embedding and name not in lost and not _adds_to_rows(found[name]):
-                self._leave_out(name, "PEFT adds its pair to what the embeddings give, not to their rows")
-        return lost
-
-    def _arrived(self, target: Target, found: LoraTarget) -> bool:
-        right, left = found.factors
-        if right.is_meta or left.is_meta:
-            return False
-        meant = target.fused(self._factors.__getitem__)
-        if target.embedding:
-            meant = meant[1].T, meant[0].T
-        if meant[0].shape != left.shape or meant[1].shape != right.shape:
-            return False
-        experts = target.matrices[0].experts if target.matrices else 1
-        probe = torch.randn(right.shape[1], generator=torch.Generator().manual_seed(1))
-        for number in range(experts):
-            got, wanted = (expert_factors(*pair, experts, number) for pair in ((left, right), meant))
-            if not torch.allclose(got[0] @ (got[1] @ probe), wanted[0] @ (wanted[1] @ probe), rtol=1e-3, atol=1e-3):
-                return False
-        return True
-
-    def _wrapped(self, targets: Iterable[Target]) -> Any:
-        from moe_svd_distill.adapter.configuration import peft_configuration
-
-        model = build_on_meta(
-            self._architecture.config,
-            self._architecture.checkpoint.source,
-            torch.float32,
-            text_only=self._architecture.text_only,
-        )
-        return wrap(model, peft_configuration(list(targets), lambda name: _RANK))
-
-    def _leave_out(self, name: str, reason: str) -> None:
-        del self._targets[name]
-        self._reasons[name] = reason
-
-    def _end_shape(self, target: Target) -> tuple[int, int]:
-        slot = self._architecture.skeleton.slots[target.parameter]
-        return slot.shape[0], slot.shape[1]
-
-
-@torch.no_grad()
-def _adds_to_rows(found: LoraTarget) -> bool:
-    """Whether embeddings with PEFT's pair around them give what embeddings with changed rows give, on a few rows.
-
-    Not so where an architecture does something to the rows that are looked up, such as normalising them.
-    """
-    generator = torch.Generator().manual_seed(0)
-    layer, rows = found.layer, 4
-    base = layer.get_base_layer()
-    for module in base.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                shape = (rows, layer.out_features) if module is base and name == "weight" else parameter.shape
-                value = torch.randn(shape, generator=generator)
-                module._parameters[name] = nn.Parameter(value, requires_grad=False)
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                module._buffers[name] = torch.full(buffer.shape, 2.0).to(buffer.dtype)
-    base.padding_idx = None
-    factors = [torch.randn(shape, generator=generator) for shape in ((_RANK, rows), (layer.out_features, _RANK))]
-    for holder, factor in zip((layer.lora_embedding_A, layer.lora_embedding_B), factors, strict=True):
-        holder[NAME] = nn.Parameter(factor, requires_grad=False)
-    ids = torch.arange(rows)
-    got = layer(ids)
-    base.weight.add_((factors[1] @ factors[0]).T * found.scale)
-    return bool(torch.allclose(got, base(ids), rtol=1e-3, atol=1e-3))
-
-
-def entries(target: Target, found: LoraTarget, factors_of: Callable[[str], Factors]) -> dict[str, Tensor]:
-    """The adapter's tensors of a parameter, by key.
+def entries(keys: AdapterKeys, target: Target, module: str, rank_of: Callable[[str], int]) -> Iterator[Entry]:
+    """The adapter's tensors of a parameter.
 
     Args:
-        target: How it is written.
-        found: What PEFT makes of it.
-        factors_of: Matrix name to ``(B, A)``.
+        keys: Of the model.
+        target: The parameter.
+        module: What PEFT calls it.
+        rank_of: Matrix to the rank of its pair.
     """
-    if not target.own_keys:
-        return _pair(found.keys, target, *target.fused(factors_of))
-    tensors: dict[str, Tensor] = {}
-    for name in target.names:
-        keys = lora_keys(name.removesuffix(".weight"), embedding=target.embedding)
-        tensors |= _pair(keys, target, *factors_of(name))
-    return tensors
+    slot = keys.architecture.skeleton.slots[target.parameter]
+    if target.own_keys or not target.matrices:
+        shapes = {matrix.name: matrix.shape for matrix in target.matrices}
+        for name in target.names:
+            stem = name.removesuffix(".weight") if target.own_keys else module
+            rows, columns = shapes.get(name, (slot.shape[0], slot.shape[1]))
+            yield from _entries_of_pair(stem, target, rows, columns, rank_of(name), partial(_of_matrix, name))
+        return
+    experts, transposed = target.matrices[0].experts, target.matrices[0].transposed
+    out, width = slot.shape[-2:][::-1] if transposed else slot.shape[-2:]
+    yield from _entries_of_pair(module, target, out, width, experts * target.rank(rank_of), target.fused)
 
 
-def _pair(keys: tuple[str, str], target: Target, left: Tensor, right: Tensor) -> dict[str, Tensor]:
+def _of_matrix(name: str, factors_of: Callable[[str], Factors]) -> Factors:
+    return factors_of(name)
+
+
+def _entries_of_pair(
+    stem: str,
+    target: Target,
+    out: int,
+    width: int,
+    rank: int,
+    factors: Callable[[Callable[[str], Factors]], Factors],
+) -> Iterator[Entry]:
     """PEFT keeps the pair of embeddings transposed: A (rank, vocabulary), B (hidden, rank)."""
-    a, b = (left.T, right.T) if target.embedding else (right, left)
-    return {keys[0]: a.contiguous(), keys[1]: b.contiguous()}
+    key_a, key_b = lora_keys(stem, embedding=target.embedding)
+    if target.embedding:
+        yield Entry(key_a, (rank, out), lambda factors_of: factors(factors_of)[0].T)
+        yield Entry(key_b, (width, rank), lambda factors_of: factors(factors_of)[1].T)
+    else:
+        yield Entry(key_a, (rank, width), lambda factors_of: factors(factors_of)[1])
+        yield Entry(key_b, (out, rank), lambda factors_of: factors(factors_of)[0])

@@ -117,6 +117,10 @@ class LowRankPairs(Mapping[str, LowRankPair]):
             )
         return scale
 
+    def parameter(self, name: str) -> str:
+        """The parameter in memory that a matrix lies in."""
+        return self._places[name].parameter
+
     def parameter_ranks(self) -> dict[str, int]:
         """The rank of each changed parameter, as PEFT counts it."""
         return {place.parameter: self._rank_of_parameter(place) for place in self._places.values()}

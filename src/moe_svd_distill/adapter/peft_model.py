@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from moe_svd_distill.adapter.adapter_file import CONFIGURATION_FILE, read_json
 from moe_svd_distill.adapter.naming import lora_keys
+from moe_svd_distill.architecture.architecture import Architecture
+from moe_svd_distill.architecture.skeleton import build_on_meta
 from moe_svd_distill.errors import BadDataError
 
 NAME = "default"
@@ -102,6 +104,19 @@ def hold_values(wrapped: Any) -> None:
     for target in lora_targets(wrapped):
         base, attribute = target.layer.get_base_layer(), target.parameter.rpartition(".")[2]
         base._parameters[attribute] = nn.Parameter(torch.empty(0), requires_grad=False)
+
+
+def modules_of(architecture: Architecture, configuration: Mapping[str, Any]) -> dict[str, str]:
+    """Parameter to what PEFT calls it, for a configuration of an adapter.
+
+    Raises:
+        BadDataError: PEFT refuses the configuration.
+    """
+    from peft import LoraConfig
+
+    fields = {name: value for name, value in configuration.items() if name != "peft_type"}
+    model = build_on_meta(architecture.config, architecture.checkpoint.source, text_only=architecture.text_only)
+    return {target.parameter: target.module for target in lora_targets(wrap(model, LoraConfig(**fields)))}
 
 
 def load(wrapped: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -8,9 +8,9 @@ from typing import Any
 from moe_svd_distill.adapter.adapter_file import adapter_header, shapes_of
 from moe_svd_distill.adapter.configuration import build_configuration, plain_configuration
 from moe_svd_distill.adapter.key_repair import unmatched_keys
-from moe_svd_distill.adapter.keys import settle_keys
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.adapter.pair_shapes import pair_shapes, whole_modules
+from moe_svd_distill.adapter.settling import settle_keys
 from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.errors import BadDataError

@@ -23,7 +23,8 @@ def load_model(folder: str | Path, device: str = "cpu", dtype: torch.dtype | Non
     No code from the folder is run and nothing is fetched.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from moe_svd_distill.architecture.skeleton import model_class, parse_config
 
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -32,8 +33,9 @@ def load_model(folder: str | Path, device: str = "cpu", dtype: torch.dtype | Non
         dtype = default_dtype(device)
     require_memory(folder, device, dtype)
     try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         with _no_progress_bar():
-            model = AutoModelForCausalLM.from_pretrained(
+            model = model_class(parse_config(config, str(folder))).from_pretrained(
                 str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
             )
     except DistillError:

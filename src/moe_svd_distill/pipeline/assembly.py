@@ -1,4 +1,4 @@
-"""Putting an adapter together in the staging area: tensors from parts, configuration from their shapes."""
+"""Putting an adapter together in the staging area: pairs from parts, written under the keys that PEFT takes."""
 
 from __future__ import annotations
 
@@ -6,27 +6,32 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_svd_distill.adapter import build_configuration, lora_keys, whole_key
-from moe_svd_distill.execution.consolidation import consolidate
+from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE, CONFIGURATION_FILE
+from moe_svd_distill.adapter.configuration import build_configuration
+from moe_svd_distill.adapter.keys import Target, entries
+from moe_svd_distill.adapter.naming import whole_key
+from moe_svd_distill.adapter.peft_model import modules_of
+from moe_svd_distill.execution.consolidation import Parts, Planned, write_tensors
 from moe_svd_distill.execution.parts import PartContent, write_part
 from moe_svd_distill.execution.publish import OutputFolder, write_json_atomic
 from moe_svd_distill.execution.tensor_file import read_header
-from moe_svd_distill.pipeline.pair import ModelPair
+from moe_svd_distill.pipeline.pair import Model, ModelPair
 from moe_svd_distill.pipeline.scale import ScaleDecision
 from moe_svd_distill.recipe import Recipe
+from moe_svd_distill.streaming.groups import group_of
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from moe_svd_distill.adapter.fused import Factors
     from moe_svd_distill.fitting.rank import HeadRank
     from moe_svd_distill.pipeline.fitted import Fitted
 
-ADAPTER = "adapter_model.safetensors"
-CONFIGURATION = "adapter_config.json"
 _WHOLE = "whole"
 
 
@@ -47,34 +52,101 @@ class Ingredients:
 
 def stage_adapter(output: OutputFolder, recipe: Recipe, pair: ModelPair, made_of: Ingredients) -> str:
     """Write adapter and configuration to the staging area; returns the adapter's sha256."""
-    layout = pair.student.layout
-    head_name = layout.find("head") or "lm_head.weight"
-    bodies = [part for part in made_of.parts if made_of.head is None or not _only(part, head_name)]
-    parts = [*bodies, *([made_of.head] if made_of.head else [])]
-    slots = [slot for part in parts for slot in read_header(part).slots]
-    configuration = build_configuration(
-        {peft_key(slot.name): slot.shape for slot in slots},
-        layout.family,
-        base_model=base_model(pair),
-        student_layers=layout.geometry.layers,
-        tied_embeddings=layout.geometry.tied_embeddings,
-    )
-    # PEFT multiplies B·A by alpha / r. With an alpha of the user's own, B carries the inverse: the product stays.
-    peft_scale = 1.0 if recipe.alpha is None else recipe.alpha / configuration["r"]
-    if recipe.alpha is not None:
-        scaled = {key: rank * peft_scale for key, rank in configuration["alpha_pattern"].items()}
-        configuration |= {"lora_alpha": recipe.alpha, "alpha_pattern": scaled}
-    fitted = {peft_key(slot.name) for slot in read_header(made_of.head).slots} if made_of.head else set()
+    import torch
 
-    def scale(key: str, tensor: Tensor) -> Tensor:
-        if not _is_b(key):
-            return tensor
-        return tensor * ((1.0 if key in fitted else made_of.scale.factor_of(key)) / peft_scale)
-
-    unchanged = peft_scale == 1.0 and not made_of.scale.changes
-    digest = consolidate(parts, output.staged(ADAPTER), rename=peft_key, scale=None if unchanged else scale)
-    write_json_atomic(output.staged(CONFIGURATION), configuration)
+    student = pair.student
+    head, keys = student.architecture.head, student.keys
+    bodies = [part for part in made_of.parts if made_of.head is None or not _only(part, head)]
+    with Parts([*bodies, *([made_of.head] if made_of.head else [])]) as parts:
+        fitted = {slot.name for slot in read_header(made_of.head).slots} if made_of.head else set()
+        pairs = _Pairs(student, parts, fitted, made_of.scale, getattr(torch, recipe.dtype))
+        targets = [target for target in keys.targets.values() if pairs.changes(target)]
+        ranks = {target.parameter: target.rank(pairs.rank) for target in targets}
+        whole = f"{head}#{_WHOLE}" in parts
+        configuration = build_configuration(keys, ranks, base_model=base_model(pair), whole_head=whole)
+        planned: dict[str, Planned] = {}
+        # PEFT multiplies B·A by alpha / r. With an alpha of the user's own, B carries the inverse: the product stays.
+        if recipe.alpha is not None:
+            scale = recipe.alpha / configuration["r"]
+            scaled = {key: rank * scale for key, rank in configuration["alpha_pattern"].items()}
+            configuration |= {"lora_alpha": recipe.alpha, "alpha_pattern": scaled}
+            pairs.divisor = scale
+        modules = modules_of(student.architecture, configuration) if any(not t.own_keys for t in targets) else {}
+        for target in targets:
+            for entry in entries(keys, target, modules.get(target.parameter, ""), pairs.rank):
+                planned[entry.key] = Planned(entry.shape, pairs.dtype, partial(entry.make, pairs.factors))
+        if whole:
+            slot = parts.slots[f"{head}#{_WHOLE}"]
+            module = student.architecture.head_slot.name.removesuffix(".weight")
+            kind = parts[slot.name].dtype
+            planned[whole_key(module)] = Planned(slot.shape, kind, lambda: parts[slot.name])
+        digest = write_tensors(planned, output.staged(ADAPTER_FILE))
+    write_json_atomic(output.staged(CONFIGURATION_FILE), configuration)
     return digest
+
+
+class _Pairs:
+    """The pairs of a student's matrices from parts, scaled; zeros for what lies beside them in a parameter.
+
+    Attributes:
+        divisor: What B is divided by, because PEFT will multiply by it.
+    """
+
+    divisor = 1.0
+
+    def __init__(
+        self, student: Model, parts: Parts, fitted: set[str], scale: ScaleDecision, dtype: torch.dtype
+    ) -> None:
+        self._student, self._parts, self._fitted, self._scale, self.dtype = student, parts, fitted, scale, dtype
+        self._names = {name.rpartition("#")[0] for name in parts if not name.endswith(f"#{_WHOLE}")}
+        self._target_of = {name: target for target in student.keys.targets.values() for name in target.names}
+        self._rank_of: dict[str, int] = {}
+
+    def changes(self, target: Target) -> bool:
+        """Whether a part has a pair of any matrix of a parameter."""
+        return any(self._own_rank(name) for name in target.names)
+
+    def rank(self, name: str) -> int:
+        """The rank of a matrix's pair: the largest of those that have to be alike, because experts share one pair."""
+        if name not in self._rank_of:
+            target = self._target_of[name]
+            begin_of = {matrix.name: matrix.piece.begin for matrix in target.matrices}
+            alike = [other for other in target.names if begin_of.get(other) == begin_of.get(name)]
+            others = target.names if not any(map(self._own_rank, alike)) else alike
+            largest = max(map(self._own_rank, others))
+            self._rank_of |= dict.fromkeys(alike, largest)
+        return self._rank_of[name]
+
+    def factors(self, name: str) -> Factors:
+        """``(B, A)`` of a matrix as it is to be stored."""
+        import torch
+
+        target, rank = self._target_of[name], self.rank(name)
+        if name in self._names:
+            right, left = self._parts[f"{name}#A"], self._parts[f"{name}#B"]
+            if target.embedding:  # kept transposed, as PEFT does
+                left, right = right.T, left.T
+        else:
+            shape = next(matrix.shape for matrix in target.matrices if matrix.name == name)
+            left, right = torch.zeros(shape[0], 0, dtype=self.dtype), torch.zeros(0, shape[1], dtype=self.dtype)
+        factor = 1.0 if f"{name}#B" in self._fitted else self._scale.scales.get(group_of(target.parameter), 1.0)
+        left = left * (factor / self.divisor) if factor != self.divisor else left
+        return _padded(left, 1, rank).to(self.dtype), _padded(right, 0, rank).to(self.dtype)
+
+    def _own_rank(self, name: str) -> int:
+        if name not in self._names:
+            return 0
+        slot = self._parts.slots[f"{name}#A"]
+        return slot.shape[0]
+
+
+def _padded(factor: Tensor, dimension: int, rank: int) -> Tensor:
+    import torch
+
+    lacking = rank - factor.shape[dimension]
+    if not lacking:
+        return factor
+    return torch.nn.functional.pad(factor, (0, lacking) if dimension == 1 else (0, 0, 0, lacking))
 
 
 def write_head_part(folder: Path, pair: ModelPair, recipe: Recipe, fitted: Fitted, alone: bool) -> Path:
@@ -86,19 +158,19 @@ def write_head_part(folder: Path, pair: ModelPair, recipe: Recipe, fitted: Fitte
         recipe: What is asked for.
         fitted: The head.
         alone: Whether nothing else is in the adapter. PEFT loads no adapter without any pair, so a head saved whole
-            then gets the company of one pair of zeros per layer.
+            then gets the company of a pair of zeros.
     """
     import torch
 
-    layout = pair.student.layout
-    name = layout.find("head") or "lm_head.weight"
+    student, architecture = pair.student, pair.student.architecture
+    name = architecture.head
     left, right = fitted.factors
     tensors: dict[str, torch.Tensor]
     if head_is_whole(recipe, pair):
-        base = pair.student.checkpoint.read(layout.find("head") or str(layout.find("embedding")))
+        base = student.checkpoint.read(architecture.embedding if architecture.tied else name)
         tensors = {f"{name}#{_WHOLE}": (base.float() + fitted.delta).to(base.dtype)}
         if alone and not fitted.pairs:
-            tensors |= _zero_pairs(pair, getattr(torch, recipe.dtype))
+            tensors |= _zero_pair(student, getattr(torch, recipe.dtype))
     else:
         tensors = {f"{name}#A": right, f"{name}#B": left}
     for matrix, (left, right) in fitted.pairs.items():
@@ -110,26 +182,16 @@ def write_head_part(folder: Path, pair: ModelPair, recipe: Recipe, fitted: Fitte
     return write_part(folder, f"head-{digest.hexdigest()[:32]}", PartContent(tensors, record))
 
 
-def asked_head_rank(recipe: Recipe, pair: ModelPair) -> HeadRank:
+def asked_head_rank(recipe: Recipe, head: str) -> HeadRank:
     """The rank asked for the fitted head: the last matching pattern's, else the head's."""
-    name = pair.student.layout.find("head") or "lm_head.weight"
-    matching = [rank for pattern, rank in recipe.ranks.items() if fnmatchcase(name, pattern)]
+    matching = [rank for pattern, rank in recipe.ranks.items() if fnmatchcase(head, pattern)]
     return matching[-1] if matching else recipe.head_rank
 
 
 def head_is_whole(recipe: Recipe, pair: ModelPair) -> bool:
     """Whether the fitted head is saved whole."""
-    tied = pair.student.layout.geometry.tied_embeddings
+    tied = pair.student.architecture.tied
     return recipe.head_format == "whole" or (recipe.head_format == "auto" and tied)
-
-
-def peft_key(name: str) -> str:
-    """The adapter's key of a tensor in a part."""
-    hub_name, _, side = name.rpartition("#")
-    if side == _WHOLE:
-        return whole_key(hub_name)
-    key_a, key_b = lora_keys(hub_name)
-    return key_a if side == "A" else key_b
 
 
 def base_model(pair: ModelPair) -> str:
@@ -139,26 +201,14 @@ def base_model(pair: ModelPair) -> str:
     return str(folder.resolve()) if folder.is_dir() else source.partition("@")[0]
 
 
-def _only(part: Path, hub_name: str) -> bool:
-    """Whether a part holds pairs of this tensor and of no other."""
-    names = {slot.name.rpartition("#")[0] for slot in read_header(part).slots}
-    return names == {hub_name}
+def _only(part: Path, name: str) -> bool:
+    """Whether a part holds pairs of this matrix and of no other."""
+    return {slot.name.rpartition("#")[0] for slot in read_header(part).slots} == {name}
 
 
-def _zero_pairs(pair: ModelPair, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _zero_pair(student: Model, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     import torch
 
-    layout = pair.student.layout
-    tensors: dict[str, torch.Tensor] = {}
-    for layer in range(layout.geometry.layers):
-        name = layout.find("attention.q", layer)
-        if name is None:
-            continue
-        rows, columns = pair.student.shapes[name]
-        tensors[f"{name}#A"] = torch.zeros(1, columns, dtype=dtype)
-        tensors[f"{name}#B"] = torch.zeros(rows, 1, dtype=dtype)
-    return tensors
-
-
-def _is_b(key: str) -> bool:
-    return key.endswith((".lora_B.weight", ".lora_embedding_B"))
+    name, matrix = next(iter(student.keys.matrices().items()))
+    rows, columns = matrix.shape
+    return {f"{name}#A": torch.zeros(1, columns, dtype=dtype), f"{name}#B": torch.zeros(rows, 1, dtype=dtype)}

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from moe_svd_distill.families import Carrier
 from moe_svd_distill.fitting.check import figures_by_document
 from moe_svd_distill.fitting.head import HeadFit, HeadFitSettings, fit_head
 from moe_svd_distill.fitting.last_layers import LayerSource
@@ -25,6 +24,7 @@ from moe_svd_distill.fitting.source import StateSource
 from moe_svd_distill.pipeline.assembly import asked_head_rank
 from moe_svd_distill.pipeline.fitted import Fitted
 from moe_svd_distill.pipeline.preparation import available_cores, library_versions
+from moe_svd_distill.pipeline.ranks import trained_ranks
 from moe_svd_distill.pipeline.states import Body, Report, StateReader
 from moe_svd_distill.streaming import PassSettings, load_head, load_last_layers
 
@@ -89,7 +89,6 @@ class _Calibration:
         self.settings = PassSettings(devices)
         self.dtype: torch.dtype = getattr(torch, recipe.dtype)
         self.ranks: dict[str, int] = {}
-        self.fixed: list[str] = []
 
     def run(self) -> Fitted:
         begin = time.monotonic()
@@ -99,7 +98,7 @@ class _Calibration:
         choice = choose_rank(
             fitted.delta,
             fitted.metric,
-            asked_head_rank(self.recipe, self.pair),
+            asked_head_rank(self.recipe, self.pair.student.architecture.head),
             source.check(),
             self.student,
             self.teacher,
@@ -142,7 +141,7 @@ class _Calibration:
 
     def source(self) -> StateSource | LayerSource:
         """The states to fit on: from files, or through the last layers."""
-        layers = self.pair.student.layout.geometry.layers
+        layers = self.pair.student.architecture.layers
         self.last = 0 if self.body is not None else min(self.recipe.last_layers, layers)
         self.states = StateReader(
             self.recipe, self.pair, self.text, self.body, self.settings, self.cache, self.last, self.report, self.stack
@@ -154,15 +153,8 @@ class _Calibration:
     def layer_source(self) -> LayerSource:
         student = self.pair.student
         layers = load_last_layers(student.checkpoint, self.last, self.fit_text.student.length, self.device)
-        first = student.layout.geometry.layers - self.last
-        self.ranks = {
-            name: self.recipe.rank_of(name, meaning.role.role, (student.shapes[name][0], student.shapes[name][1]))
-            for name, meaning in student.layout.meanings.items()
-            if meaning.layer is not None and meaning.layer >= first and meaning.role.carrier is not Carrier.NONE
-        }
-        movable = {weight.name for weight in layers.weights}
-        self.fixed = sorted(set(self.ranks) - movable)
-        self.ranks = {name: rank for name, rank in self.ranks.items() if name in movable}
+        count = student.architecture.layers
+        self.ranks = trained_ranks(self.recipe, student, range(count - self.last, count))
         assert self.states.check_rows is not None
         states = self.states.fit
         return LayerSource(
@@ -256,7 +248,6 @@ class _Calibration:
             "last_layers_reason": "" if self.body is None else "the weights stage has changed every layer already",
             "last_layers_step_size": source.rate if isinstance(source, LayerSource) else None,
             "last_layers_matrices": len(self.ranks),
-            "last_layers_fixed": self.fixed,
             "scale": scale,
             **asdict(choice),
             "full_rank": min(fitted.delta.shape),

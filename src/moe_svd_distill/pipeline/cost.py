@@ -14,7 +14,7 @@ from moe_svd_distill.pipeline.assembly import asked_head_rank, head_is_whole
 from moe_svd_distill.pipeline.copying import for_fit, for_training
 from moe_svd_distill.pipeline.pair import Model, ModelPair
 from moe_svd_distill.pipeline.preparation import execution_settings
-from moe_svd_distill.pipeline.ranks import trained_numbers, trained_ranks
+from moe_svd_distill.pipeline.ranks import trained_numbers, trained_ranks, trained_shapes
 from moe_svd_distill.pipeline.steps import epochs, optimiser_steps, sequence_length
 from moe_svd_distill.pipeline.texts import longest_sequence
 from moe_svd_distill.recipe import Recipe
@@ -134,8 +134,9 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
     student_operations = (8 if resident is False else 6) * body * trained + 6 * head * trained
     student_operations += 2 * (body + head) * measured
     widths = teacher.layout.geometry.hidden * read + student.layout.geometry.hidden * read_by_student
-    factors = trained_numbers(student.shapes, ranks)
-    stored = sum(rank * sum(student.shapes[name]) for name, rank in ranks.items())  # padded where a side is smaller
+    shapes = trained_shapes(student, ranks)
+    factors = trained_numbers(shapes, ranks)
+    stored = sum(rank * sum(shapes[name]) for name, rank in ranks.items())  # padded where a side is smaller
     processes = len(placed.devices) if placed else len(execution_settings(recipe).devices)
     pass_bytes = 0
     if resident is False:
@@ -248,10 +249,10 @@ def _head_bytes(recipe: Recipe, pair: ModelPair) -> int:
     geometry = pair.student.layout.geometry
     rows, columns = geometry.vocabulary, geometry.hidden
     if head_is_whole(recipe, pair):
-        layout = pair.student.layout
-        stored = pair.student.checkpoint[layout.find("head") or str(layout.find("embedding"))]
+        architecture = pair.student.architecture
+        stored = pair.student.checkpoint[architecture.embedding if architecture.tied else architecture.head]
         return rows * columns * BYTES_PER_ELEMENT[stored.dtype]
-    asked = asked_head_rank(recipe, pair)
+    asked = asked_head_rank(recipe, pair.student.architecture.head)
     rank = min(columns, SERVED_RANKS[-1]) if asked == "auto" else columns if asked == "full" else int(asked)
     return rank * (rows + columns) * BYTES[recipe.dtype]
 

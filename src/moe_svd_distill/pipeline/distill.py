@@ -8,19 +8,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_svd_distill.adapter import check_loads
+from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE
+from moe_svd_distill.adapter.load_check import check_loads
 from moe_svd_distill.errors import BadDataError, NothingToTransferError
 from moe_svd_distill.execution.events import Event
 from moe_svd_distill.execution.publish import OutputFolder, write_json_atomic, write_text_atomic
 from moe_svd_distill.execution.supervisor import ExecutionSummary, Settings, execute
 from moe_svd_distill.pairing.plan import Plan
-from moe_svd_distill.pipeline.assembly import ADAPTER, Ingredients, head_is_whole, stage_adapter, write_head_part
+from moe_svd_distill.pipeline.assembly import Ingredients, head_is_whole, stage_adapter, write_head_part
 from moe_svd_distill.pipeline.method import Stages, choose_stages
 from moe_svd_distill.pipeline.pair import ModelPair, open_pair
 from moe_svd_distill.pipeline.preparation import execution_settings, make_work, prepare
 from moe_svd_distill.pipeline.published import MANIFEST, Adapter, load_adapter, refuse_foreign_folder
 from moe_svd_distill.pipeline.record import (
-    calibrated_records,
+    fitted_records,
     is_nothing,
     kept_records,
     make_record,
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 __all__ = ["MANIFEST", "Adapter", "Listener", "distill", "load_adapter"]
 
 CARD = "README.md"
-TAKEN_APART = "transformers takes it apart on loading, so it cannot be fitted in place"
 NOT_TRAINED = "the refined stage trains the matrices of the layers and the head alone"
 NOT_FITTED = "the calibrated stage changes the head and the last layers alone"
 
@@ -158,7 +158,7 @@ class _Run:
         self.listener.on_stage("writing the adapter", None)
         digest = stage_adapter(self.output, self.recipe, self.pair, made_of)
         self.listener.on_stage("checking that PEFT loads it", None)
-        check_loads(self.output.staged(ADAPTER).parent, self.pair.student.checkpoint.folder)
+        check_loads(self.output.staged(ADAPTER_FILE).parent, self.pair.student.checkpoint.folder)
         return digest
 
     def scale(self) -> ScaleDecision:
@@ -167,7 +167,7 @@ class _Run:
             return not_searched("recipe: scale_search: false" if self.text else _no_text(self.recipe))
         step = "searching the scale on calibration text"
         self.listener.on_stage(step, 0.0)
-        staged = self.output.staged(ADAPTER).parent
+        staged = self.output.staged(ADAPTER_FILE).parent
         report = partial(self.listener.on_stage, step)
         return decide_scale(staged, self.pair, self.text.search, self.device, self.cache, report)
 
@@ -178,7 +178,7 @@ class _Run:
 
         assert self.text is not None
         acting = on_top and any(decision.scales.values())
-        body = Body(self.output.staged(ADAPTER).parent, dict(decision.scales)) if acting else None
+        body = Body(self.output.staged(ADAPTER_FILE).parent, dict(decision.scales)) if acting else None
         text = self.text
         if self.stages.refined and text.fit is not None:
             text = replace(text, fit=text.fit.beginning(self.recipe.training.start_tokens))
@@ -200,7 +200,7 @@ class _Run:
             body = Body(self.stages.start, dict.fromkeys(GROUPS, 1.0))
         elif start.parts or start.head:
             self.stage(start)
-            body = Body(self.output.staged(ADAPTER).parent, dict.fromkeys(GROUPS, 1.0))
+            body = Body(self.output.staged(ADAPTER_FILE).parent, dict.fromkeys(GROUPS, 1.0))
         given = Given(
             self.recipe,
             self.pair,
@@ -225,22 +225,16 @@ class _Run:
         """Everything about the run but the figures."""
         tensors = tensor_records(units)
         if calibrated is not None and (plan is None or calibrated.search.accepted):
-            rows = calibrated_records(self.pair, calibrated, head_is_whole(self.recipe, self.pair))
+            rows = fitted_records(self.pair.student, calibrated, head_is_whole(self.recipe, self.pair), "calibrated")
             changed = {row["name"] for row in rows}
             tensors = [row for row in tensors if row["name"] not in changed] + rows
         if refined is not None:
-            rows = calibrated_records(self.pair, refined, head_is_whole(self.recipe, self.pair), stage="refined")
+            rows = fitted_records(self.pair.student, refined, head_is_whole(self.recipe, self.pair), "refined")
             changed = {row["name"] for row in rows}
             tensors = [row for row in tensors if row["name"] not in changed] + rows
         if plan is None:
-            fixed = (refined.record["fixed"] if refined else []) or (
-                calibrated.record["last_layers_fixed"] if calibrated else []
-            )
             known = [row["name"] for row in tensors]
-            tensors += [
-                row | {"reason": TAKEN_APART} if row["name"] in fixed else row
-                for row in kept_records(self.pair, known, NOT_TRAINED if refined else NOT_FITTED)
-            ]
+            tensors += kept_records(self.pair.student, known, NOT_TRAINED if refined else NOT_FITTED)
         record = make_record(self.recipe, self.pair, self.stages, plan, units, tensors, summary, self.settings)
         text = {} if self.text is None else {"text": self.text.as_dict(), "shortfalls": self.text.shortfalls()}
         fit = {} if calibrated is None else calibrated.record

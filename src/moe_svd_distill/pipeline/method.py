@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_svd_distill.adapter import ADAPTER_FILE
+from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE
 from moe_svd_distill.errors import MissingInputError, NothingToTransferError, UsageError
 from moe_svd_distill.pairing.lineage import Lineage, MethodChoice, Relatedness, choose_method
 from moe_svd_distill.pipeline.copying import MUCH_TEXT
@@ -127,7 +127,7 @@ def _from_start(start: str, relatedness: Relatedness) -> Stages:
 
 
 def _refuse_pair_of_tied_head(recipe: Recipe, pair: ModelPair) -> None:
-    if recipe.head_format == "pair" and pair.student.layout.geometry.tied_embeddings:
+    if recipe.head_format == "pair" and pair.student.architecture.tied:
         raise UsageError(
             "head_format: pair, but the student ties its head to its embeddings: merged, a pair would change both",
             "Leave head_format at auto, which then saves the head whole",

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint
 from moe_svd_distill.errors import IncompatiblePairError
 from moe_svd_distill.families import ModelLayout, read_layout
 from moe_svd_distill.families.registry import family_of
+
+if TYPE_CHECKING:
+    from moe_svd_distill.adapter.keys import AdapterKeys
+    from moe_svd_distill.architecture.architecture import Architecture
 
 
 @dataclass(frozen=True)
@@ -18,6 +24,34 @@ class Model:
 
     checkpoint: Checkpoint
     layout: ModelLayout
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """The model as transformers builds it, without memory for its weights; imports torch.
+
+        Raises:
+            BadDataError: transformers cannot build it, or a tensor is missing or has no place.
+            IncompatiblePairError: It is no causal language model.
+        """
+        from moe_svd_distill.architecture.architecture import Architecture
+
+        return Architecture(self.checkpoint)
+
+    @cached_property
+    def keys(self) -> AdapterKeys:
+        """What an adapter of the model can change, settled with PEFT.
+
+        Raises:
+            DistillError: As `architecture`.
+        """
+        from moe_svd_distill.adapter.settling import settle_keys
+
+        return settle_keys(self.architecture)
+
+    def role_of(self, name: str) -> str:
+        """What a matrix means, where that is known; else that it is a matrix."""
+        meaning = self.layout.meanings.get(name)
+        return meaning.role.role if meaning else "matrix"
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

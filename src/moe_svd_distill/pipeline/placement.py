@@ -11,7 +11,7 @@ import torch
 
 from moe_svd_distill.evaluation.loading import available_bytes, model_bytes
 from moe_svd_distill.pipeline.preparation import available_cores
-from moe_svd_distill.pipeline.ranks import trained_numbers
+from moe_svd_distill.pipeline.ranks import trained_numbers, trained_shapes
 
 if TYPE_CHECKING:
     from moe_svd_distill.pipeline.pair import ModelPair
@@ -93,7 +93,7 @@ def place_training(
 
 def bytes_in_training(pair: ModelPair, itemsize: int, ranks: Mapping[str, int]) -> int:
     """What a student takes while it is trained in memory, its activations left out."""
-    factors = trained_numbers(pair.student.shapes, ranks)
+    factors = trained_numbers(trained_shapes(pair.student, ranks), ranks)
     geometry = pair.student.layout.geometry
     head = geometry.vocabulary * geometry.hidden
     body = model_bytes(pair.student.checkpoint.folder, itemsize)

@@ -1,25 +1,35 @@
-"""Which matrices the refined stage trains, at which ranks, and how many numbers that are."""
+"""Which matrices the stages on text change, at which ranks, and how many numbers that are."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from typing import TYPE_CHECKING
-
-from moe_svd_distill.families import Carrier
 
 if TYPE_CHECKING:
     from moe_svd_distill.pipeline.pair import Model
     from moe_svd_distill.recipe import Recipe
 
 
-def trained_ranks(recipe: Recipe, student: Model) -> dict[str, int]:
-    """Rank of every matrix of the layers that is trained."""
+def trained_ranks(recipe: Recipe, student: Model, layers: Iterable[int] | None = None) -> dict[str, int]:
+    """Rank of every matrix of the layers that an adapter can change.
+
+    Args:
+        recipe: What is asked for.
+        student: The student.
+        layers: Of which layers; by default of all.
+    """
+    wanted = None if layers is None else set(layers)
     return {
-        name: recipe.rank_of(name, meaning.role.role, (student.shapes[name][0], student.shapes[name][1]))
-        for name, meaning in student.layout.meanings.items()
-        if meaning.layer is not None and meaning.role.carrier is not Carrier.NONE
+        name: recipe.rank_of(name, student.role_of(name), matrix.shape)
+        for name, matrix in student.keys.matrices().items()
+        if wanted is None or matrix.part in wanted
     }
+
+
+def trained_shapes(student: Model, ranks: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Shape of each of these matrices, (out, in)."""
+    return {name: student.architecture.by_name[name].shape for name in ranks}
 
 
 def trained_numbers(shapes: Mapping[str, tuple[int, ...]], ranks: Mapping[str, int]) -> int:

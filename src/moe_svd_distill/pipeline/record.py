@@ -18,6 +18,8 @@ from moe_svd_distill.pipeline.preparation import NUMERIC_LIBRARIES, PROJECT
 from moe_svd_distill.recipe import Recipe
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from moe_svd_distill.pipeline.fitted import Fitted
     from moe_svd_distill.pipeline.method import Stages
 
@@ -53,31 +55,12 @@ def summarise(tensors: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def calibrated_records(pair: ModelPair, fitted: Fitted, whole: bool, stage: str = "calibrated") -> list[dict[str, Any]]:
-    """The fate of every tensor that a stage on text changes: the head first, then those of the layers."""
-    layout = pair.student.layout
-    rows = [_head_record(pair, fitted, whole, stage)]
-    for name, (left, right) in fitted.pairs.items():
-        meaning = layout.meanings[name]
-        row: dict[str, Any] = {
-            "name": name,
-            "role": meaning.role.role,
-            "shape": list(pair.student.shapes[name]),
-            "fate": "lora",
-            "rank": left.shape[1],
-            "stage": stage,
-            "delta_norm": float((left.float() @ right.float()).double().norm()),
-            "layer": meaning.layer,
-        }
-        rows.append(row if meaning.expert is None else row | {"expert": meaning.expert})
-    return rows
-
-
-def _head_record(pair: ModelPair, fitted: Fitted, whole: bool, stage: str) -> dict[str, Any]:
-    layout = pair.student.layout
+def fitted_records(student: Model, fitted: Fitted, whole: bool, stage: str) -> list[dict[str, Any]]:
+    """The fate of every matrix that a stage on text changes: the head first, then those of the layers."""
+    architecture = student.architecture
     left, right = fitted.factors
-    return {
-        "name": layout.find("head") or "lm_head.weight",
+    head = {
+        "name": architecture.head,
         "role": "head",
         "shape": [left.shape[0], right.shape[1]],
         "fate": "lora",
@@ -87,23 +70,56 @@ def _head_record(pair: ModelPair, fitted: Fitted, whole: bool, stage: str) -> di
         "delta_norm": float(fitted.delta.double().norm()),
         "layer": None,
     }
+    return [head, *(_fitted_record(student, name, factors, stage) for name, factors in fitted.pairs.items())]
 
 
-def kept_records(pair: ModelPair, changed: Iterable[str], reason: str) -> list[dict[str, Any]]:
-    """The fate of every student tensor that no stage looked at."""
+def _fitted_record(student: Model, name: str, factors: tuple[Tensor, Tensor], stage: str) -> dict[str, Any]:
+    matrix = student.architecture.by_name.get(name)
+    row: dict[str, Any] = {
+        "name": name,
+        "role": student.role_of(name),
+        "shape": list(student.shapes[name] if matrix is None else matrix.shape),
+        "fate": "lora",
+        "rank": factors[0].shape[1],
+        "stage": stage,
+        "delta_norm": float((factors[0].float() @ factors[1].float()).double().norm()),
+        "layer": None if matrix is None else matrix.part,
+    }
+    return row if matrix is None or matrix.piece.index is None else row | {"expert": matrix.piece.index}
+
+
+def kept_records(student: Model, changed: Iterable[str], reason: str) -> list[dict[str, Any]]:
+    """The fate of every stored tensor of the model in which no matrix is changed.
+
+    Args:
+        student: The student.
+        changed: Names of the matrices that are.
+        reason: For those that could be.
+    """
+    architecture = student.architecture
     known = set(changed)
-    return [
-        {
-            "name": name,
-            "role": meaning.role.role,
-            "shape": list(pair.student.shapes[name]),
-            "fate": "kept",
-            "reason": reason,
-            "layer": meaning.layer,
-        }
-        for name, meaning in pair.student.layout.meanings.items()
-        if name not in known
-    ]
+    rows = []
+    for part, sources in architecture.stored.of_part.items():
+        for source in sources:
+            inside = [m for slot in source.slots for m in architecture.parameters.get(slot.name, ())]
+            if any(m.name in known and not m.stored for m in inside):
+                continue
+            reasons = [student.keys.left_out[m.name] for m in inside if m.name in student.keys.left_out]
+            for _, name in source.hub_names:
+                if name not in known:
+                    known.add(name)
+                    why = student.keys.left_out.get(name) or (reasons[0] if reasons else reason)
+                    rows.append(
+                        {
+                            "name": name,
+                            "role": student.role_of(name),
+                            "shape": list(student.shapes[name]),
+                            "fate": "kept",
+                            "reason": why,
+                            "layer": part if isinstance(part, int) else None,
+                        }
+                    )
+    return rows
 
 
 def make_record(
@@ -139,7 +155,7 @@ def make_record(
         "summary": summarise(tensors),
         "tensors": tensors,
         "units": [{key: value for key, value in unit.items() if key != "tensors"} for unit in units],
-        "ignored_student_tensors": dict(plan.ignored_student if plan else pair.student.layout.ignored),
+        "ignored_student_tensors": _ignored(pair.student, plan),
         "unused_teacher_tensors": dict(plan.unused_teacher) if plan else {},
         "execution": {
             "workers": settings.workers,
@@ -151,6 +167,15 @@ def make_record(
         "versions": {name: version(name) for name in (PROJECT, *NUMERIC_LIBRARIES, "transformers", "peft")}
         | {"python": platform.python_version()},
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _ignored(student: Model, plan: Plan | None) -> dict[str, str]:
+    """Stored tensors that no model is made of, with the reason."""
+    known = {**student.layout.ignored, **(plan.ignored_student if plan else {})}
+    return {
+        name: known.get(name, "transformers makes no part of the decoder of it")
+        for name in student.architecture.stored.unused
     }
 
 

@@ -126,7 +126,7 @@ class _Refinement:
             choice = choose_rank(
                 trainee.head.delta,
                 trainee.metric,
-                asked_head_rank(self.recipe, self.pair),
+                asked_head_rank(self.recipe, self.pair.student.architecture.head),
                 check,
                 trainee.student,
                 trainee.teacher,
@@ -138,7 +138,6 @@ class _Refinement:
             scale = float(search.scales[GROUP])
             left, right = self.head_pair(trainee, choice.rank, scale)
             pairs = {name: self.stored_pair(trainee, name, scale) for name in trainee.bank.names}
-            fixed = [name for name in trainee.decoder.fixed if name in self.ranks]
             student_rows = len(load_head(self.pair.student.checkpoint, "cpu", torch.float32).weight)
         pairs |= {name: (scale * left_, right_) for name, (left_, right_) in start.carried.items()}
         delta = torch.zeros(student_rows, right.shape[1])
@@ -146,7 +145,7 @@ class _Refinement:
         rows = torch.from_numpy(self.fit_text.student_ids)
         whole[rows] = left.cpu()
         delta[rows] = left.float().cpu() @ right.float().cpu()
-        record = self.facts(job, run, choice, scale, fixed, start) | {"seconds": round(time.monotonic() - begin, 2)}
+        record = self.facts(job, run, choice, scale, start) | {"seconds": round(time.monotonic() - begin, 2)}
         return Fitted((whole, right.cpu()), delta, pairs, search, record)
 
     def told(self, progress: Progress, steps: int) -> None:
@@ -204,7 +203,7 @@ class _Refinement:
 
     def settings(self) -> TrainingSettings:
         """How to train."""
-        asked, hidden = self.recipe.training, self.pair.student.layout.geometry.hidden
+        asked, hidden = self.recipe.training, self.pair.student.architecture.head_slot.shape[1]
         kind = torch.device(self.placement.devices[0]).type
         rate = asked.learning_rate if asked.learning_rate != "auto" else 0.6 / hidden
         return TrainingSettings(
@@ -260,7 +259,6 @@ class _Refinement:
         run: Trained,
         choice: RankChoice,
         scale: float,
-        fixed: list[str],
         start: Start,
     ) -> dict[str, Any]:
         outcome = run.outcome
@@ -286,11 +284,10 @@ class _Refinement:
             "rate_trials": [asdict(trial) for trial in run.choice.trials] if run.choice else [],
             "rate_tried_from_start": bool(run.choice and run.choice.from_start),
             "placement": self.placement.as_dict(),
-            "matrices": len(self.ranks) - len(fixed),
-            "fixed": sorted(fixed),
+            "matrices": len(self.ranks),
             "scale": scale,
             **asdict(choice),
-            "full_rank": min(len(job.student_ids), self.pair.student.layout.geometry.hidden),
+            "full_rank": min(len(job.student_ids), self.pair.student.architecture.head_slot.shape[1]),
             "streamed": self.passes,
         }
 

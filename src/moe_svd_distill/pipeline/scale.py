@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_svd_distill.adapter import parse_key
+from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.evaluation.adapted import AdaptedStudent
 from moe_svd_distill.evaluation.loading import fits, load_model
 from moe_svd_distill.streaming.groups import GROUPS, group_of
@@ -48,10 +48,6 @@ class ScaleDecision:
     def changes(self) -> bool:
         """Whether any scale differs from 1."""
         return any(scale != 1.0 for scale in self.scales.values())
-
-    def factor_of(self, key: str) -> float:
-        """The factor on the B matrix with this key of the adapter."""
-        return self.scales.get(group_of(parse_key(key)[0]), 1.0)
 
     def as_dict(self) -> dict[str, Any]:
         """For run.json."""
@@ -150,7 +146,6 @@ def _streamed(
 ) -> Iterator[tuple[At, tuple[str, ...]]]:
     import torch
 
-    from moe_svd_distill.adapter.adapter_file import adapter_header
     from moe_svd_distill.evaluation.figures import Measurement
     from moe_svd_distill.fitting.check import figures_by_document, predicting_places
     from moe_svd_distill.fitting.pairs import Segment, StatePairs, common_rows
@@ -158,7 +153,8 @@ def _streamed(
 
     settings, places = PassSettings((device,)), predicting_places(text)
     teacher = common_rows(load_head(pair.teacher.checkpoint, device, torch.float32), text.teacher_ids)
-    present = {group_of(parse_key(key)[0]) for key in adapter_header(adapter_folder).tensors}
+    pairs = LowRankPairs(adapter_folder, pair.student.architecture)
+    present = set(map(group_of, pairs.parameter_ranks())) | ({"head"} if pairs.head else set())
     groups = tuple(group for group in GROUPS if group in present)
     with stream_states(pair.teacher.checkpoint, text.teacher.sequences, cache, settings) as theirs:
 

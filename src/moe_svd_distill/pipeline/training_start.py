@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_svd_distill.adapter import CONFIGURATION_FILE, LowRankPairs, check_agreement
-from moe_svd_distill.adapter.adapter_file import read_json
+from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.errors import IncompatiblePairError
 from moe_svd_distill.execution.parts import PartContent, write_part
 from moe_svd_distill.pipeline.states import Body
@@ -62,20 +61,16 @@ def read_start(
     carried: dict[str, tuple[Tensor, Tensor]] = {}
     names: list[str] = []
     if body is not None and any(body.scales.values()):
-        layout = pair.student.layout
-        embedding, head = layout.find("embedding"), layout.find("head")
-        found = LowRankPairs(body.folder)
-        configuration = read_json(body.folder / CONFIGURATION_FILE)
-        stored = check_agreement(found.shapes, layout.family, configuration, found.whole).scales
+        architecture = pair.student.architecture
+        found = LowRankPairs(body.folder, architecture)
         for name in found:
-            scale = stored[name] * float(body.scales.get(group_of(name), 1.0))
-            if name == head or scale == 0.0:
+            scale = found.scale(name) * float(body.scales.get(group_of(found.parameter(name)), 1.0))
+            if name == architecture.head or scale == 0.0:
                 continue
-            factors = found[name]
-            left, right = factors.factors()
-            if name == embedding:
+            left, right = found[name].left, found[name].right
+            if name == architecture.embedding:
                 tensors |= {f"{EMBEDDING}#A": right.clone(), f"{EMBEDDING}#B": scale * left}
-                carried[name] = (scale * factors.b, factors.a.clone())
+                carried[name] = (scale * right.T, left.T.clone())  # kept transposed, as PEFT does
                 continue
             if name not in ranks:
                 raise IncompatiblePairError(

@@ -11,7 +11,9 @@ import click
 @click.command("adapter-config", short_help="Rebuild adapter_config.json.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
-    "--student", type=click.Path(path_type=Path), help="Folder of the student; default: inferred from the names."
+    "--student",
+    type=click.Path(path_type=Path),
+    help="Folder of the student; without it modules are named by their last part.",
 )
 @click.option("--base-model", help="What to write as the base model.")
 @click.option("--write", is_flag=True, help="Write it beside the adapter instead of printing it.")
@@ -20,7 +22,9 @@ import click
 )
 def command(file: Path, student: Path | None, base_model: str | None, write: bool, repair_names: Path | None) -> None:
     """Rebuild the configuration of the adapter FILE from its header; no weight is loaded."""
-    from moe_svd_distill.adapter import inference_of, rebuild_configuration, repair_keys, write_json
+    from moe_svd_distill.adapter.adapter_file import write_json
+    from moe_svd_distill.adapter.key_repair import repair_keys
+    from moe_svd_distill.adapter.rebuild import rebuild_configuration
 
     if repair_names is not None:
         renamed = repair_keys(file, repair_names)
@@ -28,8 +32,11 @@ def command(file: Path, student: Path | None, base_model: str | None, write: boo
         file = repair_names
     configuration = rebuild_configuration(file, student, base_model=base_model)
     if student is None:
-        guess = inference_of(file)
-        click.echo(f"family {guess.family.model_type}, {guess.layers} layers: inferred from the names", err=True)
+        click.echo(
+            "note: without --student modules are named by the last part of their names, which PEFT on transformers 5 "
+            "loads for models without experts only",
+            err=True,
+        )
     if write:
         target = (file if file.is_dir() else file.parent) / "adapter_config.json"
         write_json(target, configuration)

@@ -18,8 +18,8 @@ def command(folder: Path, output: Path, student: str | None, as_json: bool) -> N
     """Write the student with the adapter in FOLDER merged in to OUTPUT, shard by shard, in the stored types."""
     from dataclasses import asdict
 
-    from moe_svd_distill.adapter import merge
     from moe_svd_distill.adapter.adapter_file import read_json
+    from moe_svd_distill.adapter.merge import merge
     from moe_svd_distill.checkpoints import open_checkpoint
     from moe_svd_distill.cli.screen import Monitor, print_json
     from moe_svd_distill.errors import MissingInputError, UsageError

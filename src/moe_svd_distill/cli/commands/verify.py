@@ -17,7 +17,7 @@ def command(folder: Path, student: str | None, as_json: bool) -> None:
     """Check the adapter in FOLDER: its bytes, its configuration, its values, and that PEFT loads every key."""
     from dataclasses import asdict
 
-    from moe_svd_distill.adapter import verify
+    from moe_svd_distill.adapter.verify import verify
     from moe_svd_distill.checkpoints import open_checkpoint
     from moe_svd_distill.cli.screen import print_json
 
