@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from moe_svd_distill.adapter import merge, verify
+from moe_svd_distill.adapter.merge import merge
+from moe_svd_distill.adapter.verify import verify
 from moe_svd_distill.calibration.text import load_tokenizer, read_documents, tokenize
 from moe_svd_distill.evaluation.adapted import AdaptedStudent
 from moe_svd_distill.evaluation.loading import load_model

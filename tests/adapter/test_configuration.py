@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
-from moe_svd_distill.adapter import build_configuration, check_agreement, lora_keys, pair_shapes
+# GONE ['check_agreement']
+from moe_svd_distill.adapter.configuration import build_configuration
+from moe_svd_distill.adapter.naming import lora_keys
+from moe_svd_distill.adapter.pair_shapes import pair_shapes
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.families.registry import families
 from tests.adapter import tiny

@@ -12,16 +12,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from moe_svd_distill.adapter import (
-    check_loads,
-    inference_of,
-    lora_keys,
-    merge,
-    rebuild_configuration,
-    scaled_copy,
-    verify,
-    write_random_control,
-)
+# GONE ['inference_of', 'scaled_copy']
+from moe_svd_distill.adapter.load_check import check_loads
+from moe_svd_distill.adapter.merge import merge
+from moe_svd_distill.adapter.naming import lora_keys
+from moe_svd_distill.adapter.random_control import write_random_control
+from moe_svd_distill.adapter.rebuild import rebuild_configuration
+from moe_svd_distill.adapter.verify import verify
 from tests.adapter import tiny
 from tests.adapter.conftest import Case
 

@@ -11,7 +11,10 @@ import pytest
 import torch
 from peft import PeftModel
 
-from moe_svd_distill.adapter import build_configuration, check_loads, lora_keys, write_json
+from moe_svd_distill.adapter.adapter_file import write_json
+from moe_svd_distill.adapter.configuration import build_configuration
+from moe_svd_distill.adapter.load_check import check_loads
+from moe_svd_distill.adapter.naming import lora_keys
 from moe_svd_distill.errors import BadDataError, MissingInputError
 from moe_svd_distill.families import Carrier
 from moe_svd_distill.families.registry import families

@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_svd_distill.adapter import LowRankPairs, scaled_copy, verify, write_random_control
+# GONE ['scaled_copy']
+from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
+from moe_svd_distill.adapter.random_control import write_random_control
+from moe_svd_distill.adapter.verify import verify
 from moe_svd_distill.checkpoints.header import read_header
 from moe_svd_distill.errors import BadDataError, CannotWriteError, UsageError
 from tests.adapter import tiny

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moe_svd_distill.adapter import lora_keys, merge
+from moe_svd_distill.adapter.merge import merge
+from moe_svd_distill.adapter.naming import lora_keys
 from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.checkpoints.header import read_header
 from moe_svd_distill.errors import BadDataError, CannotWriteError, DistillError

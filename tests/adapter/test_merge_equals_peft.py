@@ -11,7 +11,10 @@ import pytest
 import torch
 from peft import PeftModel, set_peft_model_state_dict
 
-from moe_svd_distill.adapter import check_agreement, lora_keys, merge, pair_shapes
+# GONE ['check_agreement']
+from moe_svd_distill.adapter.merge import merge
+from moe_svd_distill.adapter.naming import lora_keys
+from moe_svd_distill.adapter.pair_shapes import pair_shapes
 from moe_svd_distill.families.registry import families
 from tests.adapter import tiny
 from tests.adapter.conftest import Case

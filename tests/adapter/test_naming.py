@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_svd_distill.adapter import lora_keys, parse_key
+from moe_svd_distill.adapter.naming import lora_keys, parse_key
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.families import Carrier
 from moe_svd_distill.families.registry import families

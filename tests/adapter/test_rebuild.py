@@ -8,15 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moe_svd_distill.adapter import (
-    check_loads,
-    inference_of,
-    lora_keys,
-    rebuild_configuration,
-    repair_keys,
-    repaired_keys,
-    write_json,
-)
+# GONE ['inference_of']
+from moe_svd_distill.adapter.adapter_file import write_json
+from moe_svd_distill.adapter.key_repair import repair_keys, repaired_keys
+from moe_svd_distill.adapter.load_check import check_loads
+from moe_svd_distill.adapter.naming import lora_keys
+from moe_svd_distill.adapter.rebuild import rebuild_configuration
 from moe_svd_distill.errors import BadDataError, CannotWriteError, MissingInputError
 from tests.adapter import tiny
 from tests.adapter.conftest import Case

@@ -18,15 +18,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from moe_svd_distill.adapter import (
-    build_configuration,
-    check_loads,
-    merge,
-    rebuild_configuration,
-    scaled_copy,
-    verify,
-    write_random_control,
-)
+# GONE ['scaled_copy']
+from moe_svd_distill.adapter.configuration import build_configuration
+from moe_svd_distill.adapter.load_check import check_loads
+from moe_svd_distill.adapter.merge import merge
+from moe_svd_distill.adapter.random_control import write_random_control
+from moe_svd_distill.adapter.rebuild import rebuild_configuration
+from moe_svd_distill.adapter.verify import verify
 from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.errors import BadDataError
 from tests.adapter import tiny

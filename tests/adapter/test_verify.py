@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from moe_svd_distill.adapter import lora_keys, verify, write_json
+from moe_svd_distill.adapter.adapter_file import write_json
+from moe_svd_distill.adapter.naming import lora_keys
+from moe_svd_distill.adapter.verify import verify
 from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.errors import BadDataError, MissingInputError, NothingToTransferError
 from tests.adapter import tiny

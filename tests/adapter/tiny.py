@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from moe_svd_distill.adapter import build_configuration, lora_keys
+from moe_svd_distill.adapter.configuration import build_configuration
+from moe_svd_distill.adapter.naming import lora_keys
 from moe_svd_distill.families import Carrier, Family
 from moe_svd_distill.families.registry import families
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_svd_distill.adapter import build_configuration
+from moe_svd_distill.adapter.configuration import build_configuration
 from moe_svd_distill.calibration.documents import Document
 from moe_svd_distill.calibration.paired import pair_text
 from moe_svd_distill.calibration.reading import read_documents

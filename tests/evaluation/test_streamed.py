@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_svd_distill.adapter import build_configuration
+from moe_svd_distill.adapter.configuration import build_configuration
 from moe_svd_distill.calibration.text import Document, tokenize
 from moe_svd_distill.calibration.tokenizer import load_tokenizer
 from moe_svd_distill.errors import UsageError

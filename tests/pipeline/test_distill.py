@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_svd_distill.adapter import verify
+from moe_svd_distill.adapter.verify import verify
 from moe_svd_distill.errors import (
     BadDataError,
     CannotWriteError,

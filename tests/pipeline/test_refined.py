@@ -13,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moe_svd_distill.adapter import LowRankPairs, merge, verify
+from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
+from moe_svd_distill.adapter.merge import merge
+from moe_svd_distill.adapter.verify import verify
 from moe_svd_distill.errors import MissingInputError, UsageError
 from moe_svd_distill.pipeline.distill import distill, load_adapter
 from moe_svd_distill.pipeline.pair import open_model

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_svd_distill.adapter import verify
+from moe_svd_distill.adapter.verify import verify
 from moe_svd_distill.pipeline.distill import distill
 from moe_svd_distill.streaming.staging import Staging
 from moe_svd_distill.training.peers import Connected

@@ -207,7 +207,7 @@ def _patterns(ranks: Mapping[str, int], rank: int) -> dict[str, int]:
     patterns: dict[str, int] = {}
     for other in sorted(set(ranks.values()) - {rank}):
         names = [name for name, found in ranks.items() if found == other]
-        patterns |= {re.escape(ending): other for ending in short_names(names, ranks)}
+        patterns |= {re.escape(ending): other for ending in short_names(names, ranks, least=2)}
     return dict(sorted(patterns.items()))
 
 
