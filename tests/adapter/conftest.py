@@ -1,4 +1,4 @@
-"""Students and adapters of every family, built once per run."""
+"""Students of several makes with an adapter each, built once per run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from moe_svd_distill.families.registry import families
 from tests.adapter import tiny
 
 torch.set_num_threads(1)  # the matrices are tiny, and the machine may be shared
@@ -44,9 +43,9 @@ def make_case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]
     return make
 
 
-@pytest.fixture(params=sorted(families()))
+@pytest.fixture(params=sorted(tiny.MODELS))
 def case(request: pytest.FixtureRequest, make_case: Callable[[str], Case]) -> Case:
-    """One family after the other."""
+    """One make of student after the other."""
     return make_case(request.param)
 
 
@@ -57,7 +56,7 @@ def dense(make_case: Callable[[str], Case]) -> Case:
 
 @pytest.fixture
 def sparse(make_case: Callable[[str], Case]) -> Case:
-    """A family with dense layers, shared experts and routed experts."""
+    """A student with dense layers, shared experts and routed experts."""
     return make_case("glm4_moe")
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import warnings
 from collections.abc import Callable
@@ -12,14 +13,15 @@ import torch
 from peft import PeftModel
 
 from moe_svd_distill.adapter.adapter_file import write_json
-from moe_svd_distill.adapter.configuration import build_configuration
+from moe_svd_distill.adapter.keys import entries
 from moe_svd_distill.adapter.load_check import check_loads
+from moe_svd_distill.adapter.merge import merge
 from moe_svd_distill.adapter.naming import lora_keys
+from moe_svd_distill.adapter.verify import verify
 from moe_svd_distill.errors import BadDataError, MissingInputError
-from moe_svd_distill.families import Carrier
-from moe_svd_distill.families.registry import families
 from tests.adapter import tiny
 from tests.adapter.conftest import Case
+from tests.support.architectures import saved
 
 Write = Callable[..., Path]
 
@@ -29,7 +31,7 @@ def configuration_of(case: Case) -> dict[str, Any]:
     return content
 
 
-def test_every_family_loads_whole(case: Case) -> None:
+def test_every_make_of_student_loads_whole(case: Case) -> None:
     report = check_loads(case.adapter, case.student)
     assert (report.missing, report.unexpected) == ((), ())
     assert report.keys == len(case.pairs)
@@ -57,25 +59,22 @@ def test_the_check_targets_what_peft_targets(case: Case) -> None:
     } <= names
 
 
-def test_memory_names_are_names_of_the_loaded_model(case: Case) -> None:
-    from moe_svd_distill.adapter.targets import target_of
-
-    model = tiny.load_model(case.student)
-    known = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
-    family = families()[case.name]
-    targets = {target_of(family, name).memory_name for name in tiny.carried(case.student, embedding=True)}
-    assert targets <= known
-    assert set(check_loads(case.adapter, case.student).scales) == targets - {"model.embed_tokens"}
+def test_targets_are_parameters_of_the_loaded_model(case: Case) -> None:
+    keys = tiny.keys_of(case.student)
+    known = {name.removesuffix(".weight") for name, _ in tiny.load_model(case.student).named_parameters()}
+    wanted = {target.parameter.removesuffix(".weight") for target in keys.targets.values() if not target.embedding}
+    assert wanted <= known
+    assert set(check_loads(case.adapter, case.student).scales) == wanted
 
 
 def test_a_missing_key_is_an_error(case: Case, write: Write) -> None:
-    key = lora_keys("model.layers.1.self_attn.k_proj.weight")[1]
+    key = lora_keys("model.layers.1.self_attn.o_proj")[1]
     changed = write(case, {name: value for name, value in case.pairs.items() if name != key})
-    with pytest.raises(BadDataError, match=r"leaves empty .*layers\.1\.self_attn\.k_proj\.lora_B"):
+    with pytest.raises(BadDataError, match=r"leaves empty .*layers\.1\.self_attn\.o_proj\.lora_B"):
         check_loads(changed, case.student)
 
 
-@pytest.mark.parametrize("hub_name", ["model.layers.9.self_attn.q_proj.weight", "model.layers.0.extra.weight"])
+@pytest.mark.parametrize("hub_name", ["model.layers.9.self_attn.q_proj", "model.layers.0.extra"])
 def test_an_extra_key_is_an_error(case: Case, write: Write, hub_name: str) -> None:
     key_a, key_b = lora_keys(hub_name)
     changed = write(case, case.pairs | {key_a: torch.ones(4, 32), key_b: torch.ones(32, 4)})
@@ -83,27 +82,29 @@ def test_an_extra_key_is_an_error(case: Case, write: Write, hub_name: str) -> No
         check_loads(changed, case.student)
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "glm4_moe"])
-@pytest.mark.parametrize("dropped", [".experts.2.", ".experts.3.", "up", "down"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "glm4_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "dropped", [r"experts\.2\.", r"experts\.3\.", r"experts\..*(up_proj|w3)", r"experts\..*(down_proj|w2)"]
+)
 def test_a_dropped_expert_or_projection_is_an_error(
     make_case: Callable[[str], Case], write: Write, name: str, dropped: str
 ) -> None:
     case = make_case(name)
-    role = next((r for r in families()[name].roles if r.role == f"experts.{dropped}"), None)
-    gone = [
-        hub_name
-        for hub_name in tiny.carried(case.student)
-        if (role.pattern.match(hub_name) if role else dropped in hub_name)
-    ]
-    keys = {key for hub_name in gone for key in lora_keys(hub_name)}
-    assert keys
-    changed = write(case, {key: value for key, value in case.pairs.items() if key not in keys})
+    kept = {key: value for key, value in case.pairs.items() if not re.search(dropped, key)}
+    assert kept.keys() < case.pairs.keys()
     with pytest.raises(BadDataError):
-        check_loads(changed, case.student)
+        check_loads(write(case, kept), case.student)
+
+
+def test_an_expert_of_another_rank_is_an_error(sparse: Case, write: Write) -> None:
+    key_a, key_b = lora_keys("model.layers.1.mlp.experts.2.up_proj")
+    odd = {key_a: sparse.pairs[key_a][:3].clone(), key_b: sparse.pairs[key_b][:, :3].clone()}
+    with pytest.raises(BadDataError):
+        check_loads(write(sparse, sparse.pairs | odd), sparse.student)
 
 
 def test_a_wrong_shape_is_an_error(case: Case, write: Write) -> None:
-    key = lora_keys("model.layers.1.self_attn.q_proj.weight")[0]
+    key = lora_keys("model.layers.1.self_attn.o_proj")[0]
     with pytest.raises(BadDataError, match="size mismatch"):
         check_loads(write(case, case.pairs | {key: torch.ones(4, 31)}), case.student)
 
@@ -113,14 +114,14 @@ def test_names_of_the_original_scripts_are_an_error(dense: Case, write: Write) -
         lambda key: key.replace(".lora_", ".weight.lora_"),
         lambda key: key.removeprefix("base_model.model.model."),
     ):
-        with pytest.raises(BadDataError, match="PEFT would drop"):
+        with pytest.raises(BadDataError, match=r"keeps \.weight|does not begin with"):
             check_loads(write(dense, {spell(key): value for key, value in dense.pairs.items()}), dense.student)
 
 
 def test_narrower_targets_are_an_error(case: Case, write: Write) -> None:
     configuration = configuration_of(case)
-    configuration["target_modules"].remove("v_proj")
-    with pytest.raises(BadDataError, match=r"PEFT would drop .*v_proj"):
+    configuration["target_modules"].remove("o_proj")
+    with pytest.raises(BadDataError, match=r"PEFT would drop .*o_proj"):
         check_loads(write(case, case.pairs, configuration), case.student)
 
 
@@ -136,14 +137,80 @@ def test_leaf_names_in_target_modules_are_caught(make_case: Callable[[str], Case
         check_loads(write(case, case.pairs, configuration), case.student)
 
 
-def test_pairs_of_tied_embeddings_are_an_error(tmp_path: Path) -> None:
-    student = tiny.save_student(tmp_path / "student", "llama", tie_word_embeddings=True)
-    pairs = tiny.random_pairs(student, ["model.embed_tokens.weight"])
-    shapes = {key: tuple(value.shape) for key, value in pairs.items()}
-    untied = build_configuration(shapes, families()["llama"], base_model="student", student_layers=tiny.LAYERS)
-    adapter = tiny.save_adapter(tmp_path / "adapter", student, pairs, untied)
+@pytest.mark.parametrize("end", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_pairs_of_tied_embeddings_are_an_error(dense: Case, tmp_path: Path, end: str) -> None:
+    tied = tiny.save_student(tmp_path / "student", "llama", tie_word_embeddings=True)
+    adapter = tiny.save_adapter(tmp_path / "adapter", dense.student, tiny.random_pairs(dense.student, [end]))
+    check_loads(adapter, dense.student)
+    with pytest.raises(BadDataError, match="ties its head"):
+        check_loads(adapter, tied)
+
+
+def test_pairs_of_tied_embeddings_under_another_name_in_memory(tmp_path: Path) -> None:
+    """A wrapper's checkpoint has names that PEFT renames when it loads: what it targets counts."""
+    student = saved("gemma3", tmp_path / "student", tie_word_embeddings=True)
+    keys = tiny.keys_of(student)
+    (target,) = (target for target in keys.targets.values() if target.embedding)
+    assert target.names[0] != target.parameter
+    tensors = {entry.key: torch.ones(entry.shape) for entry in entries(keys, target, target.module, lambda _: 2)}
+    configuration = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["embed_tokens"]}
+    adapter = tiny.save_adapter(tmp_path / "a", student, tensors, configuration)
     with pytest.raises(BadDataError, match="ties its head"):
         check_loads(adapter, student)
+
+
+OPTIONS = [
+    {"use_dora": True},
+    {"bias": "all"},
+    {"lora_bias": True},
+    {"fan_in_fan_out": True},
+    {"ensure_weight_tying": True},
+    {"exclude_modules": ["q_proj"]},
+    {"layers_to_transform": [0]},
+    {"layer_replication": [[0, 2]]},
+    {"trainable_token_indices": [1]},
+    {"modules_to_save": ["lm_head"]},
+    {"modules_to_save": "lm_head"},
+]
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: next(iter(option)))
+def test_what_is_more_than_plain_pairs_is_refused_everywhere(
+    dense: Case, write: Write, tmp_path: Path, option: dict[str, Any]
+) -> None:
+    changed = write(dense, dense.pairs, configuration_of(dense) | option)
+    away = configuration_of(dense) | option | {"base_model_name_or_path": "organisation/student"}
+    for call in (
+        lambda: check_loads(changed, dense.student),
+        lambda: verify(changed, dense.student),
+        lambda: verify(tiny.save_adapter(tmp_path / "away", dense.student, dense.pairs, away)),
+        lambda: merge(changed, dense.student, tmp_path / "out"),
+    ):
+        with pytest.raises(BadDataError, match=f"{next(iter(option))} is "):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target_modules": ["q_proj", "k_proj", "v_proj"]}, "PEFT would drop"),
+        ({"target_modules": 7}, "PEFT"),
+        ({"target_parameters": ["nowhere.weight"]}, "PEFT"),
+        ({"rank_pattern": {}}, "size mismatch"),
+        ({"r": 5}, "size mismatch"),
+        ({"rank_pattern": {"(": 3}}, "PEFT"),
+        ({"lora_alpha": None}, "PEFT"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_the_tensors_is_refused(
+    sparse: Case, write: Write, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    changed = write(sparse, sparse.pairs, configuration_of(sparse) | change)
+    with pytest.raises(BadDataError, match=message):
+        check_loads(changed, sparse.student)
+    with pytest.raises(BadDataError):
+        merge(changed, sparse.student, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_quantised_student_is_checked_like_a_plain_one(case: Case) -> None:
@@ -163,7 +230,7 @@ def test_files_that_are_not_there_or_not_peft(dense: Case, write: Write, tmp_pat
     (changed / "adapter_config.json").unlink()
     with pytest.raises(MissingInputError, match=r"adapter_config\.json"):
         check_loads(changed, dense.student)
-    with pytest.raises(BadDataError, match="cannot build the student"):
+    with pytest.raises(BadDataError, match="transformers does not know"):
         check_loads(dense.adapter, {"model_type": "nonsense"})
 
 
@@ -175,7 +242,7 @@ def test_code_of_a_checkpoint_never_runs(dense: Case, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     for student in (tmp_path, config):
-        with pytest.raises(BadDataError, match="cannot build the student"):
+        with pytest.raises(BadDataError, match="transformers does not know"):
             check_loads(dense.adapter, student)
     assert not (tmp_path / "ran").exists()
 
@@ -187,24 +254,24 @@ def test_a_large_student_needs_neither_its_memory_nor_the_adapter_s(tmp_path: Pa
     config |= {"num_hidden_layers": layers, "hidden_size": hidden, "n_routed_experts": experts, "head_dim": 128}
     config |= {"moe_intermediate_size": width, "intermediate_size": 10944, "num_attention_heads": 96}
     config |= {"num_key_value_heads": 8, "vocab_size": 151552}
-    sizes = {"residual": hidden, "query heads": 96 * 128, "key-value heads": 1024, "experts": experts}
+    small = tiny.save_student(tmp_path / "small", "glm4_moe", num_hidden_layers=layers)
+    sizes = {"self_attn.q": (96 * 128, hidden), "self_attn.k": (1024, hidden), "self_attn.v": (1024, hidden)}
+    sizes |= {"self_attn.o": (hidden, 96 * 128), "mlp.gate_proj": (10944, hidden), "mlp.gate": (experts, hidden)}
+    body = [name.removesuffix(".weight") for name in tiny.carried(small) if name != "lm_head.weight"]
     shapes = {}
-    for role in families()["glm4_moe"].roles:
-        for layer in range(layers) if "{layer}" in role.template else ():
-            placed = role.role.startswith("attention.") or role.role.startswith("dense.") == (layer == 0)
-            if role.carrier is Carrier.NONE or not placed:
-                continue
-            neurons = 10944 if role.role.startswith("dense.") else width
-            rows, columns = (neurons if axis.value == "neurons" else sizes[axis.value] for axis in role.axes)
-            for expert in range(experts) if "{expert}" in role.template else (None,):
-                key_a, key_b = lora_keys(role.name(layer, expert))
-                shapes |= {key_a: (rank, columns), key_b: (rows, rank)}
+    for module in (module for module in body if not re.search(r"experts\.[1-9]", module)):
+        neurons = 10944 if "layers.0.mlp" in module else width
+        rows, columns = next((size for part, size in sizes.items() if part in module), (neurons, hidden))
+        rows, columns = (columns, rows) if "down_proj" in module else (rows, columns)
+        for expert in range(experts) if ".experts.0." in module else (0,):
+            key_a, key_b = lora_keys(module.replace(".experts.0.", f".experts.{expert}."))
+            shapes |= {key_a: (rank, columns), key_b: (rows, rank)}
     hollow_file(tmp_path / "adapter_model.safetensors", shapes)
-    configuration = build_configuration(shapes, families()["glm4_moe"], base_model="big", student_layers=layers)
-    write_json(tmp_path / "adapter_config.json", configuration)
+    pairs = tiny.random_pairs(small, [f"{module}.weight" for module in body], rank=lambda _: rank)
+    write_json(tmp_path / "adapter_config.json", tiny.configure(small, pairs))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     report = check_loads(tmp_path, config)
-    assert report.keys == len(shapes)
+    assert report.keys == len(shapes) == 2 * (layers * 4 + 3 + (layers - 1) * (4 + 3 * experts))
     assert report.targets == layers * 4 + 3 + (layers - 1) * (1 + 2 + 3)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
 

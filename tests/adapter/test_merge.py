@@ -75,18 +75,18 @@ def test_an_open_checkpoint_is_as_good_as_a_folder(sharded: Path, tmp_path: Path
 
 
 def test_a_pair_that_hits_nothing_is_an_error(dense: Case, write: Write, tmp_path: Path) -> None:
-    renamed = {key.replace(".layers.", ".blocks."): value for key, value in dense.pairs.items() if "lm_head" not in key}
-    with pytest.raises(BadDataError, match="has no such tensor"):
+    renamed = {key.replace(".layers.", ".blocks."): value for key, value in dense.pairs.items()}
+    with pytest.raises(BadDataError, match=r"has no model\.blocks\.0\..* to change"):
         merge(write(dense, renamed), dense.student, tmp_path / "out")
     student = tiny.save_student(tmp_path / "short", "llama", num_hidden_layers=2)
-    with pytest.raises(BadDataError, match=r"has no model\.layers\.2\..*\(7 of 22 pairs have no tensor there\)"):
+    with pytest.raises(BadDataError, match=r"has no model\.layers\.2\..* to change"):
         merge(dense.adapter, student, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_another_shape_is_an_error(dense: Case, tmp_path: Path) -> None:
     student = tiny.save_student(tmp_path / "wide", "llama", intermediate_size=64)
-    with pytest.raises(BadDataError, match="is 32×64 in the student, the pair needs 32×48"):
+    with pytest.raises(BadDataError, match="is 32×64 in the student, the adapter's is 32×48"):
         merge(dense.adapter, student, tmp_path / "out")
 
 
@@ -96,25 +96,8 @@ def test_tied_embeddings_are_an_error(dense: Case, tmp_path: Path) -> None:
         merge(dense.adapter, student, tmp_path / "out")
 
 
-def test_a_configuration_that_disagrees_is_an_error(sparse: Case, write: Write, tmp_path: Path) -> None:
-    configuration = json.loads((sparse.adapter / "adapter_config.json").read_text())
-    for change, message in [
-        ({"use_dora": True}, "use_dora"),
-        ({"bias": "all"}, "bias"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"r": 5}, "rank 5, expected 4"),
-        ({"rank_pattern": {}}, "rank 4, expected 8"),
-        ({"target_modules": ["q_proj", "k_proj", "v_proj"]}, "PEFT would drop its pair"),
-        ({"target_modules": [*configuration["target_modules"], "fancy"]}, "'fancy', for which there is no pair"),
-        ({"rank_pattern": {"(": 3}}, "no usable rank"),
-        ({"lora_alpha": None}, "no usable rank"),
-    ]:
-        with pytest.raises(BadDataError, match=message):
-            merge(write(sparse, sparse.pairs, configuration | change), sparse.student, tmp_path / "out")
-
-
 def test_values_that_are_not_finite_stop_the_merge(dense: Case, write: Write, tmp_path: Path) -> None:
-    key = lora_keys("model.layers.1.self_attn.q_proj.weight")[1]
+    key = lora_keys("model.layers.1.self_attn.q_proj")[1]
     pairs = dense.pairs | {key: torch.full_like(dense.pairs[key], float("nan"))}
     with pytest.raises(BadDataError, match=r"layers\.1\.self_attn\.q_proj\.weight: merged values that are not finite"):
         merge(write(dense, pairs), dense.student, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Tiny students of every family, built by transformers, and random adapters for them."""
+"""Tiny students of several makes, built by transformers, and random adapters for them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from moe_svd_distill.adapter.configuration import build_configuration
-from moe_svd_distill.adapter.naming import lora_keys
-from moe_svd_distill.families import Carrier, Family
-from moe_svd_distill.families.registry import families
+from moe_svd_distill.adapter.keys import AdapterKeys, entries
+from moe_svd_distill.adapter.naming import PREFIX, parse_key
+from moe_svd_distill.adapter.peft_model import modules_of
+from moe_svd_distill.adapter.settling import settle_keys
+from moe_svd_distill.architecture.architecture import Architecture
+from moe_svd_distill.checkpoints import open_checkpoint
 
-LAYERS = 3
+LAYERS, EXPERTS = 3, 4
 COMMON = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -55,6 +58,28 @@ MODELS: dict[str, dict[str, Any]] = {
         "n_group": 1,
         "topk_group": 1,
     },
+    "deepseek_v3": {
+        "model_type": "deepseek_v3",
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 16,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 12,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "head_dim": 4,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "gpt_oss": {  # the experts of a layer in one tensor, (experts, in, out)
+        "model_type": "gpt_oss",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    },
 }
 
 
@@ -76,27 +101,33 @@ def config_of(folder: Path) -> dict[str, Any]:
     return content
 
 
-def family_of(folder: Path) -> Family:
-    return families()[config_of(folder)["model_type"]]
+@cache
+def keys_of(student: Path) -> AdapterKeys:
+    """What an adapter of a student can change; a folder never holds two students in turn."""
+    return settle_keys(Architecture(open_checkpoint(student)))
+
+
+def architecture_of(student: Path) -> Architecture:
+    return keys_of(student).architecture
 
 
 def hub_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a student, by hub name."""
+    """Every tensor of a student, by stored name."""
     weights: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         weights |= load_file(file)
     return weights
 
 
-def carried(folder: Path, *, embedding: bool = False) -> list[str]:
-    """Hub names of every tensor that an adapter can carry, the embeddings only if asked for."""
-    wanted = {Carrier.MODULE, Carrier.PARAMETER, Carrier.FUSED_EXPERT} | ({Carrier.EMBEDDING} if embedding else set())
-    roles = [role for role in family_of(folder).roles if role.carrier in wanted]
-    return sorted(name for name in hub_weights(folder) if any(role.pattern.match(name) for role in roles))
+def carried(student: Path, *, embedding: bool = False) -> list[str]:
+    """Every matrix that an adapter can carry, the embeddings only if asked for; of a tied student no end at all."""
+    keys = keys_of(student)
+    ends = () if keys.architecture.tied else (keys.architecture.head, keys.architecture.embedding)[: 1 + embedding]
+    return sorted([*keys.matrices(), *ends])
 
 
-def default_rank(hub_name: str) -> int:
-    return 8 if hub_name == "lm_head.weight" else 4
+def default_rank(name: str) -> int:
+    return 8 if name == "lm_head.weight" else 4
 
 
 def random_pairs(
@@ -107,18 +138,27 @@ def random_pairs(
     dtype: torch.dtype = torch.bfloat16,
     size: float = 0.1,
 ) -> dict[str, torch.Tensor]:
-    """A random pair for every named tensor of a student: key to factor."""
+    """A random pair for every named matrix of a student, as an adapter holds it: key to factor."""
     generator = torch.Generator().manual_seed(1)
-    weights = hub_weights(student)
-    pairs = {}
-    for name in names if names is not None else carried(student):
-        rows, columns = weights[name].shape
-        if "embed_tokens" in name:
-            rows, columns = columns, rows
-        key_a, key_b = lora_keys(name)
-        pairs[key_a] = (torch.randn(rank(name), columns, generator=generator) * size).to(dtype)
-        pairs[key_b] = (torch.randn(rows, rank(name), generator=generator) * size).to(dtype)
-    return pairs
+    keys = keys_of(student)
+    names = names or carried(student)
+    matrices, slots = keys.matrices(), keys.architecture.skeleton.slots
+    targets = keys.changed_by(names)
+    ends = {target.names[0]: slots[target.parameter].shape for target in targets if not target.matrices}
+    factors = {}
+    for name in names:
+        rows, columns = ends[name] if name in ends else matrices[name].shape
+        left, right = (torch.randn(shape, generator=generator) for shape in ((rows, rank(name)), (rank(name), columns)))
+        factors[name] = (left * size).to(dtype), (right * size).to(dtype)
+    modules = {}
+    if not all(target.own_keys for target in targets):
+        ranks = {target.parameter: target.rank(rank) for target in targets}
+        modules = modules_of(keys.architecture, build_configuration(keys, ranks, base_model=""))
+    return {
+        entry.key: entry.make(factors.__getitem__).contiguous()
+        for target in targets
+        for entry in entries(keys, target, modules.get(target.parameter, target.module), rank)
+    }
 
 
 def save_adapter(
@@ -133,12 +173,22 @@ def save_adapter(
     return folder
 
 
-def configure(student: Path, pairs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    shapes = {key: tuple(value.shape) for key, value in pairs.items()}
-    tied = bool(config_of(student).get("tie_word_embeddings"))
-    return build_configuration(
-        shapes, family_of(student), base_model=str(student), student_layers=LAYERS, tied_embeddings=tied
-    )
+def configure(student: Path, pairs: Mapping[str, torch.Tensor], **options: Any) -> dict[str, Any]:
+    """The configuration of an adapter's tensors, by the ranks that they have."""
+    keys = keys_of(student)
+    shape_of = {module: value.shape for key, value in pairs.items() for module, side in [parse_key(key)] if side == "A"}
+    ranks = {}
+    for parameter, target in keys.targets.items():
+        if target.own_keys:
+            stems = {name: name.removesuffix(".weight") for name in target.names}
+            if stems[target.names[0]] in shape_of:
+                ranks[parameter] = target.rank(lambda name, stems=stems: shape_of[stems[name]][0])  # type: ignore[misc]
+            continue
+        for module, (rows, columns) in shape_of.items():
+            if module.replace(".base_layer", "") == target.module and columns == target.matrices[0].shape[1]:
+                ranks[parameter] = rows // target.matrices[0].experts
+    whole = any(parse_key(key)[1] == "whole" for key in pairs)
+    return build_configuration(keys, ranks, base_model=str(student), whole_head=whole, **options)
 
 
 def own_head(student: Path) -> torch.Tensor:
@@ -174,16 +224,24 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def truth(student: Path, pairs: Mapping[str, torch.Tensor], scale: float = 1.0) -> dict[str, torch.Tensor]:
-    """Hub name to ``W + scale·B·A``, or the head saved whole, in fp32: from the definition, by no code under test."""
+    """Stored name to ``W + scale·B·A``, or the head saved whole, in fp32: from the definition, by no tested code."""
     weights = {name: weight.float() for name, weight in hub_weights(student).items()}
     if "base_model.model.lm_head.weight" in pairs:
         weights["lm_head.weight"] = pairs["base_model.model.lm_head.weight"].float()
-    for name in weights:
-        module = name.removesuffix(".weight")
-        if f"base_model.model.{module}.lora_A.weight" in pairs:
-            a, b = (pairs[f"base_model.model.{module}.lora_{side}.weight"].float() for side in "AB")
-            weights[name] = weights[name] + scale * b @ a
-        elif f"base_model.model.{module}.lora_embedding_A" in pairs:
-            a, b = (pairs[f"base_model.model.{module}.lora_embedding_{side}"].float() for side in "AB")
-            weights[name] = weights[name] + scale * (b @ a).T
+    for key in pairs:
+        if ".lora_embedding_A" in key:
+            module = key.removeprefix(PREFIX).removesuffix(".lora_embedding_A")
+            a, b = pairs[key].float(), pairs[key.replace("_A", "_B")].float()
+            weights[f"{module}.weight"] += scale * (b @ a).T
+        elif ".lora_A" in key:
+            module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+            a, b = pairs[key].float(), pairs[key.replace("lora_A", "lora_B")].float()
+            if f"{module}.weight" in weights:
+                weights[f"{module}.weight"] += scale * b @ a
+            else:  # PEFT's pair of all experts, which gpt_oss stores as (experts, in, out)
+                size = len(a) // EXPERTS
+                change = torch.einsum("ore,eri->eio", b.view(-1, size, EXPERTS), a.view(EXPERTS, size, -1))
+                inside = module.replace(".base_layer", "")
+                (name,) = (n for n in weights if n.startswith(inside) and weights[n].shape == change.shape)
+                weights[name] += scale * change
     return weights

@@ -7,7 +7,7 @@ tensors of the header's shapes: no weight is read and the check of a 100-billion
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from moe_svd_distill.adapter.adapter_file import CONFIGURATION_FILE, adapter_header, read_json, shapes_of
-from moe_svd_distill.adapter.pair_shapes import pair_shapes, whole_modules
+from moe_svd_distill.adapter.pair_shapes import whole_modules
 from moe_svd_distill.adapter.peft_model import NAME, load, lora_targets, read_configuration, replaced_modules, wrap
 from moe_svd_distill.architecture.skeleton import build_on_meta, parse_config
 from moe_svd_distill.errors import BadDataError, MissingInputError
@@ -77,9 +77,7 @@ def check_loads(
     shapes = shapes_of(adapter_header(folder))
     fields, whole = read_json(folder / CONFIGURATION_FILE), whole_modules(shapes)
     configuration = read_configuration(folder)
-    for option, plain in _UNSUPPORTED.items():
-        if fields.get(option, plain[0]) not in plain:
-            raise BadDataError(f"adapter_config.json: {option} is {fields[option]!r}, expected {plain[0]!r}", _ACTION)
+    check_options(fields, whole)
     if isinstance(student, Mapping):
         config, source = dict(student), "the student"
     else:
@@ -87,9 +85,10 @@ def check_loads(
             raise MissingInputError(f"{Path(student) / 'config.json'} is not there", "Give the student's folder")
         config, source = read_json(Path(student) / "config.json"), str(student)
     model = build_on_meta(parse_config(config, source), source, text_only=text_only)
-    if getattr(model, "all_tied_weights_keys", None) and not whole:
-        _refuse_tied(model, pair_shapes(shapes))
+    tied_ends = _ends(model) if getattr(model, "all_tied_weights_keys", None) and not whole else set()
     wrapped = wrap(model, configuration)
+    targets = {target.parameter.removesuffix(".weight"): target for target in lora_targets(wrapped)}
+    _refuse_tied(tied_ends.intersection(targets))
     # Without its entry a key would fill the base model's own weight, and PEFT would report nothing.
     if set(replaced := replaced_modules(wrapped)) != set(whole):
         found = ", ".join(replaced) or "no module"
@@ -101,8 +100,31 @@ def check_loads(
         _refuse("PEFT would drop", unexpected, "no module of the student takes it")
     if missing := tuple(key for key in result.missing_keys if _is_of_adapter(key)):
         _refuse("the adapter leaves empty", missing, "the configuration targets it, but no key fills it")
-    scales = {target.parameter.removesuffix(".weight"): target.scale for target in lora_targets(wrapped)}
+    scales = {name: target.scale for name, target in targets.items()}
     return LoadReport(len(shapes), len(scales), scales, missing, unexpected, replaced)
+
+
+def check_options(fields: Mapping[str, Any], whole: Collection[str]) -> None:
+    """Refuse what an adapter_config.json asks for beyond plain pairs, as far as that shows without the student.
+
+    Args:
+        fields: Its content.
+        whole: The modules that the adapter's file holds whole.
+
+    Raises:
+        BadDataError: An option is not supported, or ``modules_to_save`` names something else.
+    """
+    for option, plain in _UNSUPPORTED.items():
+        if fields.get(option, plain[0]) not in plain:
+            raise BadDataError(f"adapter_config.json: {option} is {fields[option]!r}, expected {plain[0]!r}", _ACTION)
+    named = fields.get("modules_to_save") or []
+    matched = {(module, entry) for module in whole for entry in named if module.endswith(entry)}
+    if {module for module, _ in matched} != set(whole) or {entry for _, entry in matched} != set(named):
+        raise BadDataError(
+            f"adapter_config.json: modules_to_save is {fields.get('modules_to_save')!r}, expected "
+            f"{[module.rpartition('.')[2] for module in whole] or None}",
+            _ACTION,
+        )
 
 
 def _refuse(what: str, keys: tuple[str, ...], why: str) -> None:
@@ -110,17 +132,20 @@ def _refuse(what: str, keys: tuple[str, ...], why: str) -> None:
     raise BadDataError(f"{what} {keys[0]}{more}: {why}", _ACTION)
 
 
-def _refuse_tied(model: Any, pairs: Mapping[str, object]) -> None:
-    """Merged by PEFT, a pair of one of two matrices that are the same changes both."""
-    names = {id(module): name for name, module in model.named_modules()}
+def _ends(model: Any) -> set[str]:
+    """Names of the embeddings and the head."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    for name in (names[id(module)] for module in ends if module is not None):
-        if name in pairs:
-            raise BadDataError(
-                f"{name} has a LoRA pair, but the student ties its head to its embeddings: merged by PEFT it would "
-                "change both",
-                "Save the head whole (modules_to_save), or leave embeddings and head out of the transfer",
-            )
+    return {name for name, module in model.named_modules() if any(module is end for end in ends)}
+
+
+def _refuse_tied(names: set[str]) -> None:
+    """Merged by PEFT, a pair of one of two matrices that are the same changes both."""
+    for name in sorted(names):
+        raise BadDataError(
+            f"{name} has a LoRA pair, but the student ties its head to its embeddings: merged by PEFT it would change "
+            "both",
+            "Save the head whole (modules_to_save), or leave embeddings and head out of the transfer",
+        )
 
 
 def _is_of_adapter(key: str) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from moe_svd_distill.adapter.adapter_file import CONFIGURATION_FILE, read_json
 from moe_svd_distill.adapter.changes import Changes
 from moe_svd_distill.adapter.companions import copy_companions
-from moe_svd_distill.adapter.configuration import refuse_tied
+from moe_svd_distill.adapter.load_check import check_loads
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.adapter.publication import new_folder
 from moe_svd_distill.adapter.rewriting import Addition, rewrite
@@ -75,7 +75,7 @@ def merge(
 
     Raises:
         BadDataError: A pair or a head saved whole has no matrix of its name and shape in the student, the
-            configuration disagrees with them, or a merged value is not finite. Nothing is written then.
+            PEFT would not load it as it is, or a merged value is not finite. Nothing is written then.
         CannotWriteError: The output is not empty, or the disk is full.
     """
     configuration = read_json(Path(adapter_folder) / CONFIGURATION_FILE)
@@ -83,7 +83,7 @@ def merge(
     checkpoint = architecture.checkpoint
     refuse_quantised(checkpoint)
     pairs = LowRankPairs(adapter_folder, architecture)
-    refuse_tied(architecture, pairs, pairs.head is not None)
+    check_loads(adapter_folder, checkpoint.config)  # a merge does what PEFT does, and nothing where PEFT does nothing
     if pairs.head is not None:
         base_head(architecture)
     changes = Changes(architecture, pairs)

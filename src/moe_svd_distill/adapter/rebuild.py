@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_svd_distill.adapter.adapter_file import adapter_header, shapes_of
-from moe_svd_distill.adapter.configuration import build_configuration, plain_configuration
+from moe_svd_distill.adapter.configuration import build_configuration, plain_configuration, refuse_incomplete
 from moe_svd_distill.adapter.key_repair import unmatched_keys
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.adapter.pair_shapes import pair_shapes, whole_modules
@@ -40,9 +40,13 @@ def rebuild_configuration(
         return plain_configuration(ranks, base_model=base_model or "", whole=tuple(whole_modules(shapes)))
     architecture = Architecture(open_checkpoint(student))
     pairs = LowRankPairs(header.file, architecture, configured=False)
+    keys, ranks = settle_keys(architecture), {name: pairs.rank(name) for name in pairs}
+    targets = keys.changed_by(ranks)
+    for target in targets:
+        refuse_incomplete(target, ranks)
     return build_configuration(
-        settle_keys(architecture),
-        pairs.parameter_ranks(),
+        keys,
+        {target.parameter: target.rank(ranks.__getitem__) for target in targets},
         base_model=base_model or str(student),
         whole_head=pairs.head is not None,
     )

@@ -16,8 +16,9 @@ from moe_svd_distill.adapter.adapter_file import (
     read_json,
     shapes_of,
 )
+from moe_svd_distill.adapter.configuration import rank_and_scale
 from moe_svd_distill.adapter.digest import sha256_of
-from moe_svd_distill.adapter.load_check import LoadReport, check_loads
+from moe_svd_distill.adapter.load_check import LoadReport, check_loads, check_options
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.adapter.pair_shapes import pair_shapes, whole_modules
 from moe_svd_distill.adapter.values import scan_values
@@ -91,13 +92,13 @@ def verify(folder: Path | str, student: Checkpoint | Path | str | None = None) -
         )
     if recorded is None:
         warnings.append(f"{RECORD_FILE} records no digest: a half-written file cannot be told from a complete one")
+    check_options(configuration, whole)
     folder_or_config = _student(student, configuration)
     load = None if folder_or_config is None else check_loads(place, folder_or_config)
-    scale = 1.0
     if load is None:
         warnings.append("whether PEFT loads every tensor was not checked, because no student was given")
-    else:
-        scale = _common_scale(load.scales, _intended_scale(record, configuration) if recorded else None)
+    scales = load.scales if load else {module: rank_and_scale(configuration, module)[1] for module in pairs}
+    scale = _common_scale(scales, _intended_scale(record, configuration) if recorded else None)
     if scale != 1.0:
         warnings.append(f"PEFT multiplies every pair by {scale:g}")
     zero = scan_values(header, digest_checked=recorded is not None)
