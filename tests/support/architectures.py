@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers.utils import logging
 
@@ -55,6 +56,14 @@ QUICK: tuple[str, ...] = (
     "zamba2",  # a block shared by several layers
 )
 
+
+
+def every_type() -> list[Any]:
+    """Values for ``pytest.mark.parametrize``: all types, of which only `QUICK` run without ``-m all_types``."""
+    marks = {name: [pytest.mark.all_types] + [pytest.mark.soak] * (name not in QUICK) for name in MODEL_TYPES}
+    return [pytest.param(name, marks=marks[name]) for name in (*QUICK, *(n for n in MODEL_TYPES if n not in QUICK))]
+
+
 # What a tiny model has, of whatever its configuration knows.
 _COUNTS = {
     1: "n_shared_experts num_shared_experts moe_num_shared_experts first_k_dense_replace moe_layer_start_index "
@@ -68,8 +77,9 @@ _COUNTS = {
     8: "head_dim linear_key_head_dim linear_value_head_dim linear_head_dim qk_nope_head_dim v_head_dim kv_lora_rank "
     "index_head_dim mamba_chunk_size chunk_size query_pre_attn_scalar hidden_size_per_layer_input",
     12: "q_lora_rank qk_head_dim",
-    16: "moe_intermediate_size moe_hidden_size expert_ffn_hidden_size share_expert_dim shared_expert_intermediate_size "
+    16: "moe_hidden_size expert_ffn_hidden_size share_expert_dim shared_expert_intermediate_size "
     "shared_intermediate_size moe_shared_expert_intermediate_size mamba_d_head mamba_head_dim",
+    24: "moe_intermediate_size",
     32: "hidden_size",
     48: "intermediate_size ffn_hidden_size dense_intermediate_size",
     64: "mamba_d_ssm",
