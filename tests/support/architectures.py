@@ -57,7 +57,6 @@ QUICK: tuple[str, ...] = (
 )
 
 
-
 def every_type() -> list[Any]:
     """Values for ``pytest.mark.parametrize``: all types, of which only `QUICK` run without ``-m all_types``."""
     marks = {name: [pytest.mark.all_types] + [pytest.mark.soak] * (name not in QUICK) for name in MODEL_TYPES}
@@ -117,6 +116,7 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
     "gemma4_text#moe": _SLIDING
     | {"num_kv_shared_layers": 0, "enable_moe_block": True, "hidden_size_per_layer_input": 0},
     "gemma4_unified_text": _SLIDING,
+    "zamba2": {"tie_word_embeddings": True},  # its layers share a block only then
     "zaya": {"num_experts_per_tok": 1},
     "qwen4_exp_text": {**_LINEAR, **_QWEN4, "indexer_compress_ratio": 2},
     "qwen3_moe#mixed": {"mlp_only_layers": [0]},
