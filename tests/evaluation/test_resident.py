@@ -90,7 +90,7 @@ def test_an_unknown_step_after_the_head_is_refused(lab: Lab, monkeypatch: pytest
         return output
 
     monkeypatch.setattr(type(model), "forward", changed)
-    with pytest.raises(BadDataError, match="does something to its logits"):
+    with pytest.raises(IncompatiblePairError, match="does something to its logits"):
         record_teacher(model, lab.text)
 
 
