@@ -21,7 +21,7 @@ from moe_svd_distill.errors import IncompatiblePairError
 
 _REPORT = "Report the architecture to the project"
 _POSITIONS = 8
-_SMALL, _LARGE = 2.0**-8, 2.0**20
+_SMALL, _LARGE = 2.0**-12, 2.0**20
 """A head's answers where no cap bends them, and where a cap is all that is left of them."""
 _TOLERANCE = 1e-4
 
