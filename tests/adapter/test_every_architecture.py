@@ -15,11 +15,11 @@ from torch import Tensor
 from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE, CONFIGURATION_FILE, write_json
 from moe_svd_distill.adapter.configuration import build_configuration
 from moe_svd_distill.adapter.fused import Factors
-from moe_svd_distill.adapter.keys import AdapterKeys, entries, settle_keys
+from moe_svd_distill.adapter.keys import AdapterKeys, entries
 from moe_svd_distill.adapter.load_check import check_loads
-from moe_svd_distill.adapter.peft_model import lora_targets, wrap
+from moe_svd_distill.adapter.peft_model import modules_of
+from moe_svd_distill.adapter.settling import settle_keys
 from moe_svd_distill.architecture.architecture import Architecture
-from moe_svd_distill.architecture.skeleton import build_on_meta
 from moe_svd_distill.checkpoints import open_checkpoint
 from tests.support import architectures
 
@@ -58,14 +58,13 @@ def write_adapter(folder: Path, keys: AdapterKeys, factors: dict[str, Factors]) 
     configuration = build_configuration(keys, ranks, base_model="")
     folder.mkdir()
     write_json(folder / CONFIGURATION_FILE, configuration)
-    from moe_svd_distill.adapter.peft_model import read_configuration
-
-    model = build_on_meta(architecture.config, "model", torch.float32, text_only=architecture.text_only)
-    found = {target.parameter: target for target in lora_targets(wrap(model, read_configuration(folder)))}
-    assert set(found) == {target.parameter for target in targets}
+    modules = modules_of(architecture, configuration)
+    assert set(modules) == {target.parameter for target in targets}
     tensors: dict[str, Tensor] = {}
     for target in targets:
-        tensors |= entries(target, found[target.parameter], factors.__getitem__)
+        for entry in entries(keys, target, modules[target.parameter], lambda name: RANK):
+            tensors[entry.key] = entry.make(factors.__getitem__).contiguous()
+            assert tensors[entry.key].shape == entry.shape
     save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
     return folder
 
