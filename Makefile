@@ -44,7 +44,8 @@ format: $(READY)  ## format and fix what can be fixed
 bench: $(READY)  ## measure the kernels, k-means and a whole run against plain methods (about 25 minutes)
 	$(BIN)/python -m benchmarks
 
-soak: $(READY)  ## kill runs at random moments and bound their memory (about 20 minutes)
+soak: $(READY)  ## try every model type, kill runs at random moments and bound their memory (about 30 minutes)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m all_types
 	$(BIN)/python -m benchmarks.soak
 
 lab: $(READY)  ## train the lab's models anew (about an hour); DOCUMENTATION=folder of the Python docs

@@ -15,6 +15,7 @@ from moe_svd_distill.evaluation import from_states, loading
 from moe_svd_distill.evaluation.loading import load_model, model_bytes
 from moe_svd_distill.evaluation.resident import measure, record_teacher
 from tests.evaluation.conftest import LENGTH, Lab, llama, qwen3_moe
+from tests.support import architectures
 
 
 def _naive(teacher: Any, student: Any, text: TokenizedText, vocabulary: int) -> tuple[float, float, float, float]:
@@ -28,14 +29,16 @@ def _naive(teacher: Any, student: Any, text: TokenizedText, vocabulary: int) -> 
     return kl, entropies[0], entropies[1], agreement
 
 
-@pytest.mark.parametrize("pair", ["llama", "llama-capped", "mixed", "padded"])
+@pytest.mark.parametrize("pair", ["llama", "llama-scaled", "mixed", "padded", "capped", "wrapper"])
 def test_figures_are_those_of_the_models_own_logits(lab: Lab, pair: str) -> None:
     vocabulary = 320 if pair != "padded" else 300
     teacher, student = {
         "llama": lambda: (load_model(lab.teacher), load_model(lab.student)),
-        "llama-capped": lambda: (_granite(), llama(320)),
+        "llama-scaled": lambda: (_granite(), llama(320)),
         "mixed": lambda: (qwen3_moe(320), llama(320)),
         "padded": lambda: (qwen3_moe(384), llama(320)),
+        "capped": lambda: [architectures.build(name, vocab_size=320) for name in ("nanochat", "gemma2")],
+        "wrapper": lambda: [architectures.build(name, vocab_size=320) for name in ("llama4", "mistral3")],
     }[pair]()
     text = lab.text
     if pair == "padded":
@@ -90,7 +93,7 @@ def test_an_unknown_step_after_the_head_is_refused(lab: Lab, monkeypatch: pytest
         return output
 
     monkeypatch.setattr(type(model), "forward", changed)
-    with pytest.raises(BadDataError, match="does something to its logits"):
+    with pytest.raises(IncompatiblePairError, match="does something to its logits"):
         record_teacher(model, lab.text)
 
 

@@ -50,6 +50,11 @@ class Matrix:
     stored: bool = True
 
     @property
+    def swapped_in_peft(self) -> bool:
+        """Whether PEFT takes its outputs for its inputs: its module does not say that it is held transposed."""
+        return self.transposed and not getattr(self.slot.module, "is_transposed", False)
+
+    @property
     def parameter(self) -> nn.Parameter:
         """What holds it now; another one each time the layer is read."""
         found = self.slot.module._parameters[self.slot.attribute]
@@ -102,21 +107,22 @@ class LayerMatrices:
 
 def find_matrices(skeleton: Skeleton, stored: CheckpointMap) -> LayerMatrices:
     """All matrices of the decoder layers, layer after layer."""
-    owners = Counter(
-        (id(slot.module), slot.attribute) for slot in skeleton.slots.values() if isinstance(slot.part, int)
-    )
+    hidden = skeleton.model.config.get_text_config().hidden_size
+    layers = range(len(skeleton.originals))
+    owners = Counter(name for layer in layers for source in stored.of_part[layer] for _, name in source.hub_names)
     of_layer: dict[int, tuple[Matrix, ...]] = {}
     left_out: dict[str, str] = {}
-    for layer in range(len(skeleton.originals)):
+    for layer in layers:
         found: list[Matrix] = []
         for source in stored.of_part[layer]:
+            shared = any(owners[name] > 1 for _, name in source.hub_names)
             for slot in source.slots:
-                shared = owners[id(slot.module), slot.attribute] > 1
                 kind, reason = (None, "shared by several layers") if shared else _kind(slot)
                 if kind is None:
                     left_out |= {name: reason for _, name in source.hub_names}
                 else:
-                    found += _matrices(kind, layer, slot, source)
+                    transposed = kind is Kind.EXPERT and _is_transposed(slot.module, hidden)
+                    found += _matrices(kind, layer, slot, source, transposed)
         of_layer[layer] = tuple(found)
     return LayerMatrices(of_layer, left_out)
 
@@ -143,8 +149,20 @@ def _kind(slot: ParameterSlot) -> tuple[Kind | None, str]:
     return None, "a matrix that is not the weight of a module"
 
 
-def _matrices(kind: Kind, layer: int, slot: ParameterSlot, source: TensorSource) -> Iterator[Matrix]:
-    transposed = kind is Kind.EXPERT and bool(getattr(slot.module, "is_transposed", False))
+def _is_transposed(experts: nn.Module, hidden: int) -> bool:
+    """Whether experts are held (in, out).
+
+    Where the module does not say so (Llama 4), sizes do: its first tensor takes hidden states, its last gives them.
+    """
+    declared = getattr(experts, "is_transposed", None)
+    shapes = [parameter.shape for parameter in experts.parameters(recurse=False) if parameter.ndim == 3]
+    if declared is not None or len(shapes) < 2:
+        return bool(declared)
+    (_, *first), (_, *last) = shapes[0], shapes[-1]
+    return (first[0] == hidden and first[1] != hidden) or (last[1] == hidden and last[0] != hidden)
+
+
+def _matrices(kind: Kind, layer: int, slot: ParameterSlot, source: TensorSource, transposed: bool) -> Iterator[Matrix]:
     whole = not source.pieces
     if not whole and all(len(slot.shape) - (piece.index is not None) == 2 for piece in source.pieces):
         for piece in source.pieces:

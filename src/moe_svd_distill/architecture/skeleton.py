@@ -60,25 +60,28 @@ class Skeleton:
         layers: The decoder's list of layers, and `list_name` its name in the decoder.
         originals: The layers themselves.
         prefix: Name of a layer in memory, up to its number.
+        whole: The model of the checkpoint's own class, where this one takes the checkpoint's text alone.
         rules: transformers' renamings and operations between stored names and names in memory.
         embedding: The module of the token embeddings, and `embedding_name` its name in the decoder.
         head: The module of the output head, if there is one.
         slots: Name in memory to slot, for every parameter and every buffer that a checkpoint holds.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype, whole: Skeleton | None = None) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        self.model, self.dtype = model, dtype
+        self.model, self.dtype, self.whole = model, dtype, whole
         self.decoder, self.layers, self.list_name = find_decoder(model)
         self.originals: tuple[nn.Module, ...] = tuple(self.layers)
         names = {id(module): name for name, module in model.named_modules()}
         base = names[id(self.decoder)]
-        self.prefix = f"{base}.{self.list_name}." if base else f"{self.list_name}."
+        self.base = f"{base}." if base else ""
+        self.prefix = f"{self.base}{self.list_name}."
         self.rules: list[Any] = get_model_conversion_mapping(model)
         self.embedding: nn.Module = _embeddings(self.decoder, model)
         self.embedding_name = next((name for name, m in self.decoder.named_modules() if m is self.embedding), None)
         self.head: nn.Module | None = model.get_output_embeddings()
+        self.head_name = names.get(id(self.head))
         self.slots: dict[str, ParameterSlot] = {}
         inside = {id(module) for module in self.decoder.modules()}
         precise = _kept_precise(model, dtype)
@@ -99,6 +102,15 @@ class Skeleton:
         """The part that a name in memory belongs to by its look, for names that have no slot here."""
         number = re.match(re.escape(self.prefix) + r"(\d+)\.", name)
         return int(number[1]) if number else OUTSIDE
+
+    def name_of(self, whole_name: str) -> str:
+        """A name in the memory of the checkpoint's own class, as it is in this model."""
+        if self.whole is None:
+            return whole_name
+        if whole_name.startswith(f"{self.whole.head_name}."):
+            return f"{self.head_name}{whole_name.removeprefix(str(self.whole.head_name))}"
+        inside = whole_name.startswith(self.whole.base)
+        return self.base + whole_name.removeprefix(self.whole.base) if inside else whole_name
 
     def of_part(self, part: Part) -> list[ParameterSlot]:
         """The slots of a part."""
@@ -167,14 +179,14 @@ def model_class(parsed: Any, *, text_only: bool = False) -> Any:
         found = getattr(transformers, name, None)
         if found is not None and "For" in name and hasattr(found, "get_output_embeddings"):
             return found
+    kind = type(parsed.get_text_config()) if text_only else type(parsed)
     order = [auto.MODEL_FOR_CAUSAL_LM_MAPPING]
     if not text_only:
         order += [auto.MODEL_FOR_MULTIMODAL_LM_MAPPING, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING]
     for mapping in order:
-        for kind in (type(parsed), type(parsed.get_text_config())) if text_only else (type(parsed),):
-            if kind in mapping:
-                found = mapping[kind]
-                return found[0] if isinstance(found, tuple) else found
+        if kind in mapping:
+            found = mapping[kind]
+            return found[0] if isinstance(found, tuple) else found
     raise IncompatiblePairError(
         f"transformers has no {'text-only ' if text_only else ''}language model for model_type {parsed.model_type}",
         "Use the class of the checkpoint" if text_only else "Use a causal language model",
@@ -221,7 +233,9 @@ def build_skeleton(
         BadDataError: transformers cannot build it, or does not build some buffer without the checkpoint.
         IncompatiblePairError: The decoder has no list of layers.
     """
-    model = build_on_meta(parse_config(config, source), source, dtype, text_only=text_only)
+    parsed = parse_config(config, source)
+    model = build_on_meta(parsed, source, dtype, text_only=text_only)
+    whole = Skeleton(build_on_meta(parsed, source, dtype), dtype) if text_only else None
     if kind == "cpu" and not gradients and hasattr(model, "set_experts_implementation"):
         # On a CPU the loop over experts is 1.7 times as fast as grouped_mm, and 20 times as fast as batched_mm. Not so
         # on the way back: there the loop makes a gradient of all experts for each one of them.
@@ -230,7 +244,7 @@ def build_skeleton(
     if hasattr(model.config, "output_router_logits"):
         model.config.output_router_logits = False
     model.eval().requires_grad_(False)
-    skeleton = Skeleton(model, dtype)
+    skeleton = Skeleton(model, dtype, whole)
     _rebuild_buffers(skeleton, source)
     return skeleton
 

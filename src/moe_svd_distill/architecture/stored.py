@@ -230,16 +230,17 @@ def in_memory(skeleton: Skeleton, hub_names: Iterable[str]) -> Iterator[tuple[st
     """
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-    prefix = skeleton.model.base_model_prefix
-    renamings = [rule for rule in skeleton.rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in skeleton.rules if isinstance(rule, WeightConverter)]
+    whole = skeleton.whole or skeleton
+    prefix = whole.model.base_model_prefix
+    renamings = [rule for rule in whole.rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in whole.rules if isinstance(rule, WeightConverter)]
     of_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-    known = dict.fromkeys(skeleton.slots, True)
+    known = dict.fromkeys(whole.slots, True)
     for hub_name in sorted(hub_names, key=dot_natural_key):
         name, pattern = rename_source_key(hub_name, renamings, converters, prefix, known)
         if name not in known and hub_name in known:
             name, pattern = rename_source_key(hub_name, [], [], prefix, known)
-        yield hub_name, name, pattern or hub_name, None if pattern is None else of_pattern[pattern]
+        yield hub_name, skeleton.name_of(name), pattern or hub_name, None if pattern is None else of_pattern[pattern]
 
 
 def _ignored(model: Any) -> re.Pattern[str]:

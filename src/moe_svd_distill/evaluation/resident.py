@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_svd_distill.algebra.logits import LogitTransform
+from moe_svd_distill.architecture.head import check_is_linear, measure_head
+from moe_svd_distill.architecture.skeleton import find_decoder
 from moe_svd_distill.calibration.text import TokenizedText
-from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.evaluation.adapted import AdaptedStudent
 from moe_svd_distill.evaluation.figures import Measurement
 from moe_svd_distill.evaluation.from_states import (
@@ -31,11 +33,8 @@ from moe_svd_distill.evaluation.from_states import (
     linear_logits,
     own_figures,
 )
-from moe_svd_distill.streaming.logits import LogitTransform, logit_transform
 
 __all__ = ["LogitTransform", "Progress", "ResidentStudent", "TeacherRecord", "measure", "record_teacher"]
-
-_PROBE_TOKENS = 16
 
 
 @torch.no_grad()
@@ -127,14 +126,14 @@ class ResidentStudent:
 
 
 def _head_logits(model: Any) -> Logits:
-    head, transform = model.get_output_embeddings(), logit_transform(model.config)
-    return lambda states: transform(head(states))
+    head, measured = model.get_output_embeddings(), measure_head(model)
+    return lambda states: measured.transform(head(states)[..., : measured.tokens])
 
 
 @torch.no_grad()
 def _blocks(model: Any, text: TokenizedText, name: str, on_progress: Progress | None) -> Iterator[Block]:
     """Run the model over a batch of sequences at a time."""
-    decoder, device = model.get_decoder(), model.device
+    decoder, device = find_decoder(model)[0], model.device
     sequences = torch.from_numpy(np.ascontiguousarray(text.sequences))
     step = max(1, BLOCK_TOKENS // text.length)
     if on_progress:
@@ -147,24 +146,10 @@ def _blocks(model: Any, text: TokenizedText, name: str, on_progress: Progress | 
             on_progress(name, begin * text.length + batch.numel(), text.sequences.size)
 
 
-def _head_weights(model: Any) -> tuple[Tensor, Tensor | None, LogitTransform]:
-    """The head's weight and bias in float32, and what follows it."""
-    head, transform = _checked_head(model)
-    bias = getattr(head, "bias", None)
-    return head.weight.detach().float(), None if bias is None else bias.detach().float(), transform
-
-
 @torch.no_grad()
-def _checked_head(model: Any) -> tuple[Any, LogitTransform]:
-    """Return the head and what follows it, checked on a few tokens to give the model's own logits."""
-    head, transform = model.get_output_embeddings(), logit_transform(model.config)
-    probe = torch.arange(_PROBE_TOKENS, device=model.device)[None] % model.config.get_text_config().vocab_size
-    expected = model(input_ids=probe, use_cache=False).logits[0].float()
-    states = model.get_decoder()(input_ids=probe, use_cache=False).last_hidden_state[0]
-    found = transform(head(states)).float()
-    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-2, atol=1e-2):
-        raise BadDataError(
-            f"The head of {type(model).__name__} does something to its logits that is not known here",
-            "Report the architecture to the project",
-        )
-    return head, transform
+def _head_weights(model: Any) -> tuple[Tensor, Tensor | None, LogitTransform]:
+    """The head's weight and bias in float32, without rows that pad it, and what follows it."""
+    head, measured = model.get_output_embeddings(), measure_head(model)
+    check_is_linear(head)
+    bias = None if getattr(head, "bias", None) is None else head.bias.detach()[: measured.tokens].float()
+    return head.weight.detach()[: measured.tokens].float(), bias, measured.transform

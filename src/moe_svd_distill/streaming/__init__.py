@@ -8,7 +8,6 @@ from moe_svd_distill.architecture.matrices import Matrix
 from moe_svd_distill.streaming.groups import GROUPS, Scales, group_of
 from moe_svd_distill.streaming.head import Head, load_head
 from moe_svd_distill.streaming.last_layers import LastLayers, load_last_layers, stream_with_inputs
-from moe_svd_distill.streaming.logits import LogitTransform, logit_transform
 from moe_svd_distill.streaming.result import StreamedStates
 from moe_svd_distill.streaming.settings import PassRecord, PassSettings
 from moe_svd_distill.streaming.stream import stream_states
@@ -20,7 +19,6 @@ __all__ = [
     "LastLayers",
     "LayerBatch",
     "LayerVisit",
-    "LogitTransform",
     "Matrix",
     "PassRecord",
     "PassSettings",
@@ -30,7 +28,6 @@ __all__ = [
     "group_of",
     "load_head",
     "load_last_layers",
-    "logit_transform",
     "stream_states",
     "stream_with_inputs",
 ]

@@ -9,19 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_svd_distill.architecture.proxy import ModuleProxy
-from moe_svd_distill.architecture.skeleton import HEAD, Skeleton, build_skeleton
+from moe_svd_distill.algebra.logits import LogitTransform
+from moe_svd_distill.architecture.head import check_is_linear, measure_head
+from moe_svd_distill.architecture.skeleton import HEAD, build_skeleton
 from moe_svd_distill.architecture.stored import CheckpointMap
 from moe_svd_distill.checkpoints import Checkpoint
-from moe_svd_distill.errors import IncompatiblePairError
 from moe_svd_distill.streaming.groups import Scales
-from moe_svd_distill.streaming.logits import LogitTransform, logit_transform
 from moe_svd_distill.streaming.overlay import AdapterOverlay
 from moe_svd_distill.streaming.settings import PassSettings
 from moe_svd_distill.streaming.weights import Weights
-
-_REPORT = "Report the architecture to the project"
-_PROBE_TOKENS, _PROBE_VOCABULARY = 8, 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +25,7 @@ class Head:
     """An output head.
 
     Attributes:
-        weight: (V, d); tied embeddings are what they are tied to, and an adapter is added in.
+        weight: (V, d), without rows that pad it; tied embeddings are what they are tied to, and an adapter is added in.
         bias: (V,), or None.
         transform: What the architecture does after it.
     """
@@ -68,79 +64,13 @@ def load_head(
     settings = PassSettings((device,), dtype)
     place, kind = settings.places()[0], settings.compute_dtype()
     skeleton = build_skeleton(checkpoint.config, checkpoint.source, kind if adapter is None else torch.float32, "cpu")
-    head: Any = skeleton.head
-    if head is None or not isinstance(head, nn.Linear):
-        raise IncompatiblePairError(
-            f"The head of {type(skeleton.model).__name__} is {type(head).__name__}, expected Linear", _REPORT
-        )
-    transform = _checked_transform(skeleton, head)
+    measured = measure_head(skeleton.model)
     sources = CheckpointMap(checkpoint, skeleton)
     overlay = None if adapter is None else AdapterOverlay(skeleton, adapter, scales, checkpoint.config)
     weights = Weights(checkpoint, skeleton, sources, overlay, torch.device("cpu") if adapter else place)
     weights.attach(HEAD, weights.read(HEAD))
-    effective = head if overlay is None else overlay.merged_head()
-    bias = None if effective.bias is None else effective.bias.detach().to(place, kind)
-    return Head(effective.weight.detach().to(place, kind), bias, transform)
-
-
-@torch.no_grad()
-def _checked_transform(skeleton: Skeleton, head: nn.Linear) -> LogitTransform:
-    """The transform, after the model's own forward has given the same on random states and a small random head."""
-    model, decoder = skeleton.model, skeleton.decoder
-    transform = logit_transform(model.config)
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, _PROBE_TOKENS, head.in_features, generator=generator)
-    small = nn.Linear(head.in_features, _PROBE_VOCABULARY, bias=False)
-    small.weight.copy_(torch.randn(small.weight.shape, generator=generator))
-    small.to(head.weight.dtype)
-    hidden = hidden.to(head.weight.dtype)
-    expected = transform(small(hidden)).float()
-    places = [*_owners(model, decoder), *_owners(model, head)]
-    originals = [getattr(parent, name) for parent, name in places]
-    try:
-        for (parent, name), original in zip(places, originals, strict=True):
-            setattr(parent, name, small if original is head else _Answer(original, hidden))
-        ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long)
-        found = model(input_ids=ids, use_cache=False).logits.float()
-    except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
-        raise IncompatiblePairError(
-            f"{type(model).__name__} does something unknown between its decoder and its logits ({error})", _REPORT
-        ) from error
-    finally:
-        for (parent, name), original in zip(places, originals, strict=True):
-            setattr(parent, name, original)
-    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-2, atol=1e-2):
-        raise IncompatiblePairError(
-            f"{type(model).__name__} does something to its logits that is not known here", _REPORT
-        )
-    return transform
-
-
-class _Answer(ModuleProxy):
-    """A decoder whose final hidden states are known."""
-
-    def __init__(self, original: nn.Module, hidden: Tensor) -> None:
-        super().__init__(original)
-        object.__setattr__(self, "_hidden", hidden)
-
-    def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        from transformers.utils import ModelOutput
-
-        @dataclass
-        class Answer(ModelOutput):
-            """Everything that a decoder may be asked for besides its states was not computed."""
-
-            last_hidden_state: Any = None
-
-            def __getattr__(self, name: str) -> None:
-                if name.startswith("__"):
-                    raise AttributeError(name)
-
-        return Answer(last_hidden_state=object.__getattribute__(self, "_hidden"))
-
-
-def _owners(model: nn.Module, wanted: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Every module and attribute that holds a module."""
-    return [
-        (parent, name) for parent in list(model.modules()) for name, child in parent._modules.items() if child is wanted
-    ]
+    head: Any = skeleton.head if overlay is None else overlay.merged_head()
+    check_is_linear(head)
+    rows = slice(measured.tokens)
+    bias = None if getattr(head, "bias", None) is None else head.bias.detach()[rows].to(place, kind)
+    return Head(head.weight.detach()[rows].to(place, kind), bias, measured.transform)
