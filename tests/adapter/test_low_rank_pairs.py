@@ -77,7 +77,7 @@ def test_a_pair_without_a_place_is_refused(dense: Case, tmp_path: Path, module: 
 
 def test_half_a_pair_and_odd_shapes_are_refused() -> None:
     key_a, key_b = lora_keys("model.q_proj")
-    other = {key: (4, 4) for key in lora_keys("model.k_proj")}
+    other = dict.fromkeys(lora_keys("model.k_proj"), (4, 4))
     for shapes, message in [
         ({key_a: (4, 32)}, "the B of model.q_proj is missing"),
         ({key_b: (32, 4)}, "the A of model.q_proj is missing"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,14 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-# GONE ['inference_of']
 from moe_svd_distill.adapter.adapter_file import write_json
 from moe_svd_distill.adapter.key_repair import repair_keys, repaired_keys
 from moe_svd_distill.adapter.load_check import check_loads
-from moe_svd_distill.adapter.naming import lora_keys
+from moe_svd_distill.adapter.naming import lora_keys, parse_key
 from moe_svd_distill.adapter.rebuild import rebuild_configuration
 from moe_svd_distill.errors import BadDataError, CannotWriteError, MissingInputError
-from tests.adapter import tiny
 from tests.adapter.conftest import Case
 
 SPELLINGS: dict[str, Callable[[str], str]] = {
@@ -33,16 +32,35 @@ def test_a_student_gives_the_configuration_back(case: Case) -> None:
     assert rebuild_configuration(case.adapter, case.student, base_model="a/b")["base_model_name_or_path"] == "a/b"
 
 
-def test_without_a_student_the_family_is_inferred(case: Case) -> None:
-    expected = json.loads((case.adapter / "adapter_config.json").read_text())
-    found = rebuild_configuration(case.adapter, base_model=str(case.student))
-    assert found == expected
-    inference = inference_of(case.adapter)
-    assert inference.family.model_type == {"qwen3": "llama"}.get(case.name, case.name)
-    assert inference.layers == tiny.LAYERS
-    assert "no student was given" in inference.statement
-    if inference.family.model_type == "llama":
-        assert "also possible: glm4_moe, qwen3, qwen3_moe" in inference.statement
+def test_without_a_student_last_names_alone_are_written(case: Case) -> None:
+    found = rebuild_configuration(case.adapter, base_model="a/b")
+    modules = {parse_key(key)[0] for key in case.pairs}
+    assert set(found["target_modules"]) == {module.rpartition(".")[2] for module in modules}
+    assert (found["target_parameters"], found["base_model_name_or_path"]) == ([], "a/b")
+    if case.name in ("llama", "qwen3"):
+        assert found["rank_pattern"] == {"lm_head": 8}
+
+
+def test_dense_models_load_without_a_student_s_help(
+    make_case: Callable[[str], Case], write: Callable[..., Path]
+) -> None:
+    for name in ("llama", "qwen3"):
+        case = make_case(name)
+        adapter = write(case, case.pairs, rebuild_configuration(case.adapter))
+        assert check_loads(adapter, case.student).scales == check_loads(case.adapter, case.student).scales
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (r"experts\.3\.up_proj", "no LoRA pair, but others of"),
+        (r"experts\.0\.gate_proj", "no LoRA pair, but others of"),
+    ],
+)
+def test_experts_without_a_pair_are_named(sparse: Case, write: Callable[..., Path], part: str, message: str) -> None:
+    kept = {key: value for key, value in sparse.pairs.items() if not re.search(part, key)}
+    with pytest.raises(BadDataError, match=message):
+        rebuild_configuration(write(sparse, kept), sparse.student)
 
 
 def test_no_weights_are_read(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,14 +93,12 @@ def test_wrong_names_are_refused_and_can_be_repaired(case: Case, tmp_path: Path,
 
 
 def test_right_names_stay_and_hopeless_ones_are_refused() -> None:
-    keys = [key for name in ("lm_head.weight", "model.embed_tokens.weight") for key in lora_keys(name)]
+    keys = [*lora_keys("lm_head"), *lora_keys("model.embed_tokens", embedding=True), *lora_keys("mlp.experts")]
     assert repaired_keys(keys) == {key: key for key in keys}
     with pytest.raises(BadDataError, match="in no known spelling"):
         repaired_keys(["model.layers.0.self_attn.q_proj.weight"])
     with pytest.raises(BadDataError, match="would both become"):
         repaired_keys(["lm_head.lora_A.weight", "base_model.model.lm_head.lora_A.weight"])
-    with pytest.raises(BadDataError, match="fused experts"):
-        repaired_keys(["model.layers.0.mlp.experts.lora_A.weight"])
 
 
 def test_repair_never_overwrites(case: Case, tmp_path: Path) -> None:
@@ -92,10 +108,10 @@ def test_repair_never_overwrites(case: Case, tmp_path: Path) -> None:
     assert (tmp_path / "there").read_text() == "precious"
 
 
-def test_an_adapter_of_no_known_family(tmp_path: Path) -> None:
-    key_a, key_b = lora_keys("transformer.h.0.attn.c_attn.weight")
+def test_an_adapter_of_another_model(dense: Case, tmp_path: Path) -> None:
+    key_a, key_b = lora_keys("transformer.h.0.attn.c_attn")
     save_file({key_a: torch.ones(2, 4), key_b: torch.ones(4, 2)}, tmp_path / "a.safetensors")
-    with pytest.raises(BadDataError, match="no known family"):
-        rebuild_configuration(tmp_path / "a.safetensors")
+    with pytest.raises(BadDataError, match=r"has no transformer\.h\.0\.attn\.c_attn to change"):
+        rebuild_configuration(tmp_path / "a.safetensors", dense.student)
     with pytest.raises(MissingInputError):
         rebuild_configuration(tmp_path / "b.safetensors")

@@ -18,8 +18,6 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-# GONE ['scaled_copy']
-from moe_svd_distill.adapter.configuration import build_configuration
 from moe_svd_distill.adapter.load_check import check_loads
 from moe_svd_distill.adapter.merge import merge
 from moe_svd_distill.adapter.random_control import write_random_control
@@ -159,7 +157,7 @@ def test_a_head_saved_whole_is_right_everywhere(
     tensors = tied.queries | {KEY: tied.weight + tied.change}
     adapter = tiny.save_adapter(tmp_path / "adapter", tied.student, tensors)
     assert check_loads(adapter, tied.student).replaced == ("lm_head",)
-    assert verify(adapter, tied.student).whole == (HEAD,)
+    assert verify(adapter, tied.student).whole == ("lm_head",)
     wanted = tied.logits(head=1.0)
     assert (wanted - tied.logits(head=1.0, embedding=1.0)).abs().max() > 1e-2
     model = loaded(tied.student, adapter)
@@ -233,13 +231,10 @@ def test_our_merge_unties(make_tied: Callable[..., Tied], tmp_path: Path, shard:
 @pytest.mark.parametrize("hub_name", [HEAD, EMBEDDING])
 def test_pairs_alone_are_refused_and_the_way_out_is_named(tied: Tied, tmp_path: Path, hub_name: str) -> None:
     tensors = tied.queries | factors(tied.change, hub_name)
-    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
-    arguments: dict[str, Any] = {"base_model": "student", "student_layers": tiny.LAYERS}
-    family = tiny.family_of(tied.student)
-    configuration = build_configuration(shapes, family, **arguments)
-    adapter = tiny.save_adapter(tmp_path / "adapter", tied.student, tensors, configuration)
+    untied = tiny.save_student(tmp_path / "untied", tied.student.parent.name.rstrip("0123456789"))
+    adapter = tiny.save_adapter(tmp_path / "adapter", tied.student, tensors, tiny.configure(untied, tensors))
     for call in (
-        lambda: build_configuration(shapes, family, tied_embeddings=True, **arguments),
+        lambda: tiny.configure(tied.student, tensors),
         lambda: check_loads(adapter, tied.student),
         lambda: merge(adapter, tied.student, tmp_path / "out"),
         lambda: verify(adapter, tied.student),
@@ -259,11 +254,9 @@ def test_tying_in_the_configuration_is_refused(make_tied: Callable[..., Tied], t
         merge(adapter, tied.student, tmp_path / "out")
 
 
-def test_scaling_and_controls_start_from_the_embeddings(tied: Tied, tmp_path: Path) -> None:
+def test_the_random_control_starts_from_the_embeddings(tied: Tied, tmp_path: Path) -> None:
     tensors = tied.queries | {KEY: tied.weight + tied.change}
     adapter = tiny.save_adapter(tmp_path / "adapter", tied.student, tensors)
-    scaled_copy(adapter, tmp_path / "scaled", lambda name: 0.5, tied.student)
-    torch.testing.assert_close(load_file(tmp_path / "scaled")[KEY], tied.weight + 0.5 * tied.change, rtol=0, atol=1e-6)
     write_random_control(adapter, tmp_path / "control", 0, tied.student)
     control = load_file(tmp_path / "control" / "adapter_model.safetensors")[KEY] - tied.weight
     torch.testing.assert_close(control.norm(), tied.change.norm(), rtol=1e-5, atol=0)
@@ -280,7 +273,7 @@ def test_a_student_that_is_tied_and_is_not_is_refused(make_tied: Callable[..., T
     adapter = tiny.save_adapter(tmp_path / "adapter", tied.student, tensors)
     for call in (
         lambda: merge(adapter, student, tmp_path / "out"),
-        lambda: scaled_copy(adapter, tmp_path / "scaled", lambda name: 0.5, student),
+        lambda: write_random_control(adapter, tmp_path / "control", 0, student),
     ):
         with pytest.raises(BadDataError, match="differ in its files: loaders disagree"):
             call()

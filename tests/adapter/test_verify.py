@@ -169,6 +169,7 @@ def test_another_alpha_is_a_warning_in_a_foreign_adapter_and_an_error_in_ours(de
     assert "PEFT multiplies every pair by 2" in report.warnings
     with pytest.raises(BadDataError, match="by 2, expected 1"):
         verify(record(folder), dense.student)
+    (folder / "run.json").unlink()
     away = write(dense, dense.pairs, configuration | {"base_model_name_or_path": "organisation/student"})
     assert verify(away).scale == 2.0
 

@@ -15,18 +15,16 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-# GONE ['infer_family', 'scaled_copy', 'whole_shapes']
 from moe_svd_distill.adapter.key_repair import repair_keys, unmatched_keys
 from moe_svd_distill.adapter.load_check import check_loads
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.adapter.merge import merge
-from moe_svd_distill.adapter.naming import lora_keys, parse_key, whole_key
-from moe_svd_distill.adapter.pair_shapes import pair_shapes
+from moe_svd_distill.adapter.naming import lora_keys, whole_key
 from moe_svd_distill.adapter.random_control import write_random_control
 from moe_svd_distill.adapter.rebuild import rebuild_configuration
 from moe_svd_distill.adapter.verify import verify
-from moe_svd_distill.adapter.whole_change import changes_of_whole, rounding_norm
-from moe_svd_distill.errors import BadDataError, NothingToTransferError, UsageError
+from moe_svd_distill.adapter.whole_change import change_of_head, rounding_norm
+from moe_svd_distill.errors import BadDataError, NothingToTransferError
 from tests.adapter import tiny
 from tests.adapter.conftest import Case
 
@@ -54,7 +52,7 @@ def test_the_key_is_the_one_peft_saves(dense: Case, tmp_path: Path) -> None:
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
     get_peft_model(tiny.load_model(dense.student), config).save_pretrained(str(tmp_path / "by_peft"))
     saved = load_file(tmp_path / "by_peft" / "adapter_model.safetensors")
-    assert [key for key in saved if "lora" not in key] == [KEY] == [whole_key()]
+    assert [key for key in saved if "lora" not in key] == [KEY] == [whole_key("lm_head")]
     assert torch.equal(saved[KEY], tiny.own_head(dense.student))
     report = check_loads(tmp_path / "by_peft", dense.student)
     assert (report.replaced, report.missing, report.unexpected) == (("lm_head",), (), ())
@@ -99,7 +97,7 @@ def test_our_merge_replaces_the_head(case: Case, tmp_path: Path) -> None:
 def test_a_pair_of_full_rank_says_the_same(case: Case, tmp_path: Path) -> None:
     adapter, tensors = adapter_of(case, tmp_path)
     base = tiny.own_head(case.student)
-    key_a, key_b = lora_keys("lm_head.weight")
+    key_a, key_b = lora_keys("lm_head")
     exact = {key_a: torch.eye(base.shape[1]), key_b: tensors[KEY] - base}
     body = {key: value for key, value in tensors.items() if key != KEY}
     full = tiny.save_adapter(tmp_path / "full", case.student, body | exact)
@@ -152,10 +150,9 @@ def test_another_vocabulary_is_refused(dense: Case, tmp_path: Path) -> None:
         check_loads(adapter, dense.student)
     for call in (
         lambda: merge(adapter, dense.student, tmp_path / "out"),
-        lambda: scaled_copy(adapter, tmp_path / "scaled", lambda name: 0.5, dense.student),
         lambda: write_random_control(adapter, tmp_path / "random", 0, dense.student),
     ):
-        with pytest.raises(BadDataError, match="64×32 in the student, the adapter's head saved whole is 65×32"):
+        with pytest.raises(BadDataError, match="64×32 in the student, the adapter's is 65×32"):
             call()
 
 
@@ -169,47 +166,6 @@ def test_a_whole_head_needs_a_pair_beside_it_and_none_of_its_own(dense: Case, tm
         tiny.configure(dense.student, dense.pairs | {KEY: tensors[KEY]})
     with pytest.raises(BadDataError, match="expected vocabulary×hidden"):
         tiny.configure(dense.student, tensors | {KEY: torch.ones(64)})
-
-
-@pytest.mark.parametrize("factor", [0.0, 0.25, 1.0, 2.0, -1.0])
-def test_scaling_moves_the_head_on_the_straight_line(case: Case, tmp_path: Path, factor: float) -> None:
-    adapter, tensors = adapter_of(case, tmp_path)
-    (tmp_path / "scaled").mkdir()
-    scaled_copy(adapter, tmp_path / "scaled" / "adapter_model.safetensors", lambda name: factor, case.student)
-    found = load_file(tmp_path / "scaled" / "adapter_model.safetensors")
-    base = tiny.own_head(case.student)
-    torch.testing.assert_close(found[KEY], base + factor * (tensors[KEY] - base), rtol=1e-6, atol=1e-6)
-    assert found.keys() == tensors.keys()
-    if factor == 0.0:
-        assert torch.equal(found[KEY], base)
-    if factor == 1.0:
-        assert torch.equal(found[KEY], tensors[KEY])
-
-
-def test_scaling_in_bf16_rounds_once(dense: Case, tmp_path: Path) -> None:
-    adapter, tensors = adapter_of(dense, tmp_path, dtype=torch.bfloat16)
-    scaled_copy(adapter, tmp_path / "scaled", lambda name: 0.5, dense.student)
-    base = tiny.own_head(dense.student)
-    exact = base + 0.5 * (tensors[KEY].float() - base)
-    assert torch.equal(load_file(tmp_path / "scaled")[KEY], exact.to(torch.bfloat16))
-
-
-def test_scaling_needs_the_student_and_finds_the_named_one(dense: Case, tmp_path: Path) -> None:
-    adapter, tensors = adapter_of(dense, tmp_path)
-    scaled_copy(adapter, tmp_path / "by_name", lambda name: 0.5)
-    assert not torch.equal(load_file(tmp_path / "by_name")[KEY], tensors[KEY])
-    (adapter / "adapter_config.json").unlink()
-    with pytest.raises(UsageError, match=r"scaling needs the student's own lm_head\.weight"):
-        scaled_copy(adapter, tmp_path / "out", lambda name: 0.5)
-    assert not (tmp_path / "out").exists()
-    scaled_copy(adapter, tmp_path / "kept", lambda name: 1.0 if "lm_head" in name else 0.5)  # nothing to scale it by
-    assert torch.equal(load_file(tmp_path / "kept")[KEY], tensors[KEY])
-
-
-def test_a_scaled_head_that_leaves_its_dtype_is_refused(dense: Case, tmp_path: Path) -> None:
-    adapter, _ = adapter_of(dense, tmp_path, size=10.0, dtype=torch.float16)
-    with pytest.raises(BadDataError, match=r"lm_head\.weight: values that are not finite"):
-        scaled_copy(adapter, tmp_path / "scaled", lambda name: 1e5 if "lm_head" in name else 1.0, dense.student)
 
 
 def test_the_random_control_has_the_norm_and_another_direction(
@@ -230,7 +186,7 @@ def test_the_random_control_has_the_norm_and_another_direction(
     for other in (change, found["two"]):
         assert abs(float((found["one"] * other).sum() / (found["one"].norm() * other.norm()))) < 0.15
     assert check_loads(tmp_path / "one", case.student).replaced == ("lm_head",)
-    assert verify(tmp_path / "one", case.student).whole == ("lm_head.weight",)
+    assert verify(tmp_path / "one", case.student).whole == ("lm_head",)
     monkeypatch.setattr(sys.modules["moe_svd_distill.adapter.blocks"], "BLOCK_ELEMENTS", 7 * 32)
     write_random_control(adapter, tmp_path / "blocks", 1)  # the student that the configuration names
     blocks = load_file(tmp_path / "blocks" / "adapter_model.safetensors")[KEY] - base
@@ -240,8 +196,8 @@ def test_the_random_control_has_the_norm_and_another_direction(
 def test_verify_knows_whether_the_head_changes_anything(dense: Case, tmp_path: Path) -> None:
     adapter, tensors = adapter_of(dense, tmp_path)
     report = verify(adapter, dense.student)
-    assert (report.whole, report.warnings[1:]) == (("lm_head.weight",), ())
-    assert "lm_head.weight saved whole" in report.summary
+    assert (report.whole, report.warnings[1:]) == (("lm_head",), ())
+    assert "lm_head saved whole" in report.summary
     zero = silent(tensors)
     quiet = verify(tiny.save_adapter(tmp_path / "quiet", dense.student, zero), dense.student)
     assert quiet.transferred
@@ -262,7 +218,7 @@ def test_verify_says_that_it_could_not_compare(dense: Case, tmp_path: Path) -> N
     away = tiny.save_adapter(tmp_path / "away", dense.student, silent(tensors), configuration)
     report = verify(away)
     assert report.transferred
-    assert any("lm_head.weight is saved whole; whether it differs" in warning for warning in report.warnings)
+    assert any("lm_head is saved whole; whether it differs" in warning for warning in report.warnings)
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "config.json").write_text((dense.student / "config.json").read_text())
     assert any("was not checked" in warning for warning in verify(away, tmp_path / "config").warnings)
@@ -274,7 +230,9 @@ def test_a_change_that_bf16_swallows_is_named(dense: Case, tmp_path: Path, size:
     assert any("rounding alone" in warning for warning in verify(adapter, dense.student).warnings) is warned
     exact, _ = adapter_of(dense, tmp_path / "exact", size=size)
     assert not any("rounding alone" in warning for warning in verify(exact, dense.student).warnings)
-    (change,) = changes_of_whole(LowRankPairs(adapter), dense.student, {})
+    architecture = tiny.architecture_of(dense.student)
+    change = change_of_head(LowRankPairs(adapter, architecture), architecture)
+    assert change is not None
     wanted = size * (64 * 32) ** 0.5 / float(tiny.own_head(dense.student).norm())
     assert change.relative == pytest.approx(wanted, rel=0.1 if not warned else 1.0)
 
@@ -316,7 +274,8 @@ def test_misspelt_names_are_told_and_repaired(dense: Case, tmp_path: Path, wrong
     misspelt = {wrong if key == KEY else key: value for key, value in tensors.items()}
     configuration = tiny.configure(dense.student, tensors)
     folder = tiny.save_adapter(tmp_path / "wrong", dense.student, misspelt, configuration)
-    assert "a head saved whole, expected base_model.model.lm_head.weight" in unmatched_keys(misspelt)[wrong]
+    if "modules_to_save" in wrong or not wrong.startswith("base_model"):
+        assert wrong in unmatched_keys(misspelt)
     with pytest.raises(BadDataError):
         check_loads(folder, dense.student)
     assert repair_keys(folder, tmp_path / "right.safetensors") == {wrong: KEY}
@@ -324,30 +283,16 @@ def test_misspelt_names_are_told_and_repaired(dense: Case, tmp_path: Path, wrong
     assert check_loads(folder, dense.student).replaced == ("lm_head",)
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-        "base_model.model.model.norm.weight",
-        "base_model.model.model.embed_tokens.weight",
-        "base_model.model.lm_head.base_layer.weight",
-        "base_model.model.lm_head.bias",
-    ],
-)
-def test_nothing_else_can_be_saved_whole(key: str) -> None:
+@pytest.mark.parametrize("module", ["model.embed_tokens", "model.norm", "model.layers.0.self_attn.q_proj"])
+def test_nothing_else_can_be_saved_whole(dense: Case, tmp_path: Path, module: str) -> None:
+    weight = tiny.hub_weights(dense.student)[f"{module}.weight"]
+    pairs = {key: value for key, value in dense.pairs.items() if module not in key} | {whole_key(module): weight}
+    configuration = tiny.configure(dense.student, dense.pairs) | {"modules_to_save": [module]}
+    adapter = tiny.save_adapter(tmp_path / "adapter", dense.student, pairs, configuration)
     with pytest.raises(BadDataError):
-        parse_key(key)
-    with pytest.raises(BadDataError, match=r"only lm_head\.weight can be saved whole"):
-        whole_key(key.removeprefix("base_model.model."))
-
-
-def test_names_and_shapes(dense: Case) -> None:
-    shapes = {
-        key: tuple(value.shape) for key, value in tiny.with_whole_head(dense.student, dense.pairs, size=0.1).items()
-    }
-    assert parse_key(whole_key()) == ("lm_head.weight", "whole")
-    (found,) = whole_shapes(shapes).values()
-    assert (found.hub_name, found.key, found.rows, found.columns) == ("lm_head.weight", KEY, 64, 32)
-    assert "lm_head.weight" not in pair_shapes(shapes)
+        merge(adapter, dense.student, tmp_path / "out")
+    with pytest.raises(BadDataError):
+        rebuild_configuration(adapter, dense.student)
 
 
 def test_the_configuration_is_rebuilt(case: Case, tmp_path: Path) -> None:
@@ -355,9 +300,7 @@ def test_the_configuration_is_rebuilt(case: Case, tmp_path: Path) -> None:
     written = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").unlink()
     assert rebuild_configuration(adapter, case.student) == written
-    guessed = rebuild_configuration(adapter)
-    assert guessed["modules_to_save"] == written["modules_to_save"] == ["lm_head"]
-    assert infer_family([parse_key(key)[0] for key in tensors]).layers == tiny.LAYERS
+    assert rebuild_configuration(adapter)["modules_to_save"] == written["modules_to_save"] == ["lm_head"]
 
 
 def test_in_a_bf16_model_a_head_in_fp32_is_rounded_on_load(dense: Case, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def fuse(matrices: Sequence[Matrix], factors_of: Callable[[str], Factors]) -> Fa
         return factors_of(matrices[0].name)
     shape = matrices[0].slot.shape
     out, width = (shape[2], shape[1]) if matrices[0].transposed else (shape[1], shape[2])
+    swapped = matrices[0].swapped_in_peft
     lefts, rights = [], []
     for expert in range(shape[0]):
         columns, rows = [], []
@@ -45,9 +46,10 @@ def fuse(matrices: Sequence[Matrix], factors_of: Callable[[str], Factors]) -> Fa
             left, right = factors_of(matrix.name)
             columns.append(_widened(left.T, matrix, of_rows=True, size=out).T)
             rows.append(_widened(right, matrix, of_rows=False, size=width))
-        lefts.append(torch.cat(columns, dim=1))
-        rights.append(torch.cat(rows))
-    left = torch.stack(lefts).permute(1, 2, 0).reshape(out, -1)
+        left, right = torch.cat(columns, dim=1), torch.cat(rows)
+        lefts.append(right.T if swapped else left)
+        rights.append(left.T if swapped else right)
+    left = torch.stack(lefts).permute(1, 2, 0).reshape(width if swapped else out, -1)
     return left.contiguous(), torch.cat(rights).contiguous()
 
 
@@ -58,11 +60,11 @@ def expert_factors(left: Tensor, right: Tensor, experts: int, number: int) -> Fa
 
 
 def of_matrix(matrix: Matrix, factors: Factors) -> Factors:
-    """``(B, A)`` of a matrix from those of the whole expert it lies in."""
+    """``(B, A)`` of a matrix from those that PEFT has for the whole expert it lies in."""
+    left, right = (factors[1].T, factors[0].T) if matrix.swapped_in_peft else factors
     begin, length = matrix.piece.begin, matrix.piece.length
     if begin is None:
-        return factors
-    left, right = factors
+        return left, right
     part = slice(begin, begin + length)
     return (left[part], right) if _narrows_rows(matrix) else (left, right[:, part])
 

@@ -147,7 +147,8 @@ def entries(keys: AdapterKeys, target: Target, module: str, rank_of: Callable[[s
             rows, columns = shapes.get(name, (slot.shape[0], slot.shape[1]))
             yield from _entries_of_pair(stem, target, rows, columns, rank_of(name), partial(_of_matrix, name))
         return
-    experts, transposed = target.matrices[0].experts, target.matrices[0].transposed
+    experts = target.matrices[0].experts
+    transposed = target.matrices[0].transposed and not target.matrices[0].swapped_in_peft
     out, width = slot.shape[-2:][::-1] if transposed else slot.shape[-2:]
     yield from _entries_of_pair(module, target, out, width, experts * target.rank(rank_of), target.fused)
 
