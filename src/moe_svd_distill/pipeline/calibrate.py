@@ -26,7 +26,7 @@ from moe_svd_distill.pipeline.assembly import asked_head_rank
 from moe_svd_distill.pipeline.fitted import Fitted
 from moe_svd_distill.pipeline.preparation import available_cores, library_versions
 from moe_svd_distill.pipeline.states import Body, Report, StateReader
-from moe_svd_distill.streaming import PassSettings, load_head, load_last_layers
+from moe_svd_distill.streaming import Decoder, PassSettings, load_head
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -153,20 +153,21 @@ class _Calibration:
 
     def layer_source(self) -> LayerSource:
         student = self.pair.student
-        layers = load_last_layers(student.checkpoint, self.last, self.fit_text.student.length, self.device)
-        first = student.layout.geometry.layers - self.last
+        assert self.states.check_rows is not None
+        decoder = Decoder(student.checkpoint, (self.device,), gradients=True)
+        decoder.begin_at(self.states.check_rows.inputs)
+        first = self.states.check_rows.inputs.layer
         self.ranks = {
             name: self.recipe.rank_of(name, meaning.role.role, (student.shapes[name][0], student.shapes[name][1]))
             for name, meaning in student.layout.meanings.items()
             if meaning.layer is not None and meaning.layer >= first and meaning.role.carrier is not Carrier.NONE
         }
-        movable = {weight.name for weight in layers.weights}
+        movable = {matrix.name for matrix in decoder.matrices}
         self.fixed = sorted(set(self.ranks) - movable)
         self.ranks = {name: rank for name, rank in self.ranks.items() if name in movable}
-        assert self.states.check_rows is not None
         states = self.states.fit
         return LayerSource(
-            layers,
+            decoder,
             self.states.fit_rows,
             self.states.check_rows,
             self.states.check,
