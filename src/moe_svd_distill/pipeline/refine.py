@@ -138,7 +138,7 @@ class _Refinement:
             scale = float(search.scales[GROUP])
             left, right = self.head_pair(trainee, choice.rank, scale)
             pairs = {name: self.stored_pair(trainee, name, scale) for name in trainee.bank.names}
-            fixed = [name for name in trainee.decoder.fixed if name in self.ranks]
+            fixed = [name for name in trainee.decoder.matrices.left_out if name in self.ranks]
             student_rows = len(load_head(self.pair.student.checkpoint, "cpu", torch.float32).weight)
         pairs |= {name: (scale * left_, right_) for name, (left_, right_) in start.carried.items()}
         delta = torch.zeros(student_rows, right.shape[1])

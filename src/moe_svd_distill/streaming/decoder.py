@@ -123,8 +123,12 @@ class Decoder:
         """Have a layer and all behind it in memory, to run them on what a pass has recorded."""
         if inputs.layer:
             self.layout.decode(inputs.layer, inputs.layout)
-        for layer in range(inputs.layer, self.layers):
-            self.enter(layer)
+        self.enter_all(inputs.layer)
+
+    def enter_all(self, begin: int = 0) -> None:
+        """Have all layers from one on in memory, for good."""
+        for layer in range(begin, self.layers):
+            self.enter(layer, layer + 1 if layer + 1 < self.layers else None)
 
     def leave(self, layer: int) -> None:
         """Let go of a layer's weights."""
