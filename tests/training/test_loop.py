@@ -225,9 +225,7 @@ def test_training_in_bfloat16_keeps_the_factors_in_float32(model: Path, tmp_path
         job = replace(job, dtype=dtype, tried=False, settings=replace(job.settings, epochs=4))
         with trained(job, lambda progress, steps: None) as (trainee, run):
             assert trainee.bank.values.dtype == trainee.head.values.dtype == torch.float32
-            assert all(
-                matrix.value.dtype == dtype for matrix in trainee.decoder.matrices
-            )
+            assert all(matrix.value.dtype == dtype for matrix in trainee.decoder.matrices)
             curve = run.outcome.curve
             gains[dtype] = curve[0].kl - curve[run.outcome.best].kl
     assert gains[torch.float32] > 0.01

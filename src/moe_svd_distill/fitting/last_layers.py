@@ -46,7 +46,9 @@ class RowSegment:
 
     def take(self, rows: slice) -> tuple[Tensor, list[Tensor]]:
         """Token ids and what was recorded for some of these sequences."""
-        return torch.from_numpy(self.ids[rows]), self.inputs.rows(slice(self.begin + rows.start, self.begin + rows.stop))
+        return torch.from_numpy(self.ids[rows]), self.inputs.rows(
+            slice(self.begin + rows.start, self.begin + rows.stop)
+        )
 
 
 class Factors:

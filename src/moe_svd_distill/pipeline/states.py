@@ -166,6 +166,4 @@ def _flat(states: StreamedStates) -> Any:
 def _rows(states: StreamedStates, ids: NDArray[np.int64], begin: int, segment: Segment) -> RowSegment | None:
     if states.inputs is None:
         return None
-    return RowSegment(
-        ids, states.inputs, begin, segment.teacher, segment.student_position, segment.teacher_position
-    )
+    return RowSegment(ids, states.inputs, begin, segment.teacher, segment.student_position, segment.teacher_position)

@@ -51,7 +51,8 @@ class RowShape:
     def split(self, tensor: Tensor) -> Tensor:
         """With the sequences as a dimension of their own, in front."""
         assert self.dim is not None
-        return tensor.movedim(self.dim, 0).unflatten(0, (-1, self.shape[self.dim]))
+        moved = tensor.movedim(self.dim, 0)
+        return moved.reshape(-1, self.shape[self.dim], *moved.shape[1:])
 
     def join(self, tensor: Tensor) -> Tensor:
         """What `split` takes apart."""
@@ -123,7 +124,7 @@ class Gate:
             assert shape.dim is not None
             size = math.prod(shape.shape) * shape.dtype.itemsize
             moved = [shape.shape[shape.dim], *shape.shape[: shape.dim], *shape.shape[shape.dim + 1 :]]
-            found.append(packed[:, begin : begin + size].view(shape.dtype).unflatten(1, moved))
+            found.append(packed[:, begin : begin + size].view(shape.dtype).view(len(packed), *moved))
             begin += shape.bytes
         return found
 
@@ -213,12 +214,16 @@ class Layout:
 
     def _placeholder(self, rows: int, device: torch.device, seed: int | None = None) -> Callable[[int], Any]:
         def value(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            if seed is None:
-                return torch.zeros((), dtype=dtype, device=device).expand(shape)
-            return _noise(shape, dtype, device, generator)
+            return torch.zeros((), dtype=dtype, device=device).expand(shape)
 
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        return lambda index: self._outputs[index].filled(rows, value)
+        def noise(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            """Another one for each seed; without memory for more than the last dimension."""
+            if not dtype.is_floating_point:
+                return torch.full((), int(seed or 0), dtype=dtype, device=device).expand(shape)
+            return torch.randn(shape[-1:], generator=generator).to(device, dtype).expand(shape)
+
+        generator = torch.Generator().manual_seed(seed or 0)
+        return lambda index: self._outputs[index].filled(rows, value if seed is None else noise)
 
     def _learn(self, shell: Shell, ids: Tensor, index: int, recorded: Sequence[Tensor], call: Call) -> None:
         rows, output, before = len(ids), flatten(shell.output), self.gate(index)
@@ -293,13 +298,6 @@ def _fit(shapes: Sequence[RowShape], tensors: Sequence[Tensor], rows: int) -> bo
 def _row_shape(one: Tensor, two: Tensor) -> RowShape:
     grown = [dim for dim, (few, more) in enumerate(zip(one.shape, two.shape, strict=False)) if few != more]
     return RowShape(tuple(one.shape), grown[0] if len(grown) == 1 else None, one.dtype)
-
-
-def _noise(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
-    """Different for every seed, and without memory for more than the last dimension."""
-    if not dtype.is_floating_point:
-        return torch.full((), generator.initial_seed() % 2, dtype=dtype, device=device).expand(shape)
-    return torch.randn(shape[-1:], generator=generator).to(device, dtype).expand(shape)
 
 
 def _encode(structure: Structure) -> list[Any]:

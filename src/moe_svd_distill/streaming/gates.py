@@ -7,7 +7,7 @@ them gets what was recorded there, and at the gate behind them the forward ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -71,9 +71,7 @@ class Shell:
 
         def act(index: int, call: Call) -> Any:
             if index != self._next:
-                raise IncompatiblePairError(
-                    f"{self._name} runs layer {index} where {self._next} was expected", _REPORT
-                )
+                raise IncompatiblePairError(f"{self._name} runs layer {index} where {self._next} was expected", _REPORT)
             self._next += 1
             if index == end:
                 raise _ReachedError(call)

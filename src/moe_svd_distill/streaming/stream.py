@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -89,10 +89,10 @@ def stream_states(
     journal = Journal(Path(folder), key, layers, record_at)
     if anonymous:
         journal.discard()
-    path, facts = journal.finished(), {}
+    path = journal.finished()
+    facts: dict[str, Any] = {"layers_computed": 0, "layers_reused": layers, "rejected": tuple(journal.rejected)}
     if path is None:
         path, facts = _Pass(checkpoint, sequences, rows, journal, settings, adapter, scales).run(visit, on_progress)
-    facts = {"layers_computed": 0, "layers_reused": layers, "rejected": tuple(journal.rejected)} | facts
     record = PassRecord(key, layers, **facts, seconds=time.perf_counter() - begin)
     inputs = None if record_at is None else LayerInputs(record_at, journal.layer_path(record_at) if record_at else None)
     return StreamedStates(path, record, keep, inputs)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_svd_distill.architecture.skeleton import ENDS, ParameterSlot, Part, Skeleton
 from moe_svd_distill.architecture.skeleton import EMBEDDING as TOKENS
+from moe_svd_distill.architecture.skeleton import ENDS, ParameterSlot, Part, Skeleton
 from moe_svd_distill.architecture.stored import CheckpointMap
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.errors import IncompatiblePairError
@@ -74,7 +74,7 @@ class StoredTable(Tensor):
             return _EMBEDDING(places, table.rows.read(present.cpu()).to(ids.device))
         if func is Tensor.detach:
             return args[0]
-        found = super().__torch_function__(func, types, args, kwargs or {})
+        found = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         if isinstance(found, Tensor) and found is not args[0] and func is not Tensor.as_subclass:
             raise IncompatiblePairError(
                 f"The decoder takes its embeddings for something else than a look-up ({func.__name__})",

@@ -90,10 +90,10 @@ def at(tree: Any, path: Path) -> Any:
 def put(tree: Any, path: Path, value: Any) -> Any:
     """The tree with a value at a place. Dicts and lists, which others may hold too, are changed where they are."""
     if path:
-        key, new = path[0], put(tree[path[0]], path[1:], value)
+        new = put(tree[path[0]], path[1:], value)
         if isinstance(tree, tuple):
-            return (*tree[:key], new, *tree[int(key) + 1 :])
-        tree[key] = new
+            return tuple(new if place == path[0] else old for place, old in enumerate(tree))
+        tree[path[0]] = new
         return tree
     if isinstance(tree, MutableMapping) and isinstance(value, Mapping):
         tree.clear()

@@ -116,8 +116,7 @@ class StreamedEngine:
         given = self._forward(batches)
         self._enter(last, None)
         states = [
-            self._decoder.states(batch.ids, last, recorded)
-            for batch, recorded in zip(batches, given, strict=True)
+            self._decoder.states(batch.ids, last, recorded) for batch, recorded in zip(batches, given, strict=True)
         ]
         self._decoder.leave(last)
         for batch, each in zip(batches, states, strict=True):
