@@ -111,24 +111,23 @@ class Decoder:
         if layer not in self._here:
             if self.reader.coming not in (None, layer):
                 self.reader.take(self.reader.coming)
-            self._weights.attach(layer, self.reader.take(layer))
-            self._here.add(layer)
-            first: nn.Module = self.skeleton.originals[layer]
-            for shell in self.shells:
-                first = shell.layers[layer] = replicate(first, shell.device)
+            self._attach(layer)
+            self._place(layer)
         if following is not None and following not in self._here and self.reader.coming is None:
             self.reader.start(following)
+
+    def enter_all(self, begin: int = 0) -> None:
+        """Have all layers from one on in memory, for good."""
+        for layer in range(begin, self.layers):
+            self._attach(layer)
+        for layer in range(begin, self.layers):  # not before all are there: some share modules
+            self._place(layer)
 
     def begin_at(self, inputs: LayerInputs) -> None:
         """Have a layer and all behind it in memory, to run them on what a pass has recorded."""
         if inputs.layer:
             self.layout.decode(inputs.layer, inputs.layout)
         self.enter_all(inputs.layer)
-
-    def enter_all(self, begin: int = 0) -> None:
-        """Have all layers from one on in memory, for good."""
-        for layer in range(begin, self.layers):
-            self.enter(layer, layer + 1 if layer + 1 < self.layers else None)
 
     def leave(self, layer: int) -> None:
         """Let go of a layer's weights."""
@@ -163,6 +162,15 @@ class Decoder:
             recorded: What was recorded at it for these sequences, (rows, …); nothing at the first layer.
         """
         return self.layout.states(self.shells[0], ids, begin, recorded)
+
+    def _attach(self, layer: int) -> None:
+        self._weights.attach(layer, self.reader.take(layer))
+        self._here.add(layer)
+
+    def _place(self, layer: int) -> None:
+        module: nn.Module = self.skeleton.originals[layer]
+        for shell in self.shells:
+            module = shell.layers[layer] = replicate(module, shell.device)
 
     def close(self) -> None:
         """Let go of everything."""
