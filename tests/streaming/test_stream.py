@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_svd_distill.adapter.digest import sha256_of
 from moe_svd_distill.checkpoints import open_checkpoint
-from moe_svd_distill.errors import BadDataError, IncompatiblePairError, UsageError
+from moe_svd_distill.errors import BadDataError, UsageError
 from moe_svd_distill.evaluation.adapted import AdaptedStudent
 from moe_svd_distill.streaming import PassSettings, load_head, stream_states
 from tests.adapter import tiny
@@ -133,17 +133,6 @@ def test_tied_embeddings(sequences: Ids, tmp_path: Path) -> None:
     result = stream_states(open_checkpoint(folder), sequences, tmp_path, SETTINGS)
     torch.testing.assert_close(load_head(open_checkpoint(folder)).logits(states), logits, **ROUNDING)
     torch.testing.assert_close(result.rows(slice(None)), states, **ROUNDING)
-
-
-def test_tokens_that_steer_the_layers_are_refused(sequences: Ids, tmp_path: Path) -> None:
-    """Gemma 3n gives every layer an embedding of the tokens of its own."""
-    folder = other(
-        tmp_path / "model", "gemma3n_text", num_kv_shared_layers=0, vocab_size_per_layer_input=64, altup_num_inputs=2,
-        hidden_size_per_layer_input=8, activation_sparsity_pattern=[0.0] * 3, laurel_rank=4, sliding_window=6,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
-    )  # fmt: skip
-    with pytest.raises(IncompatiblePairError, match="gives layer 0 depends on the tokens"):
-        stream_states(open_checkpoint(folder), sequences, tmp_path, SETTINGS)
 
 
 @pytest.mark.parametrize("settings", [PassSettings(batch_tokens=1), PassSettings(batch_tokens=7 * LENGTH)])

@@ -44,13 +44,14 @@ def test_sees_every_layer_and_its_inputs(case: Case, sequences: Ids, tmp_path: P
         gathered: list[torch.Tensor] = []
         handle = layer.layer.self_attn.o_proj.register_forward_pre_hook(lambda _, given: gathered.append(given[0]))
         batches = list(layer.batches())
+        hidden = torch.cat([arguments[0] for _, (arguments, _) in batches])
         with torch.no_grad():
-            for batch in batches:
-                batch.call(layer.layer, batch.hidden.clone())
+            for _, (arguments, keywords) in batches:
+                layer.layer(*arguments, **keywords)
         handle.remove()
-        torch.testing.assert_close(torch.cat([batch.hidden for batch in batches]), expected[layer.index], **ROUNDING)
+        torch.testing.assert_close(hidden, expected[layer.index], **ROUNDING)
         torch.testing.assert_close(torch.cat(gathered), into_o[layer.index], **ROUNDING)
-        assert [batch.rows for batch in batches] == [slice(0, 2), slice(2, 4), slice(4, 5)]
+        assert [rows for rows, _ in batches] == [slice(0, 2), slice(2, 4), slice(4, 5)]
         seen.append(layer.name)
 
     settings = PassSettings(devices, batch_tokens=SETTINGS.batch_tokens)

@@ -11,8 +11,7 @@ import torch
 from moe_svd_distill.algebra.whitening import whitening
 from moe_svd_distill.checkpoints.opening import open_checkpoint
 from moe_svd_distill.fitting.pairs import HeadWeights, common_rows
-from moe_svd_distill.streaming import load_head
-from moe_svd_distill.streaming.decoder import Decoder, ResidentDecoder, StreamedDecoder
+from moe_svd_distill.streaming import Decoder, load_head
 from moe_svd_distill.training.engine import Engine, ResidentEngine, StreamedEngine
 from moe_svd_distill.training.factors import FactorBank, Pair
 from moe_svd_distill.training.head import TrainedHead
@@ -64,10 +63,11 @@ def setting(
 ) -> Setting:
     """A tiny model as a student, with a random teacher's head."""
     checkpoint = open_checkpoint(model)
-    kind = StreamedDecoder if streamed else ResidentDecoder
-    decoder: Decoder = kind(checkpoint, LENGTH, device, dtype)
-    ranks = {weight.name: rank for of_layer in decoder.weights.values() for weight in of_layer}
-    bank = FactorBank(decoder.weights, ranks, device, start or {}, seed=3)
+    decoder = Decoder(checkpoint, (device,), dtype, gradients=True)
+    if not streamed:
+        decoder.enter_all()
+    ranks = {matrix.name: rank for matrix in decoder.matrices}
+    bank = FactorBank(decoder.matrices.of_layer, ranks, device, start or {}, seed=3)
     engine: Engine = StreamedEngine(decoder, bank, scratch, budget) if streamed else ResidentEngine(decoder, bank)
     student = common_rows(load_head(checkpoint, str(device), torch.float32), np.arange(VOCABULARY))
     weight = torch.randn(VOCABULARY, TEACHER_WIDTH, generator=torch.Generator().manual_seed(5)) / TEACHER_WIDTH**0.5

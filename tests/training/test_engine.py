@@ -38,7 +38,7 @@ def test_gradients_are_those_of_autograd_through_composed_weights(model: Path, t
     plain = load(model)
     plain.set_experts_implementation("eager")
     changes = {name: (b.clone().requires_grad_(), a.clone().requires_grad_()) for name, (b, a) in found.bank.pairs()}
-    weights = {weight.name: weight for layer in found.decoder.weights.values() for weight in layer}
+    weights = {matrix.name: matrix for matrix in found.decoder.matrices}
     parameters = {name: parameter.detach().clone() for name, parameter in plain.named_parameters()}
     for name, (b, a) in changes.items():
         place = weights[name].slot.name
@@ -90,12 +90,11 @@ def test_streamed_is_resident_to_rounding(model: Path, tmp_path: Path, budget: i
 def test_a_streamed_step_reads_every_layer_twice_but_the_last(model: Path, tmp_path: Path) -> None:
     found = setting(model, tmp_path, streamed=True)
     text = made_up_text(4, seed=1)
-    before = found.decoder.bytes_read  # type: ignore[attr-defined]
+    before = found.decoder.bytes_read
     found.engine.learn(list(text.batches(2, CPU)), found.head, len(text.position))
-    sources = found.decoder._sources  # type: ignore[attr-defined]
-    layers = [sources.bytes_of(layer) for layer in range(found.decoder.layers)]
-    rows = sum(len(torch.unique(batch.ids)) for batch in text.batches(2, CPU)) * 4 * found.student.weight.shape[1]
-    assert found.decoder.bytes_read - before == 2 * sum(layers) - layers[-1] + rows  # type: ignore[attr-defined]
+    layers = [found.decoder.stored.bytes_of(layer) for layer in range(found.decoder.layers)]
+    rows = len(np.unique(text.ids)) * 4 * found.student.weight.shape[1]
+    assert found.decoder.bytes_read - before == 2 * sum(layers) - layers[-1] + rows
 
 
 @pytest.mark.parametrize("kind", ["forward", "reverse", "jensen-shannon"])

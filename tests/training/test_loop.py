@@ -162,8 +162,8 @@ def _job(model: Path, folder: Path, devices: tuple[str, ...], resident: bool) ->
     write_states(states, {"key": "made up"}, 17, [torch.randn(17, 16, width, generator=generator)])
     files = [TextFile(t.ids, t.position, t.position, t.following, states) for t in (text, check)]
     start = write_part(folder, "start", PartContent({}, {}))
-    weights = setting(model, folder).decoder.weights
-    ranks = {weight.name: 4 for of_layer in weights.values() for weight in of_layer}
+    matrices = setting(model, folder).decoder.matrices
+    ranks = {matrix.name: 4 for matrix in matrices}
     ids = np.arange(VOCABULARY)
     return TrainingJob(
         open_checkpoint(teacher_folder),
@@ -225,9 +225,7 @@ def test_training_in_bfloat16_keeps_the_factors_in_float32(model: Path, tmp_path
         job = replace(job, dtype=dtype, tried=False, settings=replace(job.settings, epochs=4))
         with trained(job, lambda progress, steps: None) as (trainee, run):
             assert trainee.bank.values.dtype == trainee.head.values.dtype == torch.float32
-            assert all(
-                weight.value.dtype == dtype for of_layer in trainee.decoder.weights.values() for weight in of_layer
-            )
+            assert all(matrix.value.dtype == dtype for matrix in trainee.decoder.matrices)
             curve = run.outcome.curve
             gains[dtype] = curve[0].kl - curve[run.outcome.best].kl
     assert gains[torch.float32] > 0.01

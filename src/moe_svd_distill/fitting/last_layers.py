@@ -17,7 +17,8 @@ from torch import Tensor
 
 from moe_svd_distill.algebra.adam import adam_step
 from moe_svd_distill.fitting.pairs import Segment, StatePairs
-from moe_svd_distill.streaming import LastLayers, Matrix
+from moe_svd_distill.streaming import Decoder, LayerInputs, Matrix
+from moe_svd_distill.streaming.states import slices
 
 _STEP_TOKENS = 512
 BODY_RATE = 0.6  # over the width of the states: 5e-3 at 128, 3e-4 at 2048, where LoRA training commonly is
@@ -28,16 +29,26 @@ class RowSegment:
     """Sequences whose way through the last layers can be computed again.
 
     Attributes:
-        inputs: What goes into the first of the last layers, (n, length, d); may be mapped from a file.
+        ids: Token ids, (n, length).
+        inputs: What the first of the last layers is given, of these sequences from `begin` on.
+        begin: The first of these sequences among the recorded ones.
         teacher: All of the teacher's final states, (tokens, d_teacher).
         student_position: Flat positions in these sequences that are used, (places,), ascending.
         teacher_position: The teacher's beside them, (places,).
     """
 
-    inputs: Tensor
+    ids: NDArray[np.int64]
+    inputs: LayerInputs
+    begin: int
     teacher: Tensor
     student_position: NDArray[np.int64]
     teacher_position: NDArray[np.int64]
+
+    def take(self, rows: slice) -> tuple[Tensor, list[Tensor]]:
+        """Token ids and what was recorded for some of these sequences."""
+        return torch.from_numpy(self.ids[rows]), self.inputs.rows(
+            slice(self.begin + rows.start, self.begin + rows.stop)
+        )
 
 
 class Factors:
@@ -86,7 +97,7 @@ class LayerSource:
 
     def __init__(
         self,
-        layers: LastLayers,
+        decoder: Decoder,
         fit: Sequence[RowSegment],
         check: RowSegment,
         before: StatePairs,
@@ -98,7 +109,7 @@ class LayerSource:
         """Begin without any change.
 
         Args:
-            layers: The last layers.
+            decoder: With the last layers in memory, in float32.
             fit: Sequences to fit on.
             check: Sequences to check by.
             before: The checking text's states without any change, at the places of `check`.
@@ -107,19 +118,21 @@ class LayerSource:
             device: Where the layers lie.
             seed: Of the first factors A.
         """
-        self._layers, self._fit, self._check_rows, self._before = layers, tuple(fit), check, before
+        self._decoder, self._fit, self._check_rows, self._before = decoder, tuple(fit), check, before
+        self._first = check.inputs.layer
         self._device, self.moment = device, moment
         generator = torch.Generator().manual_seed(seed)
         self.factors = {
-            weight.name: Factors(weight, min(ranks[weight.name], *weight.value.shape), generator)
-            for weight in layers.weights
-            if weight.name in ranks
+            matrix.name: Factors(matrix, min(ranks[matrix.name], *matrix.shape), generator)
+            for matrix in decoder.matrices
+            if matrix.name in ranks
         }
-        layers.require_gradients(set(self.factors))
-        self._rows = [(number, row) for number, segment in enumerate(self._fit) for row in range(len(segment.inputs))]
-        self._together = max(1, _STEP_TOKENS // self._fit[0].inputs.shape[1])
+        for factors in self.factors.values():
+            factors.weight.parameter.requires_grad_(True)
+        self._rows = [(number, row) for number, segment in enumerate(self._fit) for row in range(len(segment.ids))]
+        self._together = max(1, _STEP_TOKENS // self._fit[0].ids.shape[1])
         self.batches = max(1, len(self._rows) // self._together)
-        self._first_rate = self.rate = BODY_RATE / check.inputs.shape[-1]
+        self._first_rate = self.rate = BODY_RATE / before.segments[0].student.shape[1]
 
     def order(self, generator: np.random.Generator) -> NDArray[np.int64]:
         """As `fitting.source.Source`."""
@@ -128,22 +141,25 @@ class LayerSource:
     def begin(self, order: NDArray[np.int64], place: int) -> tuple[Tensor, Tensor]:
         """As `fitting.source.Source`; the layers run with gradients."""
         chosen = [self._rows[number] for number in order[place * self._together : (place + 1) * self._together]]
-        inputs, positions, theirs = [], [], []
+        ids, inputs, positions, theirs = [], [], [], []
         for offset, (number, row) in enumerate(chosen):
             segment = self._fit[number]
-            length = segment.inputs.shape[1]
+            length = segment.ids.shape[1]
             first, last = np.searchsorted(segment.student_position, (row * length, (row + 1) * length))
-            inputs.append(segment.inputs[row])
+            some, recorded = segment.take(slice(row, row + 1))
+            ids.append(some)
+            inputs.append(recorded)
             positions.append(segment.student_position[first:last] + (offset - row) * length)
             theirs.append(segment.teacher[torch.from_numpy(segment.teacher_position[first:last])])
         with torch.enable_grad():
-            states = self._layers(torch.stack(inputs).to(self._device, torch.float32)).flatten(0, 1)
+            states = self._through(torch.cat(ids), [torch.cat(tensors) for tensors in zip(*inputs, strict=True)])
             self._states = states[torch.from_numpy(np.concatenate(positions)).to(self._device)]
         return self._states, torch.cat(theirs).to(self._device, torch.float32)
 
     def end(self, gradient: Callable[[], Tensor], step: int, share: float) -> None:
         """As `fitting.source.Source`."""
-        self._layers.zero_gradients()
+        for factors in self.factors.values():
+            factors.weight.parameter.grad = None
         torch.autograd.backward(self._states, gradient())
         del self._states
         for factors in self.factors.values():
@@ -163,12 +179,19 @@ class LayerSource:
         rows = self._check_rows
         with torch.no_grad():
             states = [
-                self._layers(block.to(self._device, torch.float32)).flatten(0, 1).cpu()
-                for block in torch.split(rows.inputs, max(1, 2048 // rows.inputs.shape[1]))
+                self._through(*rows.take(block)).cpu()
+                for block in slices(len(rows.ids), max(1, 2048 // rows.ids.shape[1]))
             ]
         for factors in self.factors.values():
             factors.apply()
         return StatePairs([Segment(torch.cat(states), rows.teacher, rows.student_position, rows.teacher_position)])
+
+    def _through(self, ids: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+        """Final states of some sequences, (tokens, d)."""
+        wide = [
+            tensor.to(self._device, torch.float32 if tensor.is_floating_point() else tensor.dtype) for tensor in inputs
+        ]
+        return self._decoder.states(ids.to(self._device), self._first, wide).flatten(0, 1)
 
     def tensors(self) -> dict[str, Tensor]:
         """As `fitting.source.Source`."""

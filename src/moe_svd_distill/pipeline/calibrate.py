@@ -26,7 +26,7 @@ from moe_svd_distill.pipeline.fitted import Fitted
 from moe_svd_distill.pipeline.preparation import available_cores, library_versions
 from moe_svd_distill.pipeline.ranks import trained_ranks
 from moe_svd_distill.pipeline.states import Body, Report, StateReader
-from moe_svd_distill.streaming import PassSettings, load_head, load_last_layers
+from moe_svd_distill.streaming import Decoder, PassSettings, load_head
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -152,13 +152,14 @@ class _Calibration:
 
     def layer_source(self) -> LayerSource:
         student = self.pair.student
-        layers = load_last_layers(student.checkpoint, self.last, self.fit_text.student.length, self.device)
-        count = student.architecture.layers
-        self.ranks = trained_ranks(self.recipe, student, range(count - self.last, count))
         assert self.states.check_rows is not None
+        decoder = Decoder(student.checkpoint, (self.device,), gradients=True)
+        decoder.begin_at(self.states.check_rows.inputs)
+        first, count = self.states.check_rows.inputs.layer, student.architecture.layers
+        self.ranks = trained_ranks(self.recipe, student, range(first, count))
         states = self.states.fit
         return LayerSource(
-            layers,
+            decoder,
             self.states.fit_rows,
             self.states.check_rows,
             self.states.check,

@@ -14,8 +14,7 @@ from moe_svd_distill.fitting.check import Places, predicting_places
 from moe_svd_distill.fitting.last_layers import RowSegment
 from moe_svd_distill.fitting.pairs import HeadWeights, Segment, StatePairs
 from moe_svd_distill.pipeline.copying import Copying, draw, for_fit
-from moe_svd_distill.streaming import PassSettings, StreamedStates, stream_states, stream_with_inputs
-from moe_svd_distill.streaming.states_file import StatesFile
+from moe_svd_distill.streaming import PassSettings, StreamedStates, stream_states
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -106,48 +105,44 @@ class StateReader:
         assert fit is not None
         places = predicting_places(search)
         count, length = len(fit.student.sequences), fit.student.length
-        mine, inputs = self._student("student", np.concatenate([fit.student.sequences, search.student.sequences]))
+        both = np.concatenate([fit.student.sequences, search.student.sequences])
+        mine = self._student("student", both)
         copying = for_fit(self._recipe, fit.student.tokens, count, fit.identical)
         self._report("drawing copies of the text", None)
         copied = draw(fit.student.sequences, copying, self._own_pass, head, self._recipe.seed, mine)
         theirs = self._teacher(np.concatenate([fit.teacher.sequences, search.teacher.sequences, copied]))
         flat_mine, flat_theirs = _flat(mine), _flat(theirs)
         segments = [Segment(flat_mine, flat_theirs, fit.student_position, fit.teacher_position)]
-        rows = [_rows(inputs, slice(0, count), segments[0])]
+        rows = [_rows(mine, both[:count], 0, segments[0])]
         if len(copied):
-            again, more = self._student("student, copies", copied)
+            again = self._student("student, copies", copied)
             everywhere = np.arange(copied.size)
             offset = (count + len(search.teacher.sequences)) * fit.teacher.length
             segments.append(Segment(_flat(again), flat_theirs, everywhere, everywhere + offset))
-            rows.append(_rows(more, slice(None), segments[1]))
+            rows.append(_rows(again, copied, 0, segments[1]))
         theirs_at = places.teacher_position + len(fit.teacher.sequences) * fit.teacher.length
         check = Segment(flat_mine, flat_theirs, places.student_position + count * length, theirs_at)
-        check_rows = _rows(
-            inputs, slice(count, None), Segment(flat_mine, flat_theirs, places.student_position, theirs_at)
-        )
+        check_segment = Segment(flat_mine, flat_theirs, places.student_position, theirs_at)
+        check_rows = _rows(mine, both[count:], count, check_segment)
         fit_rows = tuple(segment for segment in rows if segment is not None)
         return TextStates(
             StatePairs(segments), StatePairs([check]), places, fit_rows, check_rows, copying, self._passes
         )
 
     def _own_pass(self, name: str, sequences: NDArray[np.int64]) -> StreamedStates:
-        return self._noted(name, self._plain(name, sequences), sequences)
+        return self._noted(name, self._pass(name, sequences), sequences)
 
-    def _student(self, name: str, sequences: NDArray[np.int64]) -> tuple[StreamedStates, StatesFile | None]:
-        checkpoint, progress = self._pair.student.checkpoint, self._progress(name)
-        if self._last:
-            states, inputs = stream_with_inputs(
-                checkpoint, sequences, self._cache, self._settings, self._last, on_progress=progress
-            )
-            return self._noted(name, states, sequences), inputs
-        return self._noted(name, self._plain(name, sequences), sequences), None
+    def _student(self, name: str, sequences: NDArray[np.int64]) -> StreamedStates:
+        first = self._pair.student.layout.geometry.layers - self._last
+        return self._noted(name, self._pass(name, sequences, first if self._last else None), sequences)
 
-    def _plain(self, name: str, sequences: NDArray[np.int64]) -> StreamedStates:
-        """A pass of the student that keeps nothing but its final states."""
+    def _pass(self, name: str, sequences: NDArray[np.int64], record_at: int | None = None) -> StreamedStates:
         body, progress = self._body, self._progress(name)
         given: dict[str, Any] = {} if body is None else {"adapter": body.folder, "scales": dict(body.scales)}
         student = self._pair.student.checkpoint
-        return stream_states(student, sequences, self._cache, self._settings, on_progress=progress, **given)
+        return stream_states(
+            student, sequences, self._cache, self._settings, record_at=record_at, on_progress=progress, **given
+        )
 
     def _teacher(self, sequences: NDArray[np.int64]) -> StreamedStates:
         checkpoint, progress = self._pair.teacher.checkpoint, self._progress("teacher")
@@ -168,9 +163,7 @@ def _flat(states: StreamedStates) -> Any:
     return states.rows(slice(None)).flatten(0, 1)
 
 
-def _rows(inputs: StatesFile | None, rows: slice, segment: Segment) -> RowSegment | None:
-    if inputs is None:
+def _rows(states: StreamedStates, ids: NDArray[np.int64], begin: int, segment: Segment) -> RowSegment | None:
+    if states.inputs is None:
         return None
-    begin, end, _ = rows.indices(inputs.shape[0])
-    states = inputs.rows(slice(begin, end))
-    return RowSegment(states, segment.teacher, segment.student_position, segment.teacher_position)
+    return RowSegment(ids, states.inputs, begin, segment.teacher, segment.student_position, segment.teacher_position)

@@ -5,19 +5,19 @@ layers. Nothing here is imported before it is needed by `--help` or `inspect`: i
 """
 
 from moe_svd_distill.architecture.matrices import Matrix
+from moe_svd_distill.streaming.decoder import Decoder
 from moe_svd_distill.streaming.groups import GROUPS, Scales, group_of
 from moe_svd_distill.streaming.head import Head, load_head
-from moe_svd_distill.streaming.last_layers import LastLayers, load_last_layers, stream_with_inputs
-from moe_svd_distill.streaming.result import StreamedStates
+from moe_svd_distill.streaming.result import LayerInputs, StreamedStates
 from moe_svd_distill.streaming.settings import PassRecord, PassSettings
 from moe_svd_distill.streaming.stream import stream_states
-from moe_svd_distill.streaming.visit import LayerBatch, LayerVisit, Visit
+from moe_svd_distill.streaming.visit import LayerVisit, Visit
 
 __all__ = [
     "GROUPS",
+    "Decoder",
     "Head",
-    "LastLayers",
-    "LayerBatch",
+    "LayerInputs",
     "LayerVisit",
     "Matrix",
     "PassRecord",
@@ -27,7 +27,5 @@ __all__ = [
     "Visit",
     "group_of",
     "load_head",
-    "load_last_layers",
     "stream_states",
-    "stream_with_inputs",
 ]

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -56,12 +55,8 @@ class Crew:
             for _, future in under_way:
                 future.cancel()
 
-    def __enter__(self) -> Crew:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """End the threads."""
         for pool in self._pools:
             pool.shutdown(wait=True, cancel_futures=True)
         if self._before is not None:

@@ -1,256 +1,190 @@
-"""A decoder to be trained layer by layer: all of it in memory, or one layer and the next at a time.
+"""A model's decoder from its checkpoint: any of its layers in memory, and batches through them.
 
-Both compute with the same modules on the same weights; what differs is only when a layer's weights are there.
+A pass, the last layers alone and training run the same modules on the same weights; what differs is which layers are
+there at a time, and whether gradients are asked for.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from moe_svd_distill.architecture.matrices import Matrix, find_matrices
-from moe_svd_distill.architecture.skeleton import EMBEDDING, ENDS, Skeleton, build_skeleton
+from moe_svd_distill.architecture.matrices import LayerMatrices, find_matrices
+from moe_svd_distill.architecture.skeleton import EMBEDDING, ENDS, build_skeleton
 from moe_svd_distill.architecture.stored import CheckpointMap
 from moe_svd_distill.checkpoints import Checkpoint
-from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.execution.memory import MemoryWatch, give_back
-from moe_svd_distill.streaming.decoder_run import DecoderRun, LayerCall
+from moe_svd_distill.streaming.carried import Layout
+from moe_svd_distill.streaming.gates import Shell
+from moe_svd_distill.streaming.groups import Scales
+from moe_svd_distill.streaming.overlay import AdapterOverlay
+from moe_svd_distill.streaming.replicas import replicate
+from moe_svd_distill.streaming.result import LayerInputs
+from moe_svd_distill.streaming.tables import EmbeddingChange, stored_tables
 from moe_svd_distill.streaming.weights import Prefetcher, Weights
 
-EmbeddingChange = Callable[[Tensor], Tensor]
-"""Token ids (n,) to what is added to their embeddings as stored, (n, d)."""
 
-
-class Decoder(Protocol):
-    """A decoder whose layers come and go.
+class Decoder:
+    """A decoder whose layers come and go. Embedding tables stay in their files.
 
     Attributes:
-        layers: Their number.
-        device: Where it computes.
-        weights: Layer to its stored matrices that can be changed where they lie.
-        fixed: Stored matrices of the layers that an operation of transformers takes apart.
-        resident: Whether every layer is in memory all the time.
+        skeleton: Its modules; in an adapter's layers if there is one.
+        stored: Where their values lie in the checkpoint.
+        layers: Number of its layers.
+        shells: What runs, one for each worker.
+        layout: What passes from layer to layer.
+        reader: Reads a layer while another one computes.
         watch: The largest memory seen while weights were read.
     """
 
-    layers: int
-    device: torch.device
-    weights: Mapping[int, tuple[Matrix, ...]]
-    fixed: list[str]
-    resident: bool
-    watch: MemoryWatch
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        devices: Sequence[torch.device],
+        dtype: torch.dtype = torch.float32,
+        *,
+        gradients: bool = False,
+        adapter: Path | None = None,
+        scales: Scales = 1.0,
+        embedding_change: EmbeddingChange | None = None,
+    ) -> None:
+        """Read what lies around the layers.
+
+        Args:
+            checkpoint: The model.
+            devices: One for each worker; one of them may be named more than once.
+            dtype: Type to compute in.
+            gradients: Whether gradients by the layers' weights will be asked for.
+            adapter: Folder of a LoRA adapter to apply as PEFT does.
+            scales: Factor on the adapter, or one for each group of its weights.
+            embedding_change: What is added to the token embeddings.
+
+        Raises:
+            BadDataError: A tensor is missing, or has a wrong shape or no place.
+            IncompatiblePairError: The model has no list of decoder layers.
+        """
+        self.device = devices[0]
+        kind = self.device.type
+        self.skeleton = build_skeleton(checkpoint.config, checkpoint.source, dtype, kind, gradients=gradients)
+        self.stored = CheckpointMap(checkpoint, self.skeleton)
+        self.layers = len(self.skeleton.originals)
+        self.watch = MemoryWatch()
+        overlay = None if adapter is None else AdapterOverlay(self.skeleton, adapter, scales, checkpoint.config)
+        held = [] if overlay is None else _saved_whole(self.skeleton.decoder)
+        self._tables = stored_tables(checkpoint, self.skeleton, self.stored, self.device, embedding_change, held)
+        look = self.watch.look
+        self._weights = Weights(checkpoint, self.skeleton, self.stored, overlay, self.device, look, self._tables)
+        self.reader = Prefetcher(self._weights, self.device)
+        self._here: set[int] = set()
+        for part in (EMBEDDING, ENDS):
+            self._weights.attach(part, self.reader.take(part))
+        self.shells = [Shell(self.skeleton, device) for device in devices]
+        self.layout = Layout(type(self.skeleton.decoder).__name__, self.layers)
+
+    @cached_property
+    def matrices(self) -> LayerMatrices:
+        """What an adapter can change in the layers, and what it cannot."""
+        return find_matrices(self.skeleton, self.stored)
 
     @property
     def bytes_read(self) -> int:
-        """Stored bytes of weights read so far."""
+        """Stored bytes of weights read so far; each row of an embedding table counts once."""
+        return self._weights.bytes_read + sum(table.rows.bytes_read for table in self._tables.values())
 
     @property
-    def seconds_reading(self) -> float:
-        """Time in which a layer was being read, beside other work or not."""
-
-    @property
-    def seconds_waiting(self) -> float:
-        """Time without work because a layer was not there yet."""
+    def bytes_needed(self) -> int:
+        """Stored bytes of everything that the decoder needs; of embedding tables the rows that were looked up."""
+        spared = sum(table.rows.bytes - table.rows.bytes_read for table in self._tables.values())
+        return self.stored.decoder_bytes() - spared
 
     def enter(self, layer: int, following: int | None = None) -> None:
         """See to it that a layer's weights are in memory.
 
         Args:
             layer: Its number.
-            following: The layer wanted next, which may be read meanwhile.
+            following: The layer wanted next, which is read meanwhile.
         """
+        if layer not in self._here:
+            if self.reader.coming not in (None, layer):
+                self.reader.take(self.reader.coming)
+            self._attach(layer)
+            self._place(layer)
+        if following is not None and following not in self._here and self.reader.coming is None:
+            self.reader.start(following)
+
+    def enter_all(self, begin: int = 0) -> None:
+        """Have all layers from one on in memory, for good."""
+        for layer in range(begin, self.layers):
+            self._attach(layer)
+        for layer in range(begin, self.layers):  # not before all are there: some share modules
+            self._place(layer)
+
+    def begin_at(self, inputs: LayerInputs) -> None:
+        """Have a layer and all behind it in memory, to run them on what a pass has recorded."""
+        if inputs.layer:
+            self.layout.decode(inputs.layer, inputs.layout)
+        self.enter_all(inputs.layer)
 
     def leave(self, layer: int) -> None:
-        """A layer's weights are not needed for now."""
+        """Let go of a layer's weights."""
+        for shell in self.shells:
+            shell.layers.pop(layer, None)
+        self._weights.release(layer)
+        self._here.discard(layer)
+        give_back()
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Token ids (rows, length) to what the first layer gets, (rows, length, d)."""
+    def step(self, layer: int, ids: Tensor, recorded: Sequence[Tensor]) -> list[Tensor]:
+        """One layer that is not the last, with gradients where they are enabled.
 
-    def run(self, layer: int, states: Tensor) -> Tensor:
-        """One layer on (rows, length, d), with gradients where they are enabled."""
+        Args:
+            layer: Its number; it is in memory.
+            ids: Token ids (rows, length).
+            recorded: What was recorded at it for these sequences, (rows, …); nothing at the first layer.
 
-    def finish(self, states: Tensor) -> Tensor:
-        """What the last layer returned, (rows, length, d), to the final hidden states."""
+        Returns:
+            What is recorded at the next layer.
+
+        Raises:
+            IncompatiblePairError: The architecture cannot be run layer by layer.
+        """
+        return self.layout.step(self.shells[0], ids, layer, recorded, learn=not self.layout.knows(layer + 1))
+
+    def states(self, ids: Tensor, begin: int = 0, recorded: Sequence[Tensor] = ()) -> Tensor:
+        """Final hidden states (rows, length, d) from a layer on, with gradients where they are enabled.
+
+        Args:
+            ids: Token ids (rows, length).
+            begin: The layer to begin at; it is in memory, and all behind it are.
+            recorded: What was recorded at it for these sequences, (rows, …); nothing at the first layer.
+        """
+        return self.layout.states(self.shells[0], ids, begin, recorded)
+
+    def _attach(self, layer: int) -> None:
+        self._weights.attach(layer, self.reader.take(layer))
+        self._here.add(layer)
+
+    def _place(self, layer: int) -> None:
+        module: nn.Module = self.skeleton.originals[layer]
+        for shell in self.shells:
+            module = shell.layers[layer] = replicate(module, shell.device)
 
     def close(self) -> None:
         """Let go of everything."""
-
-
-class _Base(ABC):
-    """What both kinds share."""
-
-    resident = True
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        length: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        embedding_change: EmbeddingChange | None = None,
-    ) -> None:
-        """Read the end of the decoder, and all of it where it stays in memory.
-
-        Args:
-            checkpoint: The model.
-            length: Tokens of a sequence.
-            device: Where to.
-            dtype: Type to compute in.
-            embedding_change: What an adapter adds to the embeddings.
-
-        Raises:
-            BadDataError: A tensor is missing.
-            IncompatiblePairError: The architecture cannot be run layer by layer.
-        """
-        skeleton = build_skeleton(checkpoint.config, checkpoint.source, dtype, device.type, gradients=True)
-        self.device, self._skeleton, self._checkpoint = device, skeleton, checkpoint
-        self._embedding_change = embedding_change
-        self._sources = CheckpointMap(checkpoint, skeleton)
-        self.watch = MemoryWatch()
-        self._bytes_of_rows = 0
-        self._weights = Weights(checkpoint, skeleton, self._sources, None, device, self.watch.look)
-        self.layers = len(skeleton.originals)
-        self._calls: dict[int, list[LayerCall]] = {}
-        matrices = find_matrices(skeleton, self._sources)
-        self.weights: Mapping[int, tuple[Matrix, ...]] = matrices.of_layer
-        self.fixed = list(matrices.left_out)
-        self._weights.attach(ENDS, self._weights.read(ENDS))
-        for module in skeleton.decoder.modules():
-            for name in module._non_persistent_buffers_set:
-                if module._buffers.get(name) is not None:
-                    module._buffers[name] = module._buffers[name].to(device)
-        self._run = DecoderRun(skeleton, device, length)
-        self._begin()
-
-    @abstractmethod
-    def _begin(self) -> None:
-        """Read what is to be there from the beginning."""
-
-    @property
-    def bytes_read(self) -> int:
-        """Stored bytes of weights read so far."""
-        return self._weights.bytes_read + self._bytes_of_rows
-
-    def run(self, layer: int, states: Tensor) -> Tensor:
-        """As `Decoder`."""
-        count = len(states)
-        if count not in self._calls:
-            self._calls[count] = self._run.calls(count)
-        return self._calls[count][layer](self._skeleton.originals[layer], states)
-
-    def finish(self, states: Tensor) -> Tensor:
-        """As `Decoder`."""
-        return self._run.finish(states)
-
-
-class ResidentDecoder(_Base):
-    """A `Decoder` that is in memory."""
-
-    seconds_reading = seconds_waiting = 0.0
-
-    def _begin(self) -> None:
-        for part in (EMBEDDING, *range(self.layers)):
-            self._weights.attach(part, self._weights.read(part))
-        if self._embedding_change is not None:
-            weight: Any = self._skeleton.embedding.weight
-            with torch.no_grad():
-                weight.add_(self._embedding_change(torch.arange(len(weight))).to(weight))
-
-    def enter(self, layer: int, following: int | None = None) -> None:
-        """As `Decoder`: it is there."""
-
-    def leave(self, layer: int) -> None:
-        """As `Decoder`: it stays."""
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """As `Decoder`."""
-        return self._run.embed(ids)
-
-    def close(self) -> None:
-        """As `Decoder`."""
-        for part in (EMBEDDING, ENDS, *range(self.layers)):
-            self._skeleton.clear(part)
+        self.reader.close()
+        for layer in tuple(self._here):
+            self.leave(layer)
+        for part in (EMBEDDING, ENDS):
+            self.skeleton.clear(part)
+        self.shells.clear()
         give_back()
 
 
-class StreamedDecoder(_Base):
-    """A `Decoder` of which one layer is in memory, and the one that is wanted next."""
+def _saved_whole(decoder: nn.Module) -> list[nn.Module]:
+    """Modules that an adapter holds a whole copy of, which may be mixed with the original."""
+    from peft.utils import ModulesToSaveWrapper
 
-    resident = False
-
-    def _begin(self) -> None:
-        self._reader = Prefetcher(self._weights, self.device)
-        self._here: int | None = None
-        self._coming: int | None = None
-        self._embedding_name = _embedding_name(self._sources, self._skeleton)
-        embedding: Any = self._skeleton.embedding
-        embedding.padding_idx = None  # only its gradient would mind; the table in memory is shorter than it
-
-    def enter(self, layer: int, following: int | None = None) -> None:
-        """As `Decoder`."""
-        if self._here != layer:
-            if self._here is not None:
-                self._weights.release(self._here)
-                give_back()
-            if self._coming is not None and self._coming != layer:
-                self._reader.take(self._coming)
-            self._here, self._coming = None, None
-            self._weights.attach(layer, self._reader.take(layer))
-            self._here = layer
-        if following is not None and following != layer and self._coming is None:
-            self._coming = following
-            self._reader.start(following)
-
-    def leave(self, layer: int) -> None:
-        """As `Decoder`: its weights may have been changed, so they are read anew the next time."""
-        if self._here == layer:
-            self._weights.release(layer)
-            self._here = None
-            give_back()
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """As `Decoder`; of the embeddings only the rows of these tokens are read."""
-        present, places = torch.unique(ids, return_inverse=True)
-        table = self._checkpoint.read(self._embedding_name)[present.cpu()].to(self.device, self._skeleton.dtype)
-        self._bytes_of_rows += len(table) * self._checkpoint[self._embedding_name].bytes // self._skeleton.vocabulary
-        if self._embedding_change is not None:
-            table = table + self._embedding_change(present).to(table)
-        embedding: Any = self._skeleton.embedding
-        before = embedding.weight
-        embedding.weight = nn.Parameter(table, requires_grad=False)
-        try:
-            return self._run.embed(places)
-        finally:
-            embedding.weight = before
-
-    @property
-    def seconds_waiting(self) -> float:
-        """As `Decoder`."""
-        return self._reader.seconds_waiting
-
-    @property
-    def seconds_reading(self) -> float:
-        """As `Decoder`."""
-        return self._reader.seconds_reading
-
-    def close(self) -> None:
-        """As `Decoder`."""
-        self._reader.__exit__(None, None, None)
-        if self._here is not None:
-            self._weights.release(self._here)
-        self._skeleton.clear(ENDS)
-        self._here = None
-        give_back()
-
-
-def _embedding_name(sources: CheckpointMap, skeleton: Skeleton) -> str:
-    for origin in sources.of_part[EMBEDDING]:
-        if len(origin.pieces) == 1 and origin.slots[0].attribute == "weight":
-            return origin.pieces[0].hub_name
-    raise BadDataError(
-        f"The embeddings of {type(skeleton.model).__name__} are not stored as one tensor", "Train it in memory"
-    )
+    return [module.original_module for module in decoder.modules() if isinstance(module, ModulesToSaveWrapper)]

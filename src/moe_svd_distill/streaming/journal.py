@@ -1,4 +1,4 @@
-"""What a pass leaves on the disk: the states after its last finished layer, and in the end the final ones.
+"""What a pass leaves on the disk: what was recorded after its last finished layer, and in the end the final states.
 
 Files are named by the hash of everything the states depend on. So a pass that was killed is resumed, and one that was
 finished is found, by whoever asks for the same.
@@ -25,7 +25,7 @@ from moe_svd_distill.execution.parts import reject_part
 from moe_svd_distill.streaming.groups import Scales
 from moe_svd_distill.streaming.states_file import find_fault, write_states
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 def pass_key(
@@ -80,8 +80,16 @@ class Journal:
         rejected: Names of damaged files that were moved aside.
     """
 
-    def __init__(self, folder: Path, key: str, layers: int) -> None:
-        self._folder, self.key, self._layers = folder, key, layers
+    def __init__(self, folder: Path, key: str, layers: int, kept: int | None = None) -> None:
+        """Look for nothing yet.
+
+        Args:
+            folder: Where the files lie.
+            key: Of the pass.
+            layers: Of the model.
+            kept: The number of layers after which what was recorded is kept for good.
+        """
+        self._folder, self.key, self._layers, self._kept = folder, key, layers, kept or None
         self.rejected: list[str] = []
         make_folder(folder)
         remove_stale_temporaries(folder)
@@ -92,43 +100,59 @@ class Journal:
         return self._folder / f"states-{self.key}.safetensors"
 
     def layer_path(self, done: int) -> Path:
-        """Where the states lie after this many layers."""
+        """Where what was recorded after this many layers lies."""
         return self._folder / f"states-{self.key}.layer-{done:04d}.safetensors"
 
     def finished(self) -> Path | None:
-        """The final states, if they are there and whole; a damaged file is moved aside."""
+        """The final states, if they and what is kept beside them are there and whole.
+
+        A damaged file is moved aside, and the rest is forgotten where what is kept is missing.
+        """
+        if self._kept and not self._checked(self.layer_path(self._kept), self._body(self._kept)):
+            self._remove(range(self._kept + 1, self._layers))
+            self.final_path.unlink(missing_ok=True)
+            return None
         return self._checked(self.final_path, self._body(None))
 
     def newest(self) -> tuple[int, Path] | None:
-        """The states after as many layers as possible; damaged files are moved aside."""
-        for done in range(self._layers, -1, -1):
+        """What was recorded after as many layers as possible; damaged files are moved aside."""
+        for done in range(self._layers - 1, 0, -1):
             if path := self._checked(self.layer_path(done), self._body(done)):
                 return done, path
         return None
 
-    def write(self, done: int, sequences: int, batches: Iterable[Tensor]) -> Path:
-        """Put the states after a layer on the disk, and remove those of the layers before it.
+    def write(self, done: int, layout: Mapping[str, Any], sequences: int, batches: Iterable[Tensor]) -> Path:
+        """Put what was recorded after some layers on the disk, and remove that of the layers before.
+
+        Args:
+            done: How many layers.
+            layout: What it takes to go on from there.
+            sequences: How many the batches have together.
+            batches: Of bytes, (rows, bytes of a sequence).
 
         Raises:
             CannotWriteError: The disk is full, or the folder does not let itself be written to.
         """
         path = self.layer_path(done)
-        write_states(path, self._body(done), sequences, batches)
-        for earlier in range(done):
-            self.layer_path(earlier).unlink(missing_ok=True)
+        write_states(path, self._body(done) | {"layout": dict(layout)}, sequences, batches)
+        self._remove(range(1, done))
         return path
 
     def finish(self, sequences: int, batches: Iterable[Tensor]) -> Path:
-        """Put the final states on the disk, and remove everything else of the pass."""
+        """Put the final states on the disk, and remove everything else that is not kept."""
         write_states(self.final_path, self._body(None), sequences, batches)
-        for done in range(self._layers + 1):
-            self.layer_path(done).unlink(missing_ok=True)
+        self._remove(range(1, self._layers))
         return self.final_path
 
     def discard(self) -> None:
         """Forget everything there is of the pass."""
-        for path in (self.final_path, *(self.layer_path(done) for done in range(self._layers + 1))):
+        for path in (self.final_path, *(self.layer_path(done) for done in range(1, self._layers))):
             path.unlink(missing_ok=True)
+
+    def _remove(self, layers: Iterable[int]) -> None:
+        for done in layers:
+            if done != self._kept:
+                self.layer_path(done).unlink(missing_ok=True)
 
     def _body(self, done: int | None) -> dict[str, Any]:
         return {"format": _FORMAT, "key": self.key, "layers": self._layers, "done": "all" if done is None else done}

@@ -1,4 +1,4 @@
-"""Final hidden states on the disk."""
+"""Final hidden states on the disk, and what a layer on the way to them was given."""
 
 from __future__ import annotations
 
@@ -8,8 +8,28 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from moe_svd_distill.streaming.carried import NOTHING, Gate, decode_gate
 from moe_svd_distill.streaming.settings import PassRecord
 from moe_svd_distill.streaming.states_file import StatesFile
+
+
+class LayerInputs:
+    """What was recorded at a layer for all sequences of a pass: the layers from there on can be run again.
+
+    Attributes:
+        layer: Its number. Nothing is recorded at the first one: there everything follows from the token ids.
+        layout: What it takes to go on from there, for `Layout.decode`.
+    """
+
+    def __init__(self, layer: int, path: Path | None) -> None:
+        self.layer = layer
+        self._file = None if path is None else StatesFile(path)
+        self.layout = None if self._file is None else self._file.body["layout"]
+        self._gate: Gate = NOTHING if self._file is None else decode_gate(self.layout)
+
+    def rows(self, rows: slice) -> list[Tensor]:
+        """Of some sequences, (rows, …), as private views on the file."""
+        return [] if self._file is None else self._gate.unpack(self._file.rows(rows))
 
 
 class StreamedStates:
@@ -20,12 +40,13 @@ class StreamedStates:
         shape: Sequences, length, width.
         dtype: The type computed in.
         record: What the pass did.
+        inputs: What was recorded at the layer that was asked for.
     """
 
-    def __init__(self, path: Path, record: PassRecord, keep: bool = True) -> None:
-        self.path, self.record, self._keep = path, record, keep
+    def __init__(self, path: Path, record: PassRecord, keep: bool = True, inputs: LayerInputs | None = None) -> None:
+        self.path, self.record, self.inputs, self._keep = path, record, inputs, keep
         self._file: StatesFile | None = StatesFile(path)
-        self.shape: tuple[int, int, int] = self._file.shape
+        self.shape: tuple[int, int, int] = (self._file.shape[0], self._file.shape[1], self._file.shape[2])
         self.dtype: torch.dtype = self._file.dtype
 
     def rows(self, rows: slice) -> Tensor:

@@ -1,88 +1,73 @@
-"""The states between two layers: in memory if they fit, on the disk if not."""
+"""What was recorded at a layer for all sequences: in memory if it fits, in the journal's file if not."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from moe_svd_distill.streaming.carried import NOTHING, Gate
 from moe_svd_distill.streaming.states_file import StatesFile
 
 
-class States(Protocol):
-    """States of all sequences, to read and to replace batch by batch."""
+class Recorded:
+    """What was recorded, sequence by sequence, to read and to replace batch by batch.
 
-    spilled: bool
+    In memory a layer's results take the place of its inputs as they come, because a sequence depends on no other one.
+    Where the next layer is given more or less, the inputs are read from the file meanwhile, so that there is one copy.
 
-    def rows(self, rows: slice) -> Tensor:
-        """Those of some sequences, (rows, length, d)."""
-
-    def take_in(self, rows: slice, states: Tensor) -> None:
-        """Replace those of some sequences, if they are held here."""
-
-    def turn_to(self, path: Path) -> None:
-        """The file on the disk has become the newest."""
-
-
-class ResidentStates:
-    """All states in memory. A layer's results replace its inputs as they come: a batch depends on no other batch."""
-
-    spilled = False
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self._states = torch.empty(shape, dtype=dtype)
-
-    def rows(self, rows: slice) -> Tensor:
-        """Those of some sequences, as a view."""
-        return self._states[rows]
-
-    def take_in(self, rows: slice, states: Tensor) -> None:
-        """Replace those of some sequences."""
-        self._states[rows] = states
-
-    def turn_to(self, path: Path) -> None:
-        """Nothing changes: what the file holds is here as well."""
-
-
-class SpilledStates:
-    """No state in memory: inputs come from the journal's file, which also receives the results."""
-
-    spilled = True
-
-    def __init__(self, path: Path) -> None:
-        self._file = StatesFile(path)
-
-    def rows(self, rows: slice) -> Tensor:
-        """Those of some sequences, as a view on the file."""
-        return self._file.rows(rows)
-
-    def take_in(self, rows: slice, states: Tensor) -> None:
-        """The journal writes them anyway."""
-
-    def turn_to(self, path: Path) -> None:
-        """Read from the newest file from now on."""
-        self._file = StatesFile(path)
-
-
-def states_from(path: Path, budget: int, step: int) -> States:
-    """The states of a journal's file, in memory if they fit the budget.
-
-    Args:
-        path: The file.
-        budget: Bytes they may take.
-        step: Sequences to copy at once.
+    Attributes:
+        spilled: Whether some of it stayed on the disk for want of memory.
     """
-    file = StatesFile(path)
-    count = file.shape[0] * file.shape[1] * file.shape[2]
-    if count * file.dtype.itemsize > budget:
-        return SpilledStates(path)
-    resident = ResidentStates(file.shape, file.dtype)
-    for rows in slices(file.shape[0], step):
-        resident.take_in(rows, file.rows(rows))
-    return resident
+
+    def __init__(self, sequences: int, budget: int) -> None:
+        """Before the first layer: nothing.
+
+        Args:
+            sequences: Their number.
+            budget: Bytes that may lie in memory.
+        """
+        self._sequences, self._budget = sequences, budget
+        self._gate, self._path = NOTHING, Path()
+        self._old = torch.empty(sequences, 0, dtype=torch.uint8)
+        self._new: Tensor | None = None
+        self._held = self.spilled = False
+
+    def rows(self, rows: slice) -> list[Tensor]:
+        """Of some sequences, (rows, …), as views."""
+        return self._gate.unpack(self._old[rows])
+
+    def begin(self, width: int) -> None:
+        """Results of so many bytes for a sequence are about to come."""
+        fits = self._sequences * width <= self._budget
+        self.spilled |= not fits
+        if fits and self._held and self._old.shape[1] == width:
+            self._new = self._old
+            return
+        if self._held:
+            self._old = StatesFile(self._path).rows(slice(None))
+        self._new = torch.empty(self._sequences, width, dtype=torch.uint8) if fits else None
+
+    def take_in(self, rows: slice, packed: Tensor) -> None:
+        """Results of some sequences, (rows, bytes)."""
+        if self._new is not None:
+            self._new[rows] = packed
+
+    def turn_to(self, gate: Gate, path: Path) -> None:
+        """All results are there, and in this file too."""
+        self._held = self._new is not None
+        self._old = StatesFile(path).rows(slice(None)) if self._new is None else self._new
+        self._gate, self._path, self._new = gate, path, None
+
+    def load(self, gate: Gate, path: Path, step: int) -> None:
+        """Go on from a file, so many sequences at once."""
+        file = StatesFile(path)
+        self.begin(file.shape[1])
+        for rows in slices(self._sequences, step):
+            self.take_in(rows, file.rows(rows))
+        self.turn_to(gate, path)
 
 
 def slices(count: int, step: int) -> Iterator[slice]:

@@ -1,4 +1,6 @@
-"""Hidden states of all sequences in one safetensors file that can be written while they are computed.
+"""Values of all sequences in one safetensors file that can be written while they are computed.
+
+Final states are a tensor (n, length, d), what is recorded between two layers one of bytes (n, bytes of a sequence).
 
 The last tensor of the file, ``sha256``, is the digest of every byte before it, header included: the only place for a
 digest that is not known before the last state is. A file counts only if that digest agrees.
@@ -32,9 +34,9 @@ from moe_svd_distill.execution.tensor_file import (
 )
 
 _METADATA = "moe_svd_distill"
-_STATES, _DIGEST = "states", "sha256"
+_STATES, _BYTES, _DIGEST = "states", "recorded", "sha256"  # of tensors of one width the digest has to be the last
 _DIGEST_BYTES = 32
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 
 
 def write_states(path: Path, body: Mapping[str, Any], sequences: int, batches: Iterable[Tensor]) -> None:
@@ -44,7 +46,8 @@ def write_states(path: Path, body: Mapping[str, Any], sequences: int, batches: I
         path: Where to.
         body: What the file says about itself.
         sequences: How many sequences the batches have together.
-        batches: States (rows, length, d) on the CPU, in the order of the sequences; at least one batch.
+        batches: States (rows, length, d) or bytes (rows, bytes) on the CPU, in the order of the sequences; at least
+            one batch.
 
     Raises:
         CannotWriteError: The disk is full, or the folder does not let itself be written to.
@@ -53,7 +56,7 @@ def write_states(path: Path, body: Mapping[str, Any], sequences: int, batches: I
     first = next(iterator)
     slots = lay_out(
         [
-            (_STATES, dtype_code(first.dtype), (sequences, *first.shape[1:])),
+            (_BYTES if first.dtype == torch.uint8 else _STATES, dtype_code(first.dtype), (sequences, *first.shape[1:])),
             (_DIGEST, "U8", (_DIGEST_BYTES,)),
         ]
     )
@@ -99,8 +102,8 @@ class StatesFile:
 
     Attributes:
         path: The file.
-        shape: Sequences, length, width.
-        dtype: Type of the states.
+        shape: Sequences, length, width; or sequences and bytes of each.
+        dtype: Type of the values.
         body: What the file says about itself.
     """
 
@@ -108,21 +111,21 @@ class StatesFile:
         try:
             header = read_header(path)
             self.body = _body(header)
-            slot = next(slot for slot in header.slots if slot.name == _STATES)
+            slot = next(slot for slot in header.slots if slot.name != _DIGEST)
             with path.open("rb") as file:
                 # A private mapping: a change made in place stays in this process.
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (DamagedFileError, OSError) as error:
             raise BadDataError(f"{path} cannot be used: {error}", "Run the same command again") from error
         self.path = path
-        self.shape: tuple[int, int, int] = (slot.shape[0], slot.shape[1], slot.shape[2])
+        self.shape = slot.shape
         self.dtype = _DTYPES[slot.dtype]
         count = math.prod(slot.shape)
         flat = torch.frombuffer(self._map, dtype=self.dtype, count=count, offset=header.size + slot.begin)
         self._states = flat.view(slot.shape)
 
     def rows(self, rows: slice) -> Tensor:
-        """The states of some sequences, (rows, length, d), as a view on the file."""
+        """The values of some sequences, (rows, …), as a view on the file."""
         return self._states[rows]
 
     def batches(self, step: int) -> Iterator[Tensor]:
@@ -135,12 +138,13 @@ def _body(header: Header) -> dict[str, Any]:
     slots = {slot.name: slot for slot in header.slots}
     try:
         body = json.loads(header.metadata[_METADATA])
-        states, digest = slots[_STATES], slots[_DIGEST]
+        digest = slots.pop(_DIGEST)
+        (name, values), *more = slots.items()
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise DamagedFileError("it is no file of hidden states") from error
-    in_order = states.begin == 0 and digest.end == header.payload_bytes and digest.shape == (_DIGEST_BYTES,)
-    if not isinstance(body, dict) or len(slots) != 2 or not in_order:
+    in_order = values.begin == 0 and digest.end == header.payload_bytes and digest.shape == (_DIGEST_BYTES,)
+    if not isinstance(body, dict) or more or not in_order or digest.dtype != "U8" or values.dtype not in _DTYPES:
         raise DamagedFileError("it is no file of hidden states")
-    if len(states.shape) != 3 or states.dtype not in _DTYPES or digest.dtype != "U8":
+    if (name, len(values.shape)) != ((_BYTES, 2) if values.dtype == "U8" else (_STATES, 3)):
         raise DamagedFileError("it is no file of hidden states")
     return body

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +14,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe_svd_distill.architecture.skeleton import (
-    EMBEDDING,
-    ENDS,
-    Skeleton,
-    build_skeleton,
-    layer_count,
-)
-from moe_svd_distill.architecture.stored import CheckpointMap
+from moe_svd_distill.architecture.skeleton import layer_count, parse_config
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.errors import BadDataError, UsageError
-from moe_svd_distill.execution.memory import MemoryWatch, give_back
 from moe_svd_distill.streaming.budget import activation_budget
 from moe_svd_distill.streaming.crew import Crew
-from moe_svd_distill.streaming.decoder_run import DecoderRun, LayerCall
+from moe_svd_distill.streaming.decoder import Decoder
+from moe_svd_distill.streaming.gates import Call, Shell
 from moe_svd_distill.streaming.groups import Scales
 from moe_svd_distill.streaming.journal import Journal, pass_key
-from moe_svd_distill.streaming.overlay import AdapterOverlay
-from moe_svd_distill.streaming.replicas import replicate
-from moe_svd_distill.streaming.result import StreamedStates
+from moe_svd_distill.streaming.result import LayerInputs, StreamedStates
 from moe_svd_distill.streaming.settings import PassRecord, PassSettings
-from moe_svd_distill.streaming.states import States, slices, states_from
-from moe_svd_distill.streaming.visit import LayerBatch, LayerVisit, Visit
-from moe_svd_distill.streaming.weights import Prefetcher, Weights
+from moe_svd_distill.streaming.states import Recorded, slices
+from moe_svd_distill.streaming.states_file import StatesFile
+from moe_svd_distill.streaming.trees import map_tensors
+from moe_svd_distill.streaming.visit import LayerVisit, Visit
 
 _STATES_OF_A_BATCH = 32  # what a layer holds at once while it computes a batch, as multiples of the batch's states
 Progress = Callable[[int, int], None]
@@ -52,13 +45,14 @@ def stream_states(
     visit: Visit | None = None,
     visit_key: str | None = None,
     keep: bool = True,
+    record_at: int | None = None,
     on_progress: Progress | None = None,
 ) -> StreamedStates:
     """The decoder's final hidden states (after the last norm) for every token, from a model of any size.
 
     Each weight is read once, one layer ahead of the layer that computes: at most two layers are in memory. After every
-    layer the states are on the disk, so that a pass killed at any moment goes on at the last finished layer, and ends
-    in the same bytes. A finished pass is found by the next call that asks for the same.
+    layer, what the next one is given is on the disk, so that a pass killed at any moment goes on at the last finished
+    layer, and ends in the same bytes. A finished pass is found by the next call that asks for the same.
 
     Args:
         checkpoint: The model.
@@ -73,6 +67,8 @@ def stream_states(
             not visited again, so the visitor must have put its own results on the disk before it returns. Without it,
             a pass with a visitor always begins anew and visits all layers.
         keep: Whether the final states stay on the disk after the result is closed.
+        record_at: A layer; what it is given is kept beside the final states, so that it and those behind it can be run
+            again.
         on_progress: Told the layers done and their number.
 
     Raises:
@@ -90,20 +86,16 @@ def stream_states(
     dtype, kind = settings.compute_dtype(), settings.places()[0].type
     key = pass_key(checkpoint, sequences, rows, dtype, kind, adapter, scales, identity)
     layers = layer_count(checkpoint.config, checkpoint.source)
-    journal = Journal(Path(folder), key, layers)
+    journal = Journal(Path(folder), key, layers, record_at)
     if anonymous:
         journal.discard()
-    if path := journal.finished():
-        record = PassRecord(
-            key, layers, 0, layers, seconds=time.perf_counter() - begin, rejected=tuple(journal.rejected)
-        )
-        return StreamedStates(path, record, keep)
-    skeleton = build_skeleton(checkpoint.config, checkpoint.source, dtype, kind)
-    _check_vocabulary(sequences, skeleton)
-    with _Pass(checkpoint, skeleton, sequences, journal, settings, adapter, scales) as running:
-        path, facts = running.run(visit, on_progress)
+    path = journal.finished()
+    facts: dict[str, Any] = {"layers_computed": 0, "layers_reused": layers, "rejected": tuple(journal.rejected)}
+    if path is None:
+        path, facts = _Pass(checkpoint, sequences, rows, journal, settings, adapter, scales).run(visit, on_progress)
     record = PassRecord(key, layers, **facts, seconds=time.perf_counter() - begin)
-    return StreamedStates(path, record, keep)
+    inputs = None if record_at is None else LayerInputs(record_at, journal.layer_path(record_at) if record_at else None)
+    return StreamedStates(path, record, keep, inputs)
 
 
 class _Pass:
@@ -112,170 +104,131 @@ class _Pass:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        skeleton: Skeleton,
         sequences: NDArray[np.int64],
+        rows: int,
         journal: Journal,
         settings: PassSettings,
         adapter: Path | None,
         scales: Scales,
     ) -> None:
-        self._skeleton, self._journal = skeleton, journal
+        self._journal, self._rows = journal, rows
         self._ids = torch.from_numpy(np.ascontiguousarray(sequences, dtype=np.int64))
-        self._places = settings.places()
-        self._rows = max(1, settings.batch_tokens // sequences.shape[1])
         self._budget = activation_budget() if settings.activation_bytes is None else settings.activation_bytes
-        self._watch = MemoryWatch()
-        self._sources = CheckpointMap(checkpoint, skeleton)
-        overlay = None if adapter is None else AdapterOverlay(skeleton, adapter, scales, checkpoint.config)
-        self._weights = Weights(checkpoint, skeleton, self._sources, overlay, self._places[0], self._watch.look)
-        self._reader = Prefetcher(self._weights, self._places[0])
-        threads = None
-        if self._places == (torch.device("cpu"),):
-            self._places, threads = self._on_cores(skeleton.model.config.get_text_config().hidden_size)
-        self._crew = Crew(self._places, threads)
-        self._stack = ExitStack()
+        self._batches = list(slices(len(self._ids), rows))
+        dtype, places, threads = settings.compute_dtype(), settings.places(), None
+        if places == (torch.device("cpu"),):
+            places, threads = self._on_cores(checkpoint, dtype)
+        self._decoder = Decoder(checkpoint, places, dtype, adapter=adapter, scales=scales)
+        self._crew = Crew(places, threads)
         self._computing = 0.0
-
-    def __enter__(self) -> _Pass:
-        self._stack.enter_context(self._crew)
-        self._stack.enter_context(self._reader)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
+        self._name = type(self._decoder.skeleton.model).__name__
 
     def run(self, visit: Visit | None, on_progress: Progress | None) -> tuple[Path, dict[str, Any]]:
         """All of it; returns the file of the final states, and the facts for the record."""
-        layers = len(self._skeleton.originals)
-        self._weights.attach(ENDS, self._reader.take(ENDS))
-        self._move_buffers()
-        run = DecoderRun(self._skeleton, self._places[0], self._ids.shape[1])
-        calls = {size: run.calls(size) for size in {batch.stop - batch.start for batch in self._batches()}}
-        done, states = self._start(run)
-        reused = done
-        if on_progress:
-            on_progress(done, layers)
-        for index in range(done, layers):
-            self._layer(index, {size: each[index] for size, each in calls.items()}, states, visit)
+        decoder, recorded = self._decoder, Recorded(len(self._ids), self._budget)
+        try:
+            _check_vocabulary(self._ids, decoder.skeleton.vocabulary)
+            begin, path = self._journal.newest() or (0, self._journal.final_path)
+            if begin:
+                decoder.layout.decode(begin, StatesFile(path).body["layout"])
+                recorded.load(decoder.layout.gate(begin), path, self._rows)
             if on_progress:
-                on_progress(index + 1, layers)
-        place = self._places[0]
-        final = (run.finish(states.rows(rows).to(place)).cpu() for rows in self._batches())
-        path = self._journal.finish(len(self._ids), final)
-        self._watch.look()
+                on_progress(begin, decoder.layers)
+            for index in range(begin, decoder.layers):
+                path = self._layer(index, recorded, visit)
+                if on_progress:
+                    on_progress(index + 1, decoder.layers)
+        finally:
+            self._crew.close()
+            decoder.close()
         return path, {
-            "layers_computed": layers - reused,
-            "layers_reused": reused,
-            "bytes_needed": self._sources.decoder_bytes(),
-            "bytes_read": self._weights.bytes_read,
-            "spilled": states.spilled,
-            "seconds_reading": self._reader.seconds_reading,
+            "layers_computed": decoder.layers - begin,
+            "layers_reused": begin,
+            "bytes_needed": decoder.bytes_needed,
+            "bytes_read": decoder.bytes_read,
+            "spilled": recorded.spilled,
+            "seconds_reading": decoder.reader.seconds_reading,
             "seconds_computing": self._computing,
-            "seconds_waiting": self._reader.seconds_waiting,
-            "peak_anonymous_bytes": self._watch.look(),
-            "unused": self._sources.unused,
+            "seconds_waiting": decoder.reader.seconds_waiting,
+            "peak_anonymous_bytes": decoder.watch.look(),
+            "unused": decoder.stored.unused,
             "rejected": tuple(self._journal.rejected),
         }
 
-    def _start(self, run: DecoderRun) -> tuple[int, States]:
-        """Layers that are done already and the states after them; without any, the embeddings."""
-        found = self._journal.newest()
-        if found is None:
-            self._weights.attach(EMBEDDING, self._reader.take(EMBEDDING))
-            self._reader.start(0)
-            embedded = (self._finite(run.embed(self._ids[rows]).cpu(), "the embeddings") for rows in self._batches())
-            found = 0, self._journal.write(0, len(self._ids), embedded)
-            self._weights.release(EMBEDDING)
-            give_back()
-        done, path = found
-        return done, states_from(path, self._budget, self._rows)
-
-    def _layer(self, index: int, calls: dict[int, LayerCall], states: States, visit: Visit | None) -> None:
-        """Read, visit, compute, put on the disk and forget one layer."""
-        self._weights.attach(index, self._reader.take(index))
-        if index + 1 < len(self._skeleton.originals):
-            self._reader.start(index + 1)
+    def _layer(self, index: int, recorded: Recorded, visit: Visit | None) -> Path:
+        """Read, visit, compute, put on the disk and forget one layer; returns the file of its results."""
+        decoder, count = self._decoder, len(self._ids)
+        following = index + 1 if index + 1 < decoder.layers else None
+        decoder.enter(index, following)
         begin = time.perf_counter()
-        first = replicate(self._skeleton.originals[index], self._places[0])
         if visit is not None:
-            name = f"{self._skeleton.prefix}{index}"
-            visit(
-                LayerVisit(
-                    index,
-                    len(self._skeleton.originals),
-                    name,
-                    first,
-                    self._places[0],
-                    lambda: self._inputs(calls, states),
-                )
-            )
-        copies = [first, *(replicate(first, place) for place in self._places[1:])]
-        work = [
-            _Work(copy, {size: call.on(place) for size, call in calls.items()}, states, place)
-            for copy, place in zip(copies, self._places, strict=True)
-        ]
-
-        def results() -> Iterator[Tensor]:
-            for rows, output in self._crew.map(work, self._batches()):
-                self._finite(output, f"layer {index}")
-                states.take_in(rows, output)
-                self._watch.look()
-                yield output
-
-        states.turn_to(self._journal.write(index + 1, len(self._ids), results()))
-        del first, copies, work
-        self._weights.release(index)
-        give_back()
+            self._show(index, recorded, visit)
+        work = [partial(self._compute, shell, index, recorded) for shell in decoder.shells]
+        results = self._watched(self._crew.map(work, self._batches))
+        if following is None:
+            path = self._journal.finish(count, (output for _, output in results))
+        else:
+            first = next(results)
+            recorded.begin(first[1].shape[1])
+            packed = self._taken(recorded, chain([first], results))
+            path = self._journal.write(following, decoder.layout.encode(following), count, packed)
+            recorded.turn_to(decoder.layout.gate(following), path)
+        decoder.leave(index)
         self._computing += time.perf_counter() - begin
+        return path
 
-    def _on_cores(self, width: int) -> tuple[tuple[torch.device, ...], int]:
+    def _compute(self, shell: Shell, index: int, recorded: Recorded, rows: slice) -> Tensor:
+        """A layer on a batch: what the next one is given as bytes, (rows, bytes), or final states."""
+        layout, ids = self._decoder.layout, self._ids[rows].to(shell.device)
+        given = [tensor.to(shell.device, copy=True) for tensor in recorded.rows(rows)]  # a layer may write into it
+        if index + 1 == self._decoder.layers:
+            return self._finite(layout.states(shell, ids, index, given), index)
+        found = layout.step(shell, ids, index, given, learn=rows.start == 0)
+        return layout.gate(index + 1).pack([self._finite(tensor, index) for tensor in found])
+
+    def _show(self, index: int, recorded: Recorded, visit: Visit) -> None:
+        decoder, shell = self._decoder, self._decoder.shells[0]
+
+        def batches() -> Iterator[tuple[slice, Call]]:
+            for rows in self._batches:
+                ids = self._ids[rows].to(shell.device)
+                given = [tensor.to(shell.device) for tensor in recorded.rows(rows)]
+                call = decoder.layout.arguments(shell, ids, index, given)
+                yield rows, map_tensors(call, torch.clone)
+
+        name = f"{decoder.skeleton.prefix}{index}"
+        visit(LayerVisit(index, decoder.layers, name, shell.layers[index], shell.device, batches))
+
+    def _watched(self, results: Iterator[tuple[slice, Tensor]]) -> Iterator[tuple[slice, Tensor]]:
+        for result in results:
+            self._decoder.watch.look()
+            yield result
+
+    @staticmethod
+    def _taken(recorded: Recorded, results: Iterator[tuple[slice, Tensor]]) -> Iterator[Tensor]:
+        for rows, packed in results:
+            recorded.take_in(rows, packed)
+            yield packed
+
+    def _on_cores(self, checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[tuple[torch.device, ...], int]:
         """The processor as often as torch has threads, batches and memory allow, and the threads that each gets.
 
         Layers are made of many small operations, which many threads hardly speed up: two batches on a thread each took
         25 s where one on two threads took 46.
         """
+        width = parse_config(checkpoint.config, checkpoint.source).get_text_config().hidden_size
         threads = torch.get_num_threads()
-        one = self._rows * self._ids.shape[1] * width * self._skeleton.dtype.itemsize * _STATES_OF_A_BATCH
-        count = max(1, min(threads, len(self._batches()), self._budget // one))
-        return self._places * count, threads // count
+        one = self._rows * self._ids.shape[1] * width * dtype.itemsize * _STATES_OF_A_BATCH
+        count = max(1, min(threads, len(self._batches), self._budget // one))
+        return (torch.device("cpu"),) * count, threads // count
 
-    def _inputs(self, calls: dict[int, LayerCall], states: States) -> Iterator[LayerBatch]:
-        for rows in self._batches():
-            hidden = states.rows(rows).to(self._places[0], copy=True)
-            yield LayerBatch(rows, hidden, calls[rows.stop - rows.start].on(self._places[0]))
-
-    def _batches(self) -> Sequence[slice]:
-        return list(slices(len(self._ids), self._rows))
-
-    def _move_buffers(self) -> None:
-        """Buffers around the layers, such as rotary frequencies, follow the weights."""
-        inside = {id(module) for layer in self._skeleton.originals for module in layer.modules()}
-        for module in self._skeleton.decoder.modules():
-            if id(module) not in inside:
-                for name in module._non_persistent_buffers_set:
-                    if module._buffers.get(name) is not None:
-                        module._buffers[name] = module._buffers[name].to(self._places[0])
-
-    def _finite(self, states: Tensor, what: str) -> Tensor:
-        if not bool(torch.isfinite(states).all()):
+    def _finite(self, values: Tensor, index: int) -> Tensor:
+        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
             raise BadDataError(
-                f"{what} of {type(self._skeleton.model).__name__} gives states that are not finite in {states.dtype}",
+                f"layer {index} of {self._name} gives states that are not finite in {values.dtype}",
                 "Verify the model and the adapter, or compute in a wider type",
             )
-        return states
-
-
-class _Work:
-    """A layer on a device, ready for batches."""
-
-    def __init__(
-        self, layer: torch.nn.Module, calls: dict[int, LayerCall], states: States, place: torch.device
-    ) -> None:
-        self._layer, self._calls, self._states, self._place = layer, calls, states, place
-
-    def __call__(self, rows: slice) -> Tensor:
-        hidden = self._states.rows(rows).to(self._place, copy=True)  # a layer may write into what it is given
-        return self._calls[rows.stop - rows.start](self._layer, hidden)
+        return values
 
 
 def _check_tokens(sequences: NDArray[np.int64]) -> None:
@@ -286,9 +239,8 @@ def _check_tokens(sequences: NDArray[np.int64]) -> None:
         )
 
 
-def _check_vocabulary(sequences: NDArray[np.int64], skeleton: Skeleton) -> None:
-    size = skeleton.vocabulary
-    low, high = int(sequences.min()), int(sequences.max())
+def _check_vocabulary(ids: Tensor, size: int) -> None:
+    low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= size:
         raise UsageError(
             f"Token ids run from {low} to {high}, the model has {size} tokens", "Use the model's own tokenizer"

@@ -6,24 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from moe_svd_distill.streaming.decoder_run import LayerCall
-
-
-@dataclass(frozen=True, eq=False)
-class LayerBatch:
-    """A batch of sequences on its way through a layer.
-
-    Attributes:
-        rows: Which sequences of the pass.
-        hidden: The layer's input (rows, length, d), a copy of its own on the layer's device.
-        call: All else the layer is given; ``call(module, hidden)`` runs a layer on it.
-    """
-
-    rows: slice
-    hidden: Tensor
-    call: LayerCall
+from moe_svd_distill.streaming.gates import Call
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +23,8 @@ class LayerVisit:
         name: Its name in the model, such as ``model.layers.3``.
         layer: The module, with the adapter's layers inside if the pass has one.
         device: Where it lies.
-        inputs: Makes the iterator of `batches`.
+        batches: Makes an iterator of sequences and what the layer is given for them: ``layer(*arguments, **keywords)``
+            runs it. In the order of the sequences, as often as needed, and each time tensors of their own.
     """
 
     index: int
@@ -46,11 +32,7 @@ class LayerVisit:
     name: str
     layer: nn.Module
     device: torch.device
-    inputs: Callable[[], Iterator[LayerBatch]]
-
-    def batches(self) -> Iterator[LayerBatch]:
-        """The inputs of the layer, batch by batch, in the order of the sequences; as often as needed."""
-        return self.inputs()
+    batches: Callable[[], Iterator[tuple[slice, Call]]]
 
 
 Visit = Callable[[LayerVisit], None]

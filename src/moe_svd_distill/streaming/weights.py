@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.streaming.overlay import AdapterOverlay
 from moe_svd_distill.streaming.staging import Staging
+from moe_svd_distill.streaming.tables import StoredTable
 
 
 @dataclass
@@ -42,9 +42,22 @@ class Weights:
         overlay: AdapterOverlay | None,
         device: torch.device,
         look: Callable[[], object] = lambda: None,
+        tables: Mapping[ParameterSlot, StoredTable] | None = None,
     ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            checkpoint: The model.
+            skeleton: What is filled.
+            sources: Where the values lie.
+            overlay: An adapter around the skeleton.
+            device: Where to.
+            look: Called whenever more memory has been taken.
+            tables: Embeddings that stay in their files.
+        """
         self._checkpoint, self._skeleton, self._sources = checkpoint, skeleton, sources
         self._overlay, self._device, self._look = overlay, device, look
+        self._tables = tables or {}
         self._staging = Staging() if device.type == "cuda" else None
         self.bytes_read = 0
 
@@ -57,6 +70,9 @@ class Weights:
         loaded = Loaded()
         with torch.no_grad():
             for origin in self._sources.of_part[part]:
+                if (table := self._tables.get(origin.slots[0])) is not None:
+                    loaded.base.append((origin.slots[0], table))
+                    continue
                 loaded.base += self._copied(origin) if origin.pieces else self._converted(origin)
             if self._overlay is not None:
                 loaded.adapter = self._overlay.read(part)
@@ -134,6 +150,11 @@ class Prefetcher:
         self._stream: torch.cuda.Stream | None = None
         self.seconds_reading = self.seconds_waiting = 0.0
 
+    @property
+    def coming(self) -> Part | None:
+        """The part that is being read, until it is taken."""
+        return None if self._coming is None else self._coming[0]
+
     def start(self, part: Part) -> None:
         """Begin to read a part; it is taken before the next one is started."""
         assert self._coming is None
@@ -142,7 +163,6 @@ class Prefetcher:
     def take(self, part: Part) -> Loaded:
         """The part, when it is there; what was not started is read now."""
         if self._coming is None or self._coming[0] != part:
-            assert self._coming is None
             self.start(part)
         assert self._coming is not None
         begin = time.perf_counter()
@@ -151,12 +171,8 @@ class Prefetcher:
         self._coming = None
         return loaded
 
-    def __enter__(self) -> Prefetcher:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """End the thread."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._coming = None
 

@@ -52,7 +52,7 @@ class ResidentEngine:
         self._compose()
         for batch in batches:
             with torch.enable_grad():
-                states = self._through(batch).flatten(0, 1)[batch.position]
+                states = self._decoder.states(batch.ids).flatten(0, 1)[batch.position]
             torch.autograd.backward(states, head.learn(states.detach(), batch, places).to(states.dtype))
 
     @torch.no_grad()
@@ -60,17 +60,11 @@ class ResidentEngine:
         """As `Engine`."""
         self._compose()
         for batch in batches:
-            yield self._through(batch).flatten(0, 1)[batch.position]
+            yield self._decoder.states(batch.ids).flatten(0, 1)[batch.position]
 
     def _compose(self) -> None:
         for layer, bases in enumerate(self._bases):
             self._bank.compose(layer, bases)
-
-    def _through(self, batch: Batch) -> Tensor:
-        states = self._decoder.embed(batch.ids)
-        for layer in range(self._decoder.layers):
-            states = self._decoder.run(layer, states)
-        return self._decoder.finish(states)
 
 
 class StreamedEngine:
@@ -82,7 +76,7 @@ class StreamedEngine:
         Args:
             decoder: The student's.
             bank: Its pairs.
-            folder: Where the inputs of layers lie while they take more memory than the budgets.
+            folder: Where what layers are given lies while it takes more memory than the budgets.
             budget: Bytes on the device, and as many in the machine's memory beside a GPU; by default a quarter of what
                 is free in each.
         """
@@ -90,44 +84,59 @@ class StreamedEngine:
 
     def learn(self, batches: Sequence[Batch], head: TrainedHead, places: int) -> None:
         """As `Engine`."""
-        decoder, bank = self._decoder, self._bank
-        last = decoder.layers - 1
+        decoder = self._decoder
         with _Inputs(self._folder, decoder.device, self._budget) as kept:
-            states = [decoder.embed(batch.ids) for batch in batches]
-            for layer in range(last):
-                self._enter(layer, layer + 1)
-                for number in range(len(batches)):
-                    kept.put(layer, number, states[number])
-                    with torch.no_grad():
-                        states[number] = decoder.run(layer, states[number])
-            slopes: list[Tensor] = []
-            for layer in range(last, -1, -1):
+            self._forward(batches, kept)
+            slopes: list[list[Tensor | None]] = [[] for _ in batches]
+            for layer in range(decoder.layers - 1, -1, -1):
                 self._enter(layer, layer - 1 if layer else None)
-                bank.collect(layer)
+                self._bank.collect(layer)
                 for number, batch in enumerate(batches):
-                    before = states[number] if layer == last else kept.take(layer, number).to(decoder.device)
-                    before = before.detach().requires_grad_(layer > 0)
+                    before = [
+                        tensor.to(decoder.device).detach().requires_grad_(tensor.is_floating_point())
+                        for tensor in kept.take(layer, number)
+                    ]
                     with torch.enable_grad():
-                        after = decoder.run(layer, before)
-                        if layer == last:
-                            after = decoder.finish(after).flatten(0, 1)[batch.position]
-                            slopes.append(head.learn(after.detach(), batch, places).to(after.dtype))
-                    torch.autograd.backward(after, slopes[number])
-                    if layer:
-                        assert before.grad is not None
-                        slopes[number] = before.grad
+                        given = [tensor.clone() for tensor in before]  # a layer may write into it
+                        if layer + 1 < decoder.layers:
+                            after = decoder.step(layer, batch.ids, given)
+                        else:
+                            after = [decoder.states(batch.ids, layer, given).flatten(0, 1)[batch.position]]
+                            slopes[number] = [head.learn(after[0].detach(), batch, places).to(after[0].dtype)]
+                    pairs = zip(after, slopes[number], strict=True)
+                    wanted = [(value, slope) for value, slope in pairs if slope is not None and value.requires_grad]
+                    torch.autograd.backward([value for value, _ in wanted], [slope for _, slope in wanted])
+                    slopes[number] = [tensor.grad for tensor in before]
                 decoder.leave(layer)
 
     @torch.no_grad()
     def states(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
         """As `Engine`."""
-        states = [self._decoder.embed(batch.ids) for batch in batches]
-        for layer in range(self._decoder.layers):
-            self._enter(layer, layer + 1 if layer + 1 < self._decoder.layers else None)
-            states = [self._decoder.run(layer, each) for each in states]
-            self._decoder.leave(layer)
+        last = self._decoder.layers - 1
+        given = self._forward(batches)
+        self._enter(last, None)
+        states = [
+            self._decoder.states(batch.ids, last, recorded) for batch, recorded in zip(batches, given, strict=True)
+        ]
+        self._decoder.leave(last)
         for batch, each in zip(batches, states, strict=True):
-            yield self._decoder.finish(each).flatten(0, 1)[batch.position]
+            yield each.flatten(0, 1)[batch.position]
+
+    @torch.no_grad()
+    def _forward(self, batches: Sequence[Batch], kept: _Inputs | None = None) -> list[list[Tensor]]:
+        """All layers but the last; returns what that one is given for each batch, and keeps it for every layer."""
+        given: list[list[Tensor]] = [[] for _ in batches]
+        for layer in range(self._decoder.layers):
+            if kept is not None:
+                for number, recorded in enumerate(given):
+                    kept.put(layer, number, recorded)
+            if layer + 1 == self._decoder.layers:
+                break
+            self._enter(layer, layer + 1)
+            for number, batch in enumerate(batches):
+                given[number] = self._decoder.step(layer, batch.ids, [tensor.clone() for tensor in given[number]])
+            self._decoder.leave(layer)
+        return given
 
     def _enter(self, layer: int, following: int | None) -> None:
         self._decoder.enter(layer, following)
@@ -135,33 +144,36 @@ class StreamedEngine:
 
 
 class _Inputs:
-    """What went into each layer, batch by batch: on the device, in memory, or in a file that goes when this closes."""
+    """What each layer was given, batch by batch: on the device, in memory, or in files that go when this closes."""
 
     def __init__(self, folder: Path, device: torch.device, budget: int | None) -> None:
         self._folder = folder
         self._left = {name: left if budget is None else budget for name, left in _free(device).items()}
-        self._kept: dict[tuple[int, int], Tensor] = {}
+        self._kept: dict[tuple[int, int], list[Tensor]] = {}
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
-    def put(self, layer: int, number: int, states: Tensor) -> None:
-        """Keep the input of a layer."""
-        size = states.numel() * states.element_size()
+    def put(self, layer: int, number: int, recorded: Sequence[Tensor]) -> None:
+        """Keep what a layer is given."""
+        self._kept[layer, number] = [
+            self._placed(f"{layer}-{number}-{place}", tensor.detach()) for place, tensor in enumerate(recorded)
+        ]
+
+    def take(self, layer: int, number: int) -> list[Tensor]:
+        """Hand it out for good."""
+        return self._kept.pop((layer, number))
+
+    def _placed(self, name: str, tensor: Tensor) -> Tensor:
         for device, left in self._left.items():
-            if size <= left:
-                self._left[device] -= size
-                self._kept[layer, number] = states.detach().to(device)
-                return
+            if tensor.nbytes <= left:
+                self._left[device] -= tensor.nbytes
+                return tensor.to(device)
         if self._scratch is None:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._scratch = tempfile.TemporaryDirectory(prefix="inputs-", dir=self._folder)
-        path = Path(self._scratch.name) / f"{layer}-{number}"
-        mapped = torch.from_file(str(path), shared=True, size=states.numel(), dtype=states.dtype)
-        mapped.copy_(states.detach().reshape(-1))
-        self._kept[layer, number] = mapped.view(states.shape)
-
-    def take(self, layer: int, number: int) -> Tensor:
-        """Hand it out for good."""
-        return self._kept.pop((layer, number))
+        path = Path(self._scratch.name) / name
+        mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        mapped.copy_(tensor.reshape(-1))
+        return mapped.view(tensor.shape)
 
     def __enter__(self) -> _Inputs:
         return self

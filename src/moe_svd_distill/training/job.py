@@ -16,9 +16,9 @@ from moe_svd_distill.algebra.whitening import Whitening, whitening
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.execution.parts import PartContent, open_part, part_path, read_record, verify_part, write_part
 from moe_svd_distill.fitting.pairs import common_rows
-from moe_svd_distill.streaming import load_head
-from moe_svd_distill.streaming.decoder import Decoder, EmbeddingChange, ResidentDecoder, StreamedDecoder
+from moe_svd_distill.streaming import Decoder, load_head
 from moe_svd_distill.streaming.states_file import StatesFile
+from moe_svd_distill.streaming.tables import EmbeddingChange
 from moe_svd_distill.training.engine import Engine, ResidentEngine, StreamedEngine
 from moe_svd_distill.training.expected_rows import with_expected_rows
 from moe_svd_distill.training.factors import FactorBank
@@ -146,15 +146,16 @@ class Trainee:
         self.text = job.text.open()
         with open_part(job.start) as start:
             tensors = {name: start[name].clone() for name in start}
-        kind = ResidentDecoder if job.resident else StreamedDecoder
         change = _embedding_change(tensors)
-        self.decoder: Decoder = kind(job.student, job.text.ids.shape[1], self.device, job.dtype, change)
+        self.decoder = Decoder(job.student, (self.device,), job.dtype, gradients=True, embedding_change=change)
+        if job.resident:
+            self.decoder.enter_all()
         pairs = {
             name.removesuffix("#A"): (tensors[name.removesuffix("A") + "B"], tensors[name])
             for name in tensors
             if name.endswith("#A") and not name.startswith(EMBEDDING)
         }
-        self.bank = FactorBank(self.decoder.weights, job.ranks, self.device, pairs, job.settings.seed)
+        self.bank = FactorBank(self.decoder.matrices.of_layer, job.ranks, self.device, pairs, job.settings.seed)
         self.engine: Engine = (
             ResidentEngine(self.decoder, self.bank)
             if job.resident
@@ -202,7 +203,8 @@ class Trainee:
 
     def _reading(self) -> tuple[float, float, float]:
         """Bytes read so far, seconds of reading, seconds of waiting for it."""
-        return self.decoder.bytes_read, self.decoder.seconds_reading, self.decoder.seconds_waiting
+        reader = self.decoder.reader
+        return self.decoder.bytes_read, reader.seconds_reading, reader.seconds_waiting
 
     def _run(self, settings: TrainingSettings, untouched: bool = False) -> Training:
         """A run that begins at the start, to which trials have to return, or with the untouched student."""

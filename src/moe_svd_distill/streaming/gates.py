@@ -1,0 +1,112 @@
+"""The decoder's own forward with a gate in the place of each layer.
+
+Whatever an architecture does before, between and after its layers is its own code, run anew for every batch. To run
+some layers alone, the forward begins at its start: gates before them hand out placeholders without memory, the first of
+them gets what was recorded there, and at the gate behind them the forward ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from moe_svd_distill.architecture.proxy import ModuleProxy
+from moe_svd_distill.architecture.skeleton import Skeleton
+from moe_svd_distill.errors import IncompatiblePairError
+from moe_svd_distill.streaming.replicas import replicate
+
+_REPORT = "Report the architecture to the project"
+
+Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and named arguments of a layer."""
+
+
+class Shell:
+    """A decoder on one device, without its layers; for one thread at a time.
+
+    Attributes:
+        device: Where it computes.
+        layers: Number to layer, for those that are in memory.
+        output: What the last layer that ran has returned.
+    """
+
+    def __init__(self, skeleton: Skeleton, device: torch.device) -> None:
+        gates: dict[int, object] = {
+            id(layer): _Gate(layer, index, self) for index, layer in enumerate(skeleton.originals)
+        }
+        self.device = device
+        self.layers: dict[int, nn.Module] = {}
+        self.output: Any = None
+        self._decoder = replicate(skeleton.decoder, device, gates)
+        self._name, self._count = type(skeleton.decoder).__name__, len(skeleton.originals)
+        self._next = 0
+        self._act: Callable[[int, Call], Any] = lambda index, call: None
+
+    def run(
+        self,
+        ids: Tensor,
+        begin: int,
+        end: int,
+        placeholder: Callable[[int], Any],
+        given: Callable[[Call], Call] = lambda call: call,
+    ) -> Call | Tensor:
+        """Run the layers from one gate to another.
+
+        Args:
+            ids: Token ids (rows, length).
+            begin: The first layer that runs.
+            end: The first one that does not.
+            placeholder: Number of a layer before `begin` to what stands for its output.
+            given: Puts what was recorded at `begin` into the layer's arguments.
+
+        Returns:
+            What the layer `end` is given, or the final hidden states (rows, length, d) behind the last one.
+
+        Raises:
+            IncompatiblePairError: The decoder does not run its layers one after the other.
+        """
+
+        def act(index: int, call: Call) -> Any:
+            if index != self._next:
+                raise IncompatiblePairError(f"{self._name} runs layer {index} where {self._next} was expected", _REPORT)
+            self._next += 1
+            if index == end:
+                raise _ReachedError(call)
+            if index < begin:
+                return placeholder(index)
+            arguments, keywords = given(call) if index == begin else call
+            self.output = self.layers[index](*arguments, **keywords)
+            return self.output
+
+        self._act, self._next = act, 0
+        try:
+            output = self._decoder(input_ids=ids, use_cache=False)
+        except _ReachedError as reached:
+            return reached.call
+        states: Any = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+        if self._next != self._count:
+            raise IncompatiblePairError(f"{self._name} runs {self._next} of its {self._count} layers", _REPORT)
+        if states.ndim != 3 or states.shape[:2] != ids.shape:
+            raise IncompatiblePairError(f"{self._name} ends in states of shape {tuple(states.shape)}", _REPORT)
+        return states
+
+
+class _Gate(ModuleProxy):
+    def __init__(self, layer: nn.Module, index: int, shell: Shell) -> None:
+        super().__init__(layer)
+        object.__setattr__(self, "_place", (index, shell))
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        index, shell = object.__getattribute__(self, "_place")
+        return shell._act(index, (arguments, keywords))
+
+
+class _ReachedError(Exception):
+    """The forward has come to the gate where it ends."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.call = call

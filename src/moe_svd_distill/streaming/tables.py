@@ -1,0 +1,117 @@
+"""Embedding tables that stay in their file: a look-up reads the rows of its tokens and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_svd_distill.architecture.skeleton import EMBEDDING as TOKENS
+from moe_svd_distill.architecture.skeleton import ENDS, ParameterSlot, Part, Skeleton
+from moe_svd_distill.architecture.stored import CheckpointMap
+from moe_svd_distill.checkpoints import Checkpoint
+from moe_svd_distill.errors import IncompatiblePairError
+
+EmbeddingChange = Callable[[Tensor], Tensor]
+"""Token ids (n,) to what is added to their embeddings as stored, (n, d)."""
+
+_EMBEDDING: Any = nn.functional.embedding
+
+
+class Rows:
+    """The rows of a stored table, read as they are asked for, by any number of threads.
+
+    Attributes:
+        bytes: Stored bytes of the whole table.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, hub_name: str, dtype: torch.dtype, change: EmbeddingChange | None
+    ) -> None:
+        self._stored, self._dtype, self._change = checkpoint.read(hub_name), dtype, change
+        self.bytes = checkpoint[hub_name].bytes
+        self._seen = torch.zeros(len(self._stored), dtype=torch.bool)
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Rows of some ids (n,) on the CPU, in the type they are computed with, (n, d)."""
+        self._seen[ids] = True
+        rows = self._stored[ids].to(self._dtype)
+        return rows if self._change is None else rows + self._change(ids).to(rows)
+
+    @property
+    def bytes_read(self) -> int:
+        """Stored bytes of the rows that were read, each counted once."""
+        return int(self._seen.sum()) * self.bytes // len(self._seen)
+
+
+class StoredTable(Tensor):
+    """Stands for a table as the weight of an embedding; it can be looked up in, and asked for its shape and type.
+
+    Attributes:
+        rows: Where its values are.
+    """
+
+    rows: Rows
+
+    @staticmethod
+    def of(rows: Rows, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> StoredTable:
+        """A table of this shape, for look-ups on this device."""
+        table = torch.zeros((), dtype=dtype, device=device).expand(shape).as_subclass(StoredTable)
+        table.rows = rows
+        return table
+
+    def on(self, device: torch.device) -> StoredTable:
+        """The same for look-ups on another device."""
+        return StoredTable.of(self.rows, tuple(self.shape), self.dtype, device)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _EMBEDDING and isinstance(args[1], cls):
+            ids, table = args[:2]
+            present, places = torch.unique(ids, return_inverse=True)
+            return _EMBEDDING(places, table.rows.read(present.cpu()).to(ids.device))
+        if func is Tensor.detach:
+            return args[0]
+        found = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        if isinstance(found, Tensor) and found is not args[0] and func is not Tensor.as_subclass:
+            raise IncompatiblePairError(
+                f"The decoder takes its embeddings for something else than a look-up ({func.__name__})",
+                "Report the architecture to the project",
+            )
+        return found
+
+
+def stored_tables(
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    stored: CheckpointMap,
+    device: torch.device,
+    change: EmbeddingChange | None = None,
+    held: Collection[nn.Module] = (),
+) -> dict[ParameterSlot, StoredTable]:
+    """A table for every embedding around the layers that is stored plainly as one tensor.
+
+    Args:
+        checkpoint: The model.
+        skeleton: Its modules.
+        stored: Where their values lie.
+        device: For look-ups on this device.
+        change: What an adapter adds to the token embeddings.
+        held: Modules whose table has to be in memory nevertheless.
+    """
+    found: dict[ParameterSlot, StoredTable] = {}
+    parts: tuple[Part, ...] = (TOKENS, ENDS)
+    for part in parts:
+        for source in stored.of_part[part]:
+            slot = source.slots[0]
+            plain = len(source.pieces) == 1 and source.pieces[0].index is None and source.pieces[0].begin is None
+            if not plain or not isinstance(slot.module, nn.Embedding) or slot.attribute != "weight":
+                continue
+            name = source.pieces[0].hub_name
+            if checkpoint.stored.get(name) != checkpoint[name] or any(slot.module is module for module in held):
+                continue
+            rows = Rows(checkpoint, name, slot.dtype, change if part == TOKENS else None)
+            found[slot] = StoredTable.of(rows, slot.shape, slot.dtype, device)
+    return found
