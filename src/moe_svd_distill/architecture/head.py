@@ -89,6 +89,7 @@ def measure_head(model: Any) -> MeasuredHead:
     return MeasuredHead(LogitTransform(_round(before * after.multiplier), after.cap), tokens)
 
 
+@torch.no_grad()
 def check_is_linear(head: Any) -> None:
     """Refuse a head with weights that does not multiply by them.
 
