@@ -162,10 +162,19 @@ def test_a_whole_head_needs_a_pair_beside_it_and_none_of_its_own(dense: Case, tm
         tiny.configure(dense.student, {KEY: tensors[KEY]})
     with pytest.raises(ValueError, match="No modules were targeted"):  # what PEFT itself says of it
         get_peft_model(tiny.load_model(dense.student), LoraConfig(target_modules=[], modules_to_save=["lm_head"]))
-    with pytest.raises(BadDataError, match="saved whole and has a LoRA pair as well"):
-        tiny.configure(dense.student, dense.pairs | {KEY: tensors[KEY]})
-    with pytest.raises(BadDataError, match="expected vocabulary×hidden"):
-        tiny.configure(dense.student, tensors | {KEY: torch.ones(64)})
+    for faulty, message in [
+        (dense.pairs | {KEY: tensors[KEY]}, "saved whole and has a LoRA pair as well"),
+        (tensors | {KEY: torch.ones(64)}, "expected vocabulary×hidden"),
+        ({KEY: tensors[KEY]}, "PEFT loads no adapter without a LoRA pair"),
+    ]:
+        adapter = tiny.save_adapter(tmp_path / "adapter", dense.student, faulty, tiny.configure(dense.student, tensors))
+        for call in (
+            lambda: verify(adapter, dense.student),
+            lambda: merge(adapter, dense.student, tmp_path / "out"),
+            lambda: rebuild_configuration(adapter, dense.student),
+        ):
+            with pytest.raises(BadDataError, match=message):
+                call()
 
 
 def test_the_random_control_has_the_norm_and_another_direction(
@@ -296,7 +305,7 @@ def test_nothing_else_can_be_saved_whole(dense: Case, tmp_path: Path, module: st
 
 
 def test_the_configuration_is_rebuilt(case: Case, tmp_path: Path) -> None:
-    adapter, tensors = adapter_of(case, tmp_path)
+    adapter, _ = adapter_of(case, tmp_path)
     written = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").unlink()
     assert rebuild_configuration(adapter, case.student) == written

@@ -34,10 +34,15 @@ def build_configuration(
         revision: The student's revision on the hub.
 
     Raises:
-        BadDataError: A pair of tied embeddings.
+        BadDataError: A pair of tied embeddings, or no pair at all.
     """
     architecture = keys.architecture
     targets = [keys.targets[name] for name in keys.targets if name in ranks]
+    if not targets:
+        raise BadDataError(
+            "there is nothing to target, and PEFT loads no adapter without a LoRA pair",
+            "Add pairs, of zeros if need be, or save the head as a pair of full rank",
+        )
     refuse_tied(architecture, (name for target in targets for name in target.names), whole_head)
     every = [name for name, _ in architecture.skeleton.model.named_modules()], list(architecture.skeleton.slots)
     configuration = _configuration(targets, ranks, base_model, revision)

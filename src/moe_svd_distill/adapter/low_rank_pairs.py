@@ -209,6 +209,8 @@ class LowRankPairs(Mapping[str, LowRankPair]):
             configuration = read_configuration(self._folder)
         else:
             modules, parameters = self._likely(strangers)
+            if not modules and not parameters:
+                return {}
             configuration = LoraConfig(r=1, target_modules=modules, target_parameters=parameters or None)
         return {target.module: target.parameter for target in lora_targets(wrap(model, configuration))}
 

@@ -41,12 +41,11 @@ def rebuild_configuration(
     architecture = Architecture(open_checkpoint(student))
     pairs = LowRankPairs(header.file, architecture, configured=False)
     keys, ranks = settle_keys(architecture), {name: pairs.rank(name) for name in pairs}
-    targets = keys.changed_by(ranks)
-    for target in targets:
+    for target in keys.changed_by(ranks):
         refuse_incomplete(target, ranks)
     return build_configuration(
         keys,
-        {target.parameter: target.rank(ranks.__getitem__) for target in targets},
+        pairs.parameter_ranks(),
         base_model=base_model or str(student),
         whole_head=pairs.head is not None,
     )
