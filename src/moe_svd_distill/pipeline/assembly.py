@@ -14,6 +14,7 @@ from moe_svd_distill.execution.consolidation import consolidate
 from moe_svd_distill.execution.parts import PartContent, write_part
 from moe_svd_distill.execution.publish import OutputFolder, write_json_atomic
 from moe_svd_distill.execution.tensor_file import read_header
+from moe_svd_distill.families.registry import family_of
 from moe_svd_distill.pipeline.pair import ModelPair
 from moe_svd_distill.pipeline.scale import ScaleDecision
 from moe_svd_distill.recipe import Recipe
@@ -54,7 +55,7 @@ def stage_adapter(output: OutputFolder, recipe: Recipe, pair: ModelPair, made_of
     slots = [slot for part in parts for slot in read_header(part).slots]
     configuration = build_configuration(
         {peft_key(slot.name): slot.shape for slot in slots},
-        layout.family,
+        family_of(pair.student.checkpoint.config, pair.student.checkpoint.source),
         base_model=base_model(pair),
         student_layers=layout.geometry.layers,
         tied_embeddings=layout.geometry.tied_embeddings,

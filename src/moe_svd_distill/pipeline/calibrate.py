@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from moe_svd_distill.families import Carrier
 from moe_svd_distill.fitting.check import figures_by_document
 from moe_svd_distill.fitting.head import HeadFit, HeadFitSettings, fit_head
 from moe_svd_distill.fitting.last_layers import LayerSource
@@ -156,9 +155,9 @@ class _Calibration:
         layers = load_last_layers(student.checkpoint, self.last, self.fit_text.student.length, self.device)
         first = student.layout.geometry.layers - self.last
         self.ranks = {
-            name: self.recipe.rank_of(name, meaning.role.role, (student.shapes[name][0], student.shapes[name][1]))
+            name: self.recipe.rank_of(name, meaning.role, (meaning.shape[0], meaning.shape[1]))
             for name, meaning in student.layout.meanings.items()
-            if meaning.layer is not None and meaning.layer >= first and meaning.role.carrier is not Carrier.NONE
+            if meaning.layer is not None and meaning.layer >= first and meaning.is_matrix
         }
         movable = {weight.name for weight in layers.weights}
         self.fixed = sorted(set(self.ranks) - movable)

@@ -7,9 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint
-from moe_svd_distill.errors import IncompatiblePairError
-from moe_svd_distill.families import ModelLayout, read_layout
-from moe_svd_distill.families.registry import family_of
+from moe_svd_distill.roles import ModelLayout, read_layout
 
 
 @dataclass(frozen=True)
@@ -42,12 +40,11 @@ def open_model(source: str, *, headers_only: bool = False) -> Model:
 
     Raises:
         MissingInputError: The model or one of its files is not there.
-        BadDataError: Files that contradict each other, or an unknown architecture.
+        BadDataError: Files that contradict each other.
     """
     checkpoint = open_checkpoint(source, headers_only=headers_only)
-    family = family_of(checkpoint.config, source)
     shapes = {name: info.shape for name, info in checkpoint.items()}
-    return Model(checkpoint, read_layout(family, checkpoint.config, shapes))
+    return Model(checkpoint, read_layout(checkpoint.config, shapes))
 
 
 @contextmanager
@@ -62,17 +59,9 @@ def open_pair(teacher: str, student: str, *, headers_only: bool = False) -> Iter
     Raises:
         MissingInputError: As ``open_model``.
         BadDataError: As ``open_model``.
-        IncompatiblePairError: The student has tensors that no loader of its family would read.
     """
     pair = ModelPair(open_model(teacher, headers_only=headers_only), open_model(student, headers_only=headers_only))
     try:
-        unknown = pair.student.layout.unknown
-        if unknown:
-            raise IncompatiblePairError(
-                f"the student holds {len(unknown)} tensors its family {pair.student.layout.family.model_type} does not "
-                f"have, the first is {unknown[0]}",
-                "Check that config.json belongs to the weights",
-            )
         yield pair
     finally:
         pair.teacher.checkpoint.close()

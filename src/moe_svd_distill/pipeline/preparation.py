@@ -44,14 +44,7 @@ def plan_pair(recipe: Recipe, pair: ModelPair) -> Plan:
         IncompatiblePairError: Nothing of the student can be made from the teacher.
         UsageError: The recipe does not fit the models.
     """
-    return make_plan(
-        pair.teacher.layout,
-        pair.student.layout,
-        pair.teacher.shapes,
-        pair.student.shapes,
-        recipe,
-        embedding_similarity=embedding_similarity(pair),
-    )
+    return make_plan(pair.teacher.layout, pair.student.layout, recipe, embedding_similarity=embedding_similarity(pair))
 
 
 def identity(recipe: Recipe, pair: ModelPair, execution: Settings) -> dict[str, Any]:
@@ -79,7 +72,6 @@ def make_work(recipe: Recipe, pair: ModelPair) -> DistillWork:
         teacher=pair.teacher.checkpoint,
         student=pair.student.checkpoint,
         geometries=(pair.teacher.layout.geometry, pair.student.layout.geometry),
-        model_type=pair.student.layout.family.model_type,
         settings=transfer_settings(recipe),
     )
 

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from math import prod
 from typing import TYPE_CHECKING
 
-from moe_svd_distill.families import Carrier
-
 if TYPE_CHECKING:
     from moe_svd_distill.pipeline.pair import Model
     from moe_svd_distill.recipe import Recipe
@@ -16,9 +14,9 @@ if TYPE_CHECKING:
 def trained_ranks(recipe: Recipe, student: Model) -> dict[str, int]:
     """Rank of every matrix of the layers that is trained."""
     return {
-        name: recipe.rank_of(name, meaning.role.role, (student.shapes[name][0], student.shapes[name][1]))
+        name: recipe.rank_of(name, meaning.role, (meaning.shape[0], meaning.shape[1]))
         for name, meaning in student.layout.meanings.items()
-        if meaning.layer is not None and meaning.role.carrier is not Carrier.NONE
+        if meaning.layer is not None and meaning.is_matrix
     }
 
 

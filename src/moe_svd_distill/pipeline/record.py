@@ -61,7 +61,7 @@ def calibrated_records(pair: ModelPair, fitted: Fitted, whole: bool, stage: str 
         meaning = layout.meanings[name]
         row: dict[str, Any] = {
             "name": name,
-            "role": meaning.role.role,
+            "role": meaning.role,
             "shape": list(pair.student.shapes[name]),
             "fate": "lora",
             "rank": left.shape[1],
@@ -95,8 +95,8 @@ def kept_records(pair: ModelPair, changed: Iterable[str], reason: str) -> list[d
     return [
         {
             "name": name,
-            "role": meaning.role.role,
-            "shape": list(pair.student.shapes[name]),
+            "role": meaning.role,
+            "shape": list(meaning.shape),
             "fate": "kept",
             "reason": reason,
             "layer": meaning.layer,
@@ -166,7 +166,7 @@ def _model(model: Model) -> dict[str, Any]:
     geometry = model.layout.geometry
     return {
         "source": model.checkpoint.source,
-        "family": model.layout.family.model_type,
+        "family": model.layout.model_type,
         "fingerprint": model.checkpoint.fingerprint(),
         "bytes": model.checkpoint.total_bytes,
         "layers": geometry.layers,

@@ -14,6 +14,7 @@ from moe_svd_distill.adapter import CONFIGURATION_FILE, LowRankPairs, check_agre
 from moe_svd_distill.adapter.adapter_file import read_json
 from moe_svd_distill.errors import IncompatiblePairError
 from moe_svd_distill.execution.parts import PartContent, write_part
+from moe_svd_distill.families.registry import family_of
 from moe_svd_distill.pipeline.states import Body
 from moe_svd_distill.streaming import load_head
 from moe_svd_distill.streaming.groups import group_of
@@ -65,8 +66,9 @@ def read_start(
         layout = pair.student.layout
         embedding, head = layout.find("embedding"), layout.find("head")
         found = LowRankPairs(body.folder)
+        family = family_of(pair.student.checkpoint.config, pair.student.checkpoint.source)
         configuration = read_json(body.folder / CONFIGURATION_FILE)
-        stored = check_agreement(found.shapes, layout.family, configuration, found.whole).scales
+        stored = check_agreement(found.shapes, family, configuration, found.whole).scales
         for name in found:
             scale = stored[name] * float(body.scales.get(group_of(name), 1.0))
             if name == head or scale == 0.0:
