@@ -101,7 +101,7 @@ _WORDS = {
 }
 _IN_LAYERS: tuple[tuple[str, str], ...] = (
     (r"(?:input_layernorm|attention_norm|attn_norm|operator_norm)\.weight", "norm.attention"),
-    (r"post_attention_layernorm\.weight", "norm.mlp"),  # or of attention's output: see `AFTER_ATTENTION`
+    (r"post_attention_layernorm\.weight", "norm.mlp"),  # or of attention's output: see `SIGNS`
     (r"(?:pre_feedforward_layernorm|pre_mlp_layernorm|pre_ff_layernorm|ffn_norm|mlp_norm)\.weight", "norm.mlp"),
     (r"(?:post_feedforward_layernorm|post_mlp_layernorm|post_ffn_norm)\.weight", "norm.mlp_output"),
     (r"(?:post_self_attn_layernorm|post_attn_norm|post_operator_norm)\.weight", "norm.attention_output"),
@@ -116,7 +116,7 @@ _IN_LAYERS: tuple[tuple[str, str], ...] = (
     (r"self_attn\.kv_a_proj_with_mqa\.weight", "attention.kv_a"),
     (r"self_attn\.(?P<side>q_a|kv_a)_layernorm\.weight", r"attention.\g<side>_norm"),
     (r"self_attn\.sinks", "attention.sinks"),
-    (r"{mlp}{gate}\.weight", "dense.gate"),  # with three dimensions, of experts: see `layout`
+    (r"{mlp}{gate}\.weight", "dense.gate"),  # with three dimensions, of experts: see `reading`
     (r"{mlp}{up}\.weight", "dense.up"),
     (r"{mlp}{down}\.weight", "dense.down"),
     (r"{mlp}{both}\.weight", "dense.gate dense.up"),
@@ -141,12 +141,15 @@ _IN_LAYERS: tuple[tuple[str, str], ...] = (
 IN_LAYERS = tuple((re.compile(re.sub(r"\{(\w+)\}", lambda m: _WORDS.get(m[1], m[0]), p)), r) for p, r in _IN_LAYERS)
 """Pattern of a name below its layer to the role, or the roles one after the other, of what it holds."""
 
-AFTER_ATTENTION = re.compile(r"(?:pre_feedforward|pre_mlp|post_feedforward)_layernorm\.weight")
-"""Beside one of these, ``post_attention_layernorm`` is applied to what attention puts out, and nothing reads it."""
-INTERLEAVED = re.compile(r".*\.gate_up_proj_bias")
-"""Beside this (gpt-oss), rows of gate and up take turns."""
-LINEAR_ATTENTION = re.compile(r"self_attn\.(?:A_log|[qk]_conv1d\.weight|output_gate\.weight|slope_rate)")
-"""Beside one of these, ``self_attn`` is not softmax attention."""
+SIGNS = {
+    # post_attention_layernorm is applied to what attention puts out, and nothing reads it
+    "norms after": re.compile(r"(?:pre_feedforward|pre_mlp|post_feedforward)_layernorm\.weight"),
+    # rows of gate and up take turns (gpt-oss)
+    "interleaved": re.compile(r".*\.gate_up_proj_bias"),
+    # self_attn is not softmax attention
+    "linear attention": re.compile(r"self_attn\.(?:A_log|[qk]_conv1d\.weight|output_gate\.weight|slope_rate)"),
+}
+"""Names that say of the others in their layer what those do not say themselves."""
 ONE_MORE = re.compile(
     r"gemma|gemma2|gemma3(_text)?|qwen3_next|qwen3_5(_moe)?(_text)?|qwen4_exp_text|minimax_m3_vl(_text)?|step3p[57]"
 )
@@ -156,7 +159,7 @@ IGNORED = (
     (
         re.compile(
             r"(?:.*\.)?(?:vision\w*|visual|audio\w*|vit\w*|image_\w+|embed_vision|embed_audio|multi_modal_projector|"
-            r"multimodal_projector|mm_projector|pre_mm_projector_norm|patch_merger|patch_conv)\b.*"
+            r"multimodal_projector|mm_projector|pre_mm_projector_norm|patch_merger|patch_conv)\..*"
         ),
         "part of the image or audio input, which no text passes through",
     ),
