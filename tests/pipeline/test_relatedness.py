@@ -22,9 +22,8 @@ from moe_svd_distill.pipeline.relatedness import measure_relatedness
 from moe_svd_distill.pipeline.sampling import runs, spread_rows
 from moe_svd_distill.roles import ROLES, Axis, TensorView
 from tests.support.models import saved
-from tests.support.pairs import planted_pair, recipe_for, with_tensors
+from tests.support.pairs import FAMILIES, planted_pair, recipe_for, with_tensors
 
-FAMILIES = ["glm4_moe", "llama", "mixtral", "qwen3", "qwen3_moe"]
 LAB = Path(__file__).parents[2] / "lab"
 PAIRS = yaml.safe_load((LAB / "pairs.yaml").read_text(encoding="utf-8"))["pairs"]
 

@@ -51,7 +51,8 @@ def plant(layout: ModelLayout, teacher: Mapping[str, torch.Tensor], *, noise: fl
     generator = torch.Generator().manual_seed(seed)
     planted = Planted({name: tensor.clone() for name, tensor in teacher.items()})
     for layer in range(layout.geometry.layers):
-        _permute_heads(layout, layer, planted, generator)
+        if layout.find("attention.v", layer):
+            _permute_heads(layout, layer, planted, generator)
         for prefix in ("dense", "shared"):
             if layout.find(f"{prefix}.gate", layer):
                 _permute_neurons(layout, prefix, layer, None, planted, generator)
