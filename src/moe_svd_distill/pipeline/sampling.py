@@ -79,11 +79,15 @@ class RowSampler:
         if view.name == name:
             rows = torch.cat([read(name, begin, end).float() for begin, end in runs(index)])
         else:
-            whole = read(name, 0, None) if view.expert is None else read(name, view.expert, view.expert + 1)[0]
-            rows = view.within(whole)[index].float()
+            whole = self.model.checkpoint.read(name) if view.expert is None else self._matrix(view)
+            rows = view.rows_of(whole)[index].float()
         if not bool(rows.isfinite().all()):
             raise BadDataError(f"{view.name} holds NaN or Inf", "Check the model")
         return rows
+
+    def _matrix(self, view: TensorView) -> Tensor:
+        assert view.expert is not None
+        return self.model.checkpoint.read_matrix(view.stored, view.expert, 0, None, transposed=view.transposed)
 
     def _shape(self, view: TensorView) -> tuple[int, ...]:
         known = self.model.layout.meanings.get(view.name)

@@ -43,5 +43,8 @@ class TensorView:
 
     def within(self, matrix: Tensor) -> Tensor:
         """The rows in the matrix as it is stored, without a copy."""
-        turned = matrix.mT if self.transposed else matrix
-        return turned if self.rows is None else turned[self.start :: self.step][: self.rows]
+        return self.rows_of(matrix.mT if self.transposed else matrix)
+
+    def rows_of(self, matrix: Tensor) -> Tensor:
+        """The rows in the whole matrix, (out, in), without a copy."""
+        return matrix if self.rows is None else matrix[self.start :: self.step][: self.rows]

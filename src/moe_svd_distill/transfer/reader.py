@@ -75,16 +75,22 @@ class TensorReader:
         return tensor
 
     def _stored(self, checkpoint: Checkpoint, view: TensorView, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows of a view in the stored dtype. A matrix of several parts is kept until another one is read, so that
-        it is dequantised once for all of them."""
+        """Rows of a view in the stored dtype. A matrix of several parts that is read whole is kept until another one
+        is, so that it is dequantised once for all of them."""
         if view.matrix == view.stored == view.name:
             return checkpoint.read_rows(view.stored, start, stop)
+        if view.expert is not None and stop is not None:
+            first, last = view.start + view.step * start, view.start + view.step * stop
+            rows = checkpoint.read_matrix(view.stored, view.expert, first, last, transposed=view.transposed)
+            return rows[:: view.step]
         if self._last is None or self._last[:2] != (checkpoint, view.matrix):
             self._last = None
-            first, end = (0, None) if view.expert is None else (view.expert, view.expert + 1)
-            whole = checkpoint.read_rows(view.stored, first, end)
-            self._last = (checkpoint, view.matrix, whole if view.expert is None else whole[0])
-        return view.within(self._last[2])[start:stop]
+            if view.expert is None:
+                whole = checkpoint.read(view.stored)
+            else:
+                whole = checkpoint.read_matrix(view.stored, view.expert, 0, None, transposed=view.transposed)
+            self._last = (checkpoint, view.matrix, whole)
+        return view.rows_of(self._last[2])[start:stop]
 
     def _checked(self, stored: Tensor, role: str, name: str) -> Tensor:
         tensor = stored.to(self.device).to(torch.float32).contiguous()
