@@ -21,7 +21,8 @@ from moe_svd_distill.pipeline.pair import open_model, open_pair
 from moe_svd_distill.pipeline.relatedness import measure_relatedness
 from moe_svd_distill.pipeline.sampling import runs, spread_rows
 from moe_svd_distill.roles import ROLES, Axis, TensorView
-from tests.support.models import saved
+from tests.support import architectures
+from tests.support.models import save, saved
 from tests.support.pairs import FAMILIES, planted_pair, recipe_for, with_tensors
 
 LAB = Path(__file__).parents[2] / "lab"
@@ -265,3 +266,46 @@ def test_inspect_and_plan_say_the_same(tmp_path: Path) -> None:
         assert outlook["method"]["auto"] == facts["method"][key]
         assert outlook["relatedness"] == facts["relatedness"]
         json.dumps(outlook)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "llama4_text", "phi3"])
+def test_matrices_inside_stored_tensors_are_compared_too(model_type: str, tmp_path: Path) -> None:
+    teacher, student, _ = planted_pair(model_type, tmp_path)
+    found = measure(teacher, student)
+    assert found.lineage is Lineage.ONE, found.reason
+    inside = {probe.student.rpartition(".")[2] for probe in found.probes if probe.student.endswith((".q", ".gate"))}
+    assert inside == {"q", "gate"} if model_type == "phi3" else inside == {"gate"}
+    assert measure(teacher, shutil.copytree(teacher, tmp_path / "same")).lineage is Lineage.SAME
+
+
+def test_models_without_roles_have_no_known_lineage_and_refuse_nothing(tmp_path: Path) -> None:
+    folders = []
+    for seed in (1, 2):
+        model = open_model(str(saved("llama", tmp_path / f"m{seed}", seed=seed)))
+        odd = {
+            name.replace("embed_tokens", "lookup")
+            .replace("lm_head", "out_map")
+            .replace("self_attn", "mix")
+            .replace("mlp", "mem"): model.checkpoint.read(name)
+            for name in model.checkpoint
+        }
+        folders.append(with_tensors(model.checkpoint.folder, tmp_path / f"odd{seed}", odd))
+        config = json.loads((folders[-1] / "config.json").read_text()) | {"tie_word_embeddings": None}
+        (folders[-1] / "config.json").write_text(json.dumps(config))
+    found = measure(*folders)
+    assert (found.lineage, found.probes) == (Lineage.UNKNOWN, ())
+    assert any("not in both models" in line for line in found.skipped)
+    outlook = look_ahead(recipe_for(*folders, tmp_path / "out", method="calibrated", calibration=[str(LAB / "text")]))
+    assert outlook["pairings"] == {}
+    assert "no tensor of the student can be made from the teacher" in outlook["notes"][0]
+
+
+def test_a_change_in_a_tensor_without_a_role_denies_that_the_weights_are_the_same(tmp_path: Path) -> None:
+    def single(folder: Path, change: float) -> Path:
+        model = architectures.build("qwen3_next", 1)
+        with torch.no_grad():
+            model.model.layers[0].linear_attn.out_proj.weight.mul_(change)
+        return save(model, folder)
+
+    assert measure(single(tmp_path / "a", 1.0), single(tmp_path / "b", 1.0)).lineage is Lineage.SAME
+    assert measure(single(tmp_path / "c", 1.0), single(tmp_path / "d", 2.0)).lineage is Lineage.ONE

@@ -6,6 +6,8 @@ from collections import Counter, defaultdict
 from math import prod
 from typing import Any
 
+from moe_svd_distill.errors import IncompatiblePairError
+from moe_svd_distill.pairing.plan import Plan
 from moe_svd_distill.pairing.unit import TensorTask, UnitOfWork
 from moe_svd_distill.pipeline.comparison import outlook_of_method
 from moe_svd_distill.pipeline.cost import BYTES, cost_of_calibrating, cost_of_training, readable
@@ -28,10 +30,15 @@ def look_ahead(recipe: Recipe) -> dict[str, Any]:
         teacher, student = pair.teacher, pair.student
         at_hand = weights_at_hand(pair)
         undecided = not at_hand and recipe.embeddings == "auto"
-        plan = plan_pair(recipe.model_copy(update={"embeddings": "keep"}) if undecided else recipe, pair)
         relatedness = measure_relatedness(pair, sample_weights=at_hand)
         method = outlook_of_method(recipe, relatedness)
         stages = method["stages"]
+        try:
+            plan = plan_pair(recipe.model_copy(update={"embeddings": "keep"}) if undecided else recipe, pair)
+        except IncompatiblePairError as error:
+            if "weights" in stages:
+                raise
+            plan = Plan((), (), {}, {}, (error.what,))
         refined = cost_of_training(recipe, pair, stages, at_hand=at_hand) if "refined" in stages else None
     tasks = [task for unit in plan.units for task in unit.tasks]
     changed = Counter(task.role for task in tasks if task.change)

@@ -184,7 +184,9 @@ class _Probing:
         roles = [
             role
             for role in order
-            if teacher.find(role, teacher_layer, _expert(role)) and student.find(role, student_layer, _expert(role))
+            if teacher.find(role, teacher_layer, _expert(role))
+            and (name := student.find(role, student_layer, _expert(role)))
+            and student.meanings[name].shape[0] > 1
         ][:MOST_ROLES]
         shares = {role: 2 if role in DOUBLE else 1 for role in roles}
         return [(role, allowance * share // sum(shares.values())) for role, share in shares.items()]
