@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import pytest
 import torch
 
 from moe_svd_distill.pairing.plan import EXPERTS, Plan
-from moe_svd_distill.pipeline.pair import open_pair
+from moe_svd_distill.pipeline.pair import open_model, open_pair
 from moe_svd_distill.pipeline.preparation import plan_pair
 from tests.support import architectures
-from tests.support.pairs import recipe_for, run_units
+from tests.support.models import save
+from tests.support.pairs import recipe_for, run_units, with_tensors
 
 TYPES = ("llama", "qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "gpt_oss")
 LATENT, DENSE, SHARED = {"deepseek_v3"}, {"llama"}, {"deepseek_v3", "glm4_moe"}
@@ -135,3 +137,29 @@ def test_linear_attention_has_no_role_and_the_rest_of_the_layer_goes_on(tmp_path
     mixed = plan_of(folder, architectures.saved("qwen3_moe", tmp_path / "q", seed=3))
     reasons = {task.reason for unit in mixed.units for task in unit.tasks if task.role == "attention.q"}
     assert "teacher layer 1 has attention with a gated output, this layer attention" in reasons
+
+
+def test_quantised_experts_of_one_tensor_give_what_their_plain_copies_give(tmp_path: Path) -> None:
+    """MXFP4, six experts for the student's four: pieces of them are dequantised for the clusters."""
+    wide = {"hidden_size": 64, "intermediate_size": 32, "num_local_experts": COUNT, "num_hidden_layers": 3}
+    model = save(architectures.build("gpt_oss", 1, **wide), tmp_path / "model")
+    coded, generator = read_all(model), torch.Generator().manual_seed(0)
+    for name in [name for name in coded if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = coded.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), generator=generator)
+        scales = torch.randint(119, 125, (experts, rows, columns // 32), generator=generator)
+        coded |= {f"{name}_blocks": blocks.to(torch.uint8), f"{name}_scales": scales.to(torch.uint8)}
+    quantised = with_tensors(model, tmp_path / "quantised", coded)
+    config = json.loads((quantised / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
+    (quantised / "config.json").write_text(json.dumps(config))
+    copy = with_tensors(model, tmp_path / "copy", read_all(quantised))
+    student = architectures.saved("gpt_oss", tmp_path / "student", seed=2)
+    made = [run_units(recipe_for(teacher, student, tmp_path / "out", rank=3)) for teacher in (quantised, copy)]
+    for (_, first), (_, second) in zip(*made, strict=True):
+        assert first.tensors.keys() == second.tensors.keys()
+        assert all(torch.equal(tensor, second.tensors[name]) for name, tensor in first.tensors.items())
+
+
+def read_all(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = open_model(str(folder)).checkpoint
+    return {name: checkpoint.read(name) for name in checkpoint}

@@ -100,7 +100,7 @@ class _Pairing:
     def _unit(self, label: str, layer: int | None, behind: Layers, meanings: Sequence[Meaning]) -> UnitOfWork:
         experts = self._teacher_experts(behind)
         tasks = tuple(self._task(meaning, behind, experts) for meaning in meanings)
-        norms = self._norms(layer, behind, {task.role for task in tasks if task.change})
+        norms = self._norms(layer, behind, {task.role: task.shape[1] for task in tasks if task.change})
         ends = self.teacher.find("embedding"), self.student.find("embedding")
         embeddings = (ends[0], ends[1]) if ends[0] and ends[1] else None
         return UnitOfWork(label, layer, behind, tasks, norms, experts, embeddings, self._cost(tasks, experts))
@@ -200,17 +200,17 @@ class _Pairing:
         router = meanings[place["router", layer, None]].view
         return ExpertLayer(layer, weight, router, tensors, (gate[0].shape, up[0].shape, down[0].shape))
 
-    def _norms(self, layer: int | None, layers: Layers, roles: Iterable[str]) -> tuple[Norm, ...]:
+    def _norms(self, layer: int | None, layers: Layers, columns: Mapping[str, int]) -> tuple[Norm, ...]:
         """What feeds the roles in both models, where gains can be folded: in the same coordinates."""
         found = []
-        for role in sorted(roles):
+        for role, width in sorted(columns.items()):
             own = next((m for norm in ROLES[role].norms if (m := self._norm(self.student, norm, layer))), None)
             behind = [
                 (next((m for norm in ROLES[role].norms if (m := self._norm(self.teacher, norm, where))), None), weight)
                 for where, weight in (layers or ((None, 1.0),))
             ]
             sources = [Source(m.view, weight) for m, weight in behind if own and m and m.shape == own.shape]
-            if own and sources:
+            if own and sources and own.shape == (width,):
                 total = sum(source.weight for source in sources)
                 scaled = tuple(Source(source.view, source.weight / total) for source in sources)
                 offsets = (self.teacher.gain_offset, self.student.gain_offset)

@@ -10,7 +10,7 @@ from moe_svd_distill.errors import DistillError
 from moe_svd_distill.pairing.depth import map_depth
 from moe_svd_distill.pairing.lineage import ENDS, Comparison, Probe, Vocabularies, VocabularyRelation
 from moe_svd_distill.pipeline.pair import ModelPair
-from moe_svd_distill.pipeline.sampling import RowSampler, spread_rows
+from moe_svd_distill.pipeline.sampling import PLAIN_DTYPES, RowSampler, spread_rows
 from moe_svd_distill.roles import ROLES, Axis, TensorView
 
 if TYPE_CHECKING:
@@ -265,8 +265,10 @@ class _Probing:
             if spent > CONFIRMATION:
                 self.skipped.append(f"from {own.name} on, whether tensors are identical")
                 break
-            if not shape:
-                self.skipped.append(f"{own.name}: a single number, not compared")
+            dtype = self.pair.student.checkpoint[own.stored].dtype
+            if not shape or dtype not in PLAIN_DTYPES:
+                kind = f"of dtype {dtype}" if shape else "a single number"
+                self.skipped.append(f"{own.name}: {kind}, not compared")
                 continue
             meaning = student.meanings.get(own.name)
             middle = [(meaning.shape if meaning else shape)[0] // 2]

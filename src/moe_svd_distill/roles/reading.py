@@ -256,6 +256,9 @@ class _Reading:
         match = NUMBER.fullmatch(name)
         return int(match["layer"]) if match and match["list"] == self.list_name else None
 
+    def _head_dimension(self, heads: int) -> int:
+        return declared(self.text, ("head_dim",)) or (self.hidden // heads if heads else 0)
+
     def _geometry(self, layers: int, vocabulary: int, tied: bool) -> Geometry:
         shape = {m.role: m.shape for m in reversed(self.meanings.values())}
         heads = declared(self.text, HEADS)
@@ -268,7 +271,7 @@ class _Reading:
             hidden=self.hidden,
             query_heads=heads,
             key_value_heads=declared(self.text, KEY_VALUE_HEADS) or heads,
-            head_dimension=declared(self.text, ("head_dim",)) or (self.hidden // heads if heads else 0),
+            head_dimension=self._head_dimension(heads) if "attention.k" in shape else 0,
             vocabulary=vocabulary,
             neurons=shape.get("dense.down", (0, 0))[1],
             experts=most,

@@ -33,7 +33,10 @@ def command(model: str, student: str | None, as_json: bool) -> None:
     if as_json:
         print_json(facts)
         return
-    print_table(model, ("what", ""), [(key, str(value)) for key, value in facts.items() if not isinstance(value, dict)])
+    rows = [(key, str(value)) for key, value in facts.items() if not isinstance(value, dict)]
+    for key in ("types", "stored_types"):
+        rows.append((key, ", ".join(f"{count} {kind}" for kind, count in facts[key].items())))
+    print_table(model, ("what", ""), rows)
     print_table("tensors", ("role", "count"), [(role, str(count)) for role, count in facts["roles"].items()])
     for kind in ("without_role", "not_used"):
         for line in grouped(facts[kind]):
