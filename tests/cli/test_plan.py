@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from moe_svd_distill.cli.main import main
+from moe_svd_distill.pipeline.pair import open_model
+from tests.support import architectures
 from tests.support.models import saved
 
 
@@ -94,3 +97,25 @@ def test_a_preset_that_trains_needs_text(words: list[str], capsys: pytest.Captur
     code, _, error = run(capsys, *words[:begin], "--preset", "balanced")
     assert code == 2
     assert "method refined needs calibration text: give calibration" in error
+
+
+def test_every_pairing_and_every_unmatched_tensor_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = architectures.saved("phi3", tmp_path / "t", seed=1, num_hidden_layers=2)
+    student = architectures.saved("qwen3_next", tmp_path / "s", seed=2)
+    words = ["plan", "--teacher", str(teacher), "--student", str(student), "--method", "weights"]
+    words += ["--output", str(tmp_path / "out")]
+    outlook = json.loads(run(capsys, *words, "--json")[1])
+    layout = open_model(str(student)).layout
+    assert {*outlook["pairings"], *outlook["kept"]} == set(layout.meanings)
+    assert set(outlook["ignored_student"]) == set(layout.without_role)
+    text = run(capsys, *words)[1]
+    assert outlook["pairings"] == {"lm_head.weight": "1.00 × lm_head.weight"}
+    assert "lm_head.weight: from 1.00 × lm_head.weight\n" in text
+    assert "teacher: model.layers.0.self_attn.qkv_proj.weight.q: no student tensor is made from it\n" in text
+    assert "model.layers.3.mlp.experts.*.up_proj.weight (4): teacher layer 1 has no routed experts\n" in text
+    assert "linear_attn.out_proj.weight: not paired: linear attention, state space and convolution have no" in text
+    dense = architectures.saved("llama", tmp_path / "l", seed=2)
+    outlook = json.loads(run(capsys, *words[:3], "--student", str(dense), *words[5:], "--json")[1])
+    part = "model.layers.{}.mlp.gate_up_proj.weight.gate"
+    made_from = outlook["pairings"]["model.layers.1.mlp.gate_proj.weight"]
+    assert made_from == f"0.50 × {part.format(0)} + 0.50 × {part.format(1)}"

@@ -20,7 +20,7 @@ from tests.support.models import saved
 def plan_of(teacher: Path, student: Path, **recipe: Any) -> Plan:
     models = open_model(str(teacher)), open_model(str(student))
     parsed = parse_recipe({"teacher": str(teacher), "student": str(student), **recipe})
-    return make_plan(models[0].layout, models[1].layout, models[0].shapes, models[1].shapes, parsed)
+    return make_plan(models[0].layout, models[1].layout, parsed)
 
 
 def test_the_linear_map_blends_adjacent_layers() -> None:
@@ -49,26 +49,14 @@ def test_every_student_tensor_is_in_exactly_one_unit(model_type: str, tmp_path: 
     for unit in plan.units:
         for task in unit.tasks:
             assert task.change == (task.reason == ""), task
-            assert task.pair or not task.change
 
 
 def test_a_dense_teacher_leaves_the_experts_alone_and_says_so(tmp_path: Path) -> None:
     plan = plan_of(saved("qwen3", tmp_path / "t"), saved("qwen3_moe", tmp_path / "s"))
     kept = {task.role: task.reason for unit in plan.units for task in unit.tasks if not task.change}
-    assert (
-        kept["experts.gate"] == "teacher layer 0 has no routed experts" or "no routed experts" in kept["experts.gate"]
-    )
+    assert "no routed experts" in kept["experts.gate"]
     assert "attention.q" not in kept
     assert any(name.endswith("mlp.gate_proj.weight") for name in plan.unused_teacher)
-
-
-def test_classes_that_are_changed_somewhere_get_pairs_everywhere(tmp_path: Path) -> None:
-    teacher = saved("qwen3_moe", tmp_path / "t", mlp_only_layers=[1])
-    student = saved("qwen3_moe", tmp_path / "s", mlp_only_layers=[])
-    plan = plan_of(teacher, student)
-    experts = [task for unit in plan.units for task in unit.tasks if task.role == "experts.up"]
-    assert {task.pair for task in experts} == {True}
-    assert {task.change for task in experts} == {True, False}
 
 
 def test_different_vocabularies_keep_the_head(tmp_path: Path) -> None:
@@ -91,7 +79,7 @@ def test_a_pair_without_anything_in_common_is_refused(tmp_path: Path) -> None:
     recipe = parse_recipe({"teacher": "t", "student": str(teacher)})
     bare = replace(model.layout, meanings=norms)
     with pytest.raises(IncompatiblePairError, match="no tensor of the student"):
-        make_plan(bare, model.layout, model.shapes, model.shapes, recipe)
+        make_plan(bare, model.layout, recipe)
 
 
 def test_keys_depend_on_the_content_and_the_context(tmp_path: Path) -> None:

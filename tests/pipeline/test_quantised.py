@@ -87,7 +87,7 @@ def test_the_pair_opens_and_has_the_same_shapes(models: dict[str, Path]) -> None
     with open_pair(str(models["teacher_fp8"]), str(models["student_fp8"])) as pair:
         assert pair.teacher.shapes == plain.shapes
         assert pair.teacher.checkpoint.quantisation == "fp8: float8 in blocks of 32×24"
-        assert not pair.teacher.layout.unknown
+        assert not pair.teacher.layout.without_role
         for name in pair.teacher.checkpoint:
             read, wanted = pair.teacher.checkpoint.read(name).float(), plain.checkpoint.read(name).float()
             assert float((read - wanted).norm()) <= 0.05 * float(wanted.norm())

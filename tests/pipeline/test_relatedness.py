@@ -13,8 +13,6 @@ import pytest
 import torch
 import yaml
 
-from moe_svd_distill.families.family import Axis
-from moe_svd_distill.families.registry import families
 from moe_svd_distill.pairing.lineage import Comparison, Lineage, Relatedness, Vocabularies, choose_method
 from moe_svd_distill.pipeline import probing, sampling
 from moe_svd_distill.pipeline.comparison import compare_models
@@ -22,8 +20,10 @@ from moe_svd_distill.pipeline.outlook import look_ahead
 from moe_svd_distill.pipeline.pair import open_model, open_pair
 from moe_svd_distill.pipeline.relatedness import measure_relatedness
 from moe_svd_distill.pipeline.sampling import runs, spread_rows
-from tests.support.models import saved
-from tests.support.pairs import planted_pair, recipe_for, with_tensors
+from moe_svd_distill.roles import ROLES, Axis, TensorView
+from tests.support import architectures
+from tests.support.models import save, saved
+from tests.support.pairs import FAMILIES, planted_pair, recipe_for, with_tensors
 
 LAB = Path(__file__).parents[2] / "lab"
 PAIRS = yaml.safe_load((LAB / "pairs.yaml").read_text(encoding="utf-8"))["pairs"]
@@ -101,7 +101,7 @@ def test_a_cropped_student_is_recognised_through_noise(noise: float, lineage: Li
     assert measure(lab("pruned", "teacher"), student).lineage is lineage
 
 
-@pytest.mark.parametrize("model_type", sorted(families()))
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_permuted_heads_neurons_and_experts_are_one_lineage(model_type: str, tmp_path: Path) -> None:
     teacher, student, _ = planted_pair(model_type, tmp_path)
     found = measure(teacher, student)
@@ -110,7 +110,7 @@ def test_permuted_heads_neurons_and_experts_are_one_lineage(model_type: str, tmp
     assert not any(probe.identical for probe in found.probes if probe.role != "embedding")
 
 
-@pytest.mark.parametrize("model_type", sorted(families()))
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_random_models_are_independent_whatever_their_shape(model_type: str, tmp_path: Path) -> None:
     student = saved(model_type, tmp_path / "s", seed=2)
     for seed, changes in ((1, {}), (3, {"hidden_size": 48})):
@@ -125,7 +125,7 @@ def test_a_residual_stream_in_another_order_is_found_and_is_no_plain_difference(
     order = torch.randperm(192, generator=torch.Generator().manual_seed(0))
 
     def permuted(layout: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        for dimension, axis in enumerate(layout.meanings[name].role.axes):
+        for dimension, axis in enumerate(ROLES[layout.meanings[name].role].axes):
             tensor = tensor.index_select(dimension, order) if axis is Axis.RESIDUAL else tensor
         return tensor
 
@@ -191,11 +191,10 @@ def test_what_is_read_is_bounded_and_counted(tmp_path: Path, monkeypatch: pytest
     read: list[int] = []
     original = sampling.RowSampler.rows
 
-    def counted(self: sampling.RowSampler, name: str, index: list[int]) -> torch.Tensor:
-        read.append(
-            len(index) * self.model.shapes[name][-1] * 2 if len(self.model.shapes[name]) == 2 else len(index) * 2
-        )
-        return original(self, name, index)
+    def counted(self: sampling.RowSampler, view: TensorView, index: list[int]) -> torch.Tensor:
+        shape = self.model.shapes[view.stored]
+        read.append(len(index) * shape[-1] * 2 if len(shape) == 2 else len(index) * 2)
+        return original(self, view, index)
 
     monkeypatch.setattr(sampling.RowSampler, "rows", counted)
     big: dict[str, Any] = {"hidden_size": 128, "vocab_size": 4096, "num_experts": 16, "moe_intermediate_size": 128}
@@ -240,7 +239,7 @@ def test_tokens_that_moved_are_found_by_their_text(tmp_path: Path) -> None:
     content["model"]["vocab"] = {token: order[number] for token, number in content["model"]["vocab"].items()}
 
     def renumbered(layout: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if layout.meanings[name].role.axes[0] is not Axis.VOCABULARY:
+        if ROLES[layout.meanings[name].role].axes[0] is not Axis.VOCABULARY:
             return tensor
         moved = tensor.clone()
         moved[torch.tensor(order)] = tensor[:count]
@@ -267,3 +266,46 @@ def test_inspect_and_plan_say_the_same(tmp_path: Path) -> None:
         assert outlook["method"]["auto"] == facts["method"][key]
         assert outlook["relatedness"] == facts["relatedness"]
         json.dumps(outlook)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "llama4_text", "phi3"])
+def test_matrices_inside_stored_tensors_are_compared_too(model_type: str, tmp_path: Path) -> None:
+    teacher, student, _ = planted_pair(model_type, tmp_path)
+    found = measure(teacher, student)
+    assert found.lineage is Lineage.ONE, found.reason
+    inside = {probe.student.rpartition(".")[2] for probe in found.probes if probe.student.endswith((".q", ".gate"))}
+    assert inside == {"q", "gate"} if model_type == "phi3" else inside == {"gate"}
+    assert measure(teacher, shutil.copytree(teacher, tmp_path / "same")).lineage is Lineage.SAME
+
+
+def test_models_without_roles_have_no_known_lineage_and_refuse_nothing(tmp_path: Path) -> None:
+    folders = []
+    for seed in (1, 2):
+        model = open_model(str(saved("llama", tmp_path / f"m{seed}", seed=seed)))
+        odd = {
+            name.replace("embed_tokens", "lookup")
+            .replace("lm_head", "out_map")
+            .replace("self_attn", "mix")
+            .replace("mlp", "mem"): model.checkpoint.read(name)
+            for name in model.checkpoint
+        }
+        folders.append(with_tensors(model.checkpoint.folder, tmp_path / f"odd{seed}", odd))
+        config = json.loads((folders[-1] / "config.json").read_text()) | {"tie_word_embeddings": None}
+        (folders[-1] / "config.json").write_text(json.dumps(config))
+    found = measure(*folders)
+    assert (found.lineage, found.probes) == (Lineage.UNKNOWN, ())
+    assert any("not in both models" in line for line in found.skipped)
+    outlook = look_ahead(recipe_for(*folders, tmp_path / "out", method="calibrated", calibration=[str(LAB / "text")]))
+    assert outlook["pairings"] == {}
+    assert "no tensor of the student can be made from the teacher" in outlook["notes"][0]
+
+
+def test_a_change_in_a_tensor_without_a_role_denies_that_the_weights_are_the_same(tmp_path: Path) -> None:
+    def single(folder: Path, change: float) -> Path:
+        model = architectures.build("qwen3_next", 1)
+        with torch.no_grad():
+            model.model.layers[0].linear_attn.out_proj.weight.mul_(change)
+        return save(model, folder)
+
+    assert measure(single(tmp_path / "a", 1.0), single(tmp_path / "b", 1.0)).lineage is Lineage.SAME
+    assert measure(single(tmp_path / "c", 1.0), single(tmp_path / "d", 2.0)).lineage is Lineage.ONE

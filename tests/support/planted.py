@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from moe_svd_distill.families import ModelLayout
+from moe_svd_distill.roles import ModelLayout, TensorView
 
 Tensors = dict[str, torch.Tensor]
 
@@ -28,6 +28,16 @@ class Planted:
     heads: dict[int, list[int]] = field(default_factory=dict)
     experts: dict[int, list[int]] = field(default_factory=dict)
 
+    def matrix(self, view: TensorView | None) -> torch.Tensor:
+        """A matrix or vector inside the tensors; writing to it writes to them."""
+        assert view is not None
+        return matrix_in(self.tensors[view.stored], view)
+
+
+def matrix_in(stored: torch.Tensor, view: TensorView) -> torch.Tensor:
+    """The matrix or vector of a view inside its stored tensor."""
+    return view.within(stored if view.expert is None else stored[view.expert])
+
 
 def plant(layout: ModelLayout, teacher: Mapping[str, torch.Tensor], *, noise: float, seed: int = 0) -> Planted:
     """Permute everything that can be permuted without changing the function, then add noise to the linear weights.
@@ -41,7 +51,8 @@ def plant(layout: ModelLayout, teacher: Mapping[str, torch.Tensor], *, noise: fl
     generator = torch.Generator().manual_seed(seed)
     planted = Planted({name: tensor.clone() for name, tensor in teacher.items()})
     for layer in range(layout.geometry.layers):
-        _permute_heads(layout, layer, planted, generator)
+        if layout.find("attention.v", layer):
+            _permute_heads(layout, layer, planted, generator)
         for prefix in ("dense", "shared"):
             if layout.find(f"{prefix}.gate", layer):
                 _permute_neurons(layout, prefix, layer, None, planted, generator)
@@ -49,11 +60,11 @@ def plant(layout: ModelLayout, teacher: Mapping[str, torch.Tensor], *, noise: fl
             _permute_experts(layout, layer, planted, generator)
             for expert in range(layout.experts_at(layer)):
                 _permute_neurons(layout, "experts", layer, expert, planted, generator)
-    for name, meaning in layout.meanings.items():
-        if len(meaning.role.axes) == 2 and meaning.role.role != "embedding":
-            tensor = planted.tensors[name]
-            error = torch.randn(tensor.shape, generator=generator) * noise * tensor.float().std()
-            planted.tensors[name] = (tensor.float() + error).to(tensor.dtype)
+    for meaning in layout.meanings.values():
+        if meaning.is_matrix and meaning.role != "embedding":
+            matrix = planted.matrix(meaning.view)
+            error = torch.randn(matrix.shape, generator=generator) * noise * matrix.float().std()
+            matrix.copy_((matrix.float() + error).to(matrix.dtype))
     return planted
 
 
@@ -68,12 +79,10 @@ def _order(count: int, generator: torch.Generator) -> torch.Tensor:
 def _permute_neurons(
     layout: ModelLayout, prefix: str, layer: int, expert: int | None, planted: Planted, generator: torch.Generator
 ) -> None:
-    names = [layout.find(f"{prefix}.{side}", layer, expert) for side in ("gate", "up", "down")]
-    gate, up, down = (str(name) for name in names)
-    order = _order(planted.tensors[gate].shape[0], generator)
-    planted.tensors[gate] = planted.tensors[gate][order]
-    planted.tensors[up] = planted.tensors[up][order]
-    planted.tensors[down] = planted.tensors[down][:, order]
+    gate, up, down = (planted.matrix(layout.view(f"{prefix}.{side}", layer, expert)) for side in ("gate", "up", "down"))
+    order = _order(gate.shape[0], generator)
+    for matrix, dimension in ((gate, 0), (up, 0), (down, 1)):
+        matrix.copy_(matrix.index_select(dimension, order))
     planted.neurons[prefix, layer, expert] = order.tolist()
 
 
@@ -84,20 +93,23 @@ def _permute_heads(layout: ModelLayout, layer: int, planted: Planted, generator:
     query = torch.cat([group * each + _order(each, generator) for group in kv.tolist()])
     for role, order, dim in (("q", query, 0), ("k", kv, 0), ("v", kv, 0), ("o", query, 1)):
         rows = (order[:, None] * size + torch.arange(size)).flatten()
-        name = str(layout.find(f"attention.{role}", layer))
-        planted.tensors[name] = planted.tensors[name].index_select(dim, rows)
-        if role != "o" and (bias := layout.find(f"attention.{role}.bias", layer)):
-            planted.tensors[bias] = planted.tensors[bias][rows]
+        matrix = planted.matrix(layout.view(f"attention.{role}", layer))
+        matrix.copy_(matrix.index_select(dim, rows))
+        if role != "o" and layout.find(f"attention.{role}.bias", layer):
+            bias = planted.matrix(layout.view(f"attention.{role}.bias", layer))
+            bias.copy_(bias[rows])
     planted.heads[layer] = query.tolist()
 
 
 def _permute_experts(layout: ModelLayout, layer: int, planted: Planted, generator: torch.Generator) -> None:
     order = _order(layout.experts_at(layer), generator)
-    for role in ("router", "router.correction_bias"):
-        if name := layout.find(role, layer):
-            planted.tensors[name] = planted.tensors[name][order]
+    for role in ("router", "router.bias", "router.correction_bias"):
+        if layout.find(role, layer):
+            vector = planted.matrix(layout.view(role, layer))
+            vector.copy_(vector[order])
     for side in ("gate", "up", "down"):
-        names = [str(layout.find(f"experts.{side}", layer, expert)) for expert in range(len(order))]
-        moved = [planted.tensors[names[source]] for source in order.tolist()]
-        planted.tensors.update(zip(names, moved, strict=True))
+        matrices = [planted.matrix(layout.view(f"experts.{side}", layer, expert)) for expert in range(len(order))]
+        moved = [matrices[source].clone() for source in order.tolist()]
+        for matrix, content in zip(matrices, moved, strict=True):
+            matrix.copy_(content)
     planted.experts[layer] = order.tolist()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 from torch import Tensor
 
@@ -81,6 +81,17 @@ class AdapterKeys:
     def matrices(self) -> dict[str, Matrix]:
         """Every matrix of the layers that a pair can change, by name."""
         return {matrix.name: matrix for target in self.layers for matrix in target.matrices}
+
+    def reason_against(self, name: str) -> str:
+        """Why no adapter can hold a pair of a matrix; empty where one can."""
+        if name in self._names:
+            return ""
+        stored = name.partition("[")[0]
+        return self.left_out.get(name) or self.left_out.get(stored) or "transformers joins it with others on loading"
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(name for target in self.targets.values() for name in target.names)
 
     def changed_by(self, names: Collection[str]) -> list[Target]:
         """The parameters in which matrices of these names lie.

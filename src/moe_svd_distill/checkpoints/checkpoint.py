@@ -16,6 +16,7 @@ from moe_svd_distill.checkpoints.faults import raise_faults, shown
 from moe_svd_distill.checkpoints.files import FETCH_AGAIN, locate, open_regular, read_at, read_small
 from moe_svd_distill.checkpoints.header import Header, TensorInfo, raw_header
 from moe_svd_distill.checkpoints.layout import CONFIG
+from moe_svd_distill.checkpoints.quantisation.coded import Scaled
 from moe_svd_distill.errors import BadDataError
 
 if TYPE_CHECKING:
@@ -128,6 +129,25 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
         parts = {part: self._stored_view(stored) for part, stored in coded.parts.items()}
         return dequantise(coded, parts, rows, device)
+
+    def read_matrix(self, name: str, index: int, begin: int, end: int | None, *, transposed: bool) -> torch.Tensor:
+        """Rows of ``read(name)[index]``, or of its transpose; where they are stored as rows, only they are dequantised.
+
+        Args:
+            name: A weight with three dimensions.
+            index: Which of its matrices.
+            begin: First row.
+            end: Row after the last one; None for all.
+            transposed: Whether the rows are those of the transpose.
+        """
+        coded = self._sound().view.coded.get(name)
+        if coded is None or not isinstance(coded.coding, Scaled) or coded.coding.transposed != transposed:
+            matrix = self.read_rows(name, index, index + 1)[0]
+            return (matrix.mT if transposed else matrix)[begin:end]
+        from moe_svd_distill.checkpoints.quantisation.decoding import dequantise_matrix
+
+        parts = {part: self._stored_view(stored) for part, stored in coded.parts.items()}
+        return dequantise_matrix(coded, coded.coding, parts, index, slice(begin, end))
 
     def _stored_view(self, info: TensorInfo) -> torch.Tensor:
         """A stored tensor, as a view on its file."""

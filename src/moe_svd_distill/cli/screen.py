@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -22,6 +23,16 @@ output = Console(width=None if sys.stdout.isatty() else 140)
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def grouped(reasons: Mapping[str, str]) -> Iterator[str]:
+    """A line for each tensor and its reason; tensors that differ in one number only, such as experts, share one."""
+    counts: dict[tuple[str, str], list[str]] = {}
+    for name, reason in reasons.items():
+        pattern = re.sub(r"(?<=experts\.)\d+(?=\.)|(?<=\[)\d+(?=\])", "*", name)
+        counts.setdefault((pattern, reason), []).append(name)
+    for (pattern, reason), names in counts.items():
+        yield f"{names[0]}: {reason}" if len(names) == 1 else f"{pattern} ({len(names)}): {reason}"
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

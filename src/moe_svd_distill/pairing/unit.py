@@ -8,41 +8,62 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from moe_svd_distill.roles import TensorView
+
 
 @dataclass(frozen=True)
 class Source:
-    """A teacher tensor and its weight in the blend."""
+    """A matrix of the teacher and its weight in the blend."""
 
-    name: str
+    view: TensorView
     weight: float
 
 
 @dataclass(frozen=True)
 class TensorTask:
-    """What is to be done with one student tensor.
+    """What is to be done with one matrix or vector of the student.
 
     Attributes:
-        name: Hub name in the student.
+        view: Where it is stored.
         role: Its meaning.
         expert: Expert number, or None.
         shape: Its shape.
-        sources: Teacher tensors it is made from; empty for routed experts, whose sources the clustering decides.
-        change: Whether a delta is computed.
-        pair: Whether the adapter holds a LoRA pair for it; a pair without a change is all zeros, because an adapter
-            must cover every module of a class it targets.
-        rank: Rank of the pair; 0 without one.
+        sources: What of the teacher it is made from; empty for routed experts, whose sources the clustering decides.
+        change: Whether a LoRA pair is made.
+        rank: Rank of the pair.
         reason: Why nothing is changed; empty where something is.
     """
 
-    name: str
+    view: TensorView
     role: str
     expert: int | None
     shape: tuple[int, ...]
     sources: tuple[Source, ...]
     change: bool
-    pair: bool
     rank: int
     reason: str
+
+    @property
+    def name(self) -> str:
+        """The view's name."""
+        return self.view.name
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The norms that feed a role, for folding gains.
+
+    Attributes:
+        role: What reads them.
+        student: The student's.
+        sources: The teacher's.
+        offsets: What teacher and student add to the weight before they multiply by it.
+    """
+
+    role: str
+    student: TensorView
+    sources: tuple[Source, ...]
+    offsets: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -52,14 +73,16 @@ class ExpertLayer:
     Attributes:
         layer: Teacher layer.
         weight: Its weight in the depth blend.
-        router: Hub name of the router.
-        tensors: For each expert the hub names of (gate, up, down).
+        router: The router.
+        tensors: (gate, up, down) of each expert.
+        shapes: Shapes of the three, the same for all.
     """
 
     layer: int
     weight: float
-    router: str
-    tensors: tuple[tuple[str, str, str], ...]
+    router: TensorView
+    tensors: tuple[tuple[TensorView, TensorView, TensorView], ...]
+    shapes: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -70,9 +93,10 @@ class UnitOfWork:
         label: Its name for people, for example ``layer 3``.
         layer: Student layer, or None.
         teacher_layers: (teacher layer, weight) pairs.
-        tasks: Every student tensor of the unit.
-        norms: Norm role to (student tensor, teacher sources), for folding gains.
+        tasks: Everything of the unit.
+        norms: What feeds its matrices.
         teacher_experts: The teacher's expert layers behind this one; empty where there are none.
+        embeddings: Hub names of the teacher's and the student's embeddings, where both have them.
         cost: Bytes read, as an estimate of relative cost.
         key: Hash of all the unit depends on; empty until ``with_key``.
     """
@@ -81,8 +105,9 @@ class UnitOfWork:
     layer: int | None
     teacher_layers: tuple[tuple[int, float], ...]
     tasks: tuple[TensorTask, ...]
-    norms: tuple[tuple[str, str, tuple[Source, ...]], ...] = ()
+    norms: tuple[Norm, ...] = ()
     teacher_experts: tuple[ExpertLayer, ...] = ()
+    embeddings: tuple[str, str] | None = None
     cost: int = 0
     key: str = ""
 
@@ -91,9 +116,9 @@ class UnitOfWork:
         """Relative cost, as the supervisor wants it."""
         return float(self.cost)
 
-    def norm(self, role: str | None) -> tuple[str, tuple[Source, ...]] | None:
-        """Student tensor and teacher sources of a norm role."""
-        return next(((name, sources) for known, name, sources in self.norms if known == role), None)
+    def norm(self, role: str) -> Norm | None:
+        """What feeds a role, or None where nothing of the teacher's can be folded into it."""
+        return next((norm for norm in self.norms if norm.role == role), None)
 
 
 def with_key(unit: UnitOfWork, context: Mapping[str, Any]) -> UnitOfWork:

@@ -99,6 +99,7 @@ class _Pairs:
     ) -> None:
         self._student, self._parts, self._fitted, self._scale, self.dtype = student, parts, fitted, scale, dtype
         self._names = {name.rpartition("#")[0] for name in parts if not name.endswith(f"#{_WHOLE}")}
+        self._views = student.layout.parts_of
         self._target_of = {name: target for target in student.keys.targets.values() for name in target.names}
         self._rank_of: dict[str, int] = {}
 
@@ -119,7 +120,6 @@ class _Pairs:
 
     def factors(self, name: str) -> Factors:
         """``(B, A)`` of a matrix as it is to be stored."""
-        import torch
 
         target, rank = self._target_of[name], self.rank(name)
         if name in self._names:
@@ -127,17 +127,31 @@ class _Pairs:
             if target.embedding:  # kept transposed, as PEFT does
                 left, right = right.T, left.T
         else:
-            shape = next(matrix.shape for matrix in target.matrices if matrix.name == name)
-            left, right = torch.zeros(shape[0], 0, dtype=self.dtype), torch.zeros(0, shape[1], dtype=self.dtype)
+            left, right = self._joined(name)
         factor = 1.0 if f"{name}#B" in self._fitted else self._scale.scales.get(group_of(target.parameter), 1.0)
         left = left * (factor / self.divisor) if factor != self.divisor else left
         return _padded(left, 1, rank).to(self.dtype), _padded(right, 0, rank).to(self.dtype)
 
+    def _joined(self, name: str) -> Factors:
+        """The pairs of the parts of a matrix as one: their rows in their places, their ranks beside each other."""
+        import torch
+
+        out, width = self._student.architecture.by_name[name].shape
+        lefts, rights = [torch.zeros(out, 0, dtype=self.dtype)], [torch.zeros(0, width, dtype=self.dtype)]
+        for view in self._views(name):
+            if view.name in self._names:
+                own = self._parts[f"{view.name}#B"]
+                left = torch.zeros(out, own.shape[1], dtype=own.dtype)
+                view.rows_of(left).copy_(own)
+                lefts.append(left)
+                rights.append(self._parts[f"{view.name}#A"])
+        return torch.cat(lefts, dim=1), torch.cat(rights)
+
     def _own_rank(self, name: str) -> int:
-        if name not in self._names:
-            return 0
-        slot = self._parts.slots[f"{name}#A"]
-        return slot.shape[0]
+        if name in self._names:
+            return self._parts.slots[f"{name}#A"].shape[0]
+        inside = [view.name for view in self._views(name) if view.name in self._names]
+        return sum(self._parts.slots[f"{part}#A"].shape[0] for part in inside)
 
 
 def _padded(factor: Tensor, dimension: int, rank: int) -> Tensor:

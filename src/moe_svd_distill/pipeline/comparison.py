@@ -36,7 +36,7 @@ def sizes(model: Model) -> dict[str, Any]:
     layout, checkpoint = model.layout, model.checkpoint
     return {
         "model": checkpoint.source,
-        "family": layout.family.model_type,
+        "family": layout.model_type,
         **asdict(layout.geometry),
         "tensors": len(checkpoint),
         "bytes": checkpoint.total_bytes,

@@ -168,15 +168,9 @@ def active_parameters(model: Model) -> tuple[int, int]:
 
     Of the routed experts only as many count as a token is sent to; embeddings are looked up and count nothing.
     """
-    layout, shapes = model.layout, model.shapes
-    geometry = layout.geometry
-    body = 0.0
-    for name, meaning in layout.meanings.items():
-        if meaning.layer is not None:
-            experts = layout.experts_at(meaning.layer) if meaning.expert is not None else 0
-            share = min(1.0, geometry.experts_per_token / experts) if experts else 1.0
-            body += share * prod(shapes[name])
-    return round(body), geometry.vocabulary * geometry.hidden
+    layout = model.layout
+    outside = sum(prod(meaning.shape) for meaning in layout.meanings.values() if meaning.layer is None)
+    return layout.parameters(model.shapes)[1] - outside, layout.geometry.vocabulary * layout.geometry.hidden
 
 
 def cost_of_calibrating(recipe: Recipe, pair: ModelPair, *, as_start: bool) -> Rows:

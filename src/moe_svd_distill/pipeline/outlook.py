@@ -6,6 +6,9 @@ from collections import Counter, defaultdict
 from math import prod
 from typing import Any
 
+from moe_svd_distill.errors import IncompatiblePairError
+from moe_svd_distill.pairing.plan import Plan
+from moe_svd_distill.pairing.unit import TensorTask, UnitOfWork
 from moe_svd_distill.pipeline.comparison import outlook_of_method
 from moe_svd_distill.pipeline.cost import BYTES, cost_of_calibrating, cost_of_training, readable
 from moe_svd_distill.pipeline.pair import open_pair
@@ -27,20 +30,25 @@ def look_ahead(recipe: Recipe) -> dict[str, Any]:
         teacher, student = pair.teacher, pair.student
         at_hand = weights_at_hand(pair)
         undecided = not at_hand and recipe.embeddings == "auto"
-        plan = plan_pair(recipe.model_copy(update={"embeddings": "keep"}) if undecided else recipe, pair)
         relatedness = measure_relatedness(pair, sample_weights=at_hand)
         method = outlook_of_method(recipe, relatedness)
         stages = method["stages"]
+        try:
+            plan = plan_pair(recipe.model_copy(update={"embeddings": "keep"}) if undecided else recipe, pair)
+        except IncompatiblePairError as error:
+            if "weights" in stages:
+                raise
+            plan = Plan((), (), {}, {}, (error.what,))
         refined = cost_of_training(recipe, pair, stages, at_hand=at_hand) if "refined" in stages else None
     tasks = [task for unit in plan.units for task in unit.tasks]
     changed = Counter(task.role for task in tasks if task.change)
     kept = Counter(task.role for task in tasks if not task.change)
     ranks: dict[str, set[int]] = defaultdict(set)
     for task in tasks:
-        if task.pair:
+        if task.change:
             ranks[task.role].add(task.rank)
-    factors = sum(task.rank * sum(task.shape) for task in tasks if task.pair) * BYTES[recipe.dtype]
-    covered = sum(prod(task.shape) for task in tasks if task.pair) * 2
+    factors = sum(task.rank * sum(task.shape) for task in tasks if task.change) * BYTES[recipe.dtype]
+    covered = sum(prod(task.shape) for task in tasks if task.change) * 2
     weights = [
         ["weights stage: units of work", str(len(plan.units))],
         ["weights stage: adapter, and as much again in parts", readable(factors)],
@@ -63,6 +71,8 @@ def look_ahead(recipe: Recipe) -> dict[str, Any]:
             *(cost_of_calibrating(recipe, pair, as_start=refined is not None) if "calibrated" in stages else []),
             *(refined.rows() if refined else []),
         ],
+        "pairings": {task.name: _made_from(task, unit) for unit in plan.units for task in unit.tasks if task.change},
+        "notes": list(plan.notes),
         "kept": {
             task.name: UNDECIDED if undecided and task.role == "embedding" else task.reason
             for task in tasks
@@ -74,6 +84,14 @@ def look_ahead(recipe: Recipe) -> dict[str, Any]:
         "method": method,
         "refined": refined.as_dict() if refined else None,
     }
+
+
+def _made_from(task: TensorTask, unit: UnitOfWork) -> str:
+    """The teacher's part in a change; which experts make which, clustering decides in the run."""
+    if task.sources:
+        return " + ".join(f"{source.weight:.2f} × {source.view.name}" for source in task.sources)
+    layers = " + ".join(f"{layer.weight:.2f} × layer {layer.layer}" for layer in unit.teacher_experts)
+    return f"{len(unit.teacher_experts[0].tensors)} experts of {layers}"
 
 
 def _preset(recipe: Recipe) -> dict[str, Any] | None:

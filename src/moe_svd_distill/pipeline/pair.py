@@ -9,9 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint
-from moe_svd_distill.errors import IncompatiblePairError
-from moe_svd_distill.families import ModelLayout, read_layout
-from moe_svd_distill.families.registry import family_of
+from moe_svd_distill.roles import ModelLayout, read_layout
 
 if TYPE_CHECKING:
     from moe_svd_distill.adapter.keys import AdapterKeys
@@ -49,9 +47,10 @@ class Model:
         return settle_keys(self.architecture)
 
     def role_of(self, name: str) -> str:
-        """What a matrix means, where that is known; else that it is a matrix."""
-        meaning = self.layout.meanings.get(name)
-        return meaning.role.role if meaning else "matrix"
+        """What a matrix or a stored tensor means, where that is known; of one with several parts, what they mean."""
+        views = self.layout.parts_of(name)
+        roles = dict.fromkeys(self.layout.meanings[view.name].role for view in views)
+        return " and ".join(roles) or "matrix"
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -76,12 +75,11 @@ def open_model(source: str, *, headers_only: bool = False) -> Model:
 
     Raises:
         MissingInputError: The model or one of its files is not there.
-        BadDataError: Files that contradict each other, or an unknown architecture.
+        BadDataError: Files that contradict each other.
     """
     checkpoint = open_checkpoint(source, headers_only=headers_only)
-    family = family_of(checkpoint.config, source)
     shapes = {name: info.shape for name, info in checkpoint.items()}
-    return Model(checkpoint, read_layout(family, checkpoint.config, shapes))
+    return Model(checkpoint, read_layout(checkpoint.config, shapes))
 
 
 @contextmanager
@@ -96,17 +94,9 @@ def open_pair(teacher: str, student: str, *, headers_only: bool = False) -> Iter
     Raises:
         MissingInputError: As ``open_model``.
         BadDataError: As ``open_model``.
-        IncompatiblePairError: The student has tensors that no loader of its family would read.
     """
     pair = ModelPair(open_model(teacher, headers_only=headers_only), open_model(student, headers_only=headers_only))
     try:
-        unknown = pair.student.layout.unknown
-        if unknown:
-            raise IncompatiblePairError(
-                f"the student holds {len(unknown)} tensors its family {pair.student.layout.family.model_type} does not "
-                f"have, the first is {unknown[0]}",
-                "Check that config.json belongs to the weights",
-            )
         yield pair
     finally:
         pair.teacher.checkpoint.close()

@@ -47,10 +47,9 @@ def plan_pair(recipe: Recipe, pair: ModelPair) -> Plan:
     return make_plan(
         pair.teacher.layout,
         pair.student.layout,
-        pair.teacher.shapes,
-        pair.student.shapes,
         recipe,
         embedding_similarity=embedding_similarity(pair),
+        reason_against=pair.student.keys.reason_against,
     )
 
 
@@ -79,7 +78,6 @@ def make_work(recipe: Recipe, pair: ModelPair) -> DistillWork:
         teacher=pair.teacher.checkpoint,
         student=pair.student.checkpoint,
         geometries=(pair.teacher.layout.geometry, pair.student.layout.geometry),
-        model_type=pair.student.layout.family.model_type,
         settings=transfer_settings(recipe),
     )
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.errors import DistillError
-from moe_svd_distill.families.family import Axis
 from moe_svd_distill.pairing.depth import map_depth
 from moe_svd_distill.pairing.lineage import ENDS, Comparison, Probe, Vocabularies, VocabularyRelation
 from moe_svd_distill.pipeline.pair import ModelPair
-from moe_svd_distill.pipeline.sampling import RowSampler, spread_rows
+from moe_svd_distill.pipeline.sampling import PLAIN_DTYPES, RowSampler, spread_rows
+from moe_svd_distill.roles import ROLES, Axis, TensorView
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,7 +78,7 @@ class _Probing:
         tokens = self._tokens()
         flat: dict[str, tuple[Tensor, Tensor]] = {}
         for role in sorted(ENDS):
-            names = self.pair.teacher.layout.find(role), self.pair.student.layout.find(role)
+            names = self.pair.teacher.layout.view(role), self.pair.student.layout.view(role)
             if names[0] is None or names[1] is None:
                 self.skipped.append(f"{role}: not in both models")
             elif len(tokens) < LEAST_TOKENS:
@@ -112,8 +112,8 @@ class _Probing:
     def _probe_end(
         self,
         role: str,
-        teacher: str,
-        student: str,
+        teacher: TensorView,
+        student: TensorView,
         tokens: list[tuple[int, int]],
         flat: dict[str, tuple[Tensor, Tensor]],
     ) -> None:
@@ -137,7 +137,11 @@ class _Probing:
 
         Where several teacher layers come into question, the probes of the most similar one are kept.
         """
-        widths = (self.pair.teacher.layout.geometry.hidden, self.pair.student.layout.geometry.hidden)
+        layouts = (self.pair.teacher.layout, self.pair.student.layout)
+        widths = (layouts[0].geometry.hidden, layouts[1].geometry.hidden)
+        if not all(layout.geometry.layers for layout in layouts):
+            self.skipped.append("layers: no list of decoder layers is known in both models")
+            return
         if widths[0] != widths[1] and self.channels is None:
             self.skipped.append("layers: the widths differ and no channel was found again")
             return
@@ -172,15 +176,17 @@ class _Probing:
         """Roles that both layers have and that read the residual stream, each with its share of the bytes."""
         teacher, student = self.pair.teacher.layout, self.pair.student.layout
         known = [
-            entry.role
-            for entry in student.family.roles
-            if len(entry.axes) == 2 and entry.axes[1] is Axis.RESIDUAL and "{layer}" in entry.template
+            role
+            for role, entry in ROLES.items()
+            if role not in ENDS and entry.is_matrix and entry.axes[1] is Axis.RESIDUAL
         ]
         order = [role for role in PREFERRED if role in known] + [role for role in known if role not in PREFERRED]
         roles = [
             role
             for role in order
-            if teacher.find(role, teacher_layer, _expert(role)) and student.find(role, student_layer, _expert(role))
+            if teacher.find(role, teacher_layer, _expert(role))
+            and (name := student.find(role, student_layer, _expert(role)))
+            and student.meanings[name].shape[0] > 1
         ][:MOST_ROLES]
         shares = {role: 2 if role in DOUBLE else 1 for role in roles}
         return [(role, allowance * share // sum(shares.values())) for role, share in shares.items()]
@@ -188,18 +194,24 @@ class _Probing:
     def _probe_role(self, role: str, teacher_layer: int, student_layer: int, allowance: int) -> None:
         expert = _expert(role)
         source = expert if expert is None else self.experts.get((teacher_layer, student_layer), expert)
-        teacher = self.pair.teacher.layout.find(role, teacher_layer, source)
-        student = self.pair.student.layout.find(role, student_layer, expert)
+        teacher = self.pair.teacher.layout.view(role, teacher_layer, source)
+        student = self.pair.student.layout.view(role, student_layer, expert)
         if teacher is not None and student is not None:
             found = self._compare(role, teacher, student, allowance)
             if role == "router" and found is not None:
                 self.experts[teacher_layer, student_layer] = int(found[0])
 
-    def _compare(self, role: str, teacher: str, student: str, allowance: int) -> Tensor | None:
+    def _compare(self, role: str, teacher: TensorView, student: TensorView, allowance: int) -> Tensor | None:
         """Compare in place and, if that shows nothing, look for moved rows; the teacher row of each, if they moved."""
         from moe_svd_distill.algebra.similarity import match_best_rows, row_similarity
 
-        shapes = self.pair.teacher.shapes[teacher], self.pair.student.shapes[student]
+        shapes = (
+            self.pair.teacher.layout.meanings[teacher.name].shape,
+            self.pair.student.layout.meanings[student.name].shape,
+        )
+        if max(self.teacher.bytes_for(teacher, 1), self.student.bytes_for(student, 1)) > allowance // 2:
+            self.skipped.append(f"{student.name}: too large to read")
+            return None
         row_bytes = max(self.teacher.row_bytes(teacher), self.student.row_bytes(student))
         index = spread_rows(shapes[1][0], min(BODY_ROWS, allowance // row_bytes), row_bytes)
         whole = (shapes[0][0] + len(index)) * row_bytes <= allowance  # to look for rows that moved
@@ -211,7 +223,7 @@ class _Probing:
             if self.probes[-1].related:
                 return None
         if not whole:
-            self.skipped.append(f"{student}: too large to look for moved rows")
+            self.skipped.append(f"{student.name}: too large to look for moved rows")
             return None
         left = self._in_channels(self.teacher.rows(teacher, list(range(shapes[0][0]))))
         found, similarity = match_best_rows(left, right)
@@ -235,28 +247,32 @@ class _Probing:
         import torch
 
         teacher, student = self.pair.teacher.layout, self.pair.student.layout
-        if {m.role.role for m in teacher.meanings.values()} != {m.role.role for m in student.meanings.values()}:
+        if {m.role for m in teacher.meanings.values()} != {m.role for m in student.meanings.values()}:
             return False
-        chosen = [
-            meaning
+        chosen: list[tuple[TensorView, TensorView | None]] = [
+            (meaning.view, teacher.view(meaning.role, meaning.layer, meaning.expert))
             for meaning in student.meanings.values()
             if meaning.expert is None or meaning.expert == (meaning.layer or 0) % self._experts_at(meaning.layer or 0)
         ]
+        held = self.pair.teacher.checkpoint
+        chosen += [(TensorView(name), TensorView(name) if name in held else None) for name in student.without_role]
         spent = 0
-        for meaning in chosen:
-            other = teacher.find(meaning.role.role, meaning.layer, meaning.expert)
-            shape = self.pair.student.shapes[meaning.name]
-            if other is None or self.pair.teacher.shapes[other] != shape:
+        for own, other in chosen:
+            shape = self.pair.student.checkpoint[own.stored].shape
+            if other is None or held[other.stored].shape != shape:
                 return False
-            spent += self.student.row_bytes(meaning.name)
+            spent += self.student.bytes_for(own, 1)
             if spent > CONFIRMATION:
-                self.skipped.append(f"from {meaning.name} on, whether tensors are identical")
+                self.skipped.append(f"from {own.name} on, whether tensors are identical")
                 break
-            if not shape:
-                self.skipped.append(f"{meaning.name}: a single number, not compared")
+            dtype = self.pair.student.checkpoint[own.stored].dtype
+            if not shape or dtype not in PLAIN_DTYPES:
+                kind = f"of dtype {dtype}" if shape else "a single number"
+                self.skipped.append(f"{own.name}: {kind}, not compared")
                 continue
-            middle = [shape[0] // 2]
-            if not torch.equal(self.teacher.rows(other, middle), self.student.rows(meaning.name, middle)):
+            meaning = student.meanings.get(own.name)
+            middle = [(meaning.shape if meaning else shape)[0] // 2]
+            if not torch.equal(self.teacher.rows(other, middle), self.student.rows(own, middle)):
                 return False
         return True
 
@@ -266,8 +282,8 @@ class _Probing:
     def _add(
         self,
         role: str,
-        teacher: str,
-        student: str,
+        teacher: TensorView,
+        student: TensorView,
         comparison: Comparison,
         left: Tensor,
         right: Tensor,
@@ -277,7 +293,7 @@ class _Probing:
 
         identical = comparison is Comparison.IN_PLACE and torch.equal(left, right)
         figures = (similarity.cosine, similarity.chance, similarity.spread)
-        self.probes.append(Probe(role, teacher, student, comparison, len(right), *figures, identical))
+        self.probes.append(Probe(role, teacher.name, student.name, comparison, len(right), *figures, identical))
 
     def _related(self, role: str, comparison: Comparison) -> bool:
         return any(p.related for p in self.probes if p.role == role and p.comparison is comparison)

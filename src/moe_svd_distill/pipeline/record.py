@@ -191,7 +191,7 @@ def _model(model: Model) -> dict[str, Any]:
     geometry = model.layout.geometry
     return {
         "source": model.checkpoint.source,
-        "family": model.layout.family.model_type,
+        "family": model.layout.model_type,
         "fingerprint": model.checkpoint.fingerprint(),
         "bytes": model.checkpoint.total_bytes,
         "layers": geometry.layers,

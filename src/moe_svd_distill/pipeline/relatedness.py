@@ -13,7 +13,7 @@ from moe_svd_distill.pairing.lineage import (
     judge,
     shapes_agree,
 )
-from moe_svd_distill.pipeline.pair import Model, ModelPair
+from moe_svd_distill.pipeline.pair import ModelPair
 
 ROWS = 1024
 
@@ -27,7 +27,7 @@ def measure_relatedness(pair: ModelPair, *, sample_weights: bool = True) -> Rela
     """
     from moe_svd_distill.pipeline.probing import probe_pair
 
-    families = (pair.teacher.layout.family.model_type, pair.student.layout.family.model_type)
+    families = (pair.teacher.layout.model_type, pair.student.layout.model_type)
     differences = size_differences(pair)
     vocabulary = relate_vocabularies(pair)
     same_shape = shapes_agree(families, differences)
@@ -49,17 +49,11 @@ def weights_at_hand(pair: ModelPair) -> bool:
 
 
 def size_differences(pair: ModelPair) -> tuple[SizeDifference, ...]:
-    """Every size of config.json that differs and that a tensor of either model has."""
+    """Every size that differs."""
     teacher, student = asdict(pair.teacher.layout.geometry), asdict(pair.student.layout.geometry)
-    if not any(_has_dense_mlp(model) for model in (pair.teacher, pair.student)):
-        teacher["neurons"] = student["neurons"]  # the width of a dense MLP that neither of them has
     return tuple(
         SizeDifference(name, int(size), int(student[name])) for name, size in teacher.items() if size != student[name]
     )
-
-
-def _has_dense_mlp(model: Model) -> bool:
-    return any(meaning.role.role == "dense.gate" for meaning in model.layout.meanings.values())
 
 
 def relate_vocabularies(pair: ModelPair) -> VocabularyRelation:

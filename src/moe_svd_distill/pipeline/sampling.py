@@ -1,11 +1,13 @@
-"""Reading a few rows of a model within a budget, whatever its size."""
+"""Reading a few rows of a model's matrices within a budget, whatever its size."""
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING
 
 from moe_svd_distill.errors import BadDataError, DistillError
 from moe_svd_distill.pipeline.pair import Model
+from moe_svd_distill.roles import TensorView
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,12 +51,16 @@ class RowSampler:
         self.model = model
         self.bytes_read = 0
 
-    def row_bytes(self, name: str) -> int:
-        """Bytes of one row of a tensor."""
-        info = self.model.checkpoint[name]
-        return info.bytes // max(1, info.shape[0])
+    def row_bytes(self, view: TensorView) -> int:
+        """Bytes of one row of a matrix."""
+        info, shape = self.model.checkpoint[view.stored], self._shape(view)
+        return info.bytes * prod(shape[1:]) // max(1, prod(info.shape))
 
-    def rows(self, name: str, index: list[int]) -> Tensor:
+    def bytes_for(self, view: TensorView, rows: int) -> int:
+        """Bytes that reading so many rows takes: of a transposed matrix, all of it."""
+        return self.row_bytes(view) * (self._shape(view)[0] if view.transposed else rows)
+
+    def rows(self, view: TensorView, index: list[int]) -> Tensor:
         """The rows ``index``, (len(index), columns).
 
         Raises:
@@ -63,14 +69,26 @@ class RowSampler:
         """
         import torch
 
-        info = self.model.checkpoint[name]
+        name, info = view.stored, self.model.checkpoint[view.stored]
         if info.dtype not in PLAIN_DTYPES:
             raise BadDataError(f"{name} is of dtype {info.dtype}", "Give a model of floating-point weights")
         if not info.file.exists():
             raise DistillError(f"the weights of {self.model.checkpoint.source} are not on this machine", "Download it")
-        self.bytes_read += len(index) * self.row_bytes(name)
+        self.bytes_read += self.bytes_for(view, len(index))
         read = self.model.checkpoint.read_rows
-        rows = torch.cat([read(name, begin, end).float() for begin, end in runs(index)])
+        if view.name == name:
+            rows = torch.cat([read(name, begin, end).float() for begin, end in runs(index)])
+        else:
+            whole = self.model.checkpoint.read(name) if view.expert is None else self._matrix(view)
+            rows = view.rows_of(whole)[index].float()
         if not bool(rows.isfinite().all()):
-            raise BadDataError(f"{name} holds NaN or Inf", "Check the model")
+            raise BadDataError(f"{view.name} holds NaN or Inf", "Check the model")
         return rows
+
+    def _matrix(self, view: TensorView) -> Tensor:
+        assert view.expert is not None
+        return self.model.checkpoint.read_matrix(view.stored, view.expert, 0, None, transposed=view.transposed)
+
+    def _shape(self, view: TensorView) -> tuple[int, ...]:
+        known = self.model.layout.meanings.get(view.name)
+        return self.model.checkpoint[view.stored].shape if known is None else known.shape

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from moe_svd_distill.execution.parts import PartContent
 from moe_svd_distill.execution.worker import report_progress
-from moe_svd_distill.families import Geometry
-from moe_svd_distill.families.registry import families
+from moe_svd_distill.roles import Geometry
 from moe_svd_distill.transfer.settings import TransferSettings
 
 if TYPE_CHECKING:
@@ -24,20 +23,18 @@ class DistillWork:
         teacher: Reopens itself in the process it is sent to.
         student: The same.
         geometries: Sizes of teacher and student.
-        model_type: The student's family.
         settings: The recipe's numbers.
     """
 
     teacher: Checkpoint
     student: Checkpoint
     geometries: tuple[Geometry, Geometry]
-    model_type: str
     settings: TransferSettings
 
     def __call__(self, unit: UnitOfWork, device: str) -> PartContent:
         """Compute ``unit`` on ``device``."""
         from moe_svd_distill.transfer.unit import transfer_unit
 
-        models = (self.teacher, self.student, self.geometries, families()[self.model_type])
+        models = (self.teacher, self.student, self.geometries)
         result = transfer_unit(unit, *models, self.settings, device, report_progress)
         return PartContent(result.tensors, result.record)

@@ -23,7 +23,7 @@ def transfer_attention(tasks: tuple[TensorTask, ...], context: UnitContext) -> l
     changing = [task for task in group if task.change]
     outcomes = [kept(task, task.reason) for task in group if not task.change]
     teacher = {task.role: context.reader.blend(task.sources) for task in changing}
-    student = {task.role: context.reader.student(task.name) for task in changing}
+    student = {task.role: context.reader.student(task.view) for task in changing}
     teacher, facts = _align(teacher, student, context)
     for task in changing:
         target, how = context.bring(task, teacher.pop(task.role))
@@ -37,14 +37,9 @@ def _align(
     teacher: dict[str, Tensor], student: dict[str, Tensor], context: UnitContext
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The teacher's heads in the student's order, where a correspondence exists."""
-    same_heads = (
-        context.teacher.head_dimension == context.student.head_dimension
-        and context.teacher.query_heads == context.student.query_heads
-        and context.teacher.key_value_heads == context.student.key_value_heads
-    )
     if context.settings.alignment == "none" or len(teacher) < len(ROLES):
         return teacher, {}
-    if not context.same_width or not same_heads:
+    if not context.same_width or not _same_heads(teacher, student, context):
         return teacher, {"alignment": "none: widths or numbers of heads differ"}
     size = context.student.head_dimension
     q, k, v, o = (teacher[role] for role in ROLES)
@@ -58,3 +53,15 @@ def _align(
     permuted = permute_heads(q, k, v, o, matching.kv_index, matching.query_index, size)
     order = {"key_value_heads": matching.kv_index.tolist(), "query_heads": matching.query_index.tolist()}
     return dict(zip(ROLES, permuted, strict=True)), {**facts, "alignment": "heads permuted", "permutation": order}
+
+
+def _same_heads(teacher: dict[str, Tensor], student: dict[str, Tensor], context: UnitContext) -> bool:
+    """Whether both have as many heads of one size, and these layers are no exception."""
+    own, other = context.student, context.teacher
+    sizes = (own.query_heads * own.head_dimension, own.key_value_heads * own.head_dimension)
+    return (
+        own.head_dimension == other.head_dimension
+        and sizes == (other.query_heads * other.head_dimension, other.key_value_heads * other.head_dimension)
+        and sizes == (student["attention.q"].shape[0], student["attention.k"].shape[0])
+        and all(teacher[role].shape == student[role].shape for role in ROLES)
+    )

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_svd_distill.families import Family, Geometry
 from moe_svd_distill.pairing.unit import TensorTask, UnitOfWork
+from moe_svd_distill.roles import ROLES, Geometry
 from moe_svd_distill.transfer.reader import TensorReader
 from moe_svd_distill.transfer.settings import TransferSettings
 from moe_svd_distill.transfer.shaping import Shaper
@@ -34,7 +34,6 @@ class UnitContext:
         settings: The recipe's numbers.
         teacher: The teacher's sizes.
         student: The student's sizes.
-        family: The student's family.
         facts: Facts about the unit as a whole, for its record.
         report: Told the share of the unit that is done, 0 to 1.
     """
@@ -45,7 +44,6 @@ class UnitContext:
     settings: TransferSettings
     teacher: Geometry
     student: Geometry
-    family: Family
     facts: dict[str, Any] = field(default_factory=dict)
     report: Callable[[float], None] = field(default=lambda fraction: None)
 
@@ -59,25 +57,24 @@ class UnitContext:
 
         ``W_T diag(g_T) x = (W_T diag(g_T / g_S)) diag(g_S) x``: the student's norm stays, the teacher's gain is kept.
         """
-        norm = self.unit.norm(self.family.role(task.role).norm)
-        if self.settings.norms != "fold" or not self.same_width or norm is None or not norm[1]:
+        norm = self.unit.norm(task.role)
+        if self.settings.norms != "fold" or not self.same_width or norm is None:
             return None
-        name, sources = norm
-        own = self.reader.student(name)
-        ratio = self.reader.blend(sources) / own
+        own = self.reader.student(norm.student) + norm.offsets[1]
+        ratio = (self.reader.blend(norm.sources) + norm.offsets[0]) / own
         usable = own.abs() > SMALLEST_GAIN * own.abs().max()
         if left := int((~usable).sum()):
-            self.facts.setdefault("norm_channels_not_folded", {})[name] = left
+            self.facts.setdefault("norm_channels_not_folded", {})[norm.student.name] = left
         return torch.where(usable, ratio, torch.ones_like(ratio))
 
     def bring(self, task: TensorTask, matrix: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """A teacher matrix in the student's shape."""
-        return self.shaper.bring(matrix, self.family.role(task.role).axes, task.shape)
+        return self.shaper.bring(matrix, ROLES[task.role].axes, task.shape)
 
 
 def source_facts(task: TensorTask) -> dict[str, Any]:
     """The teacher tensors a task is made from, for its record."""
-    return {"sources": [[source.name, source.weight] for source in task.sources]}
+    return {"sources": [[source.view.name, source.weight] for source in task.sources]}
 
 
 def folded(target: Tensor, ratio: Tensor | None, facts: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:

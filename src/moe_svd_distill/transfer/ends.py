@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,15 +22,7 @@ BLOCK_ENTRIES = 1 << 24  # 64 MiB in float32
 def transfer_ends(tasks: tuple[TensorTask, ...], context: UnitContext) -> list[TensorOutcome]:
     """LoRA pairs of the embeddings and the head."""
     ends = [task for task in tasks if task.role in ("embedding", "head")]
-    return [_transfer(task, context) if task.change else kept_end(task) for task in ends]
-
-
-def kept_end(task: TensorTask) -> TensorOutcome:
-    """A kept tensor; the pair of embeddings is transposed."""
-    outcome = kept(task, task.reason)
-    if task.role == "embedding" and outcome.left is not None and outcome.right is not None:
-        return TensorOutcome(outcome.name, outcome.right.mT, outcome.left.mT, outcome.record)
-    return outcome
+    return [_transfer(task, context) if task.change else kept(task, task.reason) for task in ends]
 
 
 def _transfer(task: TensorTask, context: UnitContext) -> TensorOutcome:
@@ -42,11 +35,11 @@ def _transfer(task: TensorTask, context: UnitContext) -> TensorOutcome:
     def block(start: int) -> Tensor:
         nonlocal student_square, facts
         stop = min(rows, start + step)
-        source = context.reader.teacher_rows(task.sources[0].name, start, stop)
-        block_task = TensorTask(**{**task.__dict__, "shape": (stop - start, columns)})
+        source = context.reader.teacher_rows(task.sources[0].view, start, stop)
+        block_task = replace(task, shape=(stop - start, columns))
         target, how = context.bring(block_task, source)
         facts |= how
-        own = context.reader.student_rows(task.name, start, stop)
+        own = context.reader.student_rows(task.view, start, stop)
         student_square += float(own.double().square().sum())
         delta = (target if ratio is None else target * ratio) - own
         if context.settings.delta_sparsity < 1.0:

@@ -27,7 +27,7 @@ def cut_to_energy(outcomes: Sequence[TensorOutcome], energy: float | None) -> li
         return list(outcomes)
     needed: dict[str, int] = {}
     for outcome in outcomes:
-        if outcome.left is not None and outcome.right is not None and outcome.record["fate"] == "lora":
+        if outcome.left is not None and outcome.right is not None:
             group = _group(outcome)
             needed[group] = max(needed.get(group, 1), _needed(outcome.left, outcome.right, outcome.record, energy))
     return [_cut(outcome, needed.get(_group(outcome), 1)) for outcome in outcomes]

@@ -76,8 +76,8 @@ def _transfer_router(task: TensorTask, grouping: Grouping, context: UnitContext)
         rows = context.reader.interpolate(rows, context.reader.teacher(layers[1].router), layers[1].weight)
     blended = torch.stack([sum(rows[expert] * weight for expert, weight in group) for group in grouping.members])  # type: ignore[misc]
     target, how = context.bring(task, blended)
-    facts = {"sources": [[layer.router, layer.weight] for layer in layers], **how}
+    facts = {"sources": [[layer.router.name, layer.weight] for layer in layers], **how}
     target, facts = folded(target, context.gain_ratio(task), facts)
     return factorise(
-        make_delta(task, target, context.reader.student(task.name), facts, context.settings), context.settings
+        make_delta(task, target, context.reader.student(task.view), facts, context.settings), context.settings
     )

@@ -6,7 +6,7 @@ by which a cluster is compared with the student's experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from moe_svd_distill.algebra.matching import cosine_similarity, expert_probe_fea
 from moe_svd_distill.algebra.residual_map import apply_residual_map
 from moe_svd_distill.errors import UsageError
 from moe_svd_distill.pairing.unit import ExpertLayer, TensorTask
+from moe_svd_distill.roles import TensorView
 from moe_svd_distill.transfer.context import UnitContext
 from moe_svd_distill.transfer.factors import generator_for
 
@@ -127,12 +128,12 @@ def _pieces(layer: ExpertLayer, context: UnitContext) -> Iterator[Tensor]:
     """The fingerprints of a layer's experts in (experts, columns) pieces of bounded size."""
     experts = len(layer.tensors)
     for kind in range(3):
-        names = [names[kind] for names in layer.tensors]
-        rows, columns = context.reader.teacher_shape(names[0])
+        views = [tensors[kind] for tensors in layer.tensors]
+        rows, columns = layer.shapes[kind]
         step = max(1, PIECE_ENTRIES // (experts * columns))
         for start in range(0, rows, step):
             stop = min(rows, start + step)
-            yield torch.stack([context.reader.teacher_rows(name, start, stop).flatten() for name in names])
+            yield torch.stack([context.reader.teacher_rows(view, start, stop).flatten() for view in views])
 
 
 def _probes(context: UnitContext) -> tuple[Tensor, Tensor]:
@@ -168,7 +169,7 @@ def _describe_teacher(
     routers, features = [], []
     for layer in layers:
         routers.append(_to_student(context.reader.teacher(layer.router), context))
-        rows = [_feature(context.reader.teacher, names, probes[0]) for names in layer.tensors]
+        rows = [_feature(context.reader.teacher, views, probes[0]) for views in layer.tensors]
         in_student = [
             _to_student(row.reshape(context.teacher.hidden, PROBES).mT, context).mT.reshape(1, -1) for row in rows
         ]
@@ -182,12 +183,12 @@ def _describe_teacher(
 def _describe_student(
     tasks: Sequence[Sequence[TensorTask]], router: TensorTask, context: UnitContext, probes: tuple[Tensor, Tensor]
 ) -> _Description:
-    rows = [_feature(context.reader.student, [task.name for task in group], probes[1]) for group in tasks]
-    return _Description(context.reader.student(router.name), torch.cat(rows))
+    rows = [_feature(context.reader.student, [task.view for task in group], probes[1]) for group in tasks]
+    return _Description(context.reader.student(router.view), torch.cat(rows))
 
 
-def _feature(read: Any, names: Sequence[str], probes: Tensor) -> Tensor:
-    gate, up, down = (read(name) for name in names)
+def _feature(read: Callable[[TensorView], Tensor], views: Sequence[TensorView], probes: Tensor) -> Tensor:
+    gate, up, down = (read(view) for view in views)
     return expert_probe_features(gate[None], up[None], down[None], probes)
 
 

@@ -27,9 +27,7 @@ def transfer_mlp(prefix: str, tasks: tuple[TensorTask, ...], context: UnitContex
     """
     group = by_role(tasks, f"{prefix}.gate", f"{prefix}.up", f"{prefix}.down")
     if not all(task.change for task in group) or len(group) < 3:
-        return [kept(task, task.reason) for task in group if not task.change] + [
-            factorise(_alone(task, context), context.settings) for task in group if task.change
-        ]
+        return transfer_alone(tuple(group), context)
     gate, up, down = (context.reader.blend(task.sources) for task in group)
     facts = [source_facts(task) for task in group]
     return [factorise(delta, context.settings) for delta in gated_deltas(group, (gate, up, down), facts, context)]
@@ -46,7 +44,7 @@ def gated_deltas(
         facts: What is known of each, for the record.
         context: The unit's context.
     """
-    own_gate, own_up, own_down = (context.reader.student(task.name) for task in tasks)
+    own_gate, own_up, own_down = (context.reader.student(task.view) for task in tasks)
     teacher, alignment = align_neurons(teacher, (own_gate, own_up, own_down), context)
     deltas = []
     for task, source, own, known in zip(tasks, teacher, (own_gate, own_up, own_down), facts, strict=True):
@@ -77,8 +75,13 @@ def align_neurons(teacher: Gated, student: Gated, context: UnitContext) -> tuple
     return permuted, {**facts, "alignment": "neurons permuted", "permutation": matching.teacher_index.tolist()}
 
 
-def _alone(task: TensorTask, context: UnitContext) -> Delta:
-    """A matrix whose two companions are not changed: nothing to align with."""
-    target, how = context.bring(task, context.reader.blend(task.sources))
-    target, how = folded(target, context.gain_ratio(task), {**source_facts(task), **how})
-    return make_delta(task, target, context.reader.student(task.name), how, context.settings)
+def transfer_alone(tasks: tuple[TensorTask, ...], context: UnitContext) -> list[TensorOutcome]:
+    """LoRA pairs of matrices without companions to align with, one by one."""
+    outcomes = [kept(task, task.reason) for task in tasks if not task.change]
+    for task in tasks:
+        if task.change:
+            target, how = context.bring(task, context.reader.blend(task.sources))
+            target, how = folded(target, context.gain_ratio(task), {**source_facts(task), **how})
+            delta = make_delta(task, target, context.reader.student(task.view), how, context.settings)
+            outcomes.append(factorise(delta, context.settings))
+    return outcomes

@@ -16,8 +16,8 @@ class TensorOutcome:
     """The fate of one student tensor.
 
     Attributes:
-        name: Hub name.
-        left: LoRA B, (rows, rank), or None where the adapter holds no pair.
+        name: Name of the view.
+        left: LoRA B, (rows, rank), or None where nothing is changed.
         right: LoRA A, (rank, columns), or None.
         record: Facts for the run's record; plain JSON types.
     """
@@ -33,7 +33,8 @@ class UnitResult:
     """All that one unit hands over.
 
     Attributes:
-        tensors: ``<hub name>#A`` and ``<hub name>#B`` to tensor; the adapter room gives them their final keys.
+        tensors: ``<view name>#A`` (rank, columns) and ``<view name>#B`` (rows, rank) to tensor; assembly joins the
+            parts of a matrix and gives them their final keys.
         record: ``{"label", "tensors": [...], ...}``; plain JSON types.
     """
 
@@ -42,16 +43,8 @@ class UnitResult:
 
 
 def kept(task: TensorTask, reason: str) -> TensorOutcome:
-    """The outcome of a tensor that stays as it is: a pair of zeros where the adapter must hold one."""
-    import torch
-
-    record = {**_identity(task), "fate": "kept", "reason": reason}
-    if not task.pair:
-        return TensorOutcome(task.name, None, None, record)
-    rows, columns = task.shape
-    record["rank"] = task.rank
-    record["zero_pair"] = True
-    return TensorOutcome(task.name, torch.zeros(rows, task.rank), torch.zeros(task.rank, columns), record)
+    """The outcome of a tensor that stays as it is."""
+    return TensorOutcome(task.name, None, None, {**_identity(task), "fate": "kept", "reason": reason})
 
 
 def changed(task: TensorTask, left: Tensor, right: Tensor, facts: dict[str, Any]) -> TensorOutcome:

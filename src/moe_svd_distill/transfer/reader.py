@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_svd_distill.checkpoints import Checkpoint
+    from moe_svd_distill.roles import TensorView
 
 
 class NonFiniteTensorError(Exception):
@@ -22,10 +23,10 @@ class NonFiniteTensorError(Exception):
 
 
 class TensorReader:
-    """Teacher and student tensors on one device.
+    """Matrices and vectors of teacher and student on one device.
 
     Attributes:
-        replaced: Tensor name to the number of entries that were NaN or Inf and taken as zero.
+        replaced: Name to the number of entries that were NaN or Inf and taken as zero.
     """
 
     def __init__(
@@ -38,46 +39,61 @@ class TensorReader:
         self.device = device
         self.replaced: dict[str, int] = {}
         self._sound: set[tuple[str, str]] = set()
+        self._last: tuple[Checkpoint, str, Tensor] | None = None
 
-    def student(self, name: str) -> Tensor:
-        """A student tensor in float32."""
-        return self._read(self._student, "student", name)
+    def student(self, view: TensorView) -> Tensor:
+        """A matrix or vector of the student in float32."""
+        return self._read(self._student, "student", view)
 
-    def teacher(self, name: str) -> Tensor:
-        """A teacher tensor in float32."""
-        return self._read(self._teacher, "teacher", name)
+    def teacher(self, view: TensorView) -> Tensor:
+        """A matrix or vector of the teacher in float32."""
+        return self._read(self._teacher, "teacher", view)
 
-    def teacher_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of a teacher tensor in float32; only those rows are read."""
-        return self._checked(self._teacher.read(name)[start:stop], "teacher", name)
+    def teacher_rows(self, view: TensorView, start: int, stop: int) -> Tensor:
+        """Rows of a matrix of the teacher in float32; only those rows are read."""
+        return self._checked(self._stored(self._teacher, view, start, stop), "teacher", view.name)
 
-    def student_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of a student tensor in float32; only those rows are read."""
-        return self._checked(self._student.read(name)[start:stop], "student", name)
-
-    def teacher_shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a teacher tensor, from its header."""
-        return self._teacher[name].shape
+    def student_rows(self, view: TensorView, start: int, stop: int) -> Tensor:
+        """Rows of a matrix of the student in float32; only those rows are read."""
+        return self._checked(self._stored(self._student, view, start, stop), "student", view.name)
 
     def blend(self, sources: Sequence[Source]) -> Tensor:
-        """The teacher tensors of adjacent layers, interpolated; float32."""
-        first = self.teacher(sources[0].name)
+        """The teacher's matrices of adjacent layers, interpolated; float32."""
+        first = self.teacher(sources[0].view)
         if len(sources) == 1:
             return first
-        return self._interpolate(first, self.teacher(sources[1].name), sources[1].weight)
+        return self._interpolate(first, self.teacher(sources[1].view), sources[1].weight)
 
     def interpolate(self, first: Tensor, second: Tensor, weight: float) -> Tensor:
         """Two tensors interpolated as the recipe says."""
         return self._interpolate(first, second, weight)
 
-    def _read(self, checkpoint: Checkpoint, role: str, name: str) -> Tensor:
-        tensor = self._checked(checkpoint.read(name), role, name)
-        if name not in self.replaced:
-            self._sound.add((role, name))
+    def _read(self, checkpoint: Checkpoint, role: str, view: TensorView) -> Tensor:
+        tensor = self._checked(self._stored(checkpoint, view), role, view.name)
+        if view.name not in self.replaced:
+            self._sound.add((role, view.name))
         return tensor
 
+    def _stored(self, checkpoint: Checkpoint, view: TensorView, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows of a view in the stored dtype. A matrix of several parts that is read whole is kept until another one
+        is, so that it is dequantised once for all of them."""
+        if view.matrix == view.stored == view.name:
+            return checkpoint.read_rows(view.stored, start, stop)
+        if view.expert is not None and stop is not None:
+            first, last = view.start + view.step * start, view.start + view.step * stop
+            rows = checkpoint.read_matrix(view.stored, view.expert, first, last, transposed=view.transposed)
+            return rows[:: view.step]
+        if self._last is None or self._last[:2] != (checkpoint, view.matrix):
+            self._last = None
+            if view.expert is None:
+                whole = checkpoint.read(view.stored)
+            else:
+                whole = checkpoint.read_matrix(view.stored, view.expert, 0, None, transposed=view.transposed)
+            self._last = (checkpoint, view.matrix, whole)
+        return view.rows_of(self._last[2])[start:stop]
+
     def _checked(self, stored: Tensor, role: str, name: str) -> Tensor:
-        tensor = stored.to(self.device).to(torch.float32)
+        tensor = stored.to(self.device).to(torch.float32).contiguous()
         # One reduction finds NaN and Inf: either makes the sum non-finite.
         if (role, name) in self._sound or bool(torch.isfinite(tensor.sum())):
             return tensor

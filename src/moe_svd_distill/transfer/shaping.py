@@ -16,7 +16,7 @@ from moe_svd_distill.algebra.residual_map import apply_residual_map
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_svd_distill.families import Axis
+    from moe_svd_distill.roles import Axis
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_svd_distill.families import Family, Geometry
 from moe_svd_distill.pairing.unit import TensorTask, UnitOfWork
+from moe_svd_distill.roles import Geometry
 from moe_svd_distill.transfer.attention import transfer_attention
 from moe_svd_distill.transfer.context import UnitContext
 from moe_svd_distill.transfer.ends import transfer_ends
 from moe_svd_distill.transfer.energy import cut_to_energy
 from moe_svd_distill.transfer.experts import transfer_experts
-from moe_svd_distill.transfer.mlp import transfer_mlp
+from moe_svd_distill.transfer.mlp import transfer_alone, transfer_mlp
 from moe_svd_distill.transfer.outcome import TensorOutcome, UnitResult, kept
 from moe_svd_distill.transfer.reader import NonFiniteTensorError, TensorReader
 from moe_svd_distill.transfer.residual import residual_map
@@ -32,7 +32,6 @@ def transfer_unit(
     teacher: Checkpoint,
     student: Checkpoint,
     geometries: tuple[Geometry, Geometry],
-    family: Family,
     settings: TransferSettings,
     device: str,
     report: Callable[[float], None] = lambda fraction: None,
@@ -44,7 +43,6 @@ def transfer_unit(
         teacher: The teacher.
         student: The student.
         geometries: Sizes of teacher and student.
-        family: The student's family.
         settings: The recipe's numbers.
         device: Where to compute.
         report: Told the share of the unit that is done, 0 to 1.
@@ -53,27 +51,35 @@ def transfer_unit(
         BadDataError: NaN or Inf in a weight, where the recipe says to fail.
     """
     reader = TensorReader(teacher, student, device, nan=settings.nan, interpolation=settings.interpolation)
-    mapped = residual_map(teacher, student, device) if settings.projection == "procrustes" else None
+    mapped = residual_map(teacher, student, unit.embeddings, device) if settings.projection == "procrustes" else None
     shaper = Shaper(settings.projection, mapped)
-    context = UnitContext(unit, reader, shaper, settings, *geometries, family, report=report)
+    context = UnitContext(unit, reader, shaper, settings, *geometries, report=report)
     outcomes: list[TensorOutcome] = []
-    for roles, transfer in _groups():
-        tasks = tuple(task for task in unit.tasks if task.role in roles or task.role.startswith(roles))
-        outcomes += _transfer_or_skip(transfer, tasks, context)
-    done = {outcome.name for outcome in outcomes}
-    outcomes += [kept(task, task.reason) for task in unit.tasks if task.name not in done]
+    for group, transfer in GROUPS.items():
+        outcomes += _transfer_or_skip(transfer, tuple(t for t in unit.tasks if _group(t) == group), context)
     outcomes = cut_to_energy(outcomes, settings.energy)
     return _result(outcomes, context)
 
 
-def _groups() -> tuple[tuple[tuple[str, ...], Group], ...]:
-    return (
-        (("attention.q", "attention.k", "attention.v", "attention.o"), transfer_attention),
-        (("dense.",), lambda tasks, context: transfer_mlp("dense", tasks, context)),
-        (("shared.",), lambda tasks, context: transfer_mlp("shared", tasks, context)),
-        (("experts.", "router"), transfer_experts),
-        (("embedding", "head"), transfer_ends),
-    )
+GROUPS: dict[str, Group] = {
+    "attention": transfer_attention,
+    "dense": lambda tasks, context: transfer_mlp("dense", tasks, context),
+    "shared": lambda tasks, context: transfer_mlp("shared", tasks, context),
+    "experts": transfer_experts,
+    "ends": transfer_ends,
+    "alone": transfer_alone,
+}
+_GROUP_OF = {
+    **dict.fromkeys(("attention.q", "attention.k", "attention.v", "attention.o"), "attention"),
+    **{f"{prefix}.{side}": prefix for prefix in ("dense", "shared", "experts") for side in ("gate", "up", "down")},
+    "router": "experts",
+    "embedding": "ends",
+    "head": "ends",
+}
+
+
+def _group(task: TensorTask) -> str:
+    return _GROUP_OF.get(task.role, "alone")
 
 
 def _transfer_or_skip(transfer: Group, tasks: tuple[TensorTask, ...], context: UnitContext) -> list[TensorOutcome]:

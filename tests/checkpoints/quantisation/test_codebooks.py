@@ -52,6 +52,10 @@ def test_gpt_oss_experts_are_what_transformers_makes_of_them(tmp_path: Path) -> 
     expected = convert_moe_packed_tensors(experts()[f"{EXPERTS}_blocks"], experts()[f"{EXPERTS}_scales"])
     assert torch.equal(checkpoint.read(EXPERTS), expected)
     assert torch.equal(checkpoint.read_rows(EXPERTS, 1, 2), expected[1:2])
+    for transposed in (True, False):
+        wanted = checkpoint.read(EXPERTS)[1].mT if transposed else checkpoint.read(EXPERTS)[1]
+        assert torch.equal(checkpoint.read_matrix(EXPERTS, 1, 3, 11, transposed=transposed), wanted[3:11])
+        assert torch.equal(checkpoint.read_matrix(EXPERTS, 1, 0, None, transposed=transposed), wanted)
 
 
 def test_the_sixteen_numbers_of_four_bits(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from moe_svd_distill.checkpoints.header import TensorInfo
@@ -96,6 +97,7 @@ def blocks(length: int, block: int) -> int:
     return -(-length // block)
 
 
+@lru_cache(maxsize=1 << 12)
 def fit_grid(
     shape: tuple[int, ...], scale: tuple[int, ...], declared: tuple[int, ...] | None = None
 ) -> tuple[int, ...] | None:
@@ -136,6 +138,7 @@ def align(shape: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, ...] | N
     return None
 
 
+@lru_cache(maxsize=1 << 12)
 def grid_words(block: tuple[int, ...], shape: tuple[int, ...]) -> str:
     """A block in words: a scale per tensor, per channel, in groups of 128, in blocks of 128×128."""
     rows, columns = block[-2:]

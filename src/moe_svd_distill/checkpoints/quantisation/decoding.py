@@ -73,19 +73,39 @@ def _slabs(begin: int, end: int, width: int, step: int = 1) -> Iterator[tuple[in
 
 
 def _decode_scaled(coding: Scaled, parts: Parts, out: Tensor, begin: int, coded: Coded) -> None:
-    codes, shape = parts["codes"], coded.info.shape
+    grids = _grids(coding, parts, coded)
+    if len(coded.info.shape) == 2:
+        _fill(coding, {**parts, **grids}, out, begin, coded)
+        return
+    for place in range(out.shape[0]):
+        target = out[place].T if coding.transposed else out[place]
+        _fill(coding, _of_matrix(parts, grids, begin + place), target, 0, coded)
+
+
+def dequantise_matrix(coded: Coded, coding: Scaled, parts: Parts, matrix: int, rows: slice) -> Tensor:
+    """Rows of one matrix of a weight with three dimensions, as they are stored: transposed where the weight is."""
+    _, *sizes = coded.info.shape
+    height, width = sizes[::-1] if coding.transposed else sizes
+    begin, end, _ = rows.indices(height)
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[coded.info.dtype])
+    out = torch.empty((max(0, end - begin), width), dtype=dtype)
+    _fill(coding, _of_matrix(parts, _grids(coding, parts, coded), matrix), out, begin, coded)
+    return out
+
+
+def _grids(coding: Scaled, parts: Parts, coded: Coded) -> dict[Part, Tensor]:
+    """Scales and zero points with as many dimensions as the codes."""
+    shape = coded.info.shape
     stored = (*shape[:-2], shape[-1], shape[-2]) if coding.transposed else shape
     grids: dict[Part, Tensor] = {"scale": _aligned(parts["scale"], stored)}
     if "zero" in parts and not coding.zero_words:
         grids["zero"] = _aligned(parts["zero"], stored)
-    if len(shape) == 2:
-        _fill(coding, {**parts, **grids}, out, begin, coded)
-        return
-    for place in range(out.shape[0]):
-        matrix = begin + place
-        own: dict[Part, Tensor] = {part: grid[min(matrix, grid.shape[0] - 1)] for part, grid in grids.items()}
-        target = out[place].T if coding.transposed else out[place]
-        _fill(coding, {**parts, **own, "codes": codes[matrix].flatten(1)}, target, 0, coded)
+    return grids
+
+
+def _of_matrix(parts: Parts, grids: Parts, matrix: int) -> Parts:
+    own: dict[Part, Tensor] = {part: grid[min(matrix, grid.shape[0] - 1)] for part, grid in grids.items()}
+    return {**parts, **own, "codes": parts["codes"][matrix].flatten(1)}
 
 
 def _aligned(grid: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from math import prod
 from typing import Any
 
 import click
@@ -15,7 +16,7 @@ from moe_svd_distill.cli.options import json_option
 @click.argument("student", required=False)
 @json_option
 def command(model: str, student: str | None, as_json: bool) -> None:
-    """Show architecture, sizes, tensors and files of MODEL from its headers; no weight is read.
+    """Show architecture, sizes, parameters, tensors and files of MODEL from its headers; no weight is read.
 
     With a STUDENT as well, MODEL is its teacher: show both side by side, how they are related by a few rows of their
     weights (at most 64 MiB of each model), and what method auto would run. Of hub models nothing large is fetched.
@@ -25,33 +26,42 @@ def command(model: str, student: str | None, as_json: bool) -> None:
 
         show_pair(model, student, as_json=as_json)
         return
-    from moe_svd_distill.cli.screen import print_json, print_table
+    from moe_svd_distill.cli.screen import grouped, print_json, print_table
     from moe_svd_distill.pipeline.pair import open_model
 
     facts = _facts(open_model(model, headers_only=True))
     if as_json:
         print_json(facts)
         return
-    print_table(model, ("what", ""), [(key, str(value)) for key, value in facts.items() if not isinstance(value, dict)])
+    rows = [(key, str(value)) for key, value in facts.items() if not isinstance(value, dict)]
+    for key in ("types", "stored_types"):
+        rows.append((key, ", ".join(f"{count} {kind}" for kind, count in facts[key].items())))
+    print_table(model, ("what", ""), rows)
     print_table("tensors", ("role", "count"), [(role, str(count)) for role, count in facts["roles"].items()])
-    for name, reason in facts["not_used"].items():
-        click.echo(f"{name}: {reason}")
+    for kind in ("without_role", "not_used"):
+        for line in grouped(facts[kind]):
+            click.echo(line)
 
 
 def _facts(opened: Any) -> dict[str, Any]:
     from dataclasses import asdict
 
     layout, checkpoint = opened.layout, opened.checkpoint
-    roles = Counter(meaning.role.role for meaning in layout.meanings.values())
-    unknown = dict.fromkeys(layout.unknown, f"not known in the family {layout.family.model_type}")
+    parameters, active = layout.parameters(opened.shapes)
+    embedding = layout.find("embedding")
     return {
-        "family": layout.family.model_type,
+        "family": layout.model_type,
         **asdict(layout.geometry),
+        "parameters": parameters,
+        "active_parameters": active,
+        "embedding_parameters": prod(opened.shapes[embedding]) if embedding else 0,
         "quantisation": checkpoint.quantisation,
         "tensors": len(checkpoint),
         "bytes": checkpoint.total_bytes,
         "files": len({info.file for info in checkpoint.stored.values()}),
         "types": dict(Counter(info.dtype for info in checkpoint.values())),
-        "roles": dict(roles),
-        "not_used": {**layout.ignored, **unknown, **checkpoint.set_aside},
+        "stored_types": dict(Counter(info.dtype for info in checkpoint.stored.values())),
+        "roles": dict(Counter(meaning.role for meaning in layout.meanings.values())),
+        "without_role": dict(layout.without_role),
+        "not_used": {**layout.ignored, **checkpoint.set_aside},
     }

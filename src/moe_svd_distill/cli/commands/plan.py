@@ -20,7 +20,7 @@ def command(recipe: Path | None, as_json: bool, **given: Any) -> None:
     """
     wanted = read_recipe(recipe, given)
     from moe_svd_distill.cli.relation import show_choice, show_relatedness
-    from moe_svd_distill.cli.screen import print_json, print_table
+    from moe_svd_distill.cli.screen import grouped, print_json, print_table
     from moe_svd_distill.pipeline.outlook import look_ahead
 
     outlook = look_ahead(wanted)
@@ -40,8 +40,15 @@ def command(recipe: Path | None, as_json: bool, **given: Any) -> None:
         print_table("weights stage: tensors", ("role", "with a pair", "kept", "rank"), outlook["roles"])
     print_table("sizes", ("what", ""), outlook["sizes"])
     if "weights" in stages:
-        for name, reason in {**outlook["kept"], **outlook["unused_teacher"]}.items():
-            click.echo(f"{name}: {reason}")
+        for line in outlook["notes"]:
+            click.echo(f"note: {line}")
+        for kind in ("pairings", "kept", "ignored_student"):
+            for line in grouped(
+                {name: f"from {why}" if kind == "pairings" else why for name, why in outlook[kind].items()}
+            ):
+                click.echo(line)
+        for line in grouped(outlook["unused_teacher"]):
+            click.echo(f"teacher: {line}")
 
 
 def _show_preset(preset: dict[str, Any]) -> None:
