@@ -19,6 +19,7 @@ from moe_svd_distill.adapter.configuration import (
 from moe_svd_distill.errors import BadDataError
 from tests.adapter import tiny
 from tests.adapter.conftest import Case
+from tests.support.architectures import saved
 
 
 def ranks_of(case: Case, **special: int) -> dict[str, int]:
@@ -113,6 +114,12 @@ def test_tied_embeddings_have_no_pair(tmp_path: Path, dense: Case, end: str) -> 
     with pytest.raises(BadDataError, match="ties its head"):
         build_configuration(keys, {end: 4}, base_model="student")
     assert build_configuration(keys, {"model.embed_tokens.weight": 4}, base_model="student", whole_head=True)
+
+
+def test_a_head_with_a_bias_is_not_saved_whole(tmp_path: Path) -> None:
+    keys = tiny.keys_of(saved("phi", tmp_path / "phi"))
+    with pytest.raises(BadDataError, match="has a bias beside it"):
+        build_configuration(keys, {next(iter(keys.targets)): 4}, base_model="phi", whole_head=True)
 
 
 def test_a_parameter_needs_all_its_matrices_in_one_rank(sparse: Case) -> None:

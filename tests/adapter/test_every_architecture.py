@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from moe_svd_distill.adapter.configuration import build_configuration
 from moe_svd_distill.adapter.fused import Factors
@@ -21,8 +21,10 @@ from moe_svd_distill.adapter.keys import AdapterKeys, Target, entries
 from moe_svd_distill.adapter.load_check import check_loads
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.adapter.merge import merge
+from moe_svd_distill.adapter.naming import parse_key, whole_key
 from moe_svd_distill.adapter.peft_model import modules_of
 from moe_svd_distill.adapter.rebuild import rebuild_configuration
+from moe_svd_distill.adapter.verify import verify
 from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.checkpoints import open_checkpoint
 from tests.adapter import tiny
@@ -69,8 +71,8 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Every]:
     return made
 
 
-def write(name: str, folder: Path) -> Every:
-    student = saved(name, folder / "student")
+def write(name: str, folder: Path, **changes: Any) -> Every:
+    student = saved(name, folder / "student", **changes)
     keys = tiny.keys_of(student)
     ends = () if keys.architecture.tied else (keys.architecture.head, keys.architecture.embedding)
     generator = torch.Generator().manual_seed(0)
@@ -158,6 +160,9 @@ def test_merged_and_unmerged_say_what_the_sum_says(make: Callable[[str], Every],
 
     merge(every.adapter, every.student, tmp_path / "merged")
     merged = load(tmp_path / "merged")
+    embedding, padding = merged.get_input_embeddings(), getattr(model.get_input_embeddings(), "padding_idx", None)
+    if padding is not None:  # youtu zeroes the row of the padding token when it is loaded
+        embedding.weight.data[padding] = model.get_input_embeddings().weight[padding]
     for parameter, value in merged.named_parameters(remove_duplicate=False):
         torch.testing.assert_close(value, composed[parameter], rtol=1e-5, atol=1e-4, msg=parameter)
     assert (logits(merged) - wanted).abs().max() < bound
@@ -168,6 +173,30 @@ def test_merged_and_unmerged_say_what_the_sum_says(make: Callable[[str], Every],
         warnings.simplefilter("ignore")
         live = PeftModel.from_pretrained(load(every.student), str(every.adapter)).eval()
     assert (logits(live) - wanted).abs().max() < bound
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["gemma3", "mistral3", "qwen3_5_moe", "deepseek_v4"])
+def test_a_head_saved_whole_is_merged_as_it_acts(name: str, tied: bool, tmp_path: Path) -> None:
+    """In wrappers the head's name in memory is another one than in the files, and the flag of tying is further in."""
+    every = write(name, tmp_path, tie_word_embeddings=tied)
+    architecture, head = every.keys.architecture, every.keys.architecture.head_slot.name
+    assert architecture.tied is tied
+    ranks = {t.parameter: t.rank(lambda _: RANK) for t in every.targets if t.parameter != head}
+    configuration = build_configuration(every.keys, ranks, base_model=str(every.student), whole_head=True)
+    ends = [name.removesuffix(".weight") for name in (head, architecture.head)]
+    tensors = load_file(every.adapter / "adapter_model.safetensors")
+    tensors = {key: value for key, value in tensors.items() if parse_key(key)[0] not in ends}
+    own = architecture.checkpoint.read(architecture.embedding if tied else architecture.head)
+    tensors[whole_key(ends[0])] = own + SIZE * torch.randn(own.shape, generator=torch.Generator().manual_seed(1))
+    adapter = tiny.save_adapter(tmp_path / "whole", every.student, tensors, configuration)
+    assert verify(adapter, every.student).whole == (ends[0],)
+    assert rebuild_configuration(adapter, every.student) == configuration
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = logits(PeftModel.from_pretrained(load(every.student), str(adapter)).eval())
+    assert merge(adapter, every.student, tmp_path / "merged").untied is tied
+    assert (logits(load(tmp_path / "merged")) - wanted).abs().max() < 1e-3 * max(1.0, float(wanted.abs().max()))
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
 
 from moe_svd_distill.adapter.load_check import check_loads
@@ -29,12 +26,6 @@ def head_pair(case: Case, rank: int) -> dict[str, torch.Tensor]:
     return tiny.random_pairs(case.student, [HEAD], rank=lambda name: rank, dtype=torch.float32)
 
 
-def loaded(case: Case, adapter: Path) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return PeftModel.from_pretrained(tiny.load_model(case.student), str(adapter)).eval()
-
-
 @pytest.mark.parametrize("rank", RANKS)
 def test_the_configuration_targets_the_head_alone(case: Case, rank: int) -> None:
     found = tiny.configure(case.student, head_pair(case, rank))
@@ -52,12 +43,12 @@ def test_peft_and_our_merge_give_the_sum(case: Case, tmp_path: Path, rank: int, 
     report = check_loads(adapter, case.student)
     assert (report.keys, report.targets, dict(report.scales)) == (2, 1, {"lm_head": scale})
     assert verify(adapter, case.student).pairs == 1
-    model = loaded(case, adapter)
+    model = tiny.with_adapter(case.student, adapter)
     live = tiny.logits(model)
     assert (live - tiny.logits(tiny.load_model(case.student))).abs().max() > 1e-2
     model.save_pretrained(str(tmp_path / "again"), save_embedding_layers=False)
     assert load_file(tmp_path / "again" / "adapter_model.safetensors").keys() == pairs.keys()
-    assert torch.equal(tiny.logits(loaded(case, tmp_path / "again")), live)
+    assert torch.equal(tiny.logits(tiny.with_adapter(case.student, tmp_path / "again")), live)
     before = {name: weight.clone() for name, weight in tiny.load_model(case.student).named_parameters()}
     merged = model.merge_and_unload()
     for name, weight in merged.named_parameters():

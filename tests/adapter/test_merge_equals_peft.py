@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import set_peft_model_state_dict
+from safetensors.torch import save_file
 
 from moe_svd_distill.adapter.load_check import check_loads
 from moe_svd_distill.adapter.merge import merge
@@ -20,46 +20,41 @@ from tests.adapter.conftest import Case
 BF16_ROUNDING = 2.0**-8  # of eight significant bits, to nearest
 
 
-def with_adapter(case: Case, adapter: Path, dtype: torch.dtype) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return PeftModel.from_pretrained(tiny.load_model(case.student, dtype), str(adapter)).eval()
-
-
 def weights_in_memory(model: Any) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().float() for name, parameter in model.named_parameters()}
 
 
-def reloaded_truth(case: Case, pairs: dict[str, torch.Tensor], folder: Path, scale: float = 1.0) -> Any:
-    """``W + scale · B A`` in fp32 under hub names, loaded by transformers into its own layout."""
-    from safetensors.torch import save_file
-
+def assert_peft_merges(case: Case, pairs: dict[str, torch.Tensor], adapter: Path, scale: float = 1.0) -> Any:
+    """PEFT's merge against ``W + scale · B A`` under stored names, loaded by transformers; returns what PEFT merged."""
+    folder = adapter.parent / "truth"
     folder.mkdir()
     (folder / "config.json").write_text((case.student / "config.json").read_text())
     save_file(tiny.truth(case.student, pairs, scale), folder / "model.safetensors", metadata={"format": "pt"})
-    return tiny.load_model(folder)
+    expected = weights_in_memory(tiny.load_model(folder))
+    loaded = tiny.with_adapter(case.student, adapter)
+    unmerged = tiny.logits(loaded)
+    merged = loaded.merge_and_unload()
+    found = weights_in_memory(merged)
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-6 * scale, atol=1e-6 * scale, msg=name)
+    torch.testing.assert_close(tiny.logits(merged), unmerged, rtol=0, atol=1e-4 * scale)
+    return merged
 
 
 def test_peft_merges_every_matrix_right(case: Case, tmp_path: Path) -> None:
-    loaded = with_adapter(case, case.adapter, torch.float32)
-    unmerged = tiny.logits(loaded)
-    merged = loaded.merge_and_unload()
-    expected = weights_in_memory(reloaded_truth(case, case.pairs, tmp_path / "truth"))
-    found = weights_in_memory(merged)
-    student = weights_in_memory(tiny.load_model(case.student))
-    assert found.keys() == expected.keys()
-    for name, weight in expected.items():
-        torch.testing.assert_close(found[name], weight, rtol=1e-6, atol=1e-6, msg=name)
+    adapter = tiny.save_adapter(tmp_path / "adapter", case.student, case.pairs)
+    merged = assert_peft_merges(case, case.pairs, adapter)
+    found, student = weights_in_memory(merged), weights_in_memory(tiny.load_model(case.student))
     unchanged = {name for name in found if found[name].ndim > 1 and torch.equal(found[name], student[name])}
     assert {name for name in unchanged if "_bias" not in name} <= {"model.embed_tokens.weight"}
-    torch.testing.assert_close(tiny.logits(merged), unmerged, rtol=0, atol=1e-4)
-    assert (unmerged - tiny.logits(tiny.load_model(case.student))).abs().max() > 1e-2
+    assert (tiny.logits(merged) - tiny.logits(tiny.load_model(case.student))).abs().max() > 1e-2
 
 
 def test_peft_in_bf16_and_our_merge_agree_to_bf16_rounding(case: Case, tmp_path: Path) -> None:
     exact = tiny.truth(case.student, case.pairs)
     size = {name: weight.float().abs() for name, weight in tiny.hub_weights(case.student).items()}
-    merged = with_adapter(case, case.adapter, torch.bfloat16).merge_and_unload()
+    merged = tiny.with_adapter(case.student, case.adapter, torch.bfloat16).merge_and_unload()
     merged.save_pretrained(tmp_path / "peft")
     merge(case.adapter, case.student, tmp_path / "ours")
     by_peft, by_us = tiny.hub_weights(tmp_path / "peft"), tiny.hub_weights(tmp_path / "ours")
@@ -80,7 +75,7 @@ def test_peft_in_bf16_and_our_merge_agree_to_bf16_rounding(case: Case, tmp_path:
 def test_our_merge_reloaded_by_transformers_speaks_like_the_adapter(case: Case, tmp_path: Path) -> None:
     merge(case.adapter, case.student, tmp_path / "merged")
     merged = tiny.logits(tiny.load_model(tmp_path / "merged"))
-    unmerged = tiny.logits(with_adapter(case, case.adapter, torch.float32))
+    unmerged = tiny.logits(tiny.with_adapter(case.student, case.adapter, torch.float32))
     student = tiny.logits(tiny.load_model(case.student))
     # Means, because rounding may send a token on the edge to another expert.
     assert (merged - unmerged).abs().mean() < 0.05 * (student - unmerged).abs().mean()
@@ -93,10 +88,7 @@ def test_other_scales_are_applied_as_peft_applies_them(case: Case, tmp_path: Pat
     configuration["alpha_pattern"] = {key: 3 * alpha for key, alpha in configuration["alpha_pattern"].items()}
     adapter = tiny.save_adapter(tmp_path / "adapter", case.student, case.pairs, configuration)
     assert set(check_loads(adapter, case.student).scales.values()) == {3.0}
-    found = weights_in_memory(with_adapter(case, adapter, torch.float32).merge_and_unload())
-    expected = weights_in_memory(reloaded_truth(case, case.pairs, tmp_path / "truth", 3.0))
-    for name, weight in expected.items():
-        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-5, msg=name)
+    assert_peft_merges(case, case.pairs, adapter, 3.0)
     merge(adapter, case.student, tmp_path / "merged")
     for name, weight in tiny.truth(case.student, case.pairs, 3.0).items():
         merged = tiny.hub_weights(tmp_path / "merged")[name].float()
@@ -111,32 +103,20 @@ def test_ranks_that_differ_by_layer_and_role(case: Case, tmp_path: Path) -> None
 
     pairs = tiny.random_pairs(case.student, rank=rank)
     adapter = tiny.save_adapter(tmp_path / "adapter", case.student, pairs)
-    found = weights_in_memory(with_adapter(case, adapter, torch.float32).merge_and_unload())
-    expected = weights_in_memory(reloaded_truth(case, pairs, tmp_path / "truth"))
-    for name, weight in expected.items():
-        torch.testing.assert_close(found[name], weight, rtol=1e-6, atol=1e-6, msg=name)
+    assert_peft_merges(case, pairs, adapter)
 
 
 def test_gate_and_up_of_unequal_rank(make_case: Callable[[str], Case], tmp_path: Path) -> None:
     case = make_case("glm4_moe")
     pairs = tiny.random_pairs(case.student, rank=lambda name: 5 if ".experts." in name and "up_proj" in name else 4)
     adapter = tiny.save_adapter(tmp_path / "adapter", case.student, pairs)
-    found = weights_in_memory(with_adapter(case, adapter, torch.float32).merge_and_unload())
-    expected = weights_in_memory(reloaded_truth(case, pairs, tmp_path / "truth"))
-    for name, weight in expected.items():
-        torch.testing.assert_close(found[name], weight, rtol=1e-6, atol=1e-6, msg=name)
+    assert_peft_merges(case, pairs, adapter)
 
 
 def test_embeddings_of_an_untied_student(case: Case, tmp_path: Path) -> None:
     pairs = tiny.random_pairs(case.student, tiny.carried(case.student, embedding=True))
     adapter = tiny.save_adapter(tmp_path / "adapter", case.student, pairs)
-    loaded = with_adapter(case, adapter, torch.float32)
-    unmerged = tiny.logits(loaded)
-    merged = loaded.merge_and_unload()
-    torch.testing.assert_close(tiny.logits(merged), unmerged, rtol=0, atol=1e-4)
-    found = weights_in_memory(merged)
-    for name, weight in weights_in_memory(reloaded_truth(case, pairs, tmp_path / "truth")).items():
-        torch.testing.assert_close(found[name], weight, rtol=1e-6, atol=1e-6, msg=name)
+    assert_peft_merges(case, pairs, adapter)
     merge(adapter, case.student, tmp_path / "merged")
     exact = tiny.truth(case.student, pairs)["model.embed_tokens.weight"]
     ours = tiny.hub_weights(tmp_path / "merged")["model.embed_tokens.weight"].float()
@@ -147,7 +127,7 @@ def test_embeddings_of_an_untied_student(case: Case, tmp_path: Path) -> None:
 def test_each_pair_alone_changes_what_the_student_says(case: Case, tmp_path: Path) -> None:
     """No class of modules is a silent no-op: one pair of each kind is set, all others are zero."""
     zeros = {key: torch.zeros_like(value) if "lora_B" in key else value for key, value in case.pairs.items()}
-    loaded = with_adapter(case, tiny.save_adapter(tmp_path / "zero", case.student, zeros), torch.float32)
+    loaded = tiny.with_adapter(case.student, tiny.save_adapter(tmp_path / "zero", case.student, zeros), torch.float32)
     silent = tiny.logits(loaded)
     torch.testing.assert_close(silent, tiny.logits(tiny.load_model(case.student)), rtol=0, atol=1e-5)
     one_of_each = {re.sub(r"\.\d+\.", ".", key): key for key in reversed(case.pairs) if "lora_B" in key}

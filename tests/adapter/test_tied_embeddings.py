@@ -6,7 +6,6 @@ The first tests hold the facts of decision 9: if a PEFT release changes one of t
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
@@ -82,12 +80,6 @@ def tied(request: pytest.FixtureRequest, make_tied: Callable[..., Tied]) -> Tied
     return make_tied(request.param)
 
 
-def loaded(student: Path, adapter: Path) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return PeftModel.from_pretrained(tiny.load_model(student), str(adapter)).eval()
-
-
 def factors(change: torch.Tensor, hub_name: str) -> dict[str, torch.Tensor]:
     """An exact pair of rank 4 for a change ``(V, H)``."""
     u, s, v = torch.linalg.svd(change, full_matrices=False)
@@ -114,7 +106,7 @@ def test_a_pair_is_right_live_and_wrong_merged(make_tied: Callable[..., Tied], t
     tied = make_tied("llama")
     module = hub_name.split(".")[-2]
     tensors = tied.queries | factors(tied.change, hub_name)
-    model = loaded(tied.student, by_hand(tied, tmp_path / "a", tensors, target_modules=["q_proj", module]))
+    model = tiny.with_adapter(tied.student, by_hand(tied, tmp_path / "a", tensors, target_modules=["q_proj", module]))
     wanted = tied.logits(head=1.0) if hub_name == HEAD else tied.logits(embedding=1.0)
     torch.testing.assert_close(tiny.logits(model), wanted, rtol=0, atol=1e-4)
     merged = tiny.logits(model.merge_and_unload())
@@ -127,7 +119,7 @@ def test_tied_pairs_are_merged_twice(make_tied: Callable[..., Tied], tmp_path: P
     tied = make_tied("qwen3")
     tensors = tied.queries | factors(tied.change, EMBEDDING)
     changes = {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}
-    model = loaded(tied.student, by_hand(tied, tmp_path / "a", tensors, **changes))
+    model = tiny.with_adapter(tied.student, by_hand(tied, tmp_path / "a", tensors, **changes))
     torch.testing.assert_close(tiny.logits(model), tied.logits(head=1.0, embedding=1.0), rtol=0, atol=1e-4)
     merged = tiny.logits(model.merge_and_unload())
     torch.testing.assert_close(merged, tied.logits(head=2.0, embedding=2.0), rtol=0, atol=1e-4)
@@ -143,7 +135,7 @@ def test_a_whole_matrix_that_is_to_stay_tied_does_not_load(
     changes = {"target_modules": ["q_proj"], "modules_to_save": [saved], "ensure_weight_tying": True}
     adapter = by_hand(tied, tmp_path / "a", tensors, **changes)
     with pytest.raises(KeyError):
-        loaded(tied.student, adapter)
+        tiny.with_adapter(tied.student, adapter)
     with pytest.raises(BadDataError):
         check_loads(adapter, tied.student)
 
@@ -160,10 +152,12 @@ def test_a_head_saved_whole_is_right_everywhere(
     assert verify(adapter, tied.student).whole == ("lm_head",)
     wanted = tied.logits(head=1.0)
     assert (wanted - tied.logits(head=1.0, embedding=1.0)).abs().max() > 1e-2
-    model = loaded(tied.student, adapter)
+    model = tiny.with_adapter(tied.student, adapter)
     torch.testing.assert_close(tiny.logits(model), wanted, rtol=0, atol=1e-4)
     model.save_pretrained(str(tmp_path / "again"))
-    torch.testing.assert_close(tiny.logits(loaded(tied.student, tmp_path / "again")), wanted, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        tiny.logits(tiny.with_adapter(tied.student, tmp_path / "again")), wanted, rtol=0, atol=1e-4
+    )
     with pytest.warns(UserWarning, match="Input and output embeddings are no longer tied after merging"):
         merged = model.merge_and_unload()
     torch.testing.assert_close(tiny.logits(merged), wanted, rtol=0, atol=1e-4)
@@ -178,7 +172,7 @@ def test_a_pair_of_the_embeddings_beside_a_whole_head_stays_with_the_embeddings(
     adapter = tiny.save_adapter(tmp_path / "adapter", tied.student, tensors)
     check_loads(adapter, tied.student)
     wanted = tied.logits(embedding=1.0, head=-1.0)
-    model = loaded(tied.student, adapter)
+    model = tiny.with_adapter(tied.student, adapter)
     torch.testing.assert_close(tiny.logits(model), wanted, rtol=0, atol=1e-4)
     torch.testing.assert_close(tiny.logits(model.merge_and_unload()), wanted, rtol=0, atol=1e-4)
     merge(adapter, tied.student, tmp_path / "ours")

@@ -32,12 +32,6 @@ KEY = "base_model.model.lm_head.weight"
 Write = Callable[..., Path]
 
 
-def loaded(student: Path, adapter: Path, dtype: torch.dtype = torch.float32) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return PeftModel.from_pretrained(tiny.load_model(student, dtype), str(adapter)).eval()
-
-
 def adapter_of(case: Case, folder: Path, **changes: Any) -> tuple[Path, dict[str, torch.Tensor]]:
     tensors = tiny.with_whole_head(case.student, case.pairs, **changes)
     return tiny.save_adapter(folder / "adapter", case.student, tensors), tensors
@@ -63,10 +57,12 @@ def test_peft_live_merged_and_saved_again_is_the_truth(case: Case, tmp_path: Pat
     report = check_loads(adapter, case.student)
     assert report.replaced == ("lm_head",)
     assert report.keys == len(tensors)
-    model = loaded(case.student, adapter)
+    model = tiny.with_adapter(case.student, adapter)
     live = tiny.logits(model)
     model.save_pretrained(str(tmp_path / "again"))
-    torch.testing.assert_close(tiny.logits(loaded(case.student, tmp_path / "again")), live, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        tiny.logits(tiny.with_adapter(case.student, tmp_path / "again")), live, rtol=0, atol=1e-5
+    )
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged.lm_head.weight, tensors[KEY], rtol=0, atol=1e-6)
     torch.testing.assert_close(tiny.logits(merged), live, rtol=0, atol=1e-4)
@@ -76,8 +72,10 @@ def test_peft_live_merged_and_saved_again_is_the_truth(case: Case, tmp_path: Pat
     merged.save_pretrained(str(tmp_path / "merged"))
     torch.testing.assert_close(tiny.logits(tiny.load_model(tmp_path / "merged")), live, rtol=0, atol=1e-4)
     only_head = tiny.save_adapter(tmp_path / "head", case.student, silent(tensors))
-    assert (tiny.logits(loaded(case.student, only_head)) - live).abs().max() > 1e-2
-    assert (tiny.logits(loaded(case.student, only_head)) - tiny.logits(tiny.load_model(case.student))).abs().max() > 0.1
+    assert (tiny.logits(tiny.with_adapter(case.student, only_head)) - live).abs().max() > 1e-2
+    assert (
+        tiny.logits(tiny.with_adapter(case.student, only_head)) - tiny.logits(tiny.load_model(case.student))
+    ).abs().max() > 0.1
 
 
 def test_our_merge_replaces_the_head(case: Case, tmp_path: Path) -> None:
@@ -103,8 +101,8 @@ def test_a_pair_of_full_rank_says_the_same(case: Case, tmp_path: Path) -> None:
     full = tiny.save_adapter(tmp_path / "full", case.student, body | exact)
     configuration = json.loads((full / "adapter_config.json").read_text())
     assert configuration["rank_pattern"]["lm_head"] == configuration["alpha_pattern"]["lm_head"] == base.shape[1]
-    found = tiny.logits(loaded(case.student, full))
-    torch.testing.assert_close(found, tiny.logits(loaded(case.student, adapter)), rtol=0, atol=1e-4)
+    found = tiny.logits(tiny.with_adapter(case.student, full))
+    torch.testing.assert_close(found, tiny.logits(tiny.with_adapter(case.student, adapter)), rtol=0, atol=1e-4)
 
 
 def test_peft_fills_the_base_weight_without_a_word_where_the_entry_is_missing(dense: Case, tmp_path: Path) -> None:
@@ -113,7 +111,7 @@ def test_peft_fills_the_base_weight_without_a_word_where_the_entry_is_missing(de
     configuration = json.loads((adapter / "adapter_config.json").read_text())
     assert configuration.pop("modules_to_save") == ["lm_head"]
     (adapter / "adapter_config.json").write_text(json.dumps(configuration))
-    model = loaded(dense.student, adapter)
+    model = tiny.with_adapter(dense.student, adapter)
     assert torch.equal(model.get_base_model().lm_head.weight, tensors[KEY])  # not even disabling the adapter helps
     for check in (check_loads, merge):
         arguments = [tmp_path / "out"] if check is merge else []
@@ -311,7 +309,12 @@ def test_the_configuration_is_rebuilt(case: Case, tmp_path: Path) -> None:
 def test_in_a_bf16_model_a_head_in_fp32_is_rounded_on_load(dense: Case, tmp_path: Path) -> None:
     """Why the student's dtype is the one to store: PEFT keeps a replaced module in the model's own."""
     adapter, tensors = adapter_of(dense, tmp_path)
-    head = loaded(dense.student, adapter, torch.bfloat16).get_base_model().lm_head.modules_to_save["default"].weight
+    head = (
+        tiny.with_adapter(dense.student, adapter, torch.bfloat16)
+        .get_base_model()
+        .lm_head.modules_to_save["default"]
+        .weight
+    )
     assert head.dtype is torch.bfloat16
     assert torch.equal(head, tensors[KEY].to(torch.bfloat16))
     with warnings.catch_warnings():

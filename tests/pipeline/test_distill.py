@@ -17,7 +17,7 @@ from moe_svd_distill.errors import (
     MissingInputError,
     NothingToTransferError,
 )
-from moe_svd_distill.families.registry import families
+
 from moe_svd_distill.pipeline.distill import distill, load_adapter
 from moe_svd_distill.pipeline.pair import open_model
 from moe_svd_distill.recipe import Recipe
@@ -25,7 +25,7 @@ from tests.support.models import load, logits, saved
 from tests.support.pairs import planted_pair, recipe_for, with_tensors
 
 
-@pytest.mark.parametrize("model_type", sorted(families()))
+@pytest.mark.parametrize("model_type", ["glm4_moe", "llama", "mixtral", "qwen3", "qwen3_moe"])
 def test_a_full_rank_adapter_of_a_planted_student_reproduces_the_teacher(model_type: str, tmp_path: Path) -> None:
     from peft import PeftModel
 

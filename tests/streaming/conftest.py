@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from transformers.utils import logging
 
 from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint
-from moe_svd_distill.families.registry import families
 from tests.adapter import tiny
 
 logging.set_verbosity_error()
@@ -58,7 +57,7 @@ def make_case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]
     return make
 
 
-@pytest.fixture(params=sorted(families()))
+@pytest.fixture(params=["glm4_moe", "llama", "mixtral", "qwen3", "qwen3_moe"])
 def case(request: pytest.FixtureRequest, make_case: Callable[[str], Case]) -> Case:
     """One family after the other."""
     return make_case(request.param)

@@ -34,7 +34,7 @@ def build_configuration(
         revision: The student's revision on the hub.
 
     Raises:
-        BadDataError: A pair of tied embeddings, or no pair at all.
+        BadDataError: A pair of tied embeddings, no pair at all, or a head with a bias that is to be saved whole.
     """
     architecture = keys.architecture
     targets = [keys.targets[name] for name in keys.targets if name in ranks]
@@ -44,6 +44,11 @@ def build_configuration(
             "Add pairs, of zeros if need be, or save the head as a pair of full rank",
         )
     refuse_tied(architecture, (name for target in targets for name in target.names), whole_head)
+    if whole_head and getattr(architecture.head_slot.module, "bias", None) is not None:
+        raise BadDataError(
+            f"{architecture.head} has a bias beside it, which PEFT wants saved whole as well",
+            "Save the head as a LoRA pair (of full rank if need be)",
+        )
     every = [name for name, _ in architecture.skeleton.model.named_modules()], list(architecture.skeleton.slots)
     configuration = _configuration(targets, ranks, base_model, revision)
     for place, names in zip(("target_modules", "target_parameters"), every, strict=True):
