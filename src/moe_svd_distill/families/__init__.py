@@ -1,6 +1,5 @@
-"""What the tensors of an architecture mean, one declarative entry per family."""
+"""What the adapter room still asks of a family; the meaning of tensors is in `roles`."""
 
 from moe_svd_distill.families.family import Axis, Carrier, Family, Geometry, TensorRole
-from moe_svd_distill.families.layout import Meaning, ModelLayout, read_layout
 
-__all__ = ["Axis", "Carrier", "Family", "Geometry", "Meaning", "ModelLayout", "TensorRole", "read_layout"]
+__all__ = ["Axis", "Carrier", "Family", "Geometry", "TensorRole"]
