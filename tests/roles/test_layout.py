@@ -214,6 +214,8 @@ def test_contradictions_are_one_line(remove: str | None, change: dict[str, objec
 def test_what_the_table_does_not_have_is_named_and_refuses_nothing(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(saved("llama", tmp_path / "l"))
     shapes = {name.replace("self_attn", "memory"): info.shape for name, info in checkpoint.items()}
+    shapes["to_words.weight"] = shapes.pop("lm_head.weight")
+    shapes["model.rotary_emb.inv_freq"] = (4,)
     shapes["model.layers.0.mlp.up_proj.weight"] = shapes["model.layers.1.mlp.up_proj.weight"] = (48, 16)
     layout = read_layout(checkpoint.config | {"model_type": "something"}, shapes)
     assert layout.without_role["model.layers.0.memory.q_proj.weight"] == "the table of roles does not have it"
@@ -221,6 +223,8 @@ def test_what_the_table_does_not_have_is_named_and_refuses_nothing(tmp_path: Pat
         "48×16 is not that of dense.up, with a width of 32" in layout.without_role["model.layers.0.mlp.up_proj.weight"]
     )
     assert layout.find("dense.down", 1)
+    assert layout.without_role["to_words.weight"] == "the table of roles does not have it"
+    assert "recomputed" in layout.ignored["model.rotary_emb.inv_freq"]
     assert layout.parts_of("model.layers.0.memory.q_proj.weight") == ()
 
 

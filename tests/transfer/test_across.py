@@ -15,7 +15,7 @@ from moe_svd_distill.pipeline.pair import open_model, open_pair
 from moe_svd_distill.pipeline.preparation import plan_pair
 from tests.support import architectures
 from tests.support.models import save
-from tests.support.pairs import recipe_for, run_units, with_tensors
+from tests.support.pairs import delta, recipe_for, run_units, with_tensors
 
 TYPES = ("llama", "qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "gpt_oss")
 LATENT, DENSE, SHARED = {"deepseek_v3"}, {"llama"}, {"deepseek_v3", "glm4_moe"}
@@ -137,6 +137,44 @@ def test_linear_attention_has_no_role_and_the_rest_of_the_layer_goes_on(tmp_path
     mixed = plan_of(folder, architectures.saved("qwen3_moe", tmp_path / "q", seed=3))
     reasons = {task.reason for unit in mixed.units for task in unit.tasks if task.role == "attention.q"}
     assert "teacher layer 1 has attention with a gated output, this layer attention" in reasons
+
+
+FOLDED: dict[str, dict[str, str | None]] = {  # matrix of layer 1 to the norm before it
+    "gemma2": {
+        "self_attn.q_proj.weight": "input_layernorm",
+        "self_attn.o_proj.weight": None,
+        "mlp.gate_proj.weight": "pre_feedforward_layernorm",
+    },
+    "glm4": {"self_attn.v_proj.weight": "input_layernorm", "mlp.gate_up_proj.weight.up": "post_attention_layernorm"},
+    "olmo2": {"self_attn.q_proj.weight": None, "mlp.up_proj.weight": None},
+    "phi3": {
+        "self_attn.qkv_proj.weight.k": "input_layernorm",
+        "mlp.gate_up_proj.weight.gate": "post_attention_layernorm",
+    },
+    "deepseek_v3": {
+        "self_attn.q_b_proj.weight": "self_attn.q_a_layernorm",
+        "mlp.gate.weight": "post_attention_layernorm",
+    },
+}
+
+
+@pytest.mark.parametrize("model_type", sorted(FOLDED))
+def test_the_gain_of_the_norm_before_a_matrix_is_folded_and_no_other(model_type: str, tmp_path: Path) -> None:
+    folders = [architectures.saved(model_type, tmp_path / str(seed), seed=seed) for seed in (1, 2)]
+    values = {"rank": "full", "dtype": "float32", "alignment": "none", "experts": {"assignment": "index"}}
+    contents = run_units(recipe_for(*folders, tmp_path / "o", **values))
+    teacher, student = (open_model(str(folder)) for folder in folders)
+    one_more = 1.0 if model_type == "gemma2" else 0.0
+    for below, norm in FOLDED[model_type].items():
+        name = f"model.layers.1.{below}"
+        view = student.layout.meanings[name].view
+        own, wanted = (view.within(model.checkpoint.read(view.stored)) for model in (student, teacher))
+        gains = torch.ones(2, own.shape[1])
+        if norm is not None:
+            stored = f"model.layers.1.{norm}.weight"
+            gains = torch.stack([model.checkpoint.read(stored) + one_more for model in (student, teacher)])
+            assert not torch.allclose(gains[0], gains[1], atol=1e-2)
+        assert torch.allclose((own + delta(contents, name)) * gains[0], wanted * gains[1], atol=1e-5), name
 
 
 def test_quantised_experts_of_one_tensor_give_what_their_plain_copies_give(tmp_path: Path) -> None:

@@ -157,6 +157,7 @@ def make_record(
         "units": [{key: value for key, value in unit.items() if key != "tensors"} for unit in units],
         "ignored_student_tensors": _ignored(pair.student, plan),
         "unused_teacher_tensors": dict(plan.unused_teacher) if plan else {},
+        "notes": list(plan.notes) if plan else [],
         "execution": {
             "workers": settings.workers,
             "devices": list(settings.devices),

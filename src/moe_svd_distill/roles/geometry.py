@@ -46,8 +46,8 @@ class Geometry:
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of config.json about the text model: nested in a multimodal wrapper's, or all of it."""
-    nested = config.get("text_config")
-    return nested if isinstance(nested, Mapping) else config
+    nested = (config.get(key) for key in ("text_config", "llm_config", "language_config"))
+    return next((part for part in nested if isinstance(part, Mapping)), config)
 
 
 def declared(text: Mapping[str, Any], keys: Iterable[str]) -> int:

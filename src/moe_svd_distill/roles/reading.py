@@ -11,6 +11,7 @@ from typing import Any
 
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.roles import table
+from moe_svd_distill.roles.completeness import find_faults
 from moe_svd_distill.roles.geometry import (
     EXPERTS,
     HEADS,
@@ -30,14 +31,7 @@ from moe_svd_distill.roles.table import ROLES, Axis
 from moe_svd_distill.roles.view import TensorView
 
 NUMBER = re.compile(r"(?P<list>(?:[^.]+\.)*?[^.]+)\.(?P<layer>\d+)\.(?P<below>.+)")
-UNKNOWN = "the table of roles does not have it"
 _FETCH = "Download the model again, or repair config.json"
-# Where other layers have the second beside the first, a layer without it is not whole.
-TOGETHER = (
-    *(("attention.q", "attention.o"), ("attention.o", "attention.q"), ("attention.kv_a", "attention.kv_b")),
-    *(("dense.up", "dense.down"), ("dense.down", "dense.up"), ("dense.down", "dense.gate")),
-    *(("shared.down", "shared.gate"), ("shared.down", "shared.up"), ("experts.down", "router")),
-)
 
 
 def read_layout(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> ModelLayout:
@@ -74,12 +68,15 @@ class _Reading:
             elif name in ends:
                 self.meanings[name] = Meaning(ends[name], None, None, TensorView(name), self.shapes[name])
             else:
-                self.without[name] = UNKNOWN
+                self.without[name] = table.UNKNOWN
         for layer, names in sorted(inside.items()):
             self._read_layer(layer, names)
         self._set_routers_aside()
-        faults = [] if tied or "head" in by_role else ["no head is stored, and config.json does not tie the embeddings"]
-        faults += self._faults(len(inside))
+        layers_of_rest = {self._layer_of(name) for name in self.without}
+        faults = list(find_faults(self.meanings.values(), layers_of_rest, len(inside), self.text))
+        like_a_head = any(self.shapes[name] == (vocabulary, self.hidden) for name in self.without)
+        if not (tied or "head" in by_role or like_a_head):
+            faults.append("no head is stored, and config.json does not tie the embeddings")
         if faults:
             more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
             raise BadDataError(faults[0] + more, _FETCH)
@@ -99,7 +96,7 @@ class _Reading:
         for name in self.shapes:
             match = NUMBER.fullmatch(name)
             path, below = (match["list"], match["below"]) if match else (name, "")
-            if reason := _reason_to_ignore(f"{path}.") or _reason_to_ignore(f".{below}"):
+            if reason := table.reason_to_ignore(f"{path}.") or table.reason_to_ignore(f".{below or name}"):
                 self.ignored[name] = reason
             elif match:
                 lists[path][int(match["layer"])][below] = name
@@ -149,16 +146,16 @@ class _Reading:
 
     def _read_layer(self, layer: int, names: Mapping[str, str]) -> None:
         """Every tensor of a layer; ``names`` is the name below the layer to the hub name."""
-        signs = {sign for below in names for sign in _signs(below)}
+        signs = {sign for below in names for sign in table.signs_of(below)}
         for below, name in names.items():
-            roles, expert = _inside_role(below)
+            roles, expert = table.roles_of(below)
             if below.startswith("self_attn.") and "linear attention" in signs:
                 self.without[name] = "linear attention has no role"
                 continue
             if roles == ("norm.mlp",) and below.startswith("post_") and "norms after" in signs:
                 roles = ("norm.attention_output",)
             if not roles:
-                self.without[name] = _reason_without_role(below)
+                self.without[name] = table.reason_without_role(below)
                 continue
             found = list(self._parts(roles, name, self.shapes[name], names, signs))
             wrong = next((reason for m in found if (reason := _misfit(m[0], m[2], self.hidden))), None)
@@ -217,40 +214,13 @@ class _Reading:
     def _is_transposed(self, beside: Mapping[str, str]) -> bool:
         """Whether the experts of a layer, stored as one tensor, are (in, out); a square tensor does not say it."""
         for below, name in beside.items():
-            shape, roles = self.shapes[name], _inside_role(below)[0]
+            shape, roles = self.shapes[name], table.roles_of(below)[0]
             if len(shape) == 3 and shape[1] != shape[2] and roles:
                 if roles[-1].endswith((".gate", ".up")):
                     return shape[1] == self.hidden
                 if roles[-1].endswith(".down"):
                     return shape[2] == self.hidden
         return False
-
-    def _faults(self, layers: int) -> Iterator[str]:
-        present: dict[str, set[int]] = defaultdict(set)
-        experts: dict[tuple[str, int], set[int]] = defaultdict(set)
-        for m in self.meanings.values():
-            if m.layer is not None:
-                present[m.role].add(m.layer)
-                if m.expert is not None:
-                    experts[m.role, m.layer].add(m.expert)
-        seen = {m.layer for m in self.meanings.values()} | {self._layer_of(name) for name in self.without}
-        yield from (f"layer {layer} is missing" for layer in range(layers) if layer not in seen)
-        for one, other in TOGETHER:
-            if present[one] & present[other]:
-                lacking = sorted(present[one] - present[other])
-                yield from (f"layer {layer} has no {other}, which other layers have beside {one}" for layer in lacking)
-        given = {key: value for key in EXPERTS if type(value := self.text.get(key)) is int}
-        routers = {m.layer: m.shape[0] for m in self.meanings.values() if m.role == "router"}
-        for layer in sorted(present["experts.down"]):
-            count, rows = max(experts["experts.down", layer]) + 1, routers.get(layer, 0)
-            if given and count not in given.values():
-                if rows not in given.values():
-                    key, value = next(iter(given.items()))
-                    yield f"config.json: {key} is {value}, but layer {layer} has {count} experts"
-                count = max(count, rows)
-            for (role, at), found in experts.items():
-                if at == layer and (left := set(range(count)) - found):
-                    yield f"layer {layer}: {role} of expert {min(left)} is missing"
 
     def _layer_of(self, name: str) -> int | None:
         match = NUMBER.fullmatch(name)
@@ -262,9 +232,7 @@ class _Reading:
     def _geometry(self, layers: int, vocabulary: int, tied: bool) -> Geometry:
         shape = {m.role: m.shape for m in reversed(self.meanings.values())}
         heads = declared(self.text, HEADS)
-        experts: dict[int | None, int] = defaultdict(int)
-        for m in self.meanings.values():
-            experts[m.layer] += m.role == "experts.down"
+        experts = Counter(m.layer for m in self.meanings.values() if m.role == "experts.down")
         most = max(experts.values(), default=0)
         return Geometry(
             layers=layers,
@@ -279,35 +247,6 @@ class _Reading:
             expert_neurons=shape.get("experts.down", (0, 0))[1],
             tied_embeddings=tied,
         )
-
-
-@lru_cache(maxsize=1 << 16)
-def _inside_role(below: str) -> tuple[tuple[str, ...], int | None]:
-    """The roles that a name below a layer may hold, and the expert it names."""
-    for pattern, roles in table.IN_LAYERS:
-        if match := pattern.fullmatch(below):
-            expert = match.groupdict().get("expert")
-            return tuple(match.expand(roles).split()), None if expert is None else int(expert)
-    if not below.endswith(".bias"):
-        return (), None
-    owners, number = _inside_role(below.removesuffix("bias") + "weight")
-    owner = owners[0] if len(owners) == 1 else "".join(owners[:1]).partition(".")[0]
-    return ((f"{owner}.bias",) if owner else ()), number
-
-
-@lru_cache(maxsize=1 << 16)
-def _signs(below: str) -> tuple[str, ...]:
-    """What a name says of the others in its layer."""
-    return tuple(sign for sign, pattern in table.SIGNS.items() if pattern.fullmatch(below))
-
-
-@lru_cache(maxsize=1 << 16)
-def _reason_to_ignore(name: str) -> str | None:
-    return next((reason for pattern, reason in table.IGNORED if pattern.fullmatch(name)), None)
-
-
-def _reason_without_role(below: str) -> str:
-    return next((reason for pattern, reason in table.NO_ROLE if pattern.fullmatch(below)), UNKNOWN)
 
 
 @lru_cache(maxsize=1 << 10)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 
 class Axis(StrEnum):
@@ -183,3 +184,35 @@ NO_ROLE = (
     ),
 )
 """Below the layer: kinds of tensors without a counterpart across architectures."""
+UNKNOWN = "the table of roles does not have it"
+
+
+@lru_cache(maxsize=1 << 16)
+def roles_of(below: str) -> tuple[tuple[str, ...], int | None]:
+    """The roles that a name below a layer may hold, and the expert it names."""
+    for pattern, roles in IN_LAYERS:
+        if match := pattern.fullmatch(below):
+            expert = match.groupdict().get("expert")
+            return tuple(match.expand(roles).split()), None if expert is None else int(expert)
+    if not below.endswith(".bias"):
+        return (), None
+    owners, number = roles_of(below.removesuffix("bias") + "weight")
+    owner = owners[0] if len(owners) == 1 else "".join(owners[:1]).partition(".")[0]
+    return ((f"{owner}.bias",) if owner else ()), number
+
+
+@lru_cache(maxsize=1 << 16)
+def signs_of(below: str) -> tuple[str, ...]:
+    """What a name says of the others in its layer."""
+    return tuple(sign for sign, pattern in SIGNS.items() if pattern.fullmatch(below))
+
+
+@lru_cache(maxsize=1 << 16)
+def reason_to_ignore(name: str) -> str | None:
+    """Why no text model uses a tensor; None if it may."""
+    return next((reason for pattern, reason in IGNORED if pattern.fullmatch(name)), None)
+
+
+def reason_without_role(below: str) -> str:
+    """Why a name below a layer has no role."""
+    return next((reason for pattern, reason in NO_ROLE if pattern.fullmatch(below)), UNKNOWN)
