@@ -52,7 +52,8 @@ class RowShape:
         """With the sequences as a dimension of their own, in front."""
         assert self.dim is not None
         moved = tensor.movedim(self.dim, 0)
-        return moved.reshape(-1, self.shape[self.dim], *moved.shape[1:])
+        each = self.shape[self.dim]
+        return moved.reshape(len(moved) // each, each, *moved.shape[1:])
 
     def join(self, tensor: Tensor) -> Tensor:
         """What `split` takes apart."""
@@ -114,7 +115,8 @@ class Gate:
         rows = []
         for tensor, shape in zip(recorded, self.structure.shapes, strict=True):
             flat = tensor.contiguous().flatten(1).view(torch.uint8)
-            rows.append(torch.nn.functional.pad(flat, (0, shape.bytes - flat.shape[1])))
+            lacking = shape.bytes - flat.shape[1]
+            rows.append(torch.nn.functional.pad(flat, (0, lacking)) if lacking else flat)
         return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
 
     def unpack(self, packed: Tensor) -> list[Tensor]:
@@ -190,6 +192,8 @@ class Layout:
             if learn and not self.knows(index + 1):
                 self._gates[index + 1].set_exception(error)  # other threads may be waiting for it
             raise
+        finally:
+            shell.output = None
         return self.gate(index + 1).take(call, len(ids))
 
     def encode(self, index: int) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Shell:
         self._decoder = replicate(skeleton.decoder, device, gates)
         self._name, self._count = type(skeleton.decoder).__name__, len(skeleton.originals)
         self._next = 0
-        self._act: Callable[[int, Call], Any] = lambda index, call: None
+        self._act: Callable[[int, Call], Any] = _no_layer
 
     def run(
         self,
@@ -86,12 +86,18 @@ class Shell:
             output = self._decoder(input_ids=ids, use_cache=False)
         except _ReachedError as reached:
             return reached.call
+        finally:
+            self._act = _no_layer
         states: Any = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
         if self._next != self._count:
             raise IncompatiblePairError(f"{self._name} runs {self._next} of its {self._count} layers", _REPORT)
         if states.ndim != 3 or states.shape[:2] != ids.shape:
             raise IncompatiblePairError(f"{self._name} ends in states of shape {tuple(states.shape)}", _REPORT)
         return states
+
+
+def _no_layer(index: int, call: Call) -> Any:
+    raise AssertionError(f"layer {index} is run from outside")
 
 
 class _Gate(ModuleProxy):

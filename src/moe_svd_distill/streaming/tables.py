@@ -35,10 +35,10 @@ class Rows:
         self._seen = torch.zeros(len(self._stored), dtype=torch.bool)
 
     def read(self, ids: Tensor) -> Tensor:
-        """Rows of some ids (n,) on the CPU, in the type they are computed with, (n, d)."""
+        """Rows of ids of any shape (…) on the CPU, in the type they are computed with, (…, d)."""
         self._seen[ids] = True
         rows = self._stored[ids].to(self._dtype)
-        return rows if self._change is None else rows + self._change(ids).to(rows)
+        return rows if self._change is None else rows + self._change(ids.flatten()).view(rows.shape).to(rows)
 
     @property
     def bytes_read(self) -> int:
@@ -69,9 +69,7 @@ class StoredTable(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _EMBEDDING and isinstance(args[1], cls):
-            ids, table = args[:2]
-            present, places = torch.unique(ids, return_inverse=True)
-            return _EMBEDDING(places, table.rows.read(present.cpu()).to(ids.device))
+            return args[1].rows.read(args[0].cpu()).to(args[0].device)
         if func is Tensor.detach:
             return args[0]
         found = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
