@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_svd_distill.errors import IncompatiblePairError
 from moe_svd_distill.streaming.gates import Call, Shell
@@ -265,7 +265,35 @@ class Layout:
                     f"{self._name} gives layer {index + 1} values of shape {shape.shape} that belong to no sequence",
                     _REPORT,
                 )
-        self._gates[index + 1].set_result(Gate(paths, structure))
+        gate = Gate(paths, structure)
+        self._check_nothing_is_kept(shell, ids, index, recorded, output, here, gate)
+        self._gates[index + 1].set_result(gate)
+
+    def _check_nothing_is_kept(
+        self,
+        shell: Shell,
+        ids: Tensor,
+        index: int,
+        recorded: Sequence[Tensor],
+        output: tuple[Any, list[Tensor]],
+        found: tuple[Any, list[Tensor]],
+        gate: Gate,
+    ) -> None:
+        """With the same output of a layer, other outputs before it must change nothing in what the next one is given."""
+        before, layer = self.gate(index), shell.layers[index]
+        shell.layers[index] = _Answer(unflatten(output[0], iter(output[1])))
+        try:
+            noise = self._placeholder(len(ids), ids.device, 1)
+            again = shell.run(ids, index, index + 1, noise, lambda call: before.put(call, recorded))
+        finally:
+            shell.layers[index] = layer
+        for path, value in zip(gate.paths, unflatten(found[0], iter(found[1])), strict=True):
+            tensors, others = flatten(value), flatten(at(again, path))
+            # What layers leave in containers is not there, because none has run.
+            if tensors[0] == others[0] and not all(map(torch.equal, tensors[1], others[1])):
+                raise IncompatiblePairError(
+                    f"{self._name} keeps outputs of layers to itself and uses them behind layer {index}", _REPORT
+                )
 
     def _structure(
         self,
@@ -285,6 +313,17 @@ class Layout:
                     f"What {self._name} gives a layer changes its form with the number of sequences", _REPORT
                 )
         return Structure(form, tuple(known))
+
+
+class _Answer(nn.Module):
+    """A layer whose output is known."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self._output = output
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        return self._output
 
 
 def decode_gate(found: Any) -> Gate:
