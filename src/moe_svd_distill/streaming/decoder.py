@@ -18,9 +18,9 @@ from moe_svd_distill.architecture.skeleton import EMBEDDING, ENDS, build_skeleto
 from moe_svd_distill.architecture.stored import CheckpointMap
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.execution.memory import MemoryWatch, give_back
-from moe_svd_distill.streaming.carried import Layout
 from moe_svd_distill.streaming.gates import Shell
 from moe_svd_distill.streaming.groups import Scales
+from moe_svd_distill.streaming.layout import Layout
 from moe_svd_distill.streaming.overlay import AdapterOverlay
 from moe_svd_distill.streaming.replicas import replicate
 from moe_svd_distill.streaming.result import LayerInputs
