@@ -21,7 +21,7 @@ from moe_svd_distill.streaming.gates import Shell
 from moe_svd_distill.streaming.layout import Layout
 from moe_svd_distill.streaming.tables import Rows, StoredTable
 from moe_svd_distill.streaming.trees import changed, flatten, put, unflatten
-from tests.support.models import saved
+from tests.support.models import load, saved
 
 CPU = torch.device("cpu")
 LAYERS, WIDTH, LENGTH = 4, 6, 5
@@ -230,3 +230,20 @@ def test_a_decoder_holds_no_table(tmp_path: Any) -> None:
     decoder = Decoder(open_checkpoint(saved("llama", tmp_path / "model")), (CPU,))
     assert isinstance(decoder.skeleton.embedding.weight, StoredTable)
     assert decoder.bytes_read == decoder.stored.bytes_of("ends")
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_a_change_of_the_embeddings_takes_effect(tmp_path: Any, on_disk: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the table stays in its file, and where it has to be in memory."""
+    folder = saved("llama", tmp_path / "model", dtype=torch.float32)
+    checkpoint = open_checkpoint(folder)
+    added = torch.randn(checkpoint["model.embed_tokens.weight"].shape, generator=torch.Generator().manual_seed(1))
+    if not on_disk:
+        monkeypatch.setattr("moe_svd_distill.streaming.decoder.stored_tables", lambda *_: {})
+    decoder = Decoder(checkpoint, (CPU,), embedding_change=lambda ids: added[ids])
+    decoder.enter_all()
+    whole = load(folder)
+    with torch.no_grad():
+        whole.model.embed_tokens.weight.add_(added)
+        expected = whole.model(input_ids=IDS, use_cache=False).last_hidden_state
+        torch.testing.assert_close(decoder.states(IDS), expected, rtol=1e-4, atol=1e-5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -87,7 +87,6 @@ def stored_tables(
     stored: CheckpointMap,
     device: torch.device,
     change: EmbeddingChange | None = None,
-    held: Collection[nn.Module] = (),
 ) -> dict[ParameterSlot, StoredTable]:
     """A table for every embedding around the layers that is stored plainly as one tensor.
 
@@ -97,7 +96,6 @@ def stored_tables(
         stored: Where their values lie.
         device: For look-ups on this device.
         change: What an adapter adds to the token embeddings.
-        held: Modules whose table has to be in memory nevertheless.
     """
     found: dict[ParameterSlot, StoredTable] = {}
     parts: tuple[Part, ...] = (TOKENS, ENDS)
@@ -108,7 +106,7 @@ def stored_tables(
             if not plain or not isinstance(slot.module, nn.Embedding) or slot.attribute != "weight":
                 continue
             name = source.pieces[0].hub_name
-            if checkpoint.stored.get(name) != checkpoint[name] or any(slot.module is module for module in held):
+            if checkpoint.stored.get(name) != checkpoint[name]:
                 continue
             rows = Rows(checkpoint, name, slot.dtype, change if part == TOKENS else None)
             found[slot] = StoredTable.of(rows, slot.shape, slot.dtype, device)
