@@ -103,6 +103,29 @@ def test_modules_saved_whole(tmp_path: Path, sequences: Ids, scale: float) -> No
         torch.testing.assert_close(head.logits(states), logits, **ROUNDING)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_pairs_of_the_embeddings_leave_the_table_in_its_file(tmp_path: Path, sequences: Ids, scale: float) -> None:
+    student = tiny.save_student(tmp_path / "student", "qwen3")
+    pairs = tiny.random_pairs(student, tiny.carried(student, embedding=True))
+    adapter = tiny.save_adapter(tmp_path / "adapter", student, pairs)
+    adapted = AdaptedStudent.load(resident(student), adapter)
+    adapted.set_live(dict.fromkeys(adapted.groups, scale))
+    states, _ = outcome(adapted.model, sequences)
+    result = stream_states(
+        open_checkpoint(student),
+        sequences,
+        tmp_path,
+        SETTINGS,
+        adapter=adapter,
+        scales=dict.fromkeys(adapted.groups, scale),
+    )
+    torch.testing.assert_close(result.rows(slice(None)), states, **ROUNDING)
+    table = open_checkpoint(student)["model.embed_tokens.weight"]
+    whole = sum(info.bytes for name, info in open_checkpoint(student).items() if name != "lm_head.weight")
+    unread = table.shape[0] - len(np.unique(sequences))
+    assert result.record.bytes_read == whole - unread * table.bytes // table.shape[0]
+
+
 def other(folder: Path, model_type: str, **changes: Any) -> Path:
     """A model of any architecture with random weights."""
     torch.manual_seed(0)

@@ -1,26 +1,18 @@
-"""What has to be recorded at each gate so that a decoder can go on from there: found by trying, not declared.
-
-A value at a gate either follows from the token ids alone, then it is computed again whenever it is needed; or it
-depends on what layers have returned or left in containers, then it is carried from gate to gate. Two runs on different
-placeholders in place of all layers tell them apart. Runs on one and on two sequences tell which dimension of a carried
-tensor counts the sequences, so that it can be stored sequence by sequence.
-"""
+"""What is carried from layer to layer, as data: where it lies, its form, and its bytes sequence by sequence."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_svd_distill.errors import IncompatiblePairError
-from moe_svd_distill.streaming.gates import Call, Shell
-from moe_svd_distill.streaming.trees import Path, at, changed, flatten, put, unflatten
+from moe_svd_distill.streaming.gates import Call
+from moe_svd_distill.streaming.trees import Path, at, flatten, put, unflatten
 
 _ALIGNMENT = 16
 
@@ -52,7 +44,8 @@ class RowShape:
         """With the sequences as a dimension of their own, in front."""
         assert self.dim is not None
         moved = tensor.movedim(self.dim, 0)
-        return moved.reshape(-1, self.shape[self.dim], *moved.shape[1:])
+        each = self.shape[self.dim]
+        return moved.reshape(len(moved) // each, each, *moved.shape[1:])
 
     def join(self, tensor: Tensor) -> Tensor:
         """What `split` takes apart."""
@@ -76,6 +69,23 @@ class Structure:
         """The tree for a number of sequences."""
         return unflatten(self.form, (value(shape.of(rows), shape.dtype) for shape in self.shapes))
 
+    def fits(self, form: Any, tensors: Sequence[Tensor], rows: int) -> bool:
+        """Whether a flattened tree is one of these for a number of sequences."""
+        return bool(form == self.form) and all(
+            shape.of(rows) == tuple(tensor.shape) and shape.dtype == tensor.dtype
+            for shape, tensor in zip(self.shapes, tensors, strict=True)
+        )
+
+    def encode(self) -> list[Any]:
+        """For JSON."""
+        return [self.form, [[s.shape, s.dim, str(s.dtype).removeprefix("torch.")] for s in self.shapes]]
+
+    @staticmethod
+    def decode(found: Any) -> Structure:
+        """What `encode` has made."""
+        form, shapes = found
+        return Structure(form, tuple(RowShape(tuple(shape), dim, getattr(torch, name)) for shape, dim, name in shapes))
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -95,11 +105,16 @@ class Gate:
         Raises:
             IncompatiblePairError: It is something else than for the first batch.
         """
-        form, tensors = flatten(tuple(at(call, path) for path in self.paths))
-        shapes = self.structure.shapes
-        if form != self.structure.form or not _fit(shapes, tensors, rows):
-            raise IncompatiblePairError("What a layer is given changes from batch to batch", _REPORT)
-        return [shape.split(tensor) for tensor, shape in zip(tensors, shapes, strict=True)]
+        form, tensors = flatten(self.values(call))
+        if not self.structure.fits(form, tensors, rows):
+            raise IncompatiblePairError(
+                "What a layer is given changes from batch to batch", "Report the architecture to the project"
+            )
+        return [shape.split(tensor) for tensor, shape in zip(tensors, self.structure.shapes, strict=True)]
+
+    def values(self, call: Call) -> tuple[Any, ...]:
+        """What lies in its places."""
+        return tuple(at(call, path) for path in self.paths)
 
     def put(self, call: Call, recorded: Sequence[Tensor]) -> Call:
         """A layer's arguments with what was recorded in its places."""
@@ -114,7 +129,8 @@ class Gate:
         rows = []
         for tensor, shape in zip(recorded, self.structure.shapes, strict=True):
             flat = tensor.contiguous().flatten(1).view(torch.uint8)
-            rows.append(torch.nn.functional.pad(flat, (0, shape.bytes - flat.shape[1])))
+            lacking = shape.bytes - flat.shape[1]
+            rows.append(torch.nn.functional.pad(flat, (0, lacking)) if lacking else flat)
         return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
 
     def unpack(self, packed: Tensor) -> list[Tensor]:
@@ -128,183 +144,14 @@ class Gate:
             begin += shape.bytes
         return found
 
+    def encode(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"paths": [list(path) for path in self.paths], "values": self.structure.encode()}
+
+    @staticmethod
+    def decode(found: Any) -> Gate:
+        """What `encode` has made."""
+        return Gate(tuple(tuple(path) for path in found["paths"]), Structure.decode(found["values"]))
+
 
 NOTHING = Gate((), Structure(["tuple", []], ()))
-_REPORT = "Report the architecture to the project"
-
-
-class Layout:
-    """What is known so far about the outputs of layers and about what passes the gates.
-
-    Each gate is learnt once, on the first batch; other threads wait for that.
-    """
-
-    def __init__(self, name: str, layers: int) -> None:
-        self._name, self._layers = name, layers
-        self._outputs: list[Structure] = []
-        self._gates: list[Future[Gate]] = [Future() for _ in range(layers)]
-        self._gates[0].set_result(NOTHING)
-
-    def gate(self, index: int) -> Gate:
-        """What passes a gate, once it is known."""
-        return self._gates[index].result()
-
-    def knows(self, index: int) -> bool:
-        """Whether a gate is known."""
-        return self._gates[index].done()
-
-    def arguments(self, shell: Shell, ids: Tensor, index: int, recorded: Sequence[Tensor]) -> Call:
-        """What a layer is given for a batch."""
-        found = shell.run(ids, index, index, self._placeholder(len(ids), ids.device))
-        assert isinstance(found, tuple)
-        return self.gate(index).put(found, recorded)
-
-    def states(self, shell: Shell, ids: Tensor, begin: int, recorded: Sequence[Tensor]) -> Tensor:
-        """Run all layers from a gate on; what was recorded there (rows, …) to final states (rows, length, d)."""
-        found = self._run(shell, ids, begin, self._layers, recorded)
-        assert isinstance(found, Tensor)
-        return found
-
-    def step(
-        self, shell: Shell, ids: Tensor, index: int, recorded: Sequence[Tensor], *, learn: bool = False
-    ) -> list[Tensor]:
-        """Run one layer that is not the last; what was recorded at its gate to what is recorded at the next.
-
-        Args:
-            shell: With the layer.
-            ids: Token ids (rows, length).
-            index: The layer.
-            recorded: Of these sequences, (rows, …).
-            learn: Whether to find out what passes the next gate.
-
-        Raises:
-            IncompatiblePairError: The decoder does something that cannot be carried.
-        """
-        try:
-            call = self._run(shell, ids, index, index + 1, recorded)
-            assert isinstance(call, tuple)
-            if learn:
-                with torch.no_grad():
-                    self._learn(shell, ids, index, recorded, call)
-        except BaseException as error:
-            if learn and not self.knows(index + 1):
-                self._gates[index + 1].set_exception(error)  # other threads may be waiting for it
-            raise
-        return self.gate(index + 1).take(call, len(ids))
-
-    def encode(self, index: int) -> dict[str, Any]:
-        """All that another process needs to go on from a gate, for JSON."""
-        gate = self.gate(index)
-        return {
-            "outputs": [_encode(structure) for structure in self._outputs[:index]],
-            "paths": [list(path) for path in gate.paths],
-            "values": _encode(gate.structure),
-        }
-
-    def decode(self, index: int, found: Any) -> None:
-        """Take over what another process has learnt up to a gate."""
-        self._outputs = [_decode(structure) for structure in found["outputs"]]
-        self._gates[index].set_result(decode_gate(found))
-
-    def _run(self, shell: Shell, ids: Tensor, begin: int, end: int, recorded: Sequence[Tensor]) -> Call | Tensor:
-        gate = self.gate(begin)
-        return shell.run(
-            ids, begin, end, self._placeholder(len(ids), ids.device), lambda call: gate.put(call, recorded)
-        )
-
-    def _placeholder(self, rows: int, device: torch.device, seed: int | None = None) -> Callable[[int], Any]:
-        def value(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            return torch.zeros((), dtype=dtype, device=device).expand(shape)
-
-        def noise(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            """Another one for each seed; without memory for more than the last dimension."""
-            if not dtype.is_floating_point:
-                return torch.full((), int(seed or 0), dtype=dtype, device=device).expand(shape)
-            return torch.randn(shape[-1:], generator=generator).to(device, dtype).expand(shape)
-
-        generator = torch.Generator().manual_seed(seed or 0)
-        return lambda index: self._outputs[index].filled(rows, value if seed is None else noise)
-
-    def _learn(self, shell: Shell, ids: Tensor, index: int, recorded: Sequence[Tensor], call: Call) -> None:
-        rows, output, before = len(ids), flatten(shell.output), self.gate(index)
-
-        @cache
-        def trials() -> list[tuple[Any, Call]]:
-            """The layer's output and the next one's arguments for one sequence and for two."""
-            found = []
-            for count in (1, 2):
-                few = [torch.cat([tensor[:1]] * count) if rows < count else tensor[:count] for tensor in recorded]
-                some = torch.cat([ids[:1]] * count) if rows < count else ids[:count]
-                reached = self._run(shell, some, index, index + 1, few)
-                assert isinstance(reached, tuple)
-                found.append((shell.output, reached))
-            return found
-
-        known = self._outputs[-1].shapes if self._outputs and self._outputs[-1].form == output[0] else None
-        self._outputs.append(self._structure(output, known, rows, lambda: [flatten(trial[0]) for trial in trials()]))
-        others = []
-        for seed in (0, 1):
-            found = shell.run(ids, index + 1, index + 1, self._placeholder(rows, ids.device, seed))
-            assert isinstance(found, tuple)
-            others.append(found)
-        paths = tuple(changed(call, tuple(others)))
-
-        def values(reached: Call) -> tuple[Any, list[Tensor]]:
-            return flatten(tuple(at(reached, path) for path in paths))
-
-        here = values(call)
-        known = before.structure.shapes if before.paths == paths and before.structure.form == here[0] else None
-        structure = self._structure(here, known, rows, lambda: [values(trial[1]) for trial in trials()])
-        for shape in structure.shapes:
-            if shape.dim is None:
-                raise IncompatiblePairError(
-                    f"{self._name} gives layer {index + 1} values of shape {shape.shape} that belong to no sequence",
-                    _REPORT,
-                )
-        self._gates[index + 1].set_result(Gate(paths, structure))
-
-    def _structure(
-        self,
-        found: tuple[Any, list[Tensor]],
-        known: Sequence[RowShape] | None,
-        rows: int,
-        trials: Callable[[], list[tuple[Any, list[Tensor]]]],
-    ) -> Structure:
-        """The structure of a flattened tree: as known before where that fits, else from one sequence and two."""
-        form, tensors = found
-        if known is None or not _fit(known, tensors, rows):
-            one, two = trials()
-            same = one[0] == two[0] == form
-            known = [_row_shape(*pair) for pair in zip(one[1], two[1], strict=True)] if same else []
-            if len(known) != len(tensors) or not _fit(known, tensors, rows):
-                raise IncompatiblePairError(
-                    f"What {self._name} gives a layer changes its form with the number of sequences", _REPORT
-                )
-        return Structure(form, tuple(known))
-
-
-def decode_gate(found: Any) -> Gate:
-    """The gate of what `Layout.encode` has made."""
-    return Gate(tuple(tuple(path) for path in found["paths"]), _decode(found["values"]))
-
-
-def _fit(shapes: Sequence[RowShape], tensors: Sequence[Tensor], rows: int) -> bool:
-    return all(
-        shape.of(rows) == tuple(tensor.shape) and shape.dtype == tensor.dtype
-        for shape, tensor in zip(shapes, tensors, strict=True)
-    )
-
-
-def _row_shape(one: Tensor, two: Tensor) -> RowShape:
-    grown = [dim for dim, (few, more) in enumerate(zip(one.shape, two.shape, strict=False)) if few != more]
-    return RowShape(tuple(one.shape), grown[0] if len(grown) == 1 else None, one.dtype)
-
-
-def _encode(structure: Structure) -> list[Any]:
-    names = [str(shape.dtype).removeprefix("torch.") for shape in structure.shapes]
-    return [structure.form, [[s.shape, s.dim, name] for s, name in zip(structure.shapes, names, strict=True)]]
-
-
-def _decode(found: Any) -> Structure:
-    form, shapes = found
-    return Structure(form, tuple(RowShape(tuple(shape), dim, getattr(torch, name)) for shape, dim, name in shapes))

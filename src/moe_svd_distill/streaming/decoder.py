@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,9 @@ from moe_svd_distill.architecture.skeleton import EMBEDDING, ENDS, build_skeleto
 from moe_svd_distill.architecture.stored import CheckpointMap
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.execution.memory import MemoryWatch, give_back
-from moe_svd_distill.streaming.carried import Layout
 from moe_svd_distill.streaming.gates import Shell
 from moe_svd_distill.streaming.groups import Scales
+from moe_svd_distill.streaming.layout import Layout
 from moe_svd_distill.streaming.overlay import AdapterOverlay
 from moe_svd_distill.streaming.replicas import replicate
 from moe_svd_distill.streaming.result import LayerInputs
@@ -74,14 +75,17 @@ class Decoder:
         self.layers = len(self.skeleton.originals)
         self.watch = MemoryWatch()
         overlay = None if adapter is None else AdapterOverlay(self.skeleton, adapter, scales, checkpoint.config)
-        held = [] if overlay is None else _saved_whole(self.skeleton.decoder)
-        self._tables = stored_tables(checkpoint, self.skeleton, self.stored, self.device, embedding_change, held)
+        self._tables = stored_tables(checkpoint, self.skeleton, self.stored, self.device, embedding_change)
         look = self.watch.look
         self._weights = Weights(checkpoint, self.skeleton, self.stored, overlay, self.device, look, self._tables)
         self.reader = Prefetcher(self._weights, self.device)
         self._here: set[int] = set()
         for part in (EMBEDDING, ENDS):
             self._weights.attach(part, self.reader.take(part))
+        if embedding_change is not None and not any(slot.part == EMBEDDING for slot in self._tables):
+            weight: Any = self.skeleton.embedding.weight
+            with torch.no_grad():
+                weight.add_(embedding_change(torch.arange(len(weight))).to(weight))
         self.shells = [Shell(self.skeleton, device) for device in devices]
         self.layout = Layout(type(self.skeleton.decoder).__name__, self.layers)
 
@@ -181,10 +185,3 @@ class Decoder:
             self.skeleton.clear(part)
         self.shells.clear()
         give_back()
-
-
-def _saved_whole(decoder: nn.Module) -> list[nn.Module]:
-    """Modules that an adapter holds a whole copy of, which may be mixed with the original."""
-    from peft.utils import ModulesToSaveWrapper
-
-    return [module.original_module for module in decoder.modules() if isinstance(module, ModulesToSaveWrapper)]

@@ -8,7 +8,7 @@ them gets what was recorded there, and at the gate behind them the forward ends.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,24 @@ Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named arguments of a layer."""
 
 
+class Reached(NamedTuple):
+    """A forward that has come to a gate.
+
+    Attributes:
+        call: What the layer there is given.
+        output: What the layer before it has returned, if it has run.
+    """
+
+    call: Call
+    output: Any
+
+
 class Shell:
     """A decoder on one device, without its layers; for one thread at a time.
 
     Attributes:
         device: Where it computes.
         layers: Number to layer, for those that are in memory.
-        output: What the last layer that ran has returned.
     """
 
     def __init__(self, skeleton: Skeleton, device: torch.device) -> None:
@@ -39,11 +50,10 @@ class Shell:
         }
         self.device = device
         self.layers: dict[int, nn.Module] = {}
-        self.output: Any = None
         self._decoder = replicate(skeleton.decoder, device, gates)
         self._name, self._count = type(skeleton.decoder).__name__, len(skeleton.originals)
         self._next = 0
-        self._act: Callable[[int, Call], Any] = lambda index, call: None
+        self._act: Callable[[int, Call], Any] = _no_layer
 
     def run(
         self,
@@ -52,7 +62,7 @@ class Shell:
         end: int,
         placeholder: Callable[[int], Any],
         given: Callable[[Call], Call] = lambda call: call,
-    ) -> Call | Tensor:
+    ) -> Reached | Tensor:
         """Run the layers from one gate to another.
 
         Args:
@@ -63,7 +73,7 @@ class Shell:
             given: Puts what was recorded at `begin` into the layer's arguments.
 
         Returns:
-            What the layer `end` is given, or the final hidden states (rows, length, d) behind the last one.
+            How far it has come; behind the last layer, the final hidden states (rows, length, d).
 
         Raises:
             IncompatiblePairError: The decoder does not run its layers one after the other.
@@ -74,24 +84,31 @@ class Shell:
                 raise IncompatiblePairError(f"{self._name} runs layer {index} where {self._next} was expected", _REPORT)
             self._next += 1
             if index == end:
-                raise _ReachedError(call)
+                raise _ReachedError(Reached(call, last.pop() if last else None))
             if index < begin:
                 return placeholder(index)
             arguments, keywords = given(call) if index == begin else call
-            self.output = self.layers[index](*arguments, **keywords)
-            return self.output
+            last[:] = [self.layers[index](*arguments, **keywords)]
+            return last[0]
 
+        last: list[Any] = []
         self._act, self._next = act, 0
         try:
             output = self._decoder(input_ids=ids, use_cache=False)
-        except _ReachedError as reached:
-            return reached.call
+        except _ReachedError as error:
+            return error.reached
+        finally:
+            self._act = _no_layer
         states: Any = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
         if self._next != self._count:
             raise IncompatiblePairError(f"{self._name} runs {self._next} of its {self._count} layers", _REPORT)
         if states.ndim != 3 or states.shape[:2] != ids.shape:
             raise IncompatiblePairError(f"{self._name} ends in states of shape {tuple(states.shape)}", _REPORT)
         return states
+
+
+def _no_layer(index: int, call: Call) -> Any:
+    raise AssertionError(f"layer {index} is run from outside")
 
 
 class _Gate(ModuleProxy):
@@ -107,6 +124,6 @@ class _Gate(ModuleProxy):
 class _ReachedError(Exception):
     """The forward has come to the gate where it ends."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, reached: Reached) -> None:
         super().__init__()
-        self.call = call
+        self.reached = reached

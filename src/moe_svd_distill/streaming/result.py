@@ -8,7 +8,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from moe_svd_distill.streaming.carried import NOTHING, Gate, decode_gate
+from moe_svd_distill.streaming.carried import NOTHING, Gate
 from moe_svd_distill.streaming.settings import PassRecord
 from moe_svd_distill.streaming.states_file import StatesFile
 
@@ -25,7 +25,7 @@ class LayerInputs:
         self.layer = layer
         self._file = None if path is None else StatesFile(path)
         self.layout = None if self._file is None else self._file.body["layout"]
-        self._gate: Gate = NOTHING if self._file is None else decode_gate(self.layout)
+        self._gate: Gate = NOTHING if self._file is None else Gate.decode(self.layout)
 
     def rows(self, rows: slice) -> list[Tensor]:
         """Of some sequences, (rows, …), as private views on the file."""

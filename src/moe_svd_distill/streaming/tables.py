@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,10 +35,10 @@ class Rows:
         self._seen = torch.zeros(len(self._stored), dtype=torch.bool)
 
     def read(self, ids: Tensor) -> Tensor:
-        """Rows of some ids (n,) on the CPU, in the type they are computed with, (n, d)."""
+        """Rows of ids of any shape (…) on the CPU, in the type they are computed with, (…, d)."""
         self._seen[ids] = True
         rows = self._stored[ids].to(self._dtype)
-        return rows if self._change is None else rows + self._change(ids).to(rows)
+        return rows if self._change is None else rows + self._change(ids.flatten()).view(rows.shape).to(rows)
 
     @property
     def bytes_read(self) -> int:
@@ -69,9 +69,7 @@ class StoredTable(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _EMBEDDING and isinstance(args[1], cls):
-            ids, table = args[:2]
-            present, places = torch.unique(ids, return_inverse=True)
-            return _EMBEDDING(places, table.rows.read(present.cpu()).to(ids.device))
+            return args[1].rows.read(args[0].cpu()).to(args[0].device)
         if func is Tensor.detach:
             return args[0]
         found = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
@@ -89,7 +87,6 @@ def stored_tables(
     stored: CheckpointMap,
     device: torch.device,
     change: EmbeddingChange | None = None,
-    held: Collection[nn.Module] = (),
 ) -> dict[ParameterSlot, StoredTable]:
     """A table for every embedding around the layers that is stored plainly as one tensor.
 
@@ -99,7 +96,6 @@ def stored_tables(
         stored: Where their values lie.
         device: For look-ups on this device.
         change: What an adapter adds to the token embeddings.
-        held: Modules whose table has to be in memory nevertheless.
     """
     found: dict[ParameterSlot, StoredTable] = {}
     parts: tuple[Part, ...] = (TOKENS, ENDS)
@@ -110,7 +106,7 @@ def stored_tables(
             if not plain or not isinstance(slot.module, nn.Embedding) or slot.attribute != "weight":
                 continue
             name = source.pieces[0].hub_name
-            if checkpoint.stored.get(name) != checkpoint[name] or any(slot.module is module for module in held):
+            if checkpoint.stored.get(name) != checkpoint[name]:
                 continue
             rows = Rows(checkpoint, name, slot.dtype, change if part == TOKENS else None)
             found[slot] = StoredTable.of(rows, slot.shape, slot.dtype, device)
