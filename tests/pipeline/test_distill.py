@@ -17,7 +17,6 @@ from moe_svd_distill.errors import (
     MissingInputError,
     NothingToTransferError,
 )
-
 from moe_svd_distill.pipeline.distill import distill, load_adapter
 from moe_svd_distill.pipeline.pair import open_model
 from moe_svd_distill.recipe import Recipe
