@@ -25,7 +25,9 @@ def parameters(draw: st.DrawFn) -> tuple[list[Matrix], dict[str, Factors]]:
     ranks = draw(st.lists(st.integers(1, 3), min_size=sides, max_size=sides))
     rows, columns = (out * sides, width) if of_rows else (out, width * sides)
     shape = (experts, columns, rows) if transposed else (experts, rows, columns)
-    slot = ParameterSlot("p", nn.Module(), "p", shape, torch.float32, False, 0)
+    module = nn.Module()
+    module.is_transposed = transposed and draw(st.booleans())  # type: ignore[assignment]  # Llama 4 does not say so
+    slot = ParameterSlot("p", module, "p", shape, torch.float32, False, 0)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     matrices, factors = [], {}
     for expert in range(experts):
@@ -48,7 +50,7 @@ def test_peft_makes_the_products_of_every_matrix(drawn: tuple[list[Matrix], dict
     assert right.shape[0] == left.shape[1] == experts * rank
     # PEFT 0.21, ParamWrapper.get_delta_weight: einsum of B (out, r, E) and A (E, r, in)
     product = torch.einsum("ore,eri->eoi", left.view(len(left), rank, experts), right.view(experts, rank, -1))
-    change = product.mT if first.transposed else product
+    change = product.mT if first.transposed and not first.swapped_in_peft else product
     assert change.shape == first.slot.shape
     for matrix in matrices:
         wanted = factors[matrix.name][0] @ factors[matrix.name][1]

@@ -50,6 +50,10 @@ class Target:
         """What PEFT is told."""
         return self.parameter if self.as_parameter else self.module
 
+    def under_stored_names(self) -> Target:
+        """The same with a pair for each matrix, whatever PEFT makes of that."""
+        return replace(self, own_keys=True)
+
     def rank(self, rank_of: Callable[[str], int]) -> int:
         """The rank PEFT needs for it."""
         return fused_rank(self.matrices, rank_of) if self.matrices else rank_of(self.names[0])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moe_svd_distill.adapter.adapter_file import CONFIGURATION_FILE, adapter_header, read_json, read_tensor, shapes_of
@@ -116,6 +117,11 @@ class LowRankPairs(Mapping[str, LowRankPair]):
                 "Make adapter_config.json again with adapter-config",
             )
         return scale
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the factors are stored in."""
+        return self._factors(next(iter(self._places.values())))[0].dtype
 
     def parameter(self, name: str) -> str:
         """The parameter in memory that a matrix lies in."""

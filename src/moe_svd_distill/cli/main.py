@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": "Measure what an adapter does on held-out text, beside controls.",
     "verify": "Check an adapter's files and that PEFT really loads them.",
     "merge": "Write the student with the adapter merged in, shard by shard.",
+    "export": "Write an adapter in another layout, or for the student's class for text alone.",
     "adapter-config": "Rebuild adapter_config.json from an adapter's header alone.",
     "clean": "Delete the working files of a finished run.",
 }
