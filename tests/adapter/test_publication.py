@@ -5,19 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_svd_distill.adapter.publication import new_file, new_folder
+from moe_svd_distill.adapter.publication import new_folder
 from moe_svd_distill.errors import CannotWriteError
-
-
-def test_a_file_appears_at_the_end_with_its_mode(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    with new_file(path) as stream:
-        stream.write(b"new")
-        assert not path.exists()
-        assert len(list(tmp_path.iterdir())) == 1
-    assert path.read_bytes() == b"new"
-    assert path.stat().st_mode & 0o777 == 0o644
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_folder_appears_at_the_end_with_its_mode(tmp_path: Path) -> None:
@@ -32,24 +21,16 @@ def test_a_folder_appears_at_the_end_with_its_mode(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt()])
-def test_what_breaks_off_leaves_the_old_and_nothing_else(tmp_path: Path, error: BaseException) -> None:
-    path = tmp_path / "a.json"
-    path.write_bytes(b"old")
-    with suppress(RuntimeError, KeyboardInterrupt), new_file(path) as stream:
-        stream.write(b"new")
-        raise error
-    assert path.read_bytes() == b"old"
+def test_what_breaks_off_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
     with suppress(RuntimeError, KeyboardInterrupt), new_folder(tmp_path / "out") as folder:
         (folder / "a").write_text("x")
         raise error
-    assert list(tmp_path.iterdir()) == [path]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_refusal_of_the_system_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(CannotWriteError, match="cannot be written"), new_file(tmp_path / "missing" / "a.json"):
-        pass
     (tmp_path / "file").write_text("x")
-    with pytest.raises(CannotWriteError, match="cannot be written"), new_folder(tmp_path / "file" / "out"):
+    with pytest.raises(CannotWriteError, match="annot write|cannot be written"), new_folder(tmp_path / "file" / "out"):
         pass
     with pytest.raises(CannotWriteError, match="not an empty folder"), new_folder(tmp_path / "file"):
         pass

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_svd_distill.adapter.publication import new_file
 from moe_svd_distill.checkpoints import TensorInfo
 from moe_svd_distill.checkpoints.files import json_object, open_regular, read_small
 from moe_svd_distill.checkpoints.header import Header, read_header
 from moe_svd_distill.errors import BadDataError, DistillError
+from moe_svd_distill.execution.durable import durable_file
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +61,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         CannotWriteError: The disk is full or refuses.
     """
-    with new_file(path) as stream:
+    with durable_file(path) as stream:
         stream.write(json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 
-from moe_svd_distill.adapter.publication import new_file
 from moe_svd_distill.checkpoints.files import locate
+from moe_svd_distill.execution.durable import durable_file
 
+_BLOCK_BYTES = 1 << 20
 _OTHER_WEIGHTS = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".onnx", ".onnx_data", ".msgpack", ".h5", ".npz"}
 )
@@ -44,10 +45,9 @@ def copy_companions(
             left_out.append(name.as_posix())
             continue
         (output / name).parent.mkdir(parents=True, exist_ok=True)
-        with locate(source, name.as_posix()).open("rb") as stream, new_file(output / name) as copy:
-            if (content := (changed or {}).get(name.as_posix())) is not None:
-                copy.write(content)
-            else:
-                shutil.copyfileobj(stream, copy)
+        with locate(source, name.as_posix()).open("rb") as stream, durable_file(output / name) as copy:
+            content = (changed or {}).get(name.as_posix())
+            for block in iter(partial(stream.read, _BLOCK_BYTES), b"") if content is None else (content,):
+                copy.write(block)
         copied.append(name.as_posix())
     return tuple(copied), tuple(left_out)

@@ -19,13 +19,13 @@ from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.adapter.naming import whole_key
 from moe_svd_distill.adapter.peft_model import modules_of
 from moe_svd_distill.adapter.publication import new_folder
-from moe_svd_distill.adapter.rewriting import write_file
 from moe_svd_distill.adapter.settling import settle_keys
 from moe_svd_distill.adapter.whole_head import student_of
 from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.architecture.matrices import Kind
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.execution.consolidation import Planned, write_tensors
 
 Format = Literal["peft", "plain", "fused"]
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -82,17 +82,16 @@ def export(
         keys = keys.with_one_pair_a_parameter()
     base = str(pairs.configuration.get("base_model_name_or_path") or architecture.checkpoint.source)
     configuration, planned = (_plain if layout == "plain" else _for_peft)(keys, pairs, base)
-    tensors: dict[str, tuple[tuple[int, ...], Any]] = {
-        entry.key: (entry.shape, partial(entry.make, partial(_factors, pairs))) for entry in planned
+    tensors = {
+        entry.key: Planned(entry.shape, pairs.dtype, partial(entry.make, partial(_factors, pairs))) for entry in planned
     }
-    kind = pairs.dtype
     if pairs.head is not None:
         head = pairs.read_head()
         module = aimed.head_slot.name.removesuffix(".weight")
-        tensors[whole_key(module)] = (tuple(head.shape), lambda: head)
+        tensors[whole_key(module)] = Planned(tuple(head.shape), head.dtype, pairs.read_head)
     target = Path(output).absolute()
     with new_folder(target) as folder:
-        write_file(folder / ADAPTER_FILE, tensors, kind)
+        write_tensors(tensors, folder / ADAPTER_FILE)
         write_json(folder / CONFIGURATION_FILE, configuration)
         why_not = ""
         try:

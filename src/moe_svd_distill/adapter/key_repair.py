@@ -16,11 +16,11 @@ from typing import Any
 
 from moe_svd_distill.adapter.adapter_file import adapter_header
 from moe_svd_distill.adapter.naming import parse_key, right_name
-from moe_svd_distill.adapter.publication import new_file
 from moe_svd_distill.adapter.rewriting import packed_header, stored_blocks
 from moe_svd_distill.checkpoints.files import open_regular
 from moe_svd_distill.checkpoints.header import PREFIX_BYTES, raw_header
 from moe_svd_distill.errors import BadDataError, CannotWriteError
+from moe_svd_distill.execution.durable import durable_file
 
 _ACTION = "Write the adapter again"
 
@@ -75,7 +75,7 @@ def repair_keys(file: Path | str, output: Path | str) -> dict[str, str]:
     descriptor = open_regular(source.file)
     try:
         old = raw_header(descriptor, source.file, source.file_bytes)
-        with new_file(target) as stream:
+        with durable_file(target) as stream:
             stream.write(_renamed_header(old, renamed))
             for block in stored_blocks(descriptor, source.file, len(old), source.file_bytes - len(old)):
                 stream.write(block)

@@ -7,22 +7,20 @@ is all that is ever in memory. One tensor may be added behind the others; the he
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
-from moe_svd_distill.adapter.publication import new_file
 from moe_svd_distill.checkpoints import TensorInfo
 from moe_svd_distill.checkpoints.files import open_regular, read_at
 from moe_svd_distill.checkpoints.header import BYTES_PER_ELEMENT, PREFIX_BYTES, Header, raw_header
+from moe_svd_distill.execution.durable import Sink, durable_file
 
 if TYPE_CHECKING:
     import torch
 
-FLOAT_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 BLOCK_BYTES = 16 * 1024 * 1024
 
 Change = Callable[[TensorInfo], "Iterator[torch.Tensor] | None"]
@@ -71,7 +69,7 @@ def rewrite(
     """
     descriptor = open_regular(source.file)
     try:
-        with new_file(output) as stream:
+        with durable_file(output) as stream:
             header = raw_header(descriptor, source.file, source.file_bytes)
             stream.write(header if addition is None else _with_entry(header, addition))
             for info in source.tensors.values():
@@ -82,31 +80,6 @@ def rewrite(
                 _write(stream, addition.name, addition.bytes, map(tensor_bytes, addition.blocks), on_bytes)
     finally:
         os.close(descriptor)
-
-
-def write_file(
-    output: Path, tensors: Mapping[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]], dtype: torch.dtype
-) -> None:
-    """Write a safetensors file, each tensor made when its turn comes.
-
-    Args:
-        output: The file; it appears whole or not at all.
-        tensors: Name to shape and what makes it.
-        dtype: Of all of them.
-
-    Raises:
-        CannotWriteError: The disk is full or refuses.
-    """
-    code = next(code for code, name in FLOAT_TYPES.items() if name == str(dtype).removeprefix("torch."))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, (shape, _) in sorted(tensors.items()):
-        begin, end = end, end + math.prod(shape) * BYTES_PER_ELEMENT[code]
-        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
-    with new_file(output) as stream:
-        stream.write(packed_header(header))
-        for name, (_, make) in sorted(tensors.items()):
-            stream.write(tensor_bytes(make().to(dtype)))
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -145,7 +118,7 @@ def _with_entry(header: bytes, addition: Addition) -> bytes:
 
 
 def _write(
-    stream: BinaryIO,
+    stream: Sink,
     name: str,
     expected: int,
     pieces: Iterator[bytes] | Iterator[memoryview],

@@ -15,6 +15,7 @@ from moe_svd_distill.adapter.configuration import build_configuration
 from moe_svd_distill.adapter.keys import Target, entries
 from moe_svd_distill.adapter.naming import whole_key
 from moe_svd_distill.adapter.peft_model import modules_of
+from moe_svd_distill.architecture.matrices import Kind
 from moe_svd_distill.execution.consolidation import Parts, Planned, write_tensors
 from moe_svd_distill.execution.parts import PartContent, write_part
 from moe_svd_distill.execution.publish import OutputFolder, write_json_atomic
@@ -60,7 +61,9 @@ def stage_adapter(output: OutputFolder, recipe: Recipe, pair: ModelPair, made_of
     with Parts([*bodies, *([made_of.head] if made_of.head else [])]) as parts:
         fitted = {slot.name for slot in read_header(made_of.head).slots} if made_of.head else set()
         pairs = _Pairs(student, parts, fitted, made_of.scale, getattr(torch, recipe.dtype))
-        targets = [target for target in keys.targets.values() if pairs.changes(target)]
+        # PEFT drops pairs under stored names for some of the experts' parameters alone.
+        whole_modules = {t.module for t in keys.layers if pairs.changes(t) and t.matrices[0].kind is Kind.EXPERT}
+        targets = [t for t in keys.targets.values() if pairs.changes(t) or (t.matrices and t.module in whole_modules)]
         ranks = {target.parameter: target.rank(pairs.rank) for target in targets}
         whole = f"{head}#{_WHOLE}" in parts
         configuration = build_configuration(keys, ranks, base_model=base_model(pair), whole_head=whole)
@@ -114,7 +117,7 @@ class _Pairs:
             begin_of = {matrix.name: matrix.piece.begin for matrix in target.matrices}
             alike = [other for other in target.names if begin_of.get(other) == begin_of.get(name)]
             others = target.names if not any(map(self._own_rank, alike)) else alike
-            largest = max(map(self._own_rank, others))
+            largest = max(1, *map(self._own_rank, others))
             self._rank_of |= dict.fromkeys(alike, largest)
         return self._rank_of[name]
 

@@ -127,6 +127,11 @@ def _from_start(start: str, relatedness: Relatedness) -> Stages:
 
 
 def _refuse_pair_of_tied_head(recipe: Recipe, pair: ModelPair) -> None:
+    if recipe.head_format == "whole" and getattr(pair.student.architecture.skeleton.head, "bias", None) is not None:
+        raise UsageError(
+            "head_format: whole, but the student's head has a bias, which PEFT would want saved with it",
+            "Leave head_format at auto, which then gives the head a LoRA pair",
+        )
     if recipe.head_format == "pair" and pair.student.architecture.tied:
         raise UsageError(
             "head_format: pair, but the student ties its head to its embeddings: merged, a pair would change both",
