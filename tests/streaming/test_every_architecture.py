@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def test_killed_after_every_layer_a_pass_ends_in_the_states_of_the_whole_model(m
         expected = final_states(load(model), IDS)
     peaceful = stream_states(checkpoint, IDS.numpy(), tmp_path / "peaceful", SETTINGS)
     torch.testing.assert_close(peaceful.rows(slice(None)), expected, **ROUNDING)
-    begun_at = []
+    begun_at, spilled = [], replace(SETTINGS, activation_bytes=0)
     for killed_at in range(1, peaceful.record.layers):
 
         def kill(done: int, layers: int, last: int = killed_at) -> None:
@@ -55,10 +56,11 @@ def test_killed_after_every_layer_a_pass_ends_in_the_states_of_the_whole_model(m
                 raise KilledError
 
         with pytest.raises(KilledError):
-            stream_states(checkpoint, IDS.numpy(), tmp_path / "killed", SETTINGS, on_progress=kill)
+            stream_states(checkpoint, IDS.numpy(), tmp_path / "killed", spilled, on_progress=kill)
     ended = stream_states(checkpoint, IDS.numpy(), tmp_path / "killed", SETTINGS)
     assert begun_at == list(range(peaceful.record.layers - 1))
     assert ended.record.layers_computed == 1
+    assert not peaceful.record.spilled
     assert sha256_of(ended.path) == sha256_of(peaceful.path)
 
 

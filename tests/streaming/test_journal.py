@@ -170,3 +170,29 @@ def test_states_that_are_not_kept(sparse: Case, sequences: Ids, tmp_path: Path) 
         values = states.clone()
     assert list(tmp_path.iterdir()) == []
     assert torch.equal(states, values)
+
+
+def test_what_a_layer_is_given_is_kept_if_asked_for(sparse: Case, sequences: Ids, tmp_path: Path) -> None:
+    plain = run(sparse, sequences, tmp_path)
+    digest = sha256_of(plain.path)
+    assert plain.inputs is None
+    first = run(sparse, sequences, tmp_path, record_at=1)  # of the plain pass nothing is left to begin with
+    assert first.record.layers_computed == LAYERS
+    assert names(tmp_path) == ["layer-0001.safetensors", "safetensors"]
+    again = run(sparse, sequences, tmp_path, record_at=1)
+    assert again.record.layers_reused == LAYERS
+    assert again.inputs is not None
+    assert first.inputs is not None
+    assert torch.equal(again.inputs.rows(slice(1, 4))[0], first.inputs.rows(slice(None))[0][1:4])
+    damage(tmp_path / f"states-{first.record.key}.layer-0001.safetensors", -40)
+    mended = run(sparse, sequences, tmp_path, record_at=1)
+    assert (mended.record.layers_computed, len(mended.record.rejected)) == (LAYERS, 1)
+    assert sha256_of(mended.path) == digest
+
+
+def test_a_killed_pass_keeps_what_a_layer_is_given(sparse: Case, sequences: Ids, tmp_path: Path) -> None:
+    run_until(sparse, sequences, tmp_path, 2, record_at=1)
+    assert names(tmp_path) == ["layer-0001.safetensors", "layer-0002.safetensors"]
+    resumed = run(sparse, sequences, tmp_path, record_at=1)
+    assert (resumed.record.layers_computed, resumed.record.layers_reused) == (1, 2)
+    assert names(tmp_path) == ["layer-0001.safetensors", "safetensors"]

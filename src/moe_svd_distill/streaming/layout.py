@@ -149,12 +149,16 @@ class Layout:
         again = arguments(lambda place: reached.output if place == index else noise(place))
         for value, other in zip(gate.values(reached.call), gate.values(again), strict=True):
             (form, tensors), (other_form, others) = flatten(value), flatten(other)
-            if form == other_form and not all(map(torch.equal, tensors, others)):
+            if form == other_form and not all(map(_same, tensors, others)):
                 raise self._refused(f"keeps outputs of layers to itself and uses them behind layer {index}")
         return gate
 
     def _refused(self, what: str) -> IncompatiblePairError:
         return IncompatiblePairError(f"{self._name} {what}", "Report the architecture to the project")
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return bool(((one == other) | (one != one)).all())  # what is not a number is reported elsewhere
 
 
 def _row_shape(one: Tensor, two: Tensor) -> RowShape:

@@ -27,7 +27,6 @@ from moe_svd_distill.streaming.result import LayerInputs, StreamedStates
 from moe_svd_distill.streaming.settings import PassRecord, PassSettings
 from moe_svd_distill.streaming.states import Recorded, slices
 from moe_svd_distill.streaming.states_file import StatesFile
-from moe_svd_distill.streaming.trees import map_tensors
 from moe_svd_distill.streaming.visit import LayerVisit, Visit
 
 _STATES_OF_A_BATCH = 32  # what a layer holds at once while it computes a batch, as multiples of the batch's states
@@ -179,8 +178,8 @@ class _Pass:
 
     def _compute(self, shell: Shell, index: int, recorded: Recorded, rows: slice) -> Tensor:
         """A layer on a batch: what the next one is given as bytes, (rows, bytes), or final states."""
-        layout, ids = self._decoder.layout, self._ids[rows].to(shell.device)
-        given = [tensor.to(shell.device, copy=True) for tensor in recorded.rows(rows)]  # a layer may write into it
+        layout = self._decoder.layout
+        ids, given = self._given(shell, recorded, rows)
         if index + 1 == self._decoder.layers:
             return self._finite(layout.states(shell, ids, index, given), index)
         found = layout.step(shell, ids, index, given, learn=rows.start == 0)
@@ -191,13 +190,15 @@ class _Pass:
 
         def batches() -> Iterator[tuple[slice, Call]]:
             for rows in self._batches:
-                ids = self._ids[rows].to(shell.device)
-                given = [tensor.to(shell.device) for tensor in recorded.rows(rows)]
-                call = decoder.layout.arguments(shell, ids, index, given)
-                yield rows, map_tensors(call, torch.clone)
+                ids, given = self._given(shell, recorded, rows)
+                yield rows, decoder.layout.arguments(shell, ids, index, given)
 
         name = f"{decoder.skeleton.prefix}{index}"
         visit(LayerVisit(index, decoder.layers, name, shell.layers[index], shell.device, batches))
+
+    def _given(self, shell: Shell, recorded: Recorded, rows: slice) -> tuple[Tensor, list[Tensor]]:
+        """Token ids and what was recorded, as copies: a layer may write into what it is given."""
+        return self._ids[rows].to(shell.device), [t.to(shell.device, copy=True) for t in recorded.rows(rows)]
 
     def _watched(self, results: Iterator[tuple[slice, Tensor]]) -> Iterator[tuple[slice, Tensor]]:
         for result in results:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any, TypeAlias
 
 import torch
@@ -36,7 +36,7 @@ def flatten(tree: Any) -> tuple[Any, list[Tensor]]:
         return ["dict", [[key, of(value)] for key, value in tree.items()]], tensors
     if type(tree) in (tuple, list):
         return [type(tree).__name__, [of(value) for value in tree]], tensors
-    raise unknown(tree)
+    raise _unknown(tree)
 
 
 def unflatten(form: Any, tensors: Iterator[Tensor]) -> Any:
@@ -77,7 +77,7 @@ def changed(tree: Any, others: tuple[Any, ...], path: Path = ()) -> Iterator[Pat
         else:
             yield path
     else:
-        raise unknown(tree)
+        raise _unknown(tree)
 
 
 def at(tree: Any, path: Path) -> Any:
@@ -105,14 +105,7 @@ def put(tree: Any, path: Path, value: Any) -> Any:
     return value
 
 
-def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same tree with every tensor changed."""
-    form, tensors = flatten(tree)
-    return unflatten(form, map(change, tensors))
-
-
-def unknown(value: Any) -> IncompatiblePairError:
-    """The error of a value that is not known here."""
+def _unknown(value: Any) -> IncompatiblePairError:
     return IncompatiblePairError(
         f"A decoder layer is given or returns a {type(value).__name__}, expected tensors and plain values",
         "Report the architecture to the project",
