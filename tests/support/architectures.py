@@ -213,6 +213,8 @@ def _shrunk(kind: Any, model_type: str, changes: dict[str, Any]) -> Any:
         if "head_dim" in small and "head_dim" not in own:
             small["head_dim"] = 4
     small |= {name: value for name, value in changes.items() if name in known} if inner else changes
+    if "vocab_size_per_layer_input" in known and "vocab_size" in changes:
+        small["vocab_size_per_layer_input"] = changes["vocab_size"]
     layers = changes.get("num_hidden_layers", LAYERS)
     small |= {name: _repeated(value, layers) for name, value in own.items() if name not in changes}
     if "mrope_section" in (fields.get("rope_parameters") or ()):
