@@ -122,7 +122,7 @@ def test_a_full_disk_leaves_nothing_behind(dense: Case, tmp_path: Path, monkeypa
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CannotWriteError, match="No space left"):
+    with pytest.raises(CannotWriteError, match="the disk is full"):
         merge(dense.adapter, dense.student, tmp_path / "out")
     monkeypatch.undo()
     assert list(tmp_path.iterdir()) == []

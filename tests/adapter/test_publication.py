@@ -30,7 +30,7 @@ def test_what_breaks_off_leaves_nothing(tmp_path: Path, error: BaseException) ->
 
 def test_a_refusal_of_the_system_is_explained(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(CannotWriteError, match="annot write|cannot be written"), new_folder(tmp_path / "file" / "out"):
+    with pytest.raises(CannotWriteError, match=r"annot (write|be written)"), new_folder(tmp_path / "file" / "out"):
         pass
     with pytest.raises(CannotWriteError, match="not an empty folder"), new_folder(tmp_path / "file"):
         pass

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from moe_svd_distill.adapter.configuration import build_configuration
 from moe_svd_distill.calibration.documents import Document
 from moe_svd_distill.calibration.paired import pair_text
 from moe_svd_distill.calibration.reading import read_documents
@@ -25,7 +24,7 @@ from moe_svd_distill.evaluation.result import Evaluation
 from moe_svd_distill.fitting.check import figures_by_document, predicting_places
 from moe_svd_distill.fitting.pairs import Segment, StatePairs, common_rows
 from moe_svd_distill.streaming import load_head, stream_states
-from tests.adapter.tiny import family_of, random_pairs, save_adapter
+from tests.adapter.tiny import random_pairs, save_adapter
 from tests.calibration.tokenizers_made import byte_level, sentencepiece
 from tests.evaluation.conftest import LENGTH, Lab, documents, llama, qwen3_moe
 
@@ -63,14 +62,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     _model(folder / "student", llama(416, tie_word_embeddings=False), 1)
     _model(folder / "teacher", qwen3_moe(640, hidden_size=48), 2)
     pairs = random_pairs(folder / "student", dtype=torch.float32)
-    configuration = build_configuration(
-        {key: tuple(value.shape) for key, value in pairs.items()},
-        family_of(folder / "student"),
-        base_model=str(folder / "student"),
-        student_layers=2,
-        tied_embeddings=False,
-    )
-    save_adapter(folder / "adapter", folder / "student", pairs, configuration)
+    save_adapter(folder / "adapter", folder / "student", pairs)
     return Unequal(folder / "teacher", folder / "student", folder / "adapter", read)
 
 

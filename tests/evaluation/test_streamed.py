@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from moe_svd_distill.adapter.configuration import build_configuration
 from moe_svd_distill.calibration.text import Document, tokenize
 from moe_svd_distill.calibration.tokenizer import load_tokenizer
 from moe_svd_distill.errors import UsageError
@@ -20,7 +19,7 @@ from moe_svd_distill.evaluation import loading, streamed
 from moe_svd_distill.evaluation.evaluate import evaluate
 from moe_svd_distill.evaluation.result import Evaluation
 from moe_svd_distill.evaluation.streamed import PredictingRows, record_teacher_streamed
-from tests.adapter.tiny import family_of, random_pairs, save_adapter
+from tests.adapter.tiny import random_pairs, save_adapter
 from tests.evaluation.conftest import LENGTH, Lab, documents, llama, qwen3_moe
 
 
@@ -48,14 +47,7 @@ def pair(request: pytest.FixtureRequest, lab: Lab, tmp_path_factory: pytest.Temp
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(lab.student / file, folder / name)
     pairs = random_pairs(folder / "student", dtype=torch.float32)
-    configuration = build_configuration(
-        {key: tuple(value.shape) for key, value in pairs.items()},
-        family_of(folder / "student"),
-        base_model=str(folder / "student"),
-        student_layers=2,
-        tied_embeddings=False,
-    )
-    save_adapter(folder / "adapter", folder / "student", pairs, configuration)
+    save_adapter(folder / "adapter", folder / "student", pairs)
     return Pair(folder / "teacher", folder / "student", folder / "adapter")
 
 

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from moe_svd_distill.execution import crew
-from moe_svd_distill.execution.consolidation import consolidate
 from moe_svd_distill.execution.events import Event
 from moe_svd_distill.execution.supervisor import ExecutionSummary, Settings, execute
-from tests.execution.workload import ToyUnit, ToyWork, toy_units
+from tests.execution.workload import ToyUnit, ToyWork, consolidated, toy_units
 
 
 @pytest.fixture
@@ -55,7 +54,7 @@ class Runner:
         return execute(wanted, toy, self.parts, Settings(workers, **(settings or {})), on_event)
 
     def digest(self, summary: ExecutionSummary) -> str:
-        return consolidate(list(summary.parts.values()), self.folder / "adapter.safetensors")
+        return consolidated(list(summary.parts.values()), self.folder / "adapter.safetensors")
 
     def begun(self) -> list[str]:
         """The label of every unit that any process has begun."""

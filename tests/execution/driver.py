@@ -10,11 +10,10 @@ import sys
 from pathlib import Path
 
 from moe_svd_distill.errors import DistillError
-from moe_svd_distill.execution.consolidation import consolidate
 from moe_svd_distill.execution.events import Event, UnitStarted, WorkerStarted
 from moe_svd_distill.execution.publish import OutputFolder, write_json_atomic
 from moe_svd_distill.execution.supervisor import Settings, execute
-from tests.execution.workload import ToyWork, toy_units
+from tests.execution.workload import ToyWork, consolidated, toy_units
 
 
 def show(event: Event) -> None:
@@ -33,7 +32,7 @@ def run(out: Path, units: int, workers: int, seconds: float) -> str:
     with OutputFolder(out) as folder:
         work = ToyWork(journal, seconds)
         summary = execute(toy_units(units), work, folder.parts, Settings(workers), show)
-        digest = consolidate(list(summary.parts.values()), folder.staged("adapter_model.safetensors"))
+        digest = consolidated(list(summary.parts.values()), folder.staged("adapter_model.safetensors"))
         write_json_atomic(folder.staged("adapter_config.json"), {"r": 8})
         write_json_atomic(folder.staged("run.json"), {"sha256": digest})
         folder.publish()

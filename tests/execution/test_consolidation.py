@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from moe_svd_distill.errors import BadDataError
-from moe_svd_distill.execution.consolidation import consolidate
+from moe_svd_distill.execution.consolidation import Parts, Planned, write_tensors
 from moe_svd_distill.execution.parts import PartContent, write_part
+from tests.execution.workload import consolidated
 
 
 def write(folder: Path, *names: str) -> Path:
@@ -27,8 +29,8 @@ def write(folder: Path, *names: str) -> Path:
 def test_one_file_whatever_the_order(tmp_path: Path) -> None:
     parts = [write(tmp_path, "b", "d"), write(tmp_path, "aaa", "e"), write(tmp_path, "cc")]
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
-    digest = consolidate(parts, first)
-    assert digest == consolidate(parts[::-1], second) == hashlib.sha256(first.read_bytes()).hexdigest()
+    digest = consolidated(parts, first)
+    assert digest == consolidated(parts[::-1], second) == hashlib.sha256(first.read_bytes()).hexdigest()
     with safe_open(first, framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert list(file.offset_keys()) == ["aaa", "b", "cc", "d", "e"]
@@ -37,39 +39,17 @@ def test_one_file_whatever_the_order(tmp_path: Path) -> None:
     assert library.read_bytes() == first.read_bytes()
 
 
-def test_renaming_leaving_out_and_scaling(tmp_path: Path) -> None:
-    parts = [write(tmp_path, "b", "d"), write(tmp_path, "cc")]
-    output = tmp_path / "out.safetensors"
-    consolidate(
-        parts,
-        output,
-        rename=lambda name: None if name == "d" else f"base.{name}",
-        scale=lambda name, tensor: tensor * 2 if name == "base.b" else tensor,
-    )
-    loaded, part = load_file(output), load_file(parts[0])
-    assert sorted(loaded) == ["base.b", "base.cc"]
-    assert torch.equal(loaded["base.b"], part["b"] * 2)
-    assert torch.equal(loaded["base.cc"], load_file(parts[1])["cc"])
-
-
-def test_scaling_by_one_changes_no_byte(tmp_path: Path) -> None:
-    parts = [write(tmp_path, "b", "d"), write(tmp_path, "cc")]
-    plain = consolidate(parts, tmp_path / "plain")
-    assert consolidate(parts, tmp_path / "scaled", scale=lambda name, tensor: tensor) == plain
-
-
-def test_scaling_may_not_change_the_shape(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"scaling changed b from torch.float32 \(3, 4\)"):
-        consolidate([write(tmp_path, "b")], tmp_path / "out", scale=lambda name, tensor: tensor[:1])
+def test_a_tensor_of_another_shape_or_type_than_planned(tmp_path: Path) -> None:
+    for made in (torch.ones(2, 3), torch.ones(3, 2, dtype=torch.float16)):
+        with pytest.raises(ValueError, match="planned"):
+            write_tensors({"a": Planned((3, 2), torch.float32, partial(torch.clone, made))}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_name_in_two_parts(tmp_path: Path) -> None:
     parts = [write(tmp_path, "a", "x"), write(tmp_path, "bb", "x")]
     with pytest.raises(BadDataError, match="Tensor x is in two parts"):
-        consolidate(parts, tmp_path / "out")
-    with pytest.raises(BadDataError, match="Tensor y is in two parts"):
-        consolidate(parts[:1], tmp_path / "out", rename=lambda name: "y")
+        Parts(parts)
 
 
 def test_a_part_that_was_damaged_meanwhile(tmp_path: Path) -> None:
@@ -78,17 +58,16 @@ def test_a_part_that_was_damaged_meanwhile(tmp_path: Path) -> None:
     data[-1] ^= 1
     part.write_bytes(data)
     with pytest.raises(BadDataError, match="Run the same command again"):
-        consolidate([part], tmp_path / "out")
+        Parts([part])
     part.unlink()
     with pytest.raises(BadDataError, match="cannot be read"):
-        consolidate([part], tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+        Parts([part])
 
 
 _MEASURE = """
 import json, sys, threading, time
 from pathlib import Path
-from moe_svd_distill.execution.consolidation import consolidate
+from tests.execution.workload import consolidated
 import torch
 
 def anonymous():
@@ -105,11 +84,10 @@ def watch():
         time.sleep(0.005)
 thread = threading.Thread(target=watch)
 thread.start()
-scale = (lambda name, tensor: tensor * 0.5) if sys.argv[1] == "scaled" else None
-consolidate([Path(name) for name in sys.argv[3:]], Path(sys.argv[2]), scale=scale)
+consolidated([Path(name) for name in sys.argv[2:]], Path(sys.argv[1]))
 stop = True
 thread.join()
-print(json.dumps({"growth": peak - before, "size": Path(sys.argv[2]).stat().st_size}))
+print(json.dumps({"growth": peak - before, "size": Path(sys.argv[1]).stat().st_size}))
 """
 
 
@@ -119,10 +97,9 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     for number in range(5):
         tensors = {f"layers.{number}.{name}": torch.full((16 << 18,), float(number)) for name in "abcd"}  # 64 MiB
         parts.append(write_part(tmp_path, f"{number:064x}", PartContent(tensors, {})))
-    for how, limit in (("plain", 30), ("scaled", 60)):
-        output = tmp_path / how
-        command = [sys.executable, "-c", _MEASURE, how, str(output), *map(str, parts)]
-        seen = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        output.unlink()
-        assert seen["size"] > 300 << 20
-        assert seen["growth"] < limit << 20, how
+    output = tmp_path / "out"
+    command = [sys.executable, "-c", _MEASURE, str(output), *map(str, parts)]
+    root = Path(__file__).parents[2]
+    seen = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, cwd=root).stdout)
+    assert seen["size"] > 300 << 20
+    assert seen["growth"] < 60 << 20

@@ -6,12 +6,14 @@ import hashlib
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.execution.consolidation import Parts, Planned, write_tensors
 from moe_svd_distill.execution.parts import PartContent
 from moe_svd_distill.execution.worker import report_progress
 
@@ -127,3 +129,13 @@ class UnloadableWork:
 
     def __call__(self, unit: ToyUnit, device: str) -> PartContent:
         raise AssertionError
+
+
+def consolidated(parts: Sequence[Path], output: Path) -> str:
+    """All tensors of some parts in one file; returns its digest."""
+    with Parts(parts) as tensors:
+        planned = {
+            name: Planned(tuple(tensor.shape), tensor.dtype, partial(tensors.__getitem__, name))
+            for name, tensor in tensors.items()
+        }
+        return write_tensors(planned, output)

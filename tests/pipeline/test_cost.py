@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE
 from moe_svd_distill.errors import MissingInputError
 from moe_svd_distill.pipeline.cost import (
     active_parameters,
@@ -17,7 +18,7 @@ from moe_svd_distill.pipeline.cost import (
     operations,
     readable,
 )
-from moe_svd_distill.pipeline.distill import ADAPTER, distill
+from moe_svd_distill.pipeline.distill import distill
 from moe_svd_distill.pipeline.outlook import look_ahead
 from moe_svd_distill.pipeline.pair import open_model, open_pair
 from tests.support.heads import TEXT, student_with_tokenizer, teacher_with_other_head, trained_tokenizer
@@ -66,7 +67,7 @@ def test_what_is_planned_is_what_happens(tiny: tuple[Path, Path], tmp_path: Path
     assert (cost["resident"], cost["placement"]) == (refined["placement"]["resident"], refined["placement"]["reason"])
     kept = sum(file.stat().st_size for file in (out / "cache").rglob("*") if file.is_file())
     assert 0 <= kept - cost["states_bytes"] < 0.1 * kept
-    written = (out / ADAPTER).stat().st_size
+    written = (out / ADAPTER_FILE).stat().st_size
     assert 0 <= written - cost["adapter_bytes"] < 0.2 * written
 
 
@@ -135,7 +136,7 @@ def test_a_start_by_stages_comes_before_and_is_fitted_on_less_text(tiny: tuple[P
 def test_a_start_that_holds_no_adapter_is_refused_before_any_work(tiny: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(MissingInputError, match="holds no adapter"):
         outlook_of(tiny, tmp_path / "out", start=str(tmp_path))
-    (tmp_path / ADAPTER).touch()
+    (tmp_path / ADAPTER_FILE).touch()
     found = outlook_of(tiny, tmp_path / "out", start=str(tmp_path))["method"]
     assert (found["stages"], found["start"]) == (["refined"], str(tmp_path))
 

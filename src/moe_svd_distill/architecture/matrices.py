@@ -78,10 +78,9 @@ class Matrix:
         return self.within(self.parameter.data)
 
     @property
-    def gradient(self) -> Tensor:
-        """A view of the gradient by the weight, (out, in)."""
-        assert self.parameter.grad is not None
-        return self.within(self.parameter.grad)
+    def gradient(self) -> Tensor | None:
+        """A view of the gradient by the weight, (out, in); None where none has reached it, as in an indexer."""
+        return None if self.parameter.grad is None else self.within(self.parameter.grad)
 
     def within(self, whole: Tensor) -> Tensor:
         """A view of the matrix, (out, in), in a tensor of the parameter's shape."""

@@ -72,8 +72,10 @@ class Factors:
         self.weight.value.copy_(torch.addmm(self.base, self.b, self.a, alpha=scale))
 
     def move(self, rate: float, step: int) -> None:
-        """One step of both factors along the gradient by the weight."""
+        """One step of both factors along the gradient by the weight; none where no gradient has reached it."""
         gradient = self.weight.gradient
+        if gradient is None:
+            return
         by_a, by_b = self.b.T @ gradient, gradient @ self.a.T
         for side, factor, slope in (("a", self.a, by_a), ("b", self.b, by_b)):
             mean, square = self.moments[f"{side}.mean"], self.moments[f"{side}.square"]

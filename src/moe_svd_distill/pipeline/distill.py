@@ -41,6 +41,7 @@ __all__ = ["MANIFEST", "Adapter", "Listener", "distill", "load_adapter"]
 
 CARD = "README.md"
 NOT_TRAINED = "the refined stage trains the matrices of the layers and the head alone"
+NOT_PAIRED = "the weights stage does not know what it means"
 NOT_FITTED = "the calibrated stage changes the head and the last layers alone"
 
 
@@ -232,9 +233,9 @@ class _Run:
             rows = fitted_records(self.pair.student, refined, head_is_whole(self.recipe, self.pair), "refined")
             changed = {row["name"] for row in rows}
             tensors = [row for row in tensors if row["name"] not in changed] + rows
-        if plan is None:
-            known = [row["name"] for row in tensors]
-            tensors += kept_records(self.pair.student, known, NOT_TRAINED if refined else NOT_FITTED)
+        reason = NOT_TRAINED if refined else NOT_FITTED if calibrated else NOT_PAIRED
+        reasons = plan.ignored_student if plan else {}
+        tensors += kept_records(self.pair.student, [row["name"] for row in tensors], reason, reasons)
         record = make_record(self.recipe, self.pair, self.stages, plan, units, tensors, summary, self.settings)
         text = {} if self.text is None else {"text": self.text.as_dict(), "shortfalls": self.text.shortfalls()}
         fit = {} if calibrated is None else calibrated.record

@@ -85,30 +85,37 @@ def _fitted_record(student: Model, name: str, factors: tuple[Tensor, Tensor], st
         "delta_norm": float((factors[0].float() @ factors[1].float()).double().norm()),
         "layer": None if matrix is None else matrix.part,
     }
+    if not row["delta_norm"]:
+        row["reason"] = "no gradient reached it: its pair is zero"
     return row if matrix is None or matrix.piece.index is None else row | {"expert": matrix.piece.index}
 
 
-def kept_records(student: Model, changed: Iterable[str], reason: str) -> list[dict[str, Any]]:
-    """The fate of every stored tensor of the model in which no matrix is changed.
+def kept_records(
+    student: Model, named: Iterable[str], reason: str, reasons: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """The fate of every stored tensor of the model of which no matrix has a record yet.
 
     Args:
         student: The student.
-        changed: Names of the matrices that are.
-        reason: For those that could be.
+        named: Names of the matrices, or parts of matrices, that have one.
+        reason: Why they are kept that could be changed.
+        reasons: Stored tensor to a reason of its own.
     """
-    architecture = student.architecture
-    known = set(changed)
+    architecture, meanings = student.architecture, student.layout.meanings
+    known = set(named)
+    known |= {meanings[name].view.stored for name in known if name in meanings}
     rows = []
     for part, sources in architecture.stored.of_part.items():
         for source in sources:
             inside = [m for slot in source.slots for m in architecture.parameters.get(slot.name, ())]
             if any(m.name in known and not m.stored for m in inside):
                 continue
-            reasons = [student.keys.left_out[m.name] for m in inside if m.name in student.keys.left_out]
+            against = [student.keys.left_out[m.name] for m in inside if m.name in student.keys.left_out]
             for _, name in source.hub_names:
                 if name not in known:
                     known.add(name)
-                    why = student.keys.left_out.get(name) or (reasons[0] if reasons else reason)
+                    own = (reasons or {}).get(name) or student.keys.left_out.get(name)
+                    why = own or (against[0] if against else reason)
                     rows.append(
                         {
                             "name": name,

@@ -121,7 +121,7 @@ class FactorBank:
     @torch.no_grad()
     def _learn(self, stack: Stack) -> None:
         for chunk in stack.chunks():
-            found = [weight.gradient for weight in stack.weights[chunk]]
+            found = [gradient for weight in stack.weights[chunk] if (gradient := weight.gradient) is not None]
             slopes = found[0][None] if len(found) == 1 else torch.stack(found)
             stack.learn(chunk, slopes.to(self.values.dtype))
 
