@@ -278,7 +278,7 @@ def test_matrices_inside_stored_tensors_are_compared_too(model_type: str, tmp_pa
     assert measure(teacher, shutil.copytree(teacher, tmp_path / "same")).lineage is Lineage.SAME
 
 
-def test_models_without_roles_have_no_known_lineage_and_refuse_nothing(tmp_path: Path) -> None:
+def test_models_without_roles_have_no_known_lineage(tmp_path: Path) -> None:
     folders = []
     for seed in (1, 2):
         model = open_model(str(saved("llama", tmp_path / f"m{seed}", seed=seed)))
@@ -295,9 +295,13 @@ def test_models_without_roles_have_no_known_lineage_and_refuse_nothing(tmp_path:
     found = measure(*folders)
     assert (found.lineage, found.probes) == (Lineage.UNKNOWN, ())
     assert any("not in both models" in line for line in found.skipped)
+
+
+def test_layers_without_roles_leave_the_other_stages_as_they_are(tmp_path: Path) -> None:
+    folders = [architectures.saved("gpt_neox", tmp_path / f"m{seed}", seed) for seed in (1, 2)]
     outlook = look_ahead(recipe_for(*folders, tmp_path / "out", method="calibrated", calibration=[str(LAB / "text")]))
-    assert outlook["pairings"] == {}
-    assert "no tensor of the student can be made from the teacher" in outlook["notes"][0]
+    assert outlook["method"]["stages"] == ["calibrated"]
+    assert not any("layers" in name for name in outlook["pairings"])
 
 
 def test_a_change_in_a_tensor_without_a_role_denies_that_the_weights_are_the_same(tmp_path: Path) -> None:

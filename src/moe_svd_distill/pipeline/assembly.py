@@ -182,10 +182,13 @@ def write_head_part(folder: Path, pair: ModelPair, recipe: Recipe, fitted: Fitte
     student, architecture = pair.student, pair.student.architecture
     name = architecture.head
     left, right = fitted.factors
+    rows = architecture.head_slot.shape[0] - len(left)  # some heads have rows that pad them and give no logits
+    left = torch.nn.functional.pad(left, (0, 0, 0, rows))
     tensors: dict[str, torch.Tensor]
     if head_is_whole(recipe, pair):
         base = student.checkpoint.read(architecture.embedding if architecture.tied else name)
-        tensors = {f"{name}#{_WHOLE}": (base.float() + fitted.delta).to(base.dtype)}
+        delta = torch.nn.functional.pad(fitted.delta, (0, 0, 0, rows))
+        tensors = {f"{name}#{_WHOLE}": (base.float() + delta).to(base.dtype)}
         if alone and not fitted.pairs:
             tensors |= _zero_pair(student, getattr(torch, recipe.dtype))
     else:

@@ -15,8 +15,8 @@ GROUPS = ("attention", "mlp", "experts", "head", "embeddings")
 
 _PATTERNS = {
     "head": r"(^|\.)(lm_head|embed_out)(\.|$)|^output(\.|$)",
-    "embeddings": r"(^|\.)(embed_tokens|word_embeddings|wte)(\.|$)",
-    "attention": r"\.(self_attn|attn|attention|self_attention|linear_attn)(\.|$)",
+    "embeddings": r"(^|\.)(embed_tokens|word_embeddings|embed_in|embeddings|wte)(\.|$)",
+    "attention": r"\.(self_attn|attn|attention|self_attention|linear_attn|mamba)(\.|$)",
     "mlp": r"\.shared_(experts?|mlp)(\.|$)",
     "experts": r"\.(experts|router|block_sparse_moe)(\.|$)|\.(mlp|feed_forward|ffn)\.gate(\.|$)",
 }
