@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 
 from moe_svd_distill.adapter.verify import verify
-from moe_svd_distill.errors import IncompatiblePairError
 from moe_svd_distill.pipeline.distill import distill
 from moe_svd_distill.pipeline.pair import open_model
 from moe_svd_distill.recipe import recipe_yaml
@@ -35,8 +34,6 @@ STAGES: dict[str, dict[str, Any]] = {
     "calibrated": TRAINED | SHORT | {"method": "calibrated", "start": "auto", "last_layers": 2, "fit_passes": 2},
     "refined": TRAINED | SHORT,
 }
-NOTHING: set[tuple[str, str, str]] = set()
-"""Where the weights stage has nothing in common with Llama."""
 STEPS = {"calibrated": "fitting the head and the last layers", "refined": "training"}
 SIX = ("llama", "qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "gpt_oss")
 
@@ -69,10 +66,6 @@ def test_every_stage_runs_with_it(
 ) -> None:
     teacher, student = (model_type, "llama") if role == "teacher" else ("llama", model_type)
     recipe = recipe_for(model(teacher, 1), model(student, 2), tmp_path / "out", **STAGES[stage])
-    if (stage, model_type, role) in NOTHING:
-        with pytest.raises(IncompatiblePairError, match="can be made from the teacher"):
-            distill(recipe)
-        return
     adapter = distill(recipe)
     report = verify(tmp_path / "out", recipe.student)
     assert report.load is not None
