@@ -108,6 +108,13 @@ def test_the_whole_way(models: tuple[Path, Path], tmp_path: Path, capsys: pytest
     code, text, _ = run(capsys, "adapter-config", out / "adapter_model.safetensors", "--student", student)
     rebuilt, written = json.loads(text), json.loads((out / "adapter_config.json").read_text())
     assert {**rebuilt, "base_model_name_or_path": ""} == {**written, "base_model_name_or_path": ""}
+    code, text, _ = run(capsys, "export", out, tmp_path / "fused", "--format", "fused", "--json")
+    assert code == 0
+    assert json.loads(text)["loads"] is True
+    code, text, _ = run(capsys, "export", out, tmp_path / "plain", "--format", "plain")
+    assert code == 0
+    assert "--max-lora-rank" in text
+    assert run(capsys, "export", out, tmp_path / "plain")[0] == 73
     code, text, _ = run(capsys, "clean", out)
     assert "would be deleted" in text
     assert any((out / "parts").iterdir())

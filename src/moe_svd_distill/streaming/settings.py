@@ -55,7 +55,7 @@ class PassRecord:
         layers: Decoder layers of the model.
         layers_computed: Of these, computed by this call.
         layers_reused: Of these, found on the disk.
-        bytes_needed: Stored bytes of every tensor that the decoder needs.
+        bytes_needed: Stored bytes of every tensor that the decoder needs; of embeddings, of the rows of these tokens.
         bytes_read: Stored bytes that this call has read; `bytes_needed` when nothing was reused.
         spilled: Whether the states between two layers stayed on the disk.
         seconds: All of it.
