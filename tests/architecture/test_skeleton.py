@@ -8,14 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe_svd_distill.architecture.skeleton import (
-    EMBEDDING,
-    HEAD,
-    OUTSIDE,
-    build_skeleton,
-    layer_count,
-    parse_config,
-)
+from moe_svd_distill.architecture.building import parse_config
+from moe_svd_distill.architecture.skeleton import EMBEDDING, HEAD, OUTSIDE, build_skeleton, layer_count
 from moe_svd_distill.errors import BadDataError, DistillError, IncompatiblePairError
 from tests.architecture.conftest import Case
 from tests.support import architectures

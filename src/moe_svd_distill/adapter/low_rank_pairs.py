@@ -17,8 +17,8 @@ from moe_svd_distill.adapter.naming import whole_key
 from moe_svd_distill.adapter.pair_shapes import PairShape, pair_shapes, whole_modules
 from moe_svd_distill.adapter.peft_model import lora_targets, read_configuration, wrap
 from moe_svd_distill.architecture.architecture import Architecture
+from moe_svd_distill.architecture.building import build_on_meta
 from moe_svd_distill.architecture.matrices import Matrix
-from moe_svd_distill.architecture.skeleton import build_on_meta
 from moe_svd_distill.errors import BadDataError
 
 _OTHER_STUDENT = "Use the student the adapter was made for"

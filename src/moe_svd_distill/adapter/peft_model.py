@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from moe_svd_distill.adapter.adapter_file import CONFIGURATION_FILE, read_json
 from moe_svd_distill.adapter.naming import lora_keys
 from moe_svd_distill.architecture.architecture import Architecture
-from moe_svd_distill.architecture.skeleton import build_on_meta
+from moe_svd_distill.architecture.building import build_on_meta
 from moe_svd_distill.errors import BadDataError
 
 NAME = "default"

@@ -24,7 +24,7 @@ def load_model(folder: str | Path, device: str = "cpu", dtype: torch.dtype | Non
     """
     import torch
 
-    from moe_svd_distill.architecture.skeleton import model_class, parse_config
+    from moe_svd_distill.architecture.building import model_class, parse_config
 
     folder = Path(folder)
     if not (folder / "config.json").is_file():

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from moe_svd_distill.algebra.logits import LogitTransform
+from moe_svd_distill.architecture.building import find_decoder
 from moe_svd_distill.architecture.head import check_is_linear, measure_head
-from moe_svd_distill.architecture.skeleton import find_decoder
 from moe_svd_distill.calibration.text import TokenizedText
 from moe_svd_distill.evaluation.adapted import AdaptedStudent
 from moe_svd_distill.evaluation.figures import Measurement

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe_svd_distill.architecture.skeleton import layer_count, parse_config
+from moe_svd_distill.architecture.building import parse_config
+from moe_svd_distill.architecture.skeleton import layer_count
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.errors import BadDataError, UsageError
 from moe_svd_distill.streaming.budget import activation_budget
