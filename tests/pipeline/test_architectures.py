@@ -90,7 +90,7 @@ def _parts(rows: list[dict[str, Any]]) -> set[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STEPS)
-@pytest.mark.parametrize("model_type", [_marked(name) for name in TYPES if name != "deepseek_v4"])
+@pytest.mark.parametrize("model_type", [_marked(name) for name in TYPES])
 def test_a_killed_run_ends_in_the_same_bytes(
     model_type: str, stage: str, model: Callable[[str, int], Path], tmp_path: Path
 ) -> None:
