@@ -52,7 +52,11 @@ class Ingredients:
 
 
 def stage_adapter(output: OutputFolder, recipe: Recipe, pair: ModelPair, made_of: Ingredients) -> str:
-    """Write adapter and configuration to the staging area; returns the adapter's sha256."""
+    """Write adapter and configuration to the staging area; returns the adapter's sha256.
+
+    Raises:
+        BadDataError: No adapter can hold one of the pairs.
+    """
     import torch
 
     student = pair.student
@@ -105,6 +109,10 @@ class _Pairs:
         self._views = student.layout.parts_of
         self._target_of = {name: target for target in student.keys.targets.values() for name in target.names}
         self._rank_of: dict[str, int] = {}
+        inside = {view.name for matrix in self._target_of for view in self._views(matrix)}
+        if lost := self._names - inside - self._target_of.keys():
+            meanings = student.layout.meanings
+            student.keys.changed_by({meanings[name].view.matrix if name in meanings else name for name in lost})
 
     def changes(self, target: Target) -> bool:
         """Whether a part has a pair of any matrix of a parameter."""
@@ -123,7 +131,6 @@ class _Pairs:
 
     def factors(self, name: str) -> Factors:
         """``(B, A)`` of a matrix as it is to be stored."""
-
         target, rank = self._target_of[name], self.rank(name)
         if name in self._names:
             right, left = self._parts[f"{name}#A"], self._parts[f"{name}#B"]
