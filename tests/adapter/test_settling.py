@@ -97,14 +97,6 @@ def test_what_does_not_arrive_under_any_name_is_left_out_with_the_reason(
     assert len(keys.targets) == len(tiny.keys_of(dense.student).targets) - len(lost)
 
 
-def test_parameters_can_be_left_out_by_the_caller(sparse: Case) -> None:
-    name = "model.layers.1.mlp.experts.gate_up_proj"
-    keys = tiny.keys_of(sparse.student)
-    fewer = keys.without({name: "too much"})
-    assert set(keys.targets) - set(fewer.targets) == {name}
-    assert all(fewer.left_out[matrix] == "too much" for matrix in keys.targets[name].names)
-
-
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "glm4_moe", "deepseek_v3"])
 def test_every_parameter_can_be_written_with_one_pair(make_case: Any, tmp_path: Path, name: str) -> None:
     case = make_case(name)

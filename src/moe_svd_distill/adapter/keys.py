@@ -111,16 +111,6 @@ class AdapterKeys:
             raise BadDataError(f"{name}: no adapter can hold a pair of it: {reason}", "Leave the pair out")
         return found
 
-    def without(self, reasons: Mapping[str, str]) -> AdapterKeys:
-        """The same with fewer parameters.
-
-        Args:
-            reasons: Parameter to why it is left out.
-        """
-        kept = {name: target for name, target in self.targets.items() if name not in reasons}
-        gone = {name: reasons[key] for key in reasons for name in self.targets[key].names}
-        return replace(self, targets=kept, left_out={**self.left_out, **gone})
-
     def with_one_pair_a_parameter(self) -> AdapterKeys:
         """The same with every parameter of experts written under PEFT's own name."""
         changed = {
