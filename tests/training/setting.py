@@ -64,10 +64,10 @@ def setting(
     """A tiny model as a student, with a random teacher's head."""
     checkpoint = open_checkpoint(model)
     decoder = Decoder(checkpoint, (device,), dtype, gradients=True)
-    if not streamed:
-        decoder.enter_all()
     ranks = {matrix.name: rank for matrix in decoder.matrices}
     bank = FactorBank(decoder.matrices.of_layer, ranks, device, start or {}, seed=3)
+    if not streamed:
+        decoder.enter_all()
     engine: Engine = StreamedEngine(decoder, bank, scratch, budget) if streamed else ResidentEngine(decoder, bank)
     student = common_rows(load_head(checkpoint, str(device), torch.float32), np.arange(VOCABULARY))
     weight = torch.randn(VOCABULARY, TEACHER_WIDTH, generator=torch.Generator().manual_seed(5)) / TEACHER_WIDTH**0.5

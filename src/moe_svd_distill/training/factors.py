@@ -1,8 +1,9 @@
 """The LoRA pairs of a student on two flat buffers: values and gradients.
 
-A layer runs with ``W + BA`` in the place of ``W``, so that a step costs what full training costs, whatever the rank,
-and the gradients of the factors follow from the gradient by the weight. Flat buffers make the optimiser's step, the sum
-over processes and the checkpoint one operation each.
+Where that is cheaper, or the weights have 16 bits, pairs act beside their modules. Elsewhere a layer runs with
+``W + BA`` in the place of ``W``, so that a step costs what full training costs, whatever the rank, and the gradients of
+the factors follow from the gradient by the weight. Flat buffers make the optimiser's step, the sum over processes and
+the checkpoint one operation each.
 """
 
 from __future__ import annotations
@@ -16,10 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from moe_svd_distill.streaming import Matrix
-from moe_svd_distill.training.stacks import WHOLE_RATE, Block, Pair, PairStack, Stack, WholeStack
+from moe_svd_distill.training.stacks import (
+    WHOLE_RATE,
+    BesideStack,
+    Block,
+    Pair,
+    PairStack,
+    Stack,
+    WholeStack,
+    acts_beside,
+)
 
 _Group = tuple[int, tuple[Matrix, ...], int, tuple[int, int]]
-"""Layer, matrices of one shape in it, rank, and (rows, columns)."""
+"""Layer, matrices of one shape and one way of acting in it, rank, and (rows, columns)."""
 
 
 class FactorBank:
@@ -41,6 +51,8 @@ class FactorBank:
         seed: int,
     ) -> None:
         """Begin with the given pairs, and with pairs that change nothing (B zero, A as PEFT draws it) elsewhere.
+
+        What acts beside its module does so in copies of the layers that are made from now on.
 
         Args:
             weights: Layer to the matrices that can be trained.
@@ -64,7 +76,7 @@ class FactorBank:
         self._stacks: dict[int, list[Stack]] = {}
         for (layer, members, _, _), blocks in zip(groups, of_group, strict=True):
             views = [block.of(flat) for flat in (self.values, self.gradient) for block in blocks]
-            stack: Stack = WholeStack(members, *views) if len(blocks) == 1 else PairStack(members, *views)
+            stack = _stack(members, views)
             self._stacks.setdefault(layer, []).append(stack)
         generator = torch.Generator().manual_seed(seed)
         for stack in self._all():
@@ -76,6 +88,9 @@ class FactorBank:
             weight.name: (stack, place) for stack in self._all() for place, weight in enumerate(stack.weights)
         }
         self.names = list(self._where)
+        for stack in self._all():
+            if isinstance(stack, BesideStack):
+                stack.attach()
 
     def stacks(self, layer: int) -> Sequence[Stack]:
         """The stacks of a layer."""
@@ -83,7 +98,10 @@ class FactorBank:
 
     def bases(self, layer: int) -> list[list[Tensor]]:
         """Copies of a layer's trained matrices as they are now, for `compose`."""
-        return [[weight.value.clone() for weight in stack.weights] for stack in self.stacks(layer)]
+        return [
+            [] if isinstance(stack, BesideStack) else [weight.value.clone() for weight in stack.weights]
+            for stack in self.stacks(layer)
+        ]
 
     @torch.no_grad()
     def compose(self, layer: int, bases: Sequence[Sequence[Tensor]] | None = None) -> None:
@@ -108,6 +126,8 @@ class FactorBank:
         """
         of_parameter: dict[nn.Parameter, list[Stack]] = defaultdict(list)
         for stack in self.stacks(layer):
+            if isinstance(stack, BesideStack):
+                continue
             of_parameter[stack.weights[0].parameter].append(stack)
         for parameter, stacks in of_parameter.items():
             parameter.requires_grad_(True)
@@ -171,11 +191,19 @@ def _alike(layer: int, weights: Sequence[Matrix], ranks: Mapping[str, int]) -> I
     alike: dict[tuple[tuple[int, int], int, str], list[Matrix]] = defaultdict(list)
     for weight in weights:
         if weight.name in ranks:
-            rows, columns = weight.value.shape
+            rows, columns = weight.shape
             rank = min(ranks[weight.name], rows, columns)
             alike[(rows, columns), rank, weight.slot.name].append(weight)
     for (shape, rank, _), members in alike.items():
         yield layer, tuple(members), rank, shape
+
+
+def _stack(members: tuple[Matrix, ...], views: Sequence[Tensor]) -> Stack:
+    if len(views) == 2:
+        return WholeStack(members, *views)
+    a, b, slope_a, slope_b = views
+    kind = BesideStack if acts_beside(members[0], a.shape[1]) else PairStack
+    return kind(members, a, b, slope_a, slope_b)
 
 
 def _is_whole(group: _Group) -> bool:

@@ -148,14 +148,14 @@ class Trainee:
             tensors = {name: start[name].clone() for name in start}
         change = _embedding_change(tensors)
         self.decoder = Decoder(job.student, (self.device,), job.dtype, gradients=True, embedding_change=change)
-        if job.resident:
-            self.decoder.enter_all()
         pairs = {
             name.removesuffix("#A"): (tensors[name.removesuffix("A") + "B"], tensors[name])
             for name in tensors
             if name.endswith("#A") and not name.startswith(EMBEDDING)
         }
         self.bank = FactorBank(self.decoder.matrices.of_layer, job.ranks, self.device, pairs, job.settings.seed)
+        if job.resident:  # after the bank, whose pairs act in copies that are made of the layers
+            self.decoder.enter_all()
         self.engine: Engine = (
             ResidentEngine(self.decoder, self.bank)
             if job.resident

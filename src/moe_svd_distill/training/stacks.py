@@ -12,14 +12,18 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from moe_svd_distill.architecture.matrices import Kind
 from moe_svd_distill.errors import UsageError
 from moe_svd_distill.streaming import Matrix
+from moe_svd_distill.training.beside import add_product
 
 WHOLE_RATE = 0.5
 """Learning rate of a change that moves as a whole, as a share of that of two factors."""
 _CHUNK_BYTES = 32 << 20
+_PRODUCTS = 3  # with each factor, on the way there and back
+_WIDE_BYTES = 4
 
 Pair = tuple[Tensor, Tensor]
 """``(B, A)`` with (rows, rank) and (rank, columns)."""
@@ -135,6 +139,35 @@ class PairStack:
     def pair(self, place: int) -> Pair:
         """As `Stack`; views."""
         return self.b[place], self.a[place]
+
+
+@dataclass(frozen=True, eq=False)
+class BesideStack(PairStack):
+    """Pairs that act beside their modules, as PEFT's do: the product is never formed, nor the gradient by the weight."""
+
+    def attach(self) -> None:
+        """Add ``B A x`` to what each module gives, from now on and in copies of the module made from now on."""
+        for place, weight in enumerate(self.weights):
+            add_product(weight.slot.module, self.a[place], self.b[place], self.slope_a[place], self.slope_b[place])
+
+    def chunks(self) -> Iterator[slice]:
+        """As `Stack`: nothing is put into a weight."""
+        return iter(())
+
+
+def acts_beside(matrix: Matrix, rank: int) -> bool:
+    """Whether a pair acts beside its module rather than inside its weight.
+
+    Inside, each token costs the gradient by the weight, and a weight of 16 bits swallows most of a small change. Beside
+    it, each token costs three products with either factor.
+    """
+    plain = matrix.kind is Kind.LINEAR and not matrix.transposed and type(matrix.slot.module) is nn.Linear
+    if not plain or matrix.shape != matrix.slot.shape:
+        return False
+    rows, columns = matrix.shape
+    return rank < min(rows, columns) and (
+        matrix.slot.dtype.itemsize < _WIDE_BYTES or _PRODUCTS * rank * (rows + columns) < rows * columns
+    )
 
 
 @dataclass(frozen=True, eq=False)
