@@ -46,7 +46,7 @@ class Setting:
 
     def training(self, text: TrainingText, check: TrainingText, settings: TrainingSettings) -> Training:
         """A run on it."""
-        return Training(self.engine, self.bank, self.head, text, check, self.teacher, settings)
+        return Training(self.engine, self.bank, self.head, text, check, settings)
 
 
 def setting(

@@ -7,8 +7,10 @@ import torch
 from moe_svd_distill.algebra.logits import LogitTransform
 from moe_svd_distill.algebra.whitening import whitening
 from moe_svd_distill.fitting.pairs import HeadWeights
+from moe_svd_distill.training import fixed_head
 from moe_svd_distill.training.expected_rows import expected_rows, with_expected_rows
-from moe_svd_distill.training.head import ExpectedHead, TrainedHead
+from moe_svd_distill.training.fixed_head import FixedHead
+from moe_svd_distill.training.head import TrainedHead
 from tests.training.setting import CPU, TEACHER_WIDTH, VOCABULARY, made_up_text
 
 WIDTH = 12
@@ -24,36 +26,56 @@ def _heads(multiplier: float, bias: bool) -> tuple[HeadWeights, HeadWeights]:
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
 @pytest.mark.parametrize(("multiplier", "bias"), [(1.0, False), (0.5, True)])
-def test_loss_and_slope_are_those_of_the_whole_distributions(
+def test_loss_slope_and_divergence_are_those_of_the_whole_distributions(
     share: float, multiplier: float, bias: bool, tmp_path: Path
 ) -> None:
     student, teacher = _heads(multiplier, bias)
     basis = torch.randn(4 * WIDTH, WIDTH, generator=torch.Generator().manual_seed(2))
-    start = 0.1 * torch.randn(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(3))
-    kinds = (TrainedHead, ExpectedHead)
-    plain, short = (
-        kind(student, teacher, whitening(basis.T @ basis), start, "fixed", "forward", share) for kind in kinds
-    )
-    assert isinstance(short, ExpectedHead)
+    plain = TrainedHead(student, teacher, whitening(basis.T @ basis), None, "fixed", "forward", share)
+    short = FixedHead(student)
     text = made_up_text(6, seed=4)
     order = np.array([4, 1, 5])
-    with with_expected_rows(text, teacher, short.fixed, share, tmp_path) as shortened:
-        assert shortened.teacher.shape == (len(text.position), WIDTH + 1)
-        batch, brief = text.take(order, CPU), shortened.take(order, CPU)
+    with (
+        with_expected_rows(text, teacher, student, share, tmp_path, "text") as expected,
+        with_expected_rows(text, teacher, student, 0.0, tmp_path, "check") as measured,
+    ):
+        assert expected.text.teacher.shape == (len(text.position), WIDTH + 1)
+        batch, brief = text.take(order, CPU), expected.text.take(order, CPU)
         states = torch.randn(len(batch.position), WIDTH, generator=torch.Generator().manual_seed(7))
         slopes = [head.learn(states, part, 50) for head, part in ((plain, batch), (short, brief))]
         torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-3, atol=1e-5)
         assert float(short.loss) == pytest.approx(float(plain.loss), rel=1e-5)
         assert not short.values.numel()
+        divergence = short.divergence(states, measured.text.take(order, CPU))
+        assert float(divergence) == pytest.approx(float(plain.divergence(states, batch)), rel=1e-5)
         assert list(tmp_path.iterdir())
+        logits = teacher.logits(text.teacher[torch.from_numpy(text.teacher_position)])
+        assert torch.equal(expected.best, logits.argmax(dim=-1))
     assert not list(tmp_path.iterdir())
+
+
+def test_products_of_16_bits_are_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = _heads(1.0, bias=True)
+    monkeypatch.setattr(fixed_head, "_LARGE", 1)
+    monkeypatch.setattr(fixed_head, "matmul_dtype", lambda device: torch.bfloat16)
+    rounded, plain = FixedHead(student), FixedHead(student)
+    plain.products = student.weight
+    assert rounded.products.dtype == torch.bfloat16
+    text, order = made_up_text(6, seed=4), np.arange(6)
+    with with_expected_rows(text, teacher, student, 0.0, tmp_path, "wide") as wide:
+        batch = wide.text.take(order, CPU)
+        states = torch.randn(len(batch.position), WIDTH, generator=torch.Generator().manual_seed(7))
+        slopes = [head.learn(states, batch, len(states)) for head in (rounded, plain)]
+        near = torch.nn.functional.cosine_similarity(slopes[0], slopes[1], dim=-1)
+        assert float(near.min()) > 0.999
+        assert float(rounded.loss) == pytest.approx(float(plain.loss), rel=0.01)
 
 
 def test_rows_are_the_plain_formula() -> None:
     student, teacher = _heads(2.0, bias=True)
     states = torch.randn(5, TEACHER_WIDTH, generator=torch.Generator().manual_seed(8))
     following = torch.tensor([3, -1, 0, 7, -1])
-    found = expected_rows(states, following, teacher, student, 0.4)
+    found = expected_rows(teacher.logits(states), following, student, 0.4)
     p = torch.softmax(states.double() @ teacher.weight.double().T, dim=-1)
     real = torch.where(following >= 0, 0.4, 0.0)[:, None].double()
     mixed = (1 - real) * p + real * torch.nn.functional.one_hot(following.clamp_min(0), VOCABULARY)

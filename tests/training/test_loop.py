@@ -14,7 +14,7 @@ from moe_svd_distill.errors import UsageError
 from moe_svd_distill.execution.parts import PartContent, write_part
 from moe_svd_distill.streaming.states_file import write_states
 from moe_svd_distill.training.crew import trained
-from moe_svd_distill.training.head import ExpectedHead
+from moe_svd_distill.training.fixed_head import FixedHead
 from moe_svd_distill.training.job import TextFile, TrainingJob
 from moe_svd_distill.training.loop import Progress, Training
 from moe_svd_distill.training.optimiser import OptimiserName
@@ -205,12 +205,12 @@ def test_expected_rows_train_as_the_whole_distributions_do(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     curves = []
-    for passes_that_pay in (2, 99):
-        monkeypatch.setattr("moe_svd_distill.training.settings._PASSES_THAT_PAY", passes_that_pay)
-        job = _job(model, tmp_path / str(passes_that_pay), ("cpu",), resident=True)
+    for rows in (True, False):
+        monkeypatch.setattr("moe_svd_distill.training.job.needs_rows", lambda fixed, divergence, rows=rows: rows)
+        job = _job(model, tmp_path / str(rows), ("cpu",), resident=True)
         settings = replace(job.settings, head="fixed", epochs=2, cross_entropy_share=0.2)
         with trained(replace(job, settings=settings, tried=False), lambda progress, steps: None) as (trainee, run):
-            assert isinstance(trainee.head, ExpectedHead) == (passes_that_pay == 2)
+            assert isinstance(trainee.head, FixedHead) == rows
             curves.append([(point.kl, point.loss or 0.0) for point in run.outcome.curve])
     assert len(curves[0]) == len(curves[1]) > 2
     for short, plain in zip(*curves, strict=True):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from moe_svd_distill.algebra.distribution import cross_entropy, kl_divergence, top1_agreement
 from moe_svd_distill.calibration.paired import PairedText
@@ -70,7 +71,7 @@ def figures_by_document(pairs: StatePairs, places: Places, student: HeadWeights,
     """
     device = student.weight.device
     step = max(1, _LOGIT_BYTES // (4 * len(student.weight)))
-    columns: list[torch.Tensor] = []
+    columns: list[Tensor] = []
     begin = 0
     for mine, theirs in pairs.in_order(step, device):
         wanted, found = teacher.logits(theirs), student.logits(mine)
@@ -85,6 +86,36 @@ def figures_by_document(pairs: StatePairs, places: Places, student: HeadWeights,
                 ]
             ).cpu()
         )
+    sums = [_by_document(column, places.unit) for column in torch.cat(columns, dim=1).numpy()]
+    return DocumentSums(sums[0], sums[1], sums[2], _by_document(np.ones(len(places.unit)), places.unit))
+
+
+@torch.no_grad()
+def figures_with_fixed_head(
+    states: Tensor, rows: Tensor, best: Tensor, places: Places, head: HeadWeights
+) -> DocumentSums:
+    """The same figures where all that is needed of the teacher has been worked out.
+
+    Args:
+        states: The student's at exactly these places, (n, d).
+        rows: ``Wᵀ p`` and ``Σ p log p − b · p`` for the teacher's p, (n, d + 1) (`training.expected_rows`).
+        best: The teacher's most likely token, (n,).
+        places: Targets and documents.
+        head: The student's; it must not bend its logits.
+    """
+    device = head.weight.device
+    step = max(1, _LOGIT_BYTES // (4 * len(head.weight)))
+    columns: list[Tensor] = []
+    for begin in range(0, len(states), step):
+        part = slice(begin, begin + step)
+        mine, expected = states[part].to(device, torch.float32), rows[part].to(device)
+        logits = head.logits(mine)
+        whole = torch.logsumexp(logits, dim=-1)
+        target = torch.from_numpy(places.target[part]).to(device)[:, None]
+        divergence = whole - torch.linalg.vecdot(mine, expected[:, :-1]) + expected[:, -1]
+        agreement = logits.argmax(dim=-1) == best[part].to(device)
+        found = [divergence, whole - logits.gather(1, target)[:, 0], agreement]
+        columns.append(torch.stack([column.double() for column in found]).cpu())
     sums = [_by_document(column, places.unit) for column in torch.cat(columns, dim=1).numpy()]
     return DocumentSums(sums[0], sums[1], sums[2], _by_document(np.ones(len(places.unit)), places.unit))
 

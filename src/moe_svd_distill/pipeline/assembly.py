@@ -174,7 +174,7 @@ def _padded(factor: Tensor, dimension: int, rank: int) -> Tensor:
 
 
 def write_head_part(folder: Path, pair: ModelPair, recipe: Recipe, fitted: Fitted, alone: bool) -> Path:
-    """The part of the fitted head: a LoRA pair, or the head whole.
+    """The part of what was fitted: pairs of the layers, and the head as a LoRA pair or whole.
 
     Args:
         folder: Where parts lie.
@@ -188,18 +188,18 @@ def write_head_part(folder: Path, pair: ModelPair, recipe: Recipe, fitted: Fitte
 
     student, architecture = pair.student, pair.student.architecture
     name = architecture.head
-    left, right = fitted.factors
-    rows = architecture.head_slot.shape[0] - len(left)  # some heads have rows that pad them and give no logits
-    left = torch.nn.functional.pad(left, (0, 0, 0, rows))
-    tensors: dict[str, torch.Tensor]
-    if head_is_whole(recipe, pair):
-        base = student.checkpoint.read(architecture.embedding if architecture.tied else name)
-        delta = torch.nn.functional.pad(fitted.delta, (0, 0, 0, rows))
-        tensors = {f"{name}#{_WHOLE}": (base.float() + delta).to(base.dtype)}
-        if alone and not fitted.pairs:
-            tensors |= _zero_pair(student, getattr(torch, recipe.dtype))
-    else:
-        tensors = {f"{name}#A": right, f"{name}#B": left}
+    tensors: dict[str, torch.Tensor] = {}
+    if fitted.head is not None:
+        left, right = fitted.head.factors
+        rows = architecture.head_slot.shape[0] - len(left)  # some heads have rows that pad them and give no logits
+        if head_is_whole(recipe, pair):
+            base = student.checkpoint.read(architecture.embedding if architecture.tied else name)
+            delta = torch.nn.functional.pad(fitted.head.delta, (0, 0, 0, rows))
+            tensors = {f"{name}#{_WHOLE}": (base.float() + delta).to(base.dtype)}
+            if alone and not fitted.pairs:
+                tensors |= _zero_pair(student, getattr(torch, recipe.dtype))
+        else:
+            tensors = {f"{name}#A": right, f"{name}#B": torch.nn.functional.pad(left, (0, 0, 0, rows))}
     for matrix, (left, right) in fitted.pairs.items():
         tensors |= {f"{matrix}#A": right, f"{matrix}#B": left}
     digest = hashlib.sha256()

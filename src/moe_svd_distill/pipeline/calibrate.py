@@ -22,7 +22,7 @@ from moe_svd_distill.fitting.pairs import HeadWeights, common_rows, second_momen
 from moe_svd_distill.fitting.rank import RankChoice, choose_rank, head_factors
 from moe_svd_distill.fitting.source import StateSource
 from moe_svd_distill.pipeline.assembly import asked_head_rank
-from moe_svd_distill.pipeline.fitted import Fitted
+from moe_svd_distill.pipeline.fitted import Fitted, HeadChange
 from moe_svd_distill.pipeline.preparation import available_cores, library_versions
 from moe_svd_distill.pipeline.ranks import trained_ranks
 from moe_svd_distill.pipeline.states import Body, Report, StateReader
@@ -119,7 +119,7 @@ class _Calibration:
             else {}
         )
         record = self.facts(source, fitted, choice, scale) | {"seconds": round(time.monotonic() - begin, 2)}
-        return Fitted((whole, right.cpu()), delta.cpu(), pairs, search, record)
+        return Fitted(HeadChange((whole, right.cpu()), delta.cpu()), pairs, search, record)
 
     def load_heads(self) -> None:
         device = str(self.device)

@@ -15,7 +15,7 @@ from moe_svd_distill.pipeline.copying import for_fit, for_training
 from moe_svd_distill.pipeline.pair import Model, ModelPair
 from moe_svd_distill.pipeline.preparation import execution_settings
 from moe_svd_distill.pipeline.ranks import trained_numbers, trained_ranks, trained_shapes
-from moe_svd_distill.pipeline.steps import epochs, optimiser_steps, sequence_length
+from moe_svd_distill.pipeline.steps import checks, epochs, optimiser_steps, sequence_length, trains_head
 from moe_svd_distill.pipeline.texts import longest_sequence
 from moe_svd_distill.recipe import Recipe
 
@@ -123,15 +123,17 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
     resident = placed.resident if placed else {"resident": True, "streamed": False}.get(asked)
     trials, trial_steps = _trials(recipe, steps)
     trained = (steps + trials * trial_steps) * step_tokens
-    checks = 1 + min(recipe.training.checks, steps) + trials
-    measured = search * checks
+    measurements = 1 + min(checks(recipe, steps * step_tokens, search), steps) + trials
+    measured = search * measurements
     read = text + search
     body, head = active_parameters(teacher)
-    teacher_operations = 2 * body * read + 2 * head * (trained + measured)
+    times = read if _rows_bytes(recipe, read, student) else trained + measured
+    teacher_operations = 2 * body * read + 2 * head * times
     body, head = active_parameters(student)
-    moving = 0 if recipe.training.head == "fixed" else head
+    head_moves = trains_head(recipe, student.layout.geometry.vocabulary)
+    moving = head if head_moves else 0
     # Forward, and twice that for both gradients; streamed, every layer is computed once more on the way back.
-    student_operations = (8 if resident is False else 6) * body * trained + 6 * head * trained
+    student_operations = (8 if resident is False else 6) * body * trained + (6 if head_moves else 4) * head * trained
     student_operations += 2 * (body + head) * measured
     widths = teacher.layout.geometry.hidden * read + student.layout.geometry.hidden * read_by_student
     shapes = trained_shapes(student, ranks)
@@ -153,13 +155,13 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
         trained_tokens=trained,
         teacher_operations=teacher_operations,
         student_operations=student_operations,
-        adapter_bytes=stored * BYTES[recipe.dtype] + _head_bytes(recipe, pair),
+        adapter_bytes=stored * BYTES[recipe.dtype] + (_head_bytes(recipe, pair) if head_moves else 0),
         saves_bytes=_SAVES * _SAVED_BYTES * (factors + moving),
-        rows_bytes=_rows_bytes(recipe, stages, text, student) * processes,
+        rows_bytes=_rows_bytes(recipe, text + search, student) * processes,
         resident=resident,
         placement=placed.reason if placed else "",
         step_bytes=2 * pass_bytes,
-        training_bytes=pass_bytes * (2 * (steps + trials * trial_steps) + checks),
+        training_bytes=pass_bytes * (2 * (steps + trials * trial_steps) + measurements),
     )
 
 
@@ -228,12 +230,13 @@ def _trials(recipe: Recipe, steps: int) -> tuple[int, int]:
     return (len(MULTIPLES), trial_steps(steps)) if recipe.training.learning_rate == "auto" else (0, 0)
 
 
-def _rows_bytes(recipe: Recipe, stages: Sequence[str], tokens: int, student: Model) -> int:
+def _rows_bytes(recipe: Recipe, tokens: int, student: Model) -> int:
     """What one process keeps of the teacher for a head that stands still (`training.expected_rows`)."""
-    from moe_svd_distill.training.settings import rows_pay
+    from moe_svd_distill.training.settings import needs_rows
 
-    pay = rows_pay(recipe.training.head == "fixed", recipe.training.divergence, epochs(recipe, stages))
-    return 4 * tokens * (student.layout.geometry.hidden + 1) if pay else 0
+    fixed = not trains_head(recipe, student.layout.geometry.vocabulary)
+    needed = needs_rows(fixed, recipe.training.divergence)
+    return 4 * tokens * (student.layout.geometry.hidden + 1) if needed else 0
 
 
 def _head_bytes(recipe: Recipe, pair: ModelPair) -> int:

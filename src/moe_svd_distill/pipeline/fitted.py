@@ -13,19 +13,30 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
+class HeadChange:
+    """A change of the head.
+
+    Attributes:
+        factors: ``(B, A)`` as stored, (V, r) and (r, d).
+        delta: Their product, float32, (V, d).
+    """
+
+    factors: tuple[Tensor, Tensor]
+    delta: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Fitted:
     """Fitted or trained pairs and how they came about.
 
     Attributes:
-        factors: ``(B, A)`` of the head as stored, (V, r) and (r, d).
-        delta: Their product, float32, (V, d).
+        head: What has become of the head; None where it stands still.
         pairs: Hub name to ``(B, A)`` as stored, for every other matrix that was fitted or trained.
         search: The scale search on top of what was there before.
         record: Facts for run.json.
     """
 
-    factors: tuple[Tensor, Tensor]
-    delta: Tensor
+    head: HeadChange | None
     pairs: Mapping[str, tuple[Tensor, Tensor]]
     search: ScaleSearch
     record: dict[str, Any]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from moe_svd_distill.pairing.lineage import Lineage, MethodChoice, Relatedness, 
 from moe_svd_distill.pipeline.copying import MUCH_TEXT
 from moe_svd_distill.pipeline.pair import ModelPair
 from moe_svd_distill.pipeline.relatedness import measure_relatedness
+from moe_svd_distill.pipeline.steps import trains_head
 from moe_svd_distill.recipe import Recipe
 
 _STARTS = ("weights", "calibrated", "weights+calibrated")
@@ -82,6 +83,19 @@ def stages_for(recipe: Recipe, relatedness: Relatedness) -> Stages:
     Raises:
         MissingInputError: The start is neither a stage nor the folder of an adapter.
     """
+    found = _asked_or_automatic(recipe, relatedness)
+    rows = relatedness.vocabulary.shared
+    if "calibrated" not in found.names or trains_head(recipe, rows):
+        return found
+    names = tuple(dict.fromkeys("refined" if stage == "calibrated" else stage for stage in found.names))
+    reason = (
+        f"{found.reason}; the vocabulary of {rows:,} tokens is large for so little text, so the head stands still and "
+        "all layers are trained for few steps (refined) where the calibrated stage would fit the head"
+    )
+    return replace(found, names=names, reason=reason)
+
+
+def _asked_or_automatic(recipe: Recipe, relatedness: Relatedness) -> Stages:
     if recipe.method == "refined" and recipe.start != "auto":
         return _from_start(recipe.start, relatedness)
     if recipe.method not in ("auto", "refined"):

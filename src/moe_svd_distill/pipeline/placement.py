@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moe_svd_distill.algebra.dtypes import compute_dtype
 from moe_svd_distill.evaluation.loading import available_bytes, model_bytes
 from moe_svd_distill.pipeline.preparation import available_cores
 from moe_svd_distill.pipeline.ranks import trained_numbers, trained_shapes
@@ -73,7 +74,7 @@ def place_training(
         step_tokens: Tokens of one step; CPU processes with few tokens each wait for one another more than they gain.
     """
     kind = torch.device(devices[0]).type
-    dtype = torch.float32 if kind == "cpu" else torch.bfloat16
+    dtype = training_dtype(recipe, pair, torch.device(devices[0]))
     cores = int(os.environ.get("OMP_NUM_THREADS") or 0) or available_cores()
     name = str(dtype).removeprefix("torch.")
     needed = bytes_in_training(pair, dtype.itemsize, ranks)
@@ -89,6 +90,19 @@ def place_training(
     )
     why = f"{_gib(needed)} in each of {processes} processes"
     return Placement(True, ("cpu",) * processes, max(1, cores // processes), name, why)
+
+
+def training_dtype(recipe: Recipe, pair: ModelPair, device: torch.device) -> torch.dtype:
+    """Type that the student computes in.
+
+    On a CPU bfloat16 is for dense students alone: experts are trained inside their weights, where it swallows what is
+    small.
+    """
+    if recipe.training.dtype != "auto":
+        asked: torch.dtype = getattr(torch, recipe.training.dtype)
+        return asked
+    geometry = pair.student.layout.geometry
+    return compute_dtype(device, 0 if geometry.experts else geometry.hidden)
 
 
 def bytes_in_training(pair: ModelPair, itemsize: int, ranks: Mapping[str, int]) -> int:

@@ -57,20 +57,22 @@ def summarise(tensors: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 def fitted_records(student: Model, fitted: Fitted, whole: bool, stage: str) -> list[dict[str, Any]]:
     """The fate of every matrix that a stage on text changes: the head first, then those of the layers."""
-    architecture = student.architecture
-    left, right = fitted.factors
+    pairs = [_fitted_record(student, name, factors, stage) for name, factors in fitted.pairs.items()]
+    if fitted.head is None:
+        return pairs
+    left, right = fitted.head.factors
     head = {
-        "name": architecture.head,
+        "name": student.architecture.head,
         "role": "head",
         "shape": [left.shape[0], right.shape[1]],
         "fate": "lora",
         "rank": left.shape[1],
         "format": "whole" if whole else "pair",
         "stage": stage,
-        "delta_norm": float(fitted.delta.double().norm()),
+        "delta_norm": float(fitted.head.delta.double().norm()),
         "layer": None,
     }
-    return [head, *(_fitted_record(student, name, factors, stage) for name, factors in fitted.pairs.items())]
+    return [head, *pairs]
 
 
 def _fitted_record(student: Model, name: str, factors: tuple[Tensor, Tensor], stage: str) -> dict[str, Any]:

@@ -15,21 +15,28 @@ import numpy as np
 import torch
 
 from moe_svd_distill.execution.publish import write_json_atomic
-from moe_svd_distill.fitting.check import Places, figures_by_document, predicting_places
+from moe_svd_distill.fitting.check import (
+    DocumentSums,
+    Places,
+    figures_by_document,
+    figures_with_fixed_head,
+    predicting_places,
+)
 from moe_svd_distill.fitting.pairs import HeadWeights, Segment, StatePairs
 from moe_svd_distill.fitting.rank import choose_rank, head_factors
 from moe_svd_distill.pipeline.assembly import asked_head_rank
 from moe_svd_distill.pipeline.copying import for_training
-from moe_svd_distill.pipeline.fitted import Fitted
+from moe_svd_distill.pipeline.fitted import Fitted, HeadChange
 from moe_svd_distill.pipeline.placement import Placement, place_training
 from moe_svd_distill.pipeline.preparation import library_versions
 from moe_svd_distill.pipeline.ranks import trained_ranks
 from moe_svd_distill.pipeline.states import Body, Report
-from moe_svd_distill.pipeline.steps import epochs, optimiser_steps
+from moe_svd_distill.pipeline.steps import checks, epochs, optimiser_steps, trains_head
 from moe_svd_distill.pipeline.training_start import Start, read_start
 from moe_svd_distill.pipeline.training_text import training_texts
-from moe_svd_distill.streaming import PassSettings, StreamedStates, load_head, stream_states
+from moe_svd_distill.streaming import PassSettings, StreamedStates, stream_states
 from moe_svd_distill.training.crew import trained
+from moe_svd_distill.training.head import TrainedHead
 from moe_svd_distill.training.job import Trained, Trainee, TrainingJob
 from moe_svd_distill.training.loop import Progress
 from moe_svd_distill.training.settings import TrainingSettings
@@ -109,7 +116,7 @@ class _Refinement:
         self.copying = for_training(recipe, tokenized.tokens, count, self.fit_text.identical)
         tokens = (count + self.copying.sequences(count)) * length
         self.epochs = epochs(recipe, given.stages)
-        self.step_tokens = optimiser_steps(recipe, self.epochs, tokens, length)[1]
+        self.steps, self.step_tokens = optimiser_steps(recipe, self.epochs, tokens, length)
         together = self.step_tokens // length
         self.placement: Placement = place_training(
             recipe, pair, given.devices, given.workers, self.ranks, together, self.step_tokens
@@ -122,31 +129,16 @@ class _Refinement:
         with trained(job, self.told) as (trainee, run):
             self.report("measuring the trained student", None)
             places = predicting_places(self.text.search)
-            check = self.check_pairs(trainee, 1.0)
-            choice = choose_rank(
-                trainee.head.delta,
-                trainee.metric,
-                asked_head_rank(self.recipe, self.pair.student.architecture.head),
-                check,
-                trainee.student,
-                trainee.teacher,
-                run.outcome.curve[0].kl,
-                self.dtype,
-            )
+            head = trainee.head
+            moving = _MovingHead(self, trainee, head, run) if isinstance(head, TrainedHead) else None
             self.report("searching the scale of the trained adapter", None)
-            search = self.search_scale(trainee, choice.rank, places)
+            search = self.search_scale(trainee, moving, places)
             scale = float(search.scales[GROUP])
-            left, right = self.head_pair(trainee, choice.rank, scale)
             pairs = {name: self.stored_pair(trainee, name, scale) for name in trainee.bank.names}
-            student_rows = len(load_head(self.pair.student.checkpoint, "cpu", torch.float32).weight)
-        pairs |= {name: (scale * left_, right_) for name, (left_, right_) in start.carried.items()}
-        delta = torch.zeros(student_rows, right.shape[1])
-        whole = torch.zeros(student_rows, left.shape[1], dtype=self.dtype)
-        rows = torch.from_numpy(self.fit_text.student_ids)
-        whole[rows] = left.cpu()
-        delta[rows] = left.float().cpu() @ right.float().cpu()
-        record = self.facts(job, run, choice, scale, start) | {"seconds": round(time.monotonic() - begin, 2)}
-        return Fitted((whole, right.cpu()), delta, pairs, search, record)
+            change = moving.change(scale) if moving else None
+        pairs |= {name: (scale * left, right) for name, (left, right) in start.carried.items()}
+        record = self.facts(job, run, moving.choice if moving else None, scale, start)
+        return Fitted(change, pairs, search, record | {"seconds": round(time.monotonic() - begin, 2)})
 
     def told(self, progress: Progress, steps: int) -> None:
         """Pass on where training stands, and keep its curve in the output folder."""
@@ -215,21 +207,12 @@ class _Refinement:
             optimiser=asked.optimiser,
             divergence=asked.divergence,
             cross_entropy_share=asked.cross_entropy_share,
-            head="whole" if asked.head == "train" else "fixed",
-            checks=asked.checks,
+            head="whole" if trains_head(self.recipe, len(self.fit_text.student_ids)) else "fixed",
+            checks=checks(self.recipe, self.steps * self.step_tokens, self.text.search.student.tokens),
             patience=asked.patience,
             weight_decay=asked.weight_decay,
             seed=self.recipe.seed,
         )
-
-    def check_pairs(self, trainee: Trainee, scale: float) -> StatePairs:
-        """States of the checking text, in the order of its places."""
-        mine = trainee.check_states(scale)
-        return StatePairs([Segment(mine, trainee.check.teacher, np.arange(len(mine)), trainee.check.teacher_position)])
-
-    def head_pair(self, trainee: Trainee, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-        left, right = head_factors(trainee.head.delta, trainee.metric, rank, torch.float32)
-        return (left * scale).to(self.dtype), right.to(self.dtype)
 
     def stored_pair(self, trainee: Trainee, name: str, scale: float) -> tuple[Tensor, Tensor]:
         """``(B, A)`` of a matrix as stored, with zeros up to the rank that was asked for, so that all are alike."""
@@ -238,17 +221,19 @@ class _Refinement:
         left = torch.nn.functional.pad(scale * left, (0, lacking))
         return left.to("cpu", self.dtype), torch.nn.functional.pad(right, (0, 0, 0, lacking)).to("cpu", self.dtype)
 
-    def search_scale(self, trainee: Trainee, rank: int, places: Places) -> ScaleSearch:
+    def search_scale(self, trainee: Trainee, moving: _MovingHead | None, places: Places) -> ScaleSearch:
         """How much of it all to keep; nothing is a valid answer."""
         from moe_svd_distill.evaluation.figures import Measurement
         from moe_svd_distill.evaluation.scale_search import search_scale
 
         def at(scales: Mapping[str, float]) -> Measurement:
             scale = scales[GROUP]
-            left, right = self.head_pair(trainee, rank, scale)
-            weight = trainee.student.weight + left.float() @ right.float()
-            head = HeadWeights(weight, trainee.student.bias, trainee.student.transform)
-            sums = figures_by_document(self.check_pairs(trainee, scale), places, head, trainee.teacher)
+            if moving is not None:
+                sums = moving.figures(scale, places)
+            else:
+                states, expected = trainee.check_states(scale), trainee.expected
+                rows = expected.text.teacher
+                sums = figures_with_fixed_head(states, rows, expected.best, places, trainee.head.head())
             return Measurement(sums.kl, sums.cross_entropy, sums.agreement, sums.tokens)
 
         return search_scale(at, (GROUP,), global_scales=(0.5, 1.0))
@@ -257,7 +242,7 @@ class _Refinement:
         self,
         job: TrainingJob,
         run: Trained,
-        choice: RankChoice,
+        choice: RankChoice | None,
         scale: float,
         start: Start,
     ) -> dict[str, Any]:
@@ -286,7 +271,8 @@ class _Refinement:
             "placement": self.placement.as_dict(),
             "matrices": len(self.ranks),
             "scale": scale,
-            **asdict(choice),
+            "head": "fixed" if choice is None else "trained",
+            **(asdict(choice) if choice else {}),
             "full_rank": min(len(job.student_ids), self.pair.student.architecture.head_slot.shape[1]),
             "streamed": self.passes,
         }
@@ -304,6 +290,50 @@ class _Refinement:
         facts = {key: value for key, value in asdict(states.record).items() if key != "unused"}
         self.passes[name] = facts | {"file": states.path.name}
         return states
+
+
+class _MovingHead:
+    """The change of a trained head at a rank that keeps what it is worth."""
+
+    def __init__(self, refinement: _Refinement, trainee: Trainee, head: TrainedHead, run: Trained) -> None:
+        self._trainee, self._head, self._dtype = trainee, head, refinement.dtype
+        self._rows = torch.from_numpy(refinement.fit_text.student_ids)
+        self._vocabulary = refinement.pair.student.architecture.head_slot.shape[0]
+        self.choice = choose_rank(
+            head.delta,
+            trainee.metric,
+            asked_head_rank(refinement.recipe, refinement.pair.student.architecture.head),
+            self._pairs(1.0),
+            trainee.student,
+            trainee.teacher,
+            run.outcome.curve[0].kl,
+            self._dtype,
+        )
+
+    def figures(self, scale: float, places: Places) -> DocumentSums:
+        """Of the student with this share of the adapter, on the checking text."""
+        trainee, (left, right) = self._trainee, self._factors(scale)
+        weight = trainee.student.weight + left.float() @ right.float()
+        head = HeadWeights(weight, trainee.student.bias, trainee.student.transform)
+        return figures_by_document(self._pairs(scale), places, head, trainee.teacher)
+
+    def change(self, scale: float) -> HeadChange:
+        """This share of it, over all rows of the head."""
+        left, right = (factor.cpu() for factor in self._factors(scale))
+        whole = torch.zeros(self._vocabulary, left.shape[1], dtype=self._dtype)
+        delta = torch.zeros(self._vocabulary, right.shape[1])
+        whole[self._rows] = left
+        delta[self._rows] = left.float() @ right.float()
+        return HeadChange((whole, right), delta)
+
+    def _pairs(self, scale: float) -> StatePairs:
+        """States of the checking text, in the order of its places."""
+        mine, check = self._trainee.check_states(scale), self._trainee.check
+        return StatePairs([Segment(mine, check.teacher, np.arange(len(mine)), check.teacher_position)])
+
+    def _factors(self, scale: float) -> tuple[Tensor, Tensor]:
+        left, right = head_factors(self._head.delta, self._trainee.metric, self.choice.rank, torch.float32)
+        return (left * scale).to(self._dtype), right.to(self._dtype)
 
 
 def _digest(*numbers: NDArray[np.int64]) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from moe_svd_distill.pipeline.copying import MUCH_TEXT
+from moe_svd_distill.pipeline.copying import MUCH_TEXT, for_training
 
 if TYPE_CHECKING:
     from moe_svd_distill.recipe import Recipe
 
 _EPOCHS_OF_LITTLE, _EPOCHS_OF_MUCH, _SHARE_AFTER_WEIGHTS = 4.0, 2.75, 0.2
+_TOKENS_OF_A_ROW = 4
+_MEASURING_SHARE, _TRAINING_COST, _FEWEST_CHECKS = 0.25, 3, 2
 _STEPS, _SMALLEST_STEP, _LARGEST_STEP = 3072, 512, 65536
 
 
@@ -20,6 +22,33 @@ def epochs(recipe: Recipe, stages: Sequence[str]) -> float:
         return recipe.training.epochs
     passes = _EPOCHS_OF_LITTLE if recipe.tokens <= MUCH_TEXT else _EPOCHS_OF_MUCH
     return passes * (_SHARE_AFTER_WEIGHTS if "weights" in stages else 1.0)
+
+
+def trains_head(recipe: Recipe, rows: int) -> bool:
+    """Whether the head moves in training: as asked, or where the text has a few tokens for each of its rows.
+
+    With fewer the head learns what these documents say, and that does not carry over to others (docs/decisions/0025).
+
+    Args:
+        recipe: What is asked for.
+        rows: Of the head: tokens that both models have.
+    """
+    if recipe.training.head != "auto":
+        return recipe.training.head == "train"
+    copies = for_training(recipe, recipe.tokens, 1, identical=True).sequences(1)
+    return recipe.tokens * (1 + copies) >= _TOKENS_OF_A_ROW * rows
+
+
+def checks(recipe: Recipe, trained: int, measured: int) -> int:
+    """How often the student is measured in training: as asked, or less often where that took too much of the time.
+
+    Args:
+        recipe: What is asked for.
+        trained: Tokens trained on in all; each costs about three that are measured.
+        measured: Tokens that are measured each time.
+    """
+    affordable = int(_MEASURING_SHARE * _TRAINING_COST * trained / max(1, measured))
+    return min(recipe.training.checks, max(_FEWEST_CHECKS, affordable))
 
 
 def optimiser_steps(recipe: Recipe, passes: float, tokens: int, length: int) -> tuple[int, int]:

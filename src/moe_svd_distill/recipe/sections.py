@@ -56,7 +56,16 @@ class TrainingRecipe(Section):
     )
     optimiser: Literal["muon", "adamw"] = Field("muon", description="What moves the factors; AdamW moves the head.")
     head_rate: float = Field(1.0, gt=0, description="The head's learning rate, as a multiple of the factors'.")
-    head: Literal["train", "fixed"] = Field("train", description="Whether the head is trained as well.")
+    head: Literal["auto", "train", "fixed"] = Field(
+        "auto",
+        description="Whether the head is trained as well. auto: where the text, copies included, has at least four "
+        "tokens for each of its rows.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Type the student computes in while it is trained; factors are float32. auto: bfloat16 on a GPU, "
+        "and on a CPU that multiplies it in hardware for a dense student at least 512 wide.",
+    )
     divergence: Literal["forward", "reverse", "jensen-shannon"] = Field(
         "forward", description="Which divergence from the teacher's distribution is made small."
     )

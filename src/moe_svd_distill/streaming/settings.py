@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_svd_distill.algebra.dtypes import compute_dtype
 from moe_svd_distill.errors import UsageError
 
 
@@ -15,7 +16,7 @@ class PassSettings:
 
     Args:
         devices: Devices that share the sequences, all of one kind; one of them may be named more than once.
-        dtype: Type to compute in; by default float32 on the CPU and bfloat16 elsewhere.
+        dtype: Type to compute in; by default as of `algebra.dtypes.compute_dtype`.
         batch_tokens: Tokens computed at once on a device, rounded down to whole sequences (at least one).
         activation_bytes: The most memory that hidden states between two layers may take; beyond it they stay on the
             disk. By default a quarter of the free memory.
@@ -39,11 +40,9 @@ class PassSettings:
             raise UsageError(f"A pass runs on devices of one kind, found {named}", "Name CPUs only or GPUs only")
         return found
 
-    def compute_dtype(self) -> torch.dtype:
-        """The type that the pass computes in."""
-        if self.dtype is not None:
-            return self.dtype
-        return torch.float32 if self.places()[0].type == "cpu" else torch.bfloat16
+    def compute_dtype(self, width: int = 0) -> torch.dtype:
+        """The type that the pass of a model of this width computes in."""
+        return compute_dtype(self.places()[0], width) if self.dtype is None else self.dtype
 
 
 @dataclass(frozen=True)

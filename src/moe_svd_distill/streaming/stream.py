@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -78,7 +79,7 @@ def stream_states(
         CannotWriteError: The disk is full.
     """
     begin = time.perf_counter()
-    settings = settings or PassSettings()
+    settings = _settled(settings or PassSettings(), checkpoint)
     _check_tokens(sequences)
     anonymous = visit is not None and visit_key is None
     identity = None if visit is None else (visit_key or "anonymous")
@@ -96,6 +97,12 @@ def stream_states(
     record = PassRecord(key, layers, **facts, seconds=time.perf_counter() - begin)
     inputs = None if record_at is None else LayerInputs(record_at, journal.layer_path(record_at) if record_at else None)
     return StreamedStates(path, record, keep, inputs)
+
+
+def _settled(settings: PassSettings, checkpoint: Checkpoint) -> PassSettings:
+    """With the type that a model of this width computes in."""
+    width = parse_config(checkpoint.config, checkpoint.source).get_text_config().hidden_size
+    return replace(settings, dtype=settings.compute_dtype(width))
 
 
 class _Pass:

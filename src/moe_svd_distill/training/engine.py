@@ -18,6 +18,7 @@ from torch import Tensor
 from moe_svd_distill.streaming.budget import activation_budget
 from moe_svd_distill.streaming.decoder import Decoder
 from moe_svd_distill.training.factors import FactorBank
+from moe_svd_distill.training.fixed_head import FixedHead
 from moe_svd_distill.training.head import TrainedHead
 from moe_svd_distill.training.text import Batch
 
@@ -25,7 +26,7 @@ from moe_svd_distill.training.text import Batch
 class Engine(Protocol):
     """Runs the student as it is now."""
 
-    def learn(self, batches: Sequence[Batch], head: TrainedHead, places: int) -> None:
+    def learn(self, batches: Sequence[Batch], head: TrainedHead | FixedHead, places: int) -> None:
         """Add the gradients of a step to those in the factors' bank and in the head.
 
         Args:
@@ -47,7 +48,7 @@ class ResidentEngine:
         for layer in range(decoder.layers):
             bank.collect(layer)
 
-    def learn(self, batches: Sequence[Batch], head: TrainedHead, places: int) -> None:
+    def learn(self, batches: Sequence[Batch], head: TrainedHead | FixedHead, places: int) -> None:
         """As `Engine`."""
         self._compose()
         for batch in batches:
@@ -82,7 +83,7 @@ class StreamedEngine:
         """
         self._decoder, self._bank, self._folder, self._budget = decoder, bank, folder, budget
 
-    def learn(self, batches: Sequence[Batch], head: TrainedHead, places: int) -> None:
+    def learn(self, batches: Sequence[Batch], head: TrainedHead | FixedHead, places: int) -> None:
         """As `Engine`."""
         decoder = self._decoder
         with _Inputs(self._folder, decoder.device, self._budget) as kept:

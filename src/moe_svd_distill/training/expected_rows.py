@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,22 +23,35 @@ from moe_svd_distill.training.head import LOGIT_BYTES
 from moe_svd_distill.training.text import TrainingText
 
 
+@dataclass(frozen=True, eq=False)
+class ExpectedText:
+    """A text, and what the teacher expects at its places.
+
+    Attributes:
+        text: With rows of `expected_rows` in the place of the teacher's states.
+        best: The teacher's most likely token at each place, among the common ones, (places,).
+    """
+
+    text: TrainingText
+    best: Tensor
+
+
 def expected_rows(
-    teacher: Tensor, following: Tensor, teacher_head: HeadWeights, student_head: HeadWeights, share: float
+    logits: Tensor, following: Tensor, student_head: HeadWeights, share: float, products: Tensor | None = None
 ) -> Tensor:
     """The rows of some places.
 
     Args:
-        teacher: The teacher's final states, (n, d_teacher).
+        logits: The teacher's over the common tokens, (n, v).
         following: The token that follows each place; -1 where none does, (n,).
-        teacher_head: Over the common tokens.
-        student_head: The same; it must not bend its logits.
+        student_head: Over the same tokens; it must not bend its logits.
         share: Of the cross-entropy in the loss.
+        products: The student's weight in the type to multiply in; by default as it is.
 
     Returns:
         ``Wᵀ p`` and, last, ``(1 − share) Σ p log p − b · p``, (n, d_student + 1); p is already mixed with the tokens.
     """
-    log_p = torch.log_softmax(teacher_head.logits(teacher.float()), dim=-1)
+    log_p = torch.log_softmax(logits, dim=-1)
     p = log_p.exp()
     constant = (p * log_p).sum(dim=-1)
     if share:
@@ -48,7 +61,8 @@ def expected_rows(
     multiplier = student_head.transform.multiplier
     if student_head.bias is not None:
         constant -= multiplier * (p @ student_head.bias)
-    return torch.cat([(p @ student_head.weight) * multiplier, constant[:, None]], dim=1)
+    weight = student_head.weight if products is None else products
+    return torch.cat([(p.to(weight.dtype) @ weight).float() * multiplier, constant[:, None]], dim=1)
 
 
 @contextmanager
@@ -58,8 +72,9 @@ def with_expected_rows(
     student_head: HeadWeights,
     share: float,
     folder: Path,
-    number: int = 0,
-) -> Iterator[TrainingText]:
+    name: str,
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[ExpectedText]:
     """The text with such rows in the place of the teacher's states, in a file that is gone when this closes.
 
     Every process of a run computes all of them: a row is as cheap as a place in one pass of training.
@@ -70,18 +85,24 @@ def with_expected_rows(
         student_head: The same; where its weight lies is where this computes.
         share: Of the cross-entropy in the loss.
         folder: Where the file lies.
-        number: Of this process; each has a file of its own.
+        name: Of the file; no two processes or texts may have the same.
+        dtype: Type of the products with both heads.
     """
     device, width = student_head.weight.device, student_head.weight.shape[1] + 1
     count = len(text.position)
     step = max(1, LOGIT_BYTES // (4 * len(student_head.weight)))
+    theirs, mine = teacher_head.weight.to(dtype), student_head.weight.to(dtype)
+    best = torch.empty(count, dtype=torch.int64)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"expected-rows-{number}-", dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(prefix=f"expected-rows-{name}-", dir=folder) as scratch:
         rows = torch.from_file(str(Path(scratch) / "rows"), shared=True, size=count * width, dtype=torch.float32)
         rows = rows.view(count, width)
         for begin in range(0, count, step):
             part = slice(begin, min(begin + step, count))
-            states = text.teacher[torch.from_numpy(text.teacher_position[part])].to(device)
+            states = text.teacher[torch.from_numpy(text.teacher_position[part])].to(device, dtype)
+            logits = torch.nn.functional.linear(states, theirs).float()
+            logits = teacher_head.transform(logits if teacher_head.bias is None else logits.add_(teacher_head.bias))
             following = torch.from_numpy(text.following[part]).to(device)
-            rows[part] = expected_rows(states, following, teacher_head, student_head, share).cpu()
-        yield replace(text, teacher_position=np.arange(count), teacher=rows)
+            rows[part] = expected_rows(logits, following, student_head, share, mine).cpu()
+            best[part] = logits.argmax(dim=-1).cpu()
+        yield ExpectedText(replace(text, teacher_position=np.arange(count), teacher=rows), best)

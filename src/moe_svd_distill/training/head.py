@@ -1,12 +1,11 @@
 """The student's head in training: the loss, its gradient by the student's final states, and the head's own.
 
-The head is moved in coordinates in which the states have unit second moment (docs/decisions/0010), whole or as a pair;
-or it stands still, and then nothing but the states' gradient is computed.
+The head is moved in coordinates in which the states have unit second moment (docs/decisions/0010), or it stands still.
+Where it does and the divergence allows it, `fixed_head` takes the place of this.
 """
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Literal, TypeAlias
 
 import torch
@@ -20,6 +19,7 @@ from moe_svd_distill.training.text import Batch
 HeadTraining: TypeAlias = Literal["whole", "fixed"]
 LOGIT_BYTES = 128 << 20
 """Of the logits that are computed at once."""
+_MEASURED = 1024  # places
 
 
 class TrainedHead:
@@ -78,6 +78,22 @@ class TrainedHead:
         return HeadWeights(self._weights @ self._metric.inverse, self._student.bias, self._student.transform)
 
     @torch.no_grad()
+    def divergence(self, states: Tensor, batch: Batch) -> Tensor:
+        """Forward KL of the head as it is now from the teacher, summed over the places, in nats; float64.
+
+        Args:
+            states: The student's final states at the places of the batch, (b, d).
+            batch: With the teacher's states.
+        """
+        head, total = self.head(), torch.zeros((), dtype=torch.float64, device=states.device)
+        for begin in range(0, len(states), _MEASURED):
+            part = slice(begin, begin + _MEASURED)
+            wanted = torch.log_softmax(self._teacher.logits(batch.teacher[part].float()), dim=-1)
+            found = torch.log_softmax(head.logits(states[part].float()), dim=-1)
+            total += (wanted.exp() * (wanted - found)).sum(dim=-1).double().sum()
+        return total
+
+    @torch.no_grad()
     def learn(self, states: Tensor, batch: Batch, places: int) -> Tensor:
         """Gradient of the mean loss by the states, (b, d); the head's own is added to `gradient`.
 
@@ -105,30 +121,4 @@ class TrainedHead:
             slopes.append((error @ self._weights) @ self._metric.inverse)
             if self._moves:
                 self.gradient.view_as(self._weights).addmm_(error.T, inputs)
-        return torch.cat(slopes)
-
-
-class ExpectedHead(TrainedHead):
-    """A head that stands still, for a text with rows of `expected_rows` in the place of the teacher's states."""
-
-    @cached_property
-    def fixed(self) -> HeadWeights:
-        """The head, once and for all."""
-        return self.head()
-
-    @torch.no_grad()
-    def learn(self, states: Tensor, batch: Batch, places: int) -> Tensor:
-        """As `TrainedHead`."""
-        head = self.fixed
-        slopes = []
-        step = max(1, LOGIT_BYTES // (4 * len(head.weight)))
-        for begin in range(0, len(states), step):
-            part = slice(begin, begin + step)
-            inputs, rows = states[part].float(), batch.teacher[part]
-            logits = head.logits(inputs)
-            expected, constant = rows[:, :-1], rows[:, -1]
-            loss = torch.logsumexp(logits, dim=-1) - torch.linalg.vecdot(inputs, expected) + constant
-            self.loss += loss.double().sum().cpu() / places
-            slope = (torch.softmax(logits, dim=-1) @ head.weight).mul_(head.transform.multiplier)
-            slopes.append(slope.sub_(expected).div_(places))
         return torch.cat(slopes)

@@ -15,18 +15,19 @@ from torch import Tensor
 from moe_svd_distill.algebra.whitening import Whitening, whitening
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.execution.parts import PartContent, open_part, part_path, read_record, verify_part, write_part
-from moe_svd_distill.fitting.pairs import common_rows
+from moe_svd_distill.fitting.pairs import HeadWeights, common_rows
 from moe_svd_distill.streaming import Decoder, load_head
 from moe_svd_distill.streaming.states_file import StatesFile
 from moe_svd_distill.streaming.tables import EmbeddingChange
 from moe_svd_distill.training.engine import Engine, ResidentEngine, StreamedEngine
-from moe_svd_distill.training.expected_rows import with_expected_rows
+from moe_svd_distill.training.expected_rows import ExpectedText, with_expected_rows
 from moe_svd_distill.training.factors import FactorBank
-from moe_svd_distill.training.head import ExpectedHead, TrainedHead
+from moe_svd_distill.training.fixed_head import FixedHead
+from moe_svd_distill.training.head import TrainedHead
 from moe_svd_distill.training.loop import Outcome, Progress, Training
 from moe_svd_distill.training.peers import Peers
 from moe_svd_distill.training.saves import Saves
-from moe_svd_distill.training.settings import TrainingSettings, rows_pay
+from moe_svd_distill.training.settings import TrainingSettings, needs_rows
 from moe_svd_distill.training.stacks import Pair
 from moe_svd_distill.training.text import IntArray, TrainingText
 from moe_svd_distill.training.trials import (
@@ -131,7 +132,17 @@ class Trained:
 
 
 class Trainee:
-    """The student of a job in one process."""
+    """The student of a job in one process.
+
+    Attributes:
+        metric: Second moment of the student's states, where the head moves.
+        teacher: The teacher's head, where the loss needs its logits.
+        expected: The checking text as a head that stands still needs it.
+    """
+
+    metric: Whitening
+    teacher: HeadWeights
+    expected: ExpectedText
 
     def __init__(self, job: TrainingJob, peers: Peers) -> None:
         """Read it, and begin with the job's start.
@@ -163,26 +174,9 @@ class Trainee:
         )
         device = str(self.device)
         self.student = common_rows(load_head(job.student, device, torch.float32), job.student_ids)
-        self.teacher = common_rows(load_head(job.teacher, device, torch.float32), job.teacher_ids)
-        self.metric = self._metric()
-        settings = job.settings
-        kind_of_head = ExpectedHead if self._expects(settings) else TrainedHead
-        self.head = kind_of_head(
-            self.student,
-            self.teacher,
-            self.metric,
-            tensors.get(HEAD),
-            settings.head,
-            settings.divergence,
-            settings.cross_entropy_share,
-        )
         self._closing = ExitStack()
-        if isinstance(self.head, ExpectedHead):
-            self.text = self._closing.enter_context(
-                with_expected_rows(
-                    self.text, self.teacher, self.head.fixed, settings.cross_entropy_share, job.folder, peers.number
-                )
-            )
+        teacher = common_rows(load_head(job.teacher, device, torch.float32), job.teacher_ids)
+        self.head = self._head(tensors.get(HEAD), teacher)
         self._first = [values.clone() for values in (self.bank.values, self.head.values)] if job.tried else []
         self._started = bool(pairs) or HEAD in tensors
 
@@ -213,7 +207,7 @@ class Trainee:
         if untouched:
             self.bank.forget()
             self.head.forget()
-        return Training(self.engine, self.bank, self.head, self.text, self.check, self.teacher, settings, self._peers)
+        return Training(self.engine, self.bank, self.head, self.text, self.check, settings, self._peers)
 
     def _choice(self) -> RateChoice | None:
         """The trials of the learning rate, made once in the life of a run."""
@@ -238,11 +232,7 @@ class Trainee:
 
     def check_states(self, scale: float) -> Tensor:
         """The student's states at the places of the checking text, (places, d), with this share of every pair."""
-        rows = np.arange(len(self.check))
-        together = max(1, self._job.settings.batch_tokens // self.check.length)
-        batches = [
-            self.check.take(rows[begin : begin + together], self.device) for begin in range(0, len(rows), together)
-        ]
+        batches = list(self.check.batches(self._together(self.check), self.device))
         with self.bank.scaled(scale):
             return torch.cat([states.float().cpu() for states in self.engine.states(batches)])
 
@@ -255,16 +245,44 @@ class Trainee:
         self._closing.close()
         self.decoder.close()
 
-    def _expects(self, settings: TrainingSettings) -> bool:
-        """Whether what the loss needs of the teacher is worked out before training, because it stays as it is."""
-        return self.student.transform.cap is None and rows_pay(
-            settings.head == "fixed", settings.divergence, settings.epochs
+    def _head(self, start: Tensor | None, teacher: HeadWeights) -> TrainedHead | FixedHead:
+        """The head; where it stays what it is, the texts are made short at once, and the teacher's is not needed again.
+
+        What is measured on is computed in float32: the scale search rests on it.
+        """
+        job, settings = self._job, self._job.settings
+        rows = needs_rows(settings.head == "fixed", settings.divergence) and self.student.transform.cap is None
+        if not rows or start is not None:
+            self.teacher, self.metric = teacher, self._metric()
+            return TrainedHead(
+                self.student,
+                teacher,
+                self.metric,
+                start,
+                settings.head,
+                settings.divergence,
+                settings.cross_entropy_share,
+            )
+        head = FixedHead(self.student)
+        given = teacher, head.weights
+        number = self._peers.number
+        short = with_expected_rows(
+            self.text, *given, settings.cross_entropy_share, job.folder, f"{number}-text", head.products.dtype
         )
+        self.text = self._closing.enter_context(short).text
+        self.expected = self._closing.enter_context(
+            with_expected_rows(self.check, *given, 0.0, job.folder, f"{number}-check")
+        )
+        self.check = self.expected.text
+        return head
+
+    def _together(self, text: TrainingText) -> int:
+        """Sequences that go through a layer together."""
+        return max(1, self._job.settings.batch_tokens // text.length)
 
     def _metric(self) -> Whitening:
         """Second moment of the student's states on some of the text, as it begins."""
-        rows = np.arange(min(len(self.text), _MOMENT_ROWS))
-        together = max(1, self._job.settings.batch_tokens // self.text.length)
+        rows, together = np.arange(min(len(self.text), _MOMENT_ROWS)), self._together(self.text)
         batches = [
             self.text.take(rows[begin : begin + together], self.device) for begin in range(0, len(rows), together)
         ]

@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe_svd_distill.fitting.pairs import HeadWeights
 from moe_svd_distill.training.engine import Engine
 from moe_svd_distill.training.factors import FactorBank
+from moe_svd_distill.training.fixed_head import FixedHead
 from moe_svd_distill.training.head import TrainedHead
 from moe_svd_distill.training.optimiser import AdamW, Muon, Optimiser
 from moe_svd_distill.training.peers import Alone, Peers
@@ -103,10 +103,9 @@ class Training:
         self,
         engine: Engine,
         bank: FactorBank,
-        head: TrainedHead,
+        head: TrainedHead | FixedHead,
         text: TrainingText,
         check: TrainingText,
-        teacher: HeadWeights,
         settings: TrainingSettings,
         peers: Peers | None = None,
     ) -> None:
@@ -118,12 +117,11 @@ class Training:
             head: Its head.
             text: To train on.
             check: To measure on.
-            teacher: The teacher's head.
             settings: How.
             peers: The processes that share the work.
         """
         self.engine, self.bank, self.head, self.text, self.check = engine, bank, head, text, check
-        self.teacher, self.settings, self.peers = teacher, settings, peers or Alone()
+        self.settings, self.peers = settings, peers or Alone()
         self.device = bank.values.device
         self.rows = max(1, settings.step_tokens // text.length)
         self.steps_in_epoch = max(1, len(text) // self.rows)
@@ -201,16 +199,11 @@ class Training:
     @torch.no_grad()
     def measure(self) -> float:
         """Mean KL on the checking text, in nats per place."""
-        head = self.head.head()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         mine = np.arange(len(self.check))[self.peers.number :: self.peers.count]
         batches = self._batches(self.check, mine)
         for batch, states in zip(batches, self.engine.states(batches), strict=True):
-            for begin in range(0, len(states), 1024):
-                part = slice(begin, begin + 1024)
-                wanted = torch.log_softmax(self.teacher.logits(batch.teacher[part].float()), dim=-1)
-                found = torch.log_softmax(head.logits(states[part].float()), dim=-1)
-                sums[0] += (wanted.exp() * (wanted - found)).sum(dim=-1).double().sum()
+            sums[0] += self.head.divergence(states, batch)
             sums[1] += len(states)
         self.peers.add_up(sums)
         return float(sums[0] / sums[1])

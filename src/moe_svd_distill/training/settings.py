@@ -9,15 +9,10 @@ from moe_svd_distill.algebra.divergence import Divergence
 from moe_svd_distill.training.head import HeadTraining
 from moe_svd_distill.training.optimiser import OptimiserName
 
-_PASSES_THAT_PAY = 2
 
-
-def rows_pay(fixed_head: bool, divergence: Divergence, epochs: float) -> bool:
-    """Whether what the loss needs of the teacher is worked out before training (`expected_rows`).
-
-    That needs a head that stands still and the forward divergence, and pays where the text is passed over repeatedly.
-    """
-    return fixed_head and divergence == "forward" and epochs >= _PASSES_THAT_PAY
+def needs_rows(fixed_head: bool, divergence: Divergence) -> bool:
+    """Whether a few numbers for each place are all that the loss needs of the teacher (`expected_rows`)."""
+    return fixed_head and divergence == "forward"
 
 
 @dataclass(frozen=True)

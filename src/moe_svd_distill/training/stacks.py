@@ -143,7 +143,7 @@ class PairStack:
 
 @dataclass(frozen=True, eq=False)
 class BesideStack(PairStack):
-    """Pairs that act beside their modules, as PEFT's do: the product is never formed, nor the gradient by the weight."""
+    """Pairs that act beside their modules, as PEFT's do: neither product nor gradient by the weight is ever formed."""
 
     def attach(self) -> None:
         """Add ``B A x`` to what each module gives, from now on and in copies of the module made from now on."""
