@@ -16,6 +16,7 @@ from moe_svd_distill.architecture.skeleton import Skeleton, build_skeleton
 from moe_svd_distill.architecture.stored import CheckpointMap
 from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint
 from tests.support import architectures
+from tests.support.passes import one_thread_and_a_journal_of_every_layer
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,10 @@ def fill(skeleton: Skeleton, stored: CheckpointMap, checkpoint: Checkpoint) -> N
             slot.fill(whole)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(autouse=True, scope="package")
+def _passes() -> Iterator[None]:
+    with one_thread_and_a_journal_of_every_layer():
+        yield
 
 
 @pytest.fixture(scope="session")

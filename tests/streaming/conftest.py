@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint
 from tests.adapter import tiny
+from tests.support.passes import one_thread_and_a_journal_of_every_layer
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -37,12 +38,10 @@ class Case:
         return open_checkpoint(self.folder)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(autouse=True, scope="package")
+def _passes() -> Iterator[None]:
+    with one_thread_and_a_journal_of_every_layer():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -10,16 +10,15 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.streaming import PassSettings, stream_states
+from tests.support.passes import one_thread_and_a_journal_of_every_layer
 
 
 def main() -> None:
     """Run the pass."""
     model, adapter, ids, folder, layers = sys.argv[1:]
-    torch.set_num_threads(1)
 
     def show(done: int, total: int) -> None:
         print("done", done, flush=True)
@@ -28,7 +27,10 @@ def main() -> None:
 
     sequences = np.load(ids)
     settings = PassSettings(batch_tokens=2 * sequences.shape[1])
-    stream_states(open_checkpoint(model), sequences, Path(folder), settings, adapter=Path(adapter), on_progress=show)
+    with one_thread_and_a_journal_of_every_layer():
+        stream_states(
+            open_checkpoint(model), sequences, Path(folder), settings, adapter=Path(adapter), on_progress=show
+        )
 
 
 if __name__ == "__main__":

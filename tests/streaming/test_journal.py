@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from moe_svd_distill.adapter.digest import sha256_of
 from moe_svd_distill.checkpoints import Checkpoint
-from moe_svd_distill.streaming import PassSettings, StreamedStates, stream_states
+from moe_svd_distill.streaming import PassSettings, StreamedStates, stream, stream_states
 from tests.streaming.conftest import LENGTH, Case
 
 Ids = NDArray[np.int64]
@@ -68,6 +68,23 @@ def test_killed_and_resumed(sparse: Case, sequences: Ids, tmp_path: Path) -> Non
     assert (resumed.record.layers_computed, resumed.record.layers_reused) == (1, 2)
     assert sha256_of(resumed.path) == sha256_of(peaceful.path)
     assert names(tmp_path / "killed") == ["safetensors"]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 600.0])
+def test_a_layer_goes_to_the_disk_when_it_is_time(
+    sparse: Case, sequences: Ids, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    monkeypatch.setattr(stream, "JOURNAL_SECONDS", seconds)
+    run_until(sparse, sequences, tmp_path, LAYERS - 1)
+    assert names(tmp_path) == ([] if seconds else [f"layer-{LAYERS - 1:04d}.safetensors"])
+
+
+def test_without_a_journal_the_states_are_the_same(
+    sparse: Case, sequences: Ids, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = run(sparse, sequences, tmp_path / "kept")
+    monkeypatch.setattr(stream, "JOURNAL_SECONDS", 600.0)
+    assert sha256_of(run(sparse, sequences, tmp_path / "not kept").path) == sha256_of(kept.path)
 
 
 @pytest.mark.parametrize("spilled", [False, True])

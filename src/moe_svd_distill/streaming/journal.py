@@ -103,6 +103,10 @@ class Journal:
         """Where what was recorded after this many layers lies."""
         return self._folder / f"states-{self.key}.layer-{done:04d}.safetensors"
 
+    def keeps(self, done: int) -> bool:
+        """Whether what was recorded after this many layers is kept for good."""
+        return done == self._kept
+
     def finished(self) -> Path | None:
         """The final states, if they and what is kept beside them are there and whole.
 

@@ -16,7 +16,7 @@ class Recorded:
     """What was recorded, sequence by sequence, to read and to replace batch by batch.
 
     In memory a layer's results take the place of its inputs as they come, because a sequence depends on no other one.
-    Where the next layer is given more or less, the inputs are read from the file meanwhile, so that there is one copy.
+    Where the next layer is given more or less, the inputs are read from the file meanwhile, if there is one.
 
     Attributes:
         spilled: Whether some of it stayed on the disk for want of memory.
@@ -30,7 +30,8 @@ class Recorded:
             budget: Bytes that may lie in memory.
         """
         self._sequences, self._budget = sequences, budget
-        self._gate, self._path = NOTHING, Path()
+        self._gate: Gate = NOTHING
+        self._path: Path | None = None
         self._old = torch.empty(sequences, 0, dtype=torch.uint8)
         self._new: Tensor | None = None
         self._held = self.spilled = False
@@ -46,7 +47,7 @@ class Recorded:
         if fits and self._held and self._old.shape[1] == width:
             self._new = self._old
             return
-        if self._held:
+        if self._held and self._path is not None:
             self._old = StatesFile(self._path).rows(slice(None))
         self._new = torch.empty(self._sequences, width, dtype=torch.uint8) if fits else None
 
@@ -55,10 +56,14 @@ class Recorded:
         if self._new is not None:
             self._new[rows] = packed
 
-    def turn_to(self, gate: Gate, path: Path) -> None:
-        """All results are there, and in this file too."""
+    def turn_to(self, gate: Gate, path: Path | None) -> None:
+        """All results are there, and in this file too; None for those that lie in memory alone."""
         self._held = self._new is not None
-        self._old = StatesFile(path).rows(slice(None)) if self._new is None else self._new
+        if self._new is not None:
+            self._old = self._new
+        else:
+            assert path is not None
+            self._old = StatesFile(path).rows(slice(None))
         self._gate, self._path, self._new = gate, path, None
 
     def load(self, gate: Gate, path: Path, step: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -31,6 +32,7 @@ from moe_svd_distill.streaming.states import Recorded, slices
 from moe_svd_distill.streaming.states_file import StatesFile
 from moe_svd_distill.streaming.visit import LayerVisit, Visit
 
+JOURNAL_SECONDS = 10.0  # between two layers whose results go to the disk so that a killed pass goes on from there
 _STATES_OF_A_BATCH = 32  # what a layer holds at once while it computes a batch, as multiples of the batch's states
 Progress = Callable[[int, int], None]
 
@@ -128,6 +130,7 @@ class _Pass:
         self._decoder = Decoder(checkpoint, places, dtype, adapter=adapter, scales=scales)
         self._crew = Crew(places, threads)
         self._computing = 0.0
+        self._written = time.perf_counter()
         self._name = type(self._decoder.skeleton.model).__name__
 
     def run(self, visit: Visit | None, on_progress: Progress | None) -> tuple[Path, dict[str, Any]]:
@@ -135,20 +138,20 @@ class _Pass:
         decoder, recorded = self._decoder, Recorded(len(self._ids), self._budget)
         try:
             _check_vocabulary(self._ids, decoder.skeleton.vocabulary)
-            begin, path = self._journal.newest() or (0, self._journal.final_path)
-            if begin:
+            begin, path = self._journal.newest() or (0, None)
+            if path is not None:
                 decoder.layout.decode(begin, StatesFile(path).body["layout"])
                 recorded.load(decoder.layout.gate(begin), path, self._rows)
             if on_progress:
                 on_progress(begin, decoder.layers)
             for index in range(begin, decoder.layers):
-                path = self._layer(index, recorded, visit)
+                self._layer(index, recorded, visit)
                 if on_progress:
                     on_progress(index + 1, decoder.layers)
         finally:
             self._crew.close()
             decoder.close()
-        return path, {
+        return self._journal.final_path, {
             "layers_computed": decoder.layers - begin,
             "layers_reused": begin,
             "bytes_needed": decoder.bytes_needed,
@@ -162,8 +165,8 @@ class _Pass:
             "rejected": tuple(self._journal.rejected),
         }
 
-    def _layer(self, index: int, recorded: Recorded, visit: Visit | None) -> Path:
-        """Read, visit, compute, put on the disk and forget one layer; returns the file of its results."""
+    def _layer(self, index: int, recorded: Recorded, visit: Visit | None) -> None:
+        """Read, visit, compute and forget one layer."""
         decoder, count = self._decoder, len(self._ids)
         following = index + 1 if index + 1 < decoder.layers else None
         decoder.enter(index, following)
@@ -173,16 +176,25 @@ class _Pass:
         work = [partial(self._compute, shell, index, recorded) for shell in decoder.shells]
         results = self._watched(self._crew.map(work, self._batches))
         if following is None:
-            path = self._journal.finish(count, (output for _, output in results))
+            self._journal.finish(count, (output for _, output in results))
         else:
             first = next(results)
             recorded.begin(first[1].shape[1])
             packed = self._taken(recorded, chain([first], results))
-            path = self._journal.write(following, decoder.layout.encode(following), count, packed)
+            path = None
+            if self._due(following, recorded, visit):
+                path = self._journal.write(following, decoder.layout.encode(following), count, packed)
+                self._written = time.perf_counter()
+            else:
+                deque(packed, maxlen=0)
             recorded.turn_to(decoder.layout.gate(following), path)
         decoder.leave(index)
         self._computing += time.perf_counter() - begin
-        return path
+
+    def _due(self, following: int, recorded: Recorded, visit: Visit | None) -> bool:
+        """Whether what the next layer is given goes to the disk: if need be, and otherwise not all the time."""
+        needed = visit is not None or recorded.spilled or self._journal.keeps(following)
+        return needed or time.perf_counter() - self._written >= JOURNAL_SECONDS
 
     def _compute(self, shell: Shell, index: int, recorded: Recorded, rows: slice) -> Tensor:
         """A layer on a batch: what the next one is given as bytes, (rows, bytes), or final states."""
