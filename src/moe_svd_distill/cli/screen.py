@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from moe_svd_distill.cli.progress_lines import ProgressLines
 from moe_svd_distill.execution import events
 
 console = Console(stderr=True)
@@ -63,15 +64,20 @@ class Monitor:
         self._workers: dict[int, TaskID] = {}
         self._stage: tuple[str, TaskID] | None = None
         self._done = 0
+        self._lines = None if quiet or console.is_terminal else ProgressLines(self.say)
 
     def __enter__(self) -> Monitor:
         self._progress.start()
+        if self._lines is not None:
+            self._lines.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+        if self._lines is not None:
+            self._lines.stop()
 
     def on_plan(self, units: list[tuple[str, int]]) -> None:
         """Units and their costs, before work begins."""
@@ -106,6 +112,8 @@ class Monitor:
 
     def on_stage(self, name: str, fraction: float | None = None) -> None:
         """A stage after the units; fraction is None where it cannot be known."""
+        if self._lines is not None:
+            self._lines.reached(name, fraction)
         if self._stage is None or self._stage[0] != name:
             if self._stage is not None:
                 self._progress.update(self._stage[1], completed=1, total=1)
@@ -123,6 +131,8 @@ class Monitor:
 
     def _finish(self, worker: int | None, label: str, reused: bool) -> None:
         self._done += 1
+        if self._lines is not None:
+            self._lines.reached("distilling", self._done / max(1, len(self._costs)))
         if self._all is not None:
             note = f"{self._done}/{len(self._costs)} units"
             self._progress.update(self._all, advance=self._costs.get(label, 0), note=note)
