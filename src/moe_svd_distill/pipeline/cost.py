@@ -225,9 +225,10 @@ def _place(recipe: Recipe, pair: ModelPair, ranks: Mapping[str, int], together: 
 
 def _trials(recipe: Recipe, steps: int) -> tuple[int, int]:
     """Short runs that choose the learning rate, and the steps of each."""
-    from moe_svd_distill.training.trials import MULTIPLES, trial_steps
+    from moe_svd_distill.training.trials import MULTIPLES, trial_steps, worth_trying
 
-    return (len(MULTIPLES), trial_steps(steps)) if recipe.training.learning_rate == "auto" else (0, 0)
+    tried = recipe.training.learning_rate == "auto" and worth_trying(steps)
+    return (len(MULTIPLES), trial_steps(steps)) if tried else (0, 0)
 
 
 def _rows_bytes(recipe: Recipe, tokens: int, student: Model) -> int:

@@ -41,6 +41,9 @@ __all__ = ["MANIFEST", "Adapter", "Listener", "distill", "load_adapter"]
 
 CARD = "README.md"
 NOT_TRAINED = "the refined stage trains the matrices of the layers and the head alone"
+HEAD_STANDS_STILL = (
+    "the head stands still: fewer than four tokens of text for each of its rows, or training.head: fixed"
+)
 NOT_PAIRED = "the weights stage does not know what it means"
 NOT_FITTED = "the calibrated stage changes the head and the last layers alone"
 
@@ -234,7 +237,9 @@ class _Run:
             changed = {row["name"] for row in rows}
             tensors = [row for row in tensors if row["name"] not in changed] + rows
         reason = NOT_TRAINED if refined else NOT_FITTED if calibrated else NOT_PAIRED
-        reasons = plan.ignored_student if plan else {}
+        reasons = dict(plan.ignored_student) if plan else {}
+        if refined is not None and refined.head is None:
+            reasons[self.pair.student.architecture.head] = HEAD_STANDS_STILL
         tensors += kept_records(self.pair.student, [row["name"] for row in tensors], reason, reasons)
         record = make_record(self.recipe, self.pair, self.stages, plan, units, tensors, summary, self.settings)
         text = {} if self.text is None else {"text": self.text.as_dict(), "shortfalls": self.text.shortfalls()}

@@ -40,6 +40,7 @@ from moe_svd_distill.training.head import TrainedHead
 from moe_svd_distill.training.job import Trained, Trainee, TrainingJob
 from moe_svd_distill.training.loop import Progress
 from moe_svd_distill.training.settings import TrainingSettings
+from moe_svd_distill.training.trials import worth_trying
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -183,7 +184,7 @@ class _Refinement:
             self.ranks,
             start.path,
             settings,
-            self.recipe.training.learning_rate == "auto",
+            self.recipe.training.learning_rate == "auto" and worth_trying(self.steps),
             self.placement.resident,
             self.placement.torch_dtype,
             self.placement.devices,

@@ -52,7 +52,8 @@ class TrainingRecipe(Section):
     )
     learning_rate: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
         "auto",
-        description="Largest learning rate of the factors. auto: chosen by short trials on calibration text.",
+        description="Largest learning rate of the factors. auto: chosen by short trials on calibration text, or 0.6 "
+        "divided by the width where the training is too short for them.",
     )
     optimiser: Literal["muon", "adamw"] = Field("muon", description="What moves the factors; AdamW moves the head.")
     head_rate: float = Field(1.0, gt=0, description="The head's learning rate, as a multiple of the factors'.")

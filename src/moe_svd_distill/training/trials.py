@@ -21,6 +21,7 @@ NEARLY_THERE = 0.2
 """Share of the untouched student's KL below which a start is good already."""
 _SMALLEST = 1 / 16
 _SHARE, _FEWEST, _LARGEST_SHARE = 0.015, 32, 0.25
+_LARGEST_COST = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class RateChoice:
 def trial_steps(steps: int) -> int:
     """Steps of one short run, for a training of so many."""
     return max(1, min(max(_FEWEST, math.ceil(_SHARE * steps)), round(_LARGEST_SHARE * steps)))
+
+
+def worth_trying(steps: int) -> bool:
+    """Whether the usual short runs take at most a third of the time of a training of so many steps."""
+    return len(MULTIPLES) * trial_steps(steps) <= _LARGEST_COST * steps
 
 
 def choose_rate(
