@@ -43,6 +43,14 @@ class Document:
         return self.source.split("/", 1)[0]
 
     @property
+    def group(self) -> str:
+        """The package or module it is of, by which text is divided; of other documentation, the manual or the page."""
+        first, *rest = self.source.split("/")[1:]
+        if self.kind == "documentation" and first == "library" and rest:
+            return rest[0].removesuffix(".rst").split(".")[0].split("-")[0]
+        return first.removesuffix(".py").removesuffix(".rst")
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the text."""
         return hashlib.sha256(self.text.encode()).hexdigest()
@@ -118,7 +126,7 @@ def split(documents: list[Document]) -> Corpus:
 
 
 def _write_lines(path: Path, documents: Iterable[Document]) -> None:
-    rows = (json.dumps({"source": d.source, "text": d.text}, ensure_ascii=False) for d in documents)
+    rows = (json.dumps({"source": d.source, "group": d.group, "text": d.text}, ensure_ascii=False) for d in documents)
     path.write_text("\n".join(rows) + "\n", encoding="utf-8", newline="\n")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -10,30 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_svd_distill.calibration.chat import Chat
 from moe_svd_distill.calibration.division import divide_text
 from moe_svd_distill.calibration.documents import Document, without
 from moe_svd_distill.calibration.text import load_tokenizer
-from moe_svd_distill.calibration.tokenizer import Tokenizer, TokenSpans
 from moe_svd_distill.errors import BadDataError, UsageError
+from tests.calibration.characters import PLAIN
 
-
-class _Characters:
-    """One token a character."""
-
-    end_of_text = 0
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [[ord(character) for character in text] for text in texts]
-
-    def encode_spans(self, texts: Sequence[str]) -> list[TokenSpans]:
-        raise NotImplementedError
-
-    def render(self, chat: Chat, where: str) -> str:
-        raise NotImplementedError
-
-
-PLAIN: Tokenizer = _Characters()
 BUDGETS = {"fit": 20_000, "search": 2000}
 
 

@@ -31,6 +31,21 @@ def test_published_splits_hold_code_and_documentation(published, split):
     assert max(len(document.text) for document in documents) <= corpus.CALIBRATION_CUT
 
 
+@pytest.mark.parametrize("split", ["calibration", "heldout"])
+def test_published_records_name_the_package_they_are_of(published, split):
+    rows = [json.loads(line) for line in (TEXT / f"{split}.jsonl").read_text("utf-8").splitlines()]
+    assert [row["group"] for row in rows] == [document.group for document in published[split]]
+
+
+@pytest.mark.parametrize(("source", "group"), [
+    ("stdlib/asyncio/events.py", "asyncio"), ("stdlib/queue.py", "queue"), ("documentation/library/queue.rst", "queue"),
+    ("documentation/library/asyncio-task.rst", "asyncio"), ("documentation/library/xml.sax.rst", "xml"),
+    ("documentation/c-api/iter.rst", "c-api"), ("documentation/contents.rst", "contents"),
+])  # fmt: skip
+def test_code_and_pages_of_one_package_are_one_source(source, group):
+    assert corpus.Document(source, "text").group == group
+
+
 def test_notice_carries_the_licence():
     notice = (TEXT / "NOTICE").read_text("utf-8")
     assert "PYTHON SOFTWARE FOUNDATION LICENSE" in notice

@@ -104,7 +104,9 @@ def test_the_record_says_what_was_done(finished: tuple[Recipe, Path]) -> None:
     search = record["scale_search"]
     assert search["accepted"]
     assert search["confirmation"]["kl_fall"] > 0
-    assert len(search["used_documents"]) == sum(facts["text"][part]["documents"] for part in ("fit", "search"))
+    assert len(search["used_documents"]) >= sum(facts["text"][part]["documents"] for part in ("fit", "search"))
+    assert len(search["used_groups"]) == sum(facts["text"][part]["groups"] for part in ("fit", "search"))
+    assert facts["division"]["divided_by"] == "group"
 
 
 def test_the_figures_are_those_of_the_adapter_as_it_is_loaded(finished: tuple[Recipe, Path]) -> None:

@@ -54,13 +54,16 @@ def parse_dataset(source: str) -> DatasetName:
     return DatasetName(name, config or None, split or "train", field or None, revision or None)
 
 
-def dataset_documents(source: str, *, field: str | None, limit_characters: int) -> Iterator[Document]:
+def dataset_documents(
+    source: str, *, field: str | None, limit_characters: int, group_field: str | None = None
+) -> Iterator[Document]:
     """Stream a data set's rows as documents, in its order, until the limit is reached.
 
     Args:
         source: `datasets:…`, see `parse_dataset`; the field it names goes before `field`.
         field: The field of a row that holds its text or messages.
         limit_characters: Stop once this many characters have come.
+        group_field: The field of a row that names the source it belongs to (see `document_of_record`).
 
     Raises:
         UsageError: The name is not one, or the package is missing or too old.
@@ -71,7 +74,7 @@ def dataset_documents(source: str, *, field: str | None, limit_characters: int) 
     named = parse_dataset(source)
     characters = 0
     for number, row in enumerate(_rows(source, named), start=1):
-        document = document_of_record(row, f"{source}:{number}", named.field or field)
+        document = document_of_record(row, f"{source}:{number}", named.field or field, group_field=group_field)
         yield document
         characters += len(document.text)
         if characters >= limit_characters:

@@ -1,41 +1,19 @@
-"""Several named parts from one text, by budgets of tokens, so that no document is in two of them."""
+"""Several named parts from one text, by budgets of tokens, so that no source of text is in two of them."""
 
 from __future__ import annotations
 
-import hashlib
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
 
-import numpy as np
-
-from moe_svd_distill.calibration.documents import MINIMUM_UNITS, Document, cut_long_documents
-from moe_svd_distill.calibration.text import (
-    BATCH,
-    SHORTEST_SHARE,
-    TokenizedText,
-    encode_documents,
-    even_share,
-    fits,
-    pack,
-    rendered,
-    too_short,
-    whole,
-)
+from moe_svd_distill.calibration.allocation import allocate
+from moe_svd_distill.calibration.documents import MINIMUM_UNITS, Document, cut_long_documents, drawing_key
+from moe_svd_distill.calibration.gathering import gather
+from moe_svd_distill.calibration.text import Division, TokenizedText, even_share, pack, rendered, too_short, whole
 from moe_svd_distill.calibration.tokenizer import IntArray, Tokenizer
 from moe_svd_distill.errors import UsageError
 
-SPREADS = (MINIMUM_UNITS, 16, 8, 4, 2, 1)
-"""Documents that a part is spread over at least, most wanted first; 16 are enough for error bars."""
-ENOUGH_DOCUMENTS = 16
-WORTH = 0.8
-"""Spreading a part over many documents leaves their tails unused; this share of the tokens must remain for it."""
-
-KEPT = 1 / 8
-"""Where text is short, a part that asks for less than this share of the whole keeps this share, up to what it asks."""
-
-_STEPS = 10_000
+LEAST_APART = 0.4
+"""Parts share groups rather than have less than this share of the tokens they could have with shared groups."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +27,7 @@ class TextPart:
         asked: Tokens that were asked for; more than `wanted` if there is too little text.
         longest: Tokens to take of one document at most.
         skipped: Documents of the whole text that hold a token one of the two models lacks.
+        division: How far it is apart from the others.
     """
 
     documents: tuple[Document, ...]
@@ -57,6 +36,7 @@ class TextPart:
     asked: int
     longest: int
     skipped: int
+    division: Division
 
 
 def divide_text(
@@ -68,14 +48,19 @@ def divide_text(
     vocabulary: int | None = None,
     seed: int = 0,
 ) -> dict[str, TokenizedText]:
-    """Draw several parts from one text, each of as many tokens as its budget, no document in two parts.
+    """Draw several parts from one text, each of as many tokens as its budget, no group of documents in two parts.
 
-    Every part is spread over at least 16 documents where that leaves enough text for all (`WORTH`). If there is too
-    little text for the budgets, they shrink by one factor, except that a small part keeps an eighth of the whole if it
-    asked for that much (`KEPT`): a search over a handful of sequences decides nothing. A part that got less than it
-    asked for says so (`TokenizedText.short`). The smaller parts are drawn first, so with enough text they do not depend
-    on the budgets of the larger. The order of documents is drawn from their content and the seed, never from file
-    names. With fewer than 24 documents long ones are cut into sections, which then count as documents.
+    Before that, blocks that an earlier document holds are removed (`Repeats`), so that no 30 words in a row are in two
+    parts. Every part is spread over at least 16 documents, and over as many groups as there are up to 24, where that
+    leaves enough text for all (`allocate`). If there is too little text for the budgets, they shrink by one factor,
+    except that a small part keeps an eighth of the whole if it asked for that much: a search over a handful of
+    sequences decides nothing. A part that got less than it asked for says so (`TokenizedText.short`). The smaller parts
+    are drawn first, so with enough text they do not depend on the budgets of the larger. The order of documents and
+    groups is drawn from their content and the seed, never from names.
+
+    With fewer than 24 documents long ones are cut into sections, which then count as documents of the same group. Where
+    there are fewer groups than parts, or dividing by groups leaves the parts less than `LEAST_APART` of what they could
+    have, documents are what is kept apart, and `Division.apart` is false.
 
     Args:
         documents: What to read; it is tokenised only as far as needed.
@@ -100,6 +85,7 @@ def divide_text(
             longest=part.longest,
             skipped=part.skipped,
             asked=part.asked,
+            division=part.division,
         )
         for name, part in parts.items()
     }
@@ -118,85 +104,52 @@ def divide(
     if not budgets or any(tokens <= 0 for tokens in budgets.values()):
         raise UsageError(f"A part of the text has no tokens: {dict(budgets)}", "Give every part a budget above 0")
     names = sorted(budgets, key=lambda name: budgets[name])
-    asked = [budgets[name] for name in names]
-    full = [whole(tokens, length) for tokens in asked]
-    units = _ordered(documents, tokenizer, len(budgets), seed)
-    used: list[Document] = []
-    ids: list[IntArray] = []
-    skipped = 0
-    for begin in range(0, len(units), BATCH):
-        for document, encoded in encode_documents(units[begin : begin + BATCH], tokenizer):
-            if fits(encoded, vocabulary):
-                used.append(document)
-                ids.append(encoded)
-            else:
-                skipped += 1
-        if _ends(_lengths(ids), full, SPREADS[0]):
-            break
-    lengths = _lengths(ids)
-    wanted, ends = _best(lengths, full, length, skipped)
+    full = [whole(budgets[name], length) for name in names]
+    units = _units(documents, tokenizer, len(names))
+    groups = _groups(units, seed)
+    apart = len(groups) >= len(names)
+    if not apart:
+        groups = [[unit] for unit in sorted(units, key=lambda unit: drawing_key(seed, unit.digest))]
+    read = gather(groups, tokenizer, full, vocabulary)
+    allocation = allocate(read.lengths, read.groups, full, length)
+    if apart and len(groups) < len(units) and (allocation is None or allocation.share < LEAST_APART):
+        mixed = read.each_by_itself(seed)
+        closer = allocate(mixed.lengths, mixed.groups, full, length)
+        if closer is not None and (allocation is None or allocation.share < LEAST_APART * closer.share):
+            apart, read, allocation = False, mixed, closer
+    if allocation is None:
+        raise too_short(int(read.lengths.sum()), length * len(full), read.skipped)
+    division = Division(apart, read.removed, read.left_out)
     parts = {}
-    for name, tokens, begin, end in zip(names, wanted, [0, *ends], ends, strict=False):
+    for name, tokens, places in zip(names, allocation.wanted, allocation.places, strict=True):
+        chosen = sorted(places, key=lambda place: drawing_key(seed, read.documents[place].digest))
         parts[name] = TextPart(
-            documents=tuple(used[begin:end]),
-            ids=tuple(ids[begin:end]),
+            documents=tuple(read.documents[place] for place in chosen),
+            ids=tuple(read.ids[place] for place in chosen),
             wanted=tokens,
             asked=budgets[name],
-            longest=even_share(lengths[begin:end], tokens),
-            skipped=skipped,
+            longest=even_share(read.lengths[places], tokens),
+            skipped=read.skipped,
+            division=division,
         )
     return {name: parts[name] for name in budgets}
 
 
-def _ordered(documents: Sequence[Document], tokenizer: Tokenizer, parts: int, seed: int) -> list[Document]:
-    units: Sequence[Document] = documents
-    if len(documents) < MINIMUM_UNITS:
-        units = cut_long_documents(
-            [rendered(document, tokenizer) for document in documents], minimum=MINIMUM_UNITS * parts
-        )
-    return sorted(units, key=lambda unit: hashlib.sha256(f"{seed}:{unit.digest}".encode()).digest())
+def _units(documents: Sequence[Document], tokenizer: Tokenizer, parts: int) -> Sequence[Document]:
+    if len(documents) >= MINIMUM_UNITS:
+        return documents
+    return cut_long_documents([rendered(document, tokenizer) for document in documents], minimum=MINIMUM_UNITS * parts)
 
 
-def _lengths(ids: Sequence[IntArray]) -> IntArray:
-    return np.asarray([len(part) for part in ids], dtype=np.int64)
+def _groups(units: Sequence[Document], seed: int) -> list[list[Document]]:
+    """The documents of each group; groups, and documents in them, in the order drawn."""
+    found: dict[str, list[Document]] = {}
+    for unit in units:
+        found.setdefault(unit.group_digest, []).append(unit)
 
+    def drawn(group: list[Document]) -> bytes:
+        return drawing_key(seed, " ".join(sorted(unit.digest for unit in group)))
 
-def _ends(lengths: IntArray, wanted: Sequence[int], spread: int) -> list[int] | None:
-    """Where each part ends if each takes the next documents until it has its tokens; None if they do not suffice.
-
-    No document gives a part more than one `spread`-th of it, so each is over about that many documents.
-    """
-    ends: list[int] = []
-    begin = 0
-    for tokens in wanted:
-        most = max(ceil(tokens / spread), SHORTEST_SHARE)
-        reached = np.cumsum(np.minimum(lengths[begin:], most))
-        place = int(np.searchsorted(reached, tokens))
-        if place == len(reached):
-            return None
-        begin += place + 1
-        ends.append(begin)
-    return ends
-
-
-def _best(lengths: IntArray, full: Sequence[int], length: int, skipped: int) -> tuple[list[int], list[int]]:
-    """Tokens of each part and where it ends: as much of the budgets, over as many documents, as the text allows."""
-
-    def shrunk(step: int) -> list[int]:
-        least = int(KEPT * sum(full) * step) // _STEPS
-        return [whole(min(tokens, max(tokens * step // _STEPS, least)), length) for tokens in full]
-
-    most: dict[int, int] = {}
-    for spread in SPREADS:
-        lacking = bisect_right(range(_STEPS + 1), 0, key=lambda step: int(not _ends(lengths, shrunk(step), spread)))
-        most[spread] = lacking - 1
-    if most[1] < 0:
-        raise too_short(int(lengths.sum()), length * len(full), skipped)
-    for spread in SPREADS:
-        as_good = spread <= ENOUGH_DOCUMENTS or most[spread] == most[ENOUGH_DOCUMENTS]
-        if as_good and most[spread] >= WORTH * most[1]:
-            wanted = shrunk(most[spread])
-            ends = _ends(lengths, wanted, spread)
-            if ends:
-                return wanted, ends
-    raise AssertionError("the last spread is always as good as itself")
+    return [
+        sorted(group, key=lambda unit: drawing_key(seed, unit.digest)) for group in sorted(found.values(), key=drawn)
+    ]

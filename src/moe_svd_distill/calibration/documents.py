@@ -1,10 +1,10 @@
-"""Documents, and dividing them so that none serves two purposes."""
+"""Documents, the sources they belong to, and dividing them so that none serves two purposes."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from moe_svd_distill.calibration.chat import Chat
@@ -24,17 +24,22 @@ class Document:
         origin: The digest of the whole document if this is a section of one, or of the conversation it was rendered
             from.
         chat: The conversation, as long as no tokenizer has rendered it.
+        group: Name of the source it belongs to (a package, a site), which all of its documents share; None if it is
+            a source by itself.
+        conversation: Whether it is, or was cut from, a conversation.
     """
 
     source: str
     text: str
     origin: str | None = None
     chat: Chat | None = None
+    group: str | None = None
+    conversation: bool = False
 
     @classmethod
-    def of_chat(cls, source: str, chat: Chat) -> Document:
+    def of_chat(cls, source: str, chat: Chat, group: str | None = None) -> Document:
         """A conversation that a tokenizer has yet to render."""
-        return cls(source, chat.said, chat=chat)
+        return cls(source, chat.said, chat=chat, group=group, conversation=True)
 
     @cached_property
     def digest(self) -> str:
@@ -47,10 +52,27 @@ class Document:
         """What to write down once the document is used, so that `without` recognises it and the whole it is of."""
         return (self.digest,) if self.origin is None else (self.digest, self.origin)
 
+    @property
+    def group_digest(self) -> str:
+        """A name for the source it belongs to; the digest of the whole document where it is a source by itself."""
+        if self.group is None:
+            return self.origin or self.digest
+        return hashlib.sha256(f"group:{self.group}".encode("utf-8", "surrogatepass")).hexdigest()
+
 
 def without(documents: Sequence[Document], digests: Collection[str]) -> tuple[Document, ...]:
     """Leave out the documents whose content is already in use elsewhere, named by their `digests`."""
     return tuple(document for document in documents if document.digest not in digests)
+
+
+def without_groups(documents: Sequence[Document], digests: Collection[str]) -> tuple[Document, ...]:
+    """Leave out the documents of sources already in use elsewhere, named by their `group_digest`."""
+    return tuple(document for document in documents if document.group_digest not in digests)
+
+
+def drawing_key(seed: int, content: str) -> bytes:
+    """What to sort by for an order that is random and depends on nothing but content and seed."""
+    return hashlib.sha256(f"{seed}:{content}".encode()).digest()
 
 
 def split_documents(
@@ -69,7 +91,7 @@ def split_documents(
             f"The text is {len(units)} document(s), too few for {len(fractions)} parts ({', '.join(fractions)})",
             "Give more text",
         )
-    ordered = sorted(units, key=lambda unit: hashlib.sha256(f"{seed}:{unit.digest}".encode()).digest())
+    ordered = sorted(units, key=lambda unit: drawing_key(seed, unit.digest))
     total_share, total = sum(fractions.values()), sum(len(unit.text) for unit in ordered)
     parts: dict[str, tuple[Document, ...]] = {}
     begin, share_so_far, characters = 0, 0.0, 0
@@ -111,6 +133,11 @@ def _sections(document: Document, size: int) -> Iterator[Document]:
         end = len(text) if len(text) - begin < 2 * size else text.rfind("\n", begin + size // 2, begin + size) + 1
         end = end or begin + size
         if text[begin:end].strip():
-            yield Document(f"{document.source}#{number}", text[begin:end], document.origin or document.digest)
+            yield replace(
+                document,
+                source=f"{document.source}#{number}",
+                text=text[begin:end],
+                origin=document.origin or document.digest,
+            )
             number += 1
         begin = end

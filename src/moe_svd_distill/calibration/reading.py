@@ -20,7 +20,11 @@ TEXT_SUFFIXES = re.compile(
 
 
 def read_documents(
-    paths: Sequence[str | Path], *, field: str | None = None, limit_characters: int = DATASET_CHARACTERS
+    paths: Sequence[str | Path],
+    *,
+    field: str | None = None,
+    group_field: str | None = None,
+    limit_characters: int = DATASET_CHARACTERS,
 ) -> tuple[Document, ...]:
     """Read every document in files, folders and data sets; copies of the same text are kept once.
 
@@ -28,10 +32,15 @@ def read_documents(
     holds one document per line: a text or a conversation (see `document_of_record`); any other file is one document.
     `datasets:NAME[:CONFIG][:SPLIT][#FIELD]` names a data set of the hub (see `parse_dataset`).
 
+    Every document knows its group, the source it belongs to: a record says so in a field; text files of a folder with
+    several sub-folders of text belong to the first-level sub-folder they are in, by its name; anything else is a source
+    by itself.
+
     Args:
         paths: Files, folders, and names of data sets.
         field: The field of a record that holds its text or its messages; default: `text`, else `messages`, else
             `conversations`.
+        group_field: The field of a record that names the source it belongs to (see `document_of_record`).
         limit_characters: Characters to stream of each data set at most, from its beginning. Files are read whole.
 
     Raises:
@@ -41,7 +50,7 @@ def read_documents(
     """
     found: dict[str, Document] = {}
     for path in paths:
-        for document in _source(path, field, limit_characters):
+        for document in _source(path, field, group_field, limit_characters):
             if document.text.strip():
                 found.setdefault(document.digest, document)
     if not found:
@@ -50,34 +59,40 @@ def read_documents(
     return tuple(found.values())
 
 
-def _source(path: str | Path, field: str | None, limit_characters: int) -> Iterator[Document]:
+def _source(path: str | Path, field: str | None, group_field: str | None, limit_characters: int) -> Iterator[Document]:
     if str(path).startswith(DATASET_PREFIX):
-        yield from dataset_documents(str(path), field=field, limit_characters=limit_characters)
+        yield from dataset_documents(str(path), field=field, group_field=group_field, limit_characters=limit_characters)
         return
-    for file in _files(Path(path)):
-        yield from _documents(file, field)
+    for file, folder in _files(Path(path)):
+        if file.suffix.lower() in RECORD_SUFFIXES:
+            yield from _records(file, field, group_field)
+        else:
+            yield Document(str(file), _read(file), group=folder)
 
 
-def _files(path: Path) -> Iterator[Path]:
-    if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-            suffix = file.suffix.lower()
-            readable = suffix in RECORD_SUFFIXES or TEXT_SUFFIXES.fullmatch(suffix)
-            if readable and not hidden and file.is_file():
-                yield file
-    elif path.exists():
-        yield path
-    else:
+def _files(path: Path) -> Iterator[tuple[Path, str | None]]:
+    """Files to read, each with the sub-folder it is in where the given folder has several."""
+    if not path.exists():
         raise MissingInputError(f"The text {path} does not exist", "Check the path")
-
-
-def _documents(file: Path, field: str | None) -> Iterator[Document]:
-    text = _read(file)
-    if file.suffix.lower() not in RECORD_SUFFIXES:
-        yield Document(str(file), text)
+    if not path.is_dir():
+        yield path, None
         return
-    for number, line in enumerate(text.split("\n"), start=1):
+    found = [file for file in sorted(path.rglob("*")) if _readable(file, path)]
+    inside = {file: parts[0] for file in found if len(parts := file.relative_to(path).parts) > 1}
+    several = len(set(inside.values())) > 1
+    for file in found:
+        yield file, inside.get(file) if several else None
+
+
+def _readable(file: Path, root: Path) -> bool:
+    if any(part.startswith(".") for part in file.relative_to(root).parts):
+        return False
+    suffix = file.suffix.lower()
+    return bool(suffix in RECORD_SUFFIXES or TEXT_SUFFIXES.fullmatch(suffix)) and file.is_file()
+
+
+def _records(file: Path, field: str | None, group_field: str | None) -> Iterator[Document]:
+    for number, line in enumerate(_read(file).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{file}:{number}"
@@ -85,7 +100,7 @@ def _documents(file: Path, field: str | None) -> Iterator[Document]:
             record = json.loads(line)
         except ValueError as error:
             raise BadDataError(f"{where} is not a line of JSON ({error})", "Mend or remove the line") from error
-        yield document_of_record(record, where, field)
+        yield document_of_record(record, where, field, group_field=group_field)
 
 
 def _read(file: Path) -> str:

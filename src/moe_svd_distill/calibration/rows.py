@@ -16,7 +16,7 @@ import numpy as np
 from moe_svd_distill.calibration.alignment import common_cuts
 from moe_svd_distill.calibration.division import TextPart
 from moe_svd_distill.calibration.documents import Document
-from moe_svd_distill.calibration.text import BATCH, TokenizedText, all_digests, ended, fits, too_short
+from moe_svd_distill.calibration.text import BATCH, TokenizedText, all_digests, all_groups, ended, fits, too_short
 from moe_svd_distill.calibration.tokenizer import IntArray, Tokenizer
 
 
@@ -124,6 +124,8 @@ def pack_pair(
             digests=all_digests(used),
             skipped=part.skipped + skipped,
             asked=part.asked,
+            groups=all_groups(used),
+            division=part.division,
         )
         for side in (0, 1)
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from moe_svd_distill.calibration.documents import (
     Document,
     split_documents,
     without,
+    without_groups,
 )
 from moe_svd_distill.calibration.reading import read_documents
 from moe_svd_distill.calibration.tokenizer import IntArray, Tokenizer, load_tokenizer
@@ -24,6 +25,7 @@ from moe_svd_distill.calibration.vocabulary import (
 from moe_svd_distill.errors import BadDataError
 
 __all__ = [
+    "Division",
     "Document",
     "IntArray",
     "TokenizedText",
@@ -36,6 +38,7 @@ __all__ = [
     "split_documents",
     "tokenize",
     "without",
+    "without_groups",
 ]
 
 FEWEST_DOCUMENTS = 8
@@ -43,6 +46,21 @@ SHORTEST_SHARE = 64
 """Tokens of a document that are taken at least, however many documents there are."""
 BATCH = 64
 """Documents that are tokenised at a time."""
+
+
+@dataclass(frozen=True)
+class Division:
+    """How far the parts of one text are apart.
+
+    Attributes:
+        apart: Whether no group is in two parts.
+        removed: Share of the words read that was removed, because other documents hold the same block.
+        left_out: Documents of which too little remained.
+    """
+
+    apart: bool
+    removed: float = 0.0
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,6 +75,8 @@ class TokenizedText:
         digests: What to write down to recognise the same text elsewhere (see `without`).
         skipped: Documents left out because they hold a token that only one of the two models knows.
         asked: Tokens that were asked for, or None if all there are.
+        groups: Digests of the groups the documents belong to, ascending.
+        division: How it was kept apart from other parts of the same text; None if it is no part.
     """
 
     sequences: IntArray
@@ -65,6 +85,8 @@ class TokenizedText:
     digests: tuple[str, ...]
     skipped: int = 0
     asked: int | None = None
+    groups: tuple[str, ...] = ()
+    division: Division | None = None
 
     @property
     def length(self) -> int:
@@ -150,6 +172,7 @@ def pack(
     longest: int | None,
     skipped: int = 0,
     asked: int | None = None,
+    division: Division | None = None,
 ) -> TokenizedText:
     """Put tokenised documents one after another, each ended, into sequences of `length` tokens.
 
@@ -162,6 +185,7 @@ def pack(
         longest: Tokens to take of one document at most, the one that ends it not counted; None for all.
         skipped: As in `TokenizedText`.
         asked: As in `TokenizedText`.
+        division: As in `TokenizedText`.
 
     Raises:
         BadDataError: There is not even one sequence.
@@ -180,6 +204,8 @@ def pack(
         digests=all_digests(used),
         skipped=skipped,
         asked=asked,
+        groups=all_groups(used),
+        division=division,
     )
 
 
@@ -197,7 +223,8 @@ def rendered(document: Document, tokenizer: Tokenizer) -> Document:
     """
     if document.chat is None:
         return document
-    return Document(document.source, tokenizer.render(document.chat, document.source), document.digest)
+    text = tokenizer.render(document.chat, document.source)
+    return replace(document, text=text, origin=document.digest, chat=None)
 
 
 def fits(ids: IntArray, vocabulary: int | None) -> bool:
@@ -225,6 +252,11 @@ def even_share(lengths: Sequence[int] | IntArray, wanted: int) -> int:
 def all_digests(documents: Sequence[Document]) -> tuple[str, ...]:
     """What to write down of documents that are used."""
     return tuple(sorted({digest for document in documents for digest in document.digests}))
+
+
+def all_groups(documents: Sequence[Document]) -> tuple[str, ...]:
+    """What to write down of the sources of documents that are used."""
+    return tuple(sorted({document.group_digest for document in documents}))
 
 
 def too_short(total: int, length: int, skipped: int) -> BadDataError:

@@ -135,7 +135,7 @@ class _Run:
         record |= {
             "adapter_sha256": digest,
             "transferred": scale.transferred,
-            "scale_search": scale.as_dict() | {"used_documents": self.text.used_documents if self.text else []},
+            "scale_search": scale.as_dict() | self._used(),
         }
         write_text_atomic(self.output.staged(CARD), adapter_card(record))
         write_json_atomic(self.output.staged(MANIFEST), record)
@@ -242,10 +242,16 @@ class _Run:
             reasons[self.pair.student.architecture.head] = HEAD_STANDS_STILL
         tensors += kept_records(self.pair.student, [row["name"] for row in tensors], reason, reasons)
         record = make_record(self.recipe, self.pair, self.stages, plan, units, tensors, summary, self.settings)
-        text = {} if self.text is None else {"text": self.text.as_dict(), "shortfalls": self.text.shortfalls()}
+        text = {} if self.text is None else self.text.record()
         fit = {} if calibrated is None else calibrated.record
         trained = {} if refined is None else {"refinement": refined.record}
         return record | {"calibration": text | fit} | trained
+
+    def _used(self) -> dict[str, list[str]]:
+        """What an evaluation has to leave out."""
+        if self.text is None:
+            return {"used_documents": [], "used_groups": []}
+        return {"used_documents": self.text.used_documents, "used_groups": self.text.used_groups}
 
     @property
     def cache(self) -> Path:

@@ -11,6 +11,7 @@ from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE, read_json
 from moe_svd_distill.adapter.digest import sha256_of
 from moe_svd_distill.errors import MissingInputError, UsageError
 from moe_svd_distill.execution.publish import write_json_atomic, write_text_atomic
+from moe_svd_distill.pipeline.held_out import SAME_SOURCES, held_out
 from moe_svd_distill.pipeline.pair import open_model, open_pair
 from moe_svd_distill.pipeline.texts import longest_sequence
 from moe_svd_distill.report.card import adapter_card
@@ -67,7 +68,8 @@ def evaluate_adapter(
 ) -> EvaluatedAdapter:
     """Measure teacher, untouched student, adapter and controls on text, and run benchmarks.
 
-    Text that the scale was searched on is left out. The figures are written to evaluation.json, and into README.md and
+    Documents the adapter was made on are left out, and so are others of the same sources, unless nothing else is left:
+    then the verdict says so. The figures are written to evaluation.json, and into README.md and
     report.html where the folder holds the record of a run. Text or benchmarks alone leave the figures that an earlier
     evaluation of the same adapter has of the other.
 
@@ -107,26 +109,28 @@ def evaluate_adapter(
         teacher = teacher or record.get("teacher", {}).get("source")
         if not teacher:
             raise UsageError(f"{folder} does not say which teacher it came from", "Give --teacher")
-        used = record.get("scale_search", {}).get("used_documents", ())
+        search, calibration = record.get("scale_search", {}), _calibration(record)
+        chosen = held_out(read_documents(texts, group_field=_asked(record, "text_group")), search, calibration)
         with open_pair(teacher, student) as pair:
             result = evaluate(
                 folder,
                 pair.teacher.checkpoint.folder,
                 pair.student.checkpoint.folder,
-                read_documents(texts),
+                chosen.documents,
                 limit_tokens=tokens,
                 length=longest_sequence(pair),
                 seed=seed,
                 controls=controls,
-                used=used,
-                calibration=_calibration(record),
+                calibration=calibration,
                 device=device,
                 mode=mode,
                 cache=cache,
                 vocabulary=vocabulary or _vocabulary(record),
                 on_progress=on_progress,
             )
-        figures |= result.as_dict() | {"texts": [str(path) for path in texts], "left_out_documents": len(used)}
+        figures |= result.as_dict() | {"texts": [str(path) for path in texts], "held_out": chosen.as_dict()}
+        if not chosen.apart:
+            figures["verdict"] = f"{figures['verdict']} {SAME_SOURCES}"
     if benchmarks:
         figures["benchmarks"] = _benchmarks(folder, student, benchmarks, device, seed, on_stage)
     figures["adapter_sha256"] = digest
@@ -150,16 +154,22 @@ def _kept(folder: Path, digest: str | None, drop: str) -> dict[str, Any]:
 
 
 def _vocabulary(record: Mapping[str, Any]) -> VocabularyMode:
-    return "shared" if (record.get("recipe") or {}).get("vocabulary") == "shared" else "equal"
+    return "shared" if _asked(record, "vocabulary") == "shared" else "equal"
+
+
+def _asked(record: Mapping[str, Any], key: str) -> Any:
+    """What the recipe of the run says, if there was one."""
+    return (record.get("recipe") or {}).get(key)
 
 
 def _calibration(record: Mapping[str, Any]) -> Sequence[Document]:
     """The text the adapter was calibrated on, where the run names files that are still here; else nothing."""
     from moe_svd_distill.calibration.text import read_documents
 
-    named = (record.get("recipe") or {}).get("calibration") or ()
-    paths = [Path(str(path)).expanduser() for path in named]
-    return read_documents(paths) if paths and all(path.exists() for path in paths) else ()
+    paths = [Path(str(path)).expanduser() for path in _asked(record, "calibration") or ()]
+    if not paths or not all(path.exists() for path in paths):
+        return ()
+    return read_documents(paths, field=_asked(record, "text_field"), group_field=_asked(record, "text_group"))
 
 
 def _benchmarks(

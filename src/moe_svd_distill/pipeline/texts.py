@@ -6,14 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.pipeline.pair import ModelPair
 from moe_svd_distill.pipeline.steps import sequence_length
 from moe_svd_distill.recipe import Recipe
 
 if TYPE_CHECKING:
     from moe_svd_distill.calibration.paired import PairedText
+    from moe_svd_distill.calibration.text import Division
 
 LONGEST_SEQUENCE = 512
+MUCH_REPEATED = 0.05
+"""More repeated blocks than this share of the words are worth a note."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,16 @@ class RunText:
         """Digests of everything read, which an evaluation has to leave out."""
         return sorted({digest for part in self.parts.values() for digest in part.student.digests})
 
+    @property
+    def used_groups(self) -> list[str]:
+        """Digests of the sources of everything read, whose other documents an evaluation has to leave out too."""
+        return sorted({digest for part in self.parts.values() for digest in part.student.groups})
+
+    @property
+    def division(self) -> Division | None:
+        """How far the parts are apart; None without a second part."""
+        return self.search.student.division if self.fit is not None else None
+
     def as_dict(self) -> dict[str, Any]:
         """For run.json."""
         return {
@@ -45,6 +59,7 @@ class RunText:
                 "tokens_asked": part.student.asked,
                 "tokens": part.student.tokens,
                 "documents": len(part.student.sources),
+                "groups": len(part.student.groups),
                 "sequence_length": part.student.length,
                 "documents_skipped": part.student.skipped,
                 "places_compared": round(part.aligned, 4),
@@ -53,14 +68,46 @@ class RunText:
             for name, part in self.parts.items()
         }
 
+    def record(self) -> dict[str, Any]:
+        """For run.json: the parts, how far they are apart, and what people should know."""
+        division = self.division
+        found = {} if division is None else {"division": _division_record(division)}
+        return {"text": self.as_dict(), **found, "shortfalls": self.shortfalls()}
+
     def shortfalls(self) -> list[str]:
         """What was asked for and could not be had, in words."""
-        return [
+        short = [
             f"{name} text: {part.student.tokens:,} tokens instead of the {part.student.asked:,} asked for; the "
             "calibration text has no more"
             for name, part in self.parts.items()
             if part.student.short
         ]
+        return short + ([] if self.division is None else _division_notes(self.division))
+
+
+def _division_record(division: Division) -> dict[str, Any]:
+    return {
+        "divided_by": "group" if division.apart else "document",
+        "duplicated_share": round(division.removed, 4),
+        "documents_left_out_as_duplicates": division.left_out,
+    }
+
+
+def _division_notes(division: Division) -> list[str]:
+    notes = []
+    if not division.apart:
+        notes.append(
+            "search text: from the same sources as the text fitted on, because the calibration text has too few; the "
+            "gain shown may be larger than on other sources; give text of several sources, or name theirs in a field "
+            "(text_group)"
+        )
+    if division.removed > MUCH_REPEATED:
+        left_out = f", and left out {division.left_out:,} documents whole" if division.left_out else ""
+        notes.append(
+            f"calibration text: {division.removed:.0%} of its words were removed as blocks that other documents hold "
+            f"too{left_out}"
+        )
+    return notes
 
 
 def read_run_text(recipe: Recipe, pair: ModelPair, stages: Sequence[str]) -> RunText:
@@ -68,7 +115,7 @@ def read_run_text(recipe: Recipe, pair: ModelPair, stages: Sequence[str]) -> Run
 
     Raises:
         MissingInputError: A text is not there.
-        BadDataError: There is too little text.
+        BadDataError: There is too little text, or no record has the field that is to name its source.
         IncompatiblePairError: The models have different vocabularies, and the recipe does not say ``shared``.
     """
     from moe_svd_distill.calibration.paired import pair_text
@@ -77,8 +124,14 @@ def read_run_text(recipe: Recipe, pair: ModelPair, stages: Sequence[str]) -> Run
     budgets = {"search": recipe.scale_search_tokens}
     if "calibrated" in stages or "refined" in stages:
         budgets["fit"] = recipe.tokens
+    documents = read_documents(recipe.calibration, field=recipe.text_field, group_field=recipe.text_group)
+    if recipe.text_group is not None and all(document.group is None for document in documents):
+        raise BadDataError(
+            f"No record of the calibration text names its source in the field {recipe.text_group!r} (text_group)",
+            "Name the field that does, or leave text_group out",
+        )
     parts = pair_text(
-        read_documents(recipe.calibration, field=recipe.text_field),
+        documents,
         pair.teacher.checkpoint.folder,
         pair.student.checkpoint.folder,
         budgets,

@@ -133,6 +133,12 @@ class Recipe(Section):
     text_field: str | None = Field(
         None, description="Field of JSON lines that holds the text; default: text, messages or conversations."
     )
+    text_group: str | None = Field(
+        None,
+        description="Field of JSON lines that names the source a record belongs to; no source is both fitted and "
+        "searched on. Default: group, repo, repository, repo_name, package or conversation_id; a record without is a "
+        "source by itself.",
+    )
     cache: Path | None = Field(
         None,
         description="Folder for hidden states, reused by every run on the same model and text; default: the output's.",

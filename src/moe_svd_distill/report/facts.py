@@ -140,6 +140,17 @@ def text_note(evaluation: Record) -> str:
         if temperature
         else "",
     ]
+    left_out = _part(evaluation, "held_out")
+    counts = [
+        int(left_out.get(key) or 0) for key in ("documents_used", "documents_of_used_groups", "documents_repeated")
+    ]
+    if sum(counts):
+        parts.append(
+            f"{counts[0]} documents left out that it was made on, {counts[1]} of the same sources, {counts[2]} that "
+            "mostly repeat them"
+        )
+    if left_out.get("groups_apart") is False:
+        parts.append("of the sources it was made on")
     if _part(evaluation, "domain").get("different"):
         parts.append("calibrated on text of another domain")
     return ", ".join(part for part in parts if part) + "; intervals and whiskers are 95 %; all in nats per token."

@@ -139,6 +139,13 @@ def _show_figures(title: str, evaluation: Mapping[str, Any]) -> None:
     notes = [f"[…]: 95 %, by bootstrap over {evaluation['unit']}."]
     if temperature and _on_half(temperature):
         notes.append("*: fitted on half of the text and measured on the other half.")
+    left_out = evaluation.get("held_out") or {}
+    if left_out.get("documents_used") or left_out.get("documents_of_used_groups") or left_out.get("documents_repeated"):
+        notes.append(
+            f"Left out: {left_out['documents_used']} documents the adapter was made on, "
+            f"{left_out['documents_of_used_groups']} of the same sources, {left_out['documents_repeated'] or 0} that "
+            "mostly repeat them."
+        )
     output.print(" ".join(notes), soft_wrap=True, highlight=False, markup=False)
     output.print(evaluation["verdict"], soft_wrap=True, highlight=False)
 

@@ -1,0 +1,144 @@
+"""Which documents each part of a text gets, from their lengths and groups alone."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+
+import numpy as np
+
+from moe_svd_distill.calibration.documents import MINIMUM_UNITS
+from moe_svd_distill.calibration.text import SHORTEST_SHARE, whole
+from moe_svd_distill.calibration.tokenizer import IntArray
+
+
+@dataclass(frozen=True)
+class Spread:
+    """No document gives a part more than one `documents`-th of it, no group more than one `groups`-th."""
+
+    documents: int
+    groups: int
+
+
+WIDEST = Spread(MINIMUM_UNITS, MINIMUM_UNITS)
+ENOUGH = tuple(Spread(16, groups) for groups in (16, 8, 4, 2, 1))
+"""16 documents are enough for error bars; as many groups as there are."""
+SPREADS = (WIDEST, *ENOUGH, *(Spread(documents, 1) for documents in (8, 4, 2, 1)))
+"""Most wanted first."""
+WORTH = 0.8
+"""Spreading a part leaves the rest of its documents and groups unused; this share of the tokens must remain for it."""
+KEPT = 1 / 8
+"""Where text is short, a part that asks for less than this share of the whole keeps this share, up to what it asks."""
+
+_STEPS = 10_000
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What every part gets.
+
+    Attributes:
+        wanted: Tokens of each part, whole sequences.
+        places: The documents of each, by their place in the lengths, ascending.
+        share: Of the tokens asked for, by which all had to shrink; the last part may have got more.
+    """
+
+    wanted: tuple[int, ...]
+    places: tuple[IntArray, ...]
+    share: float
+
+
+def allocate(lengths: IntArray, groups: IntArray, full: Sequence[int], length: int) -> Allocation | None:
+    """Give parts their documents so that no group is in two, over as many groups and documents as the text allows.
+
+    Parts take groups in their order; if that wastes large groups on small parts, the smallest groups go first. Too
+    little text shrinks all parts by one factor, down to `KEPT`, and what is left then goes to the last.
+
+    Args:
+        lengths: Tokens of every document, (documents,), those of a group side by side.
+        groups: Number of each document's group, (documents,), ascending.
+        full: Tokens of each part, whole sequences, ascending.
+        length: Tokens of one sequence.
+
+    Returns:
+        None if there is not one sequence for each part.
+    """
+    given = complete(lengths, groups, full, (WIDEST, *ENOUGH))
+    if given is not None:
+        return Allocation(tuple(full), tuple(given), 1.0)
+    drawn = _shrunk(lengths, groups, full, length)
+    rank = np.argsort(np.argsort(np.bincount(groups, weights=lengths), kind="stable"), kind="stable")[groups]
+    order = np.argsort(rank, kind="stable")
+    by_size = _shrunk(lengths[order], rank[order], full, length)
+    if by_size is None or (drawn is not None and drawn.share >= WORTH * by_size.share):
+        return drawn
+    return replace(by_size, places=tuple(np.sort(order[place]) for place in by_size.places))
+
+
+def complete(
+    lengths: IntArray, groups: IntArray, full: Sequence[int], spreads: Sequence[Spread]
+) -> list[IntArray] | None:
+    """The documents of each part over the first of these spreads that gives them all they ask for, if one does."""
+    if lengths.sum() < sum(full):
+        return None
+    return next((found for spread in spreads if (found := taken(lengths, groups, full, spread)) is not None), None)
+
+
+def taken(lengths: IntArray, groups: IntArray, wanted: Sequence[int], spread: Spread) -> list[IntArray] | None:
+    """The documents of each part if each takes the next groups until it has its tokens; None if they do not suffice."""
+    places: list[IntArray] = []
+    begin = 0
+    for tokens in wanted:
+        of_document, of_group = (
+            max(ceil(tokens / parts), SHORTEST_SHARE) for parts in (spread.documents, spread.groups)
+        )
+        here = groups[begin:]
+        given = np.minimum(lengths[begin:], of_document)
+        before = np.cumsum(given) - given
+        of_group_before = before - before[np.searchsorted(here, here)]
+        given = np.clip(of_group - of_group_before, 0, given)
+        reached = np.cumsum(given)
+        last = int(np.searchsorted(reached, tokens))
+        if last == len(reached):
+            return None
+        places.append(np.flatnonzero(given[: last + 1]) + begin)
+        begin += int(np.searchsorted(here, here[last], side="right"))
+    return places
+
+
+def _shrunk(lengths: IntArray, groups: IntArray, full: Sequence[int], length: int) -> Allocation | None:
+    """As much of the budgets, over as many groups and documents, as the text allows in this order of groups."""
+
+    def shrunk(step: int) -> list[int]:
+        least = int(KEPT * sum(full) * step) // _STEPS
+        return [whole(min(tokens, max(tokens * step // _STEPS, least)), length) for tokens in full]
+
+    def most_steps(spread: Spread) -> int:
+        """The most steps at which there is text for all; -1 if there is none for one sequence each."""
+
+        def lacking(step: int) -> int:
+            return int(taken(lengths, groups, shrunk(step), spread) is None)
+
+        return bisect_right(range(_STEPS + 1), 0, key=lacking) - 1
+
+    most = {spread: most_steps(spread) for spread in SPREADS}
+    everything = most[SPREADS[-1]]
+    if everything < 0:
+        return None
+    spread = next(
+        spread
+        for spread in SPREADS
+        if most[spread] >= WORTH * everything and (spread != WIDEST or most[spread] == most[ENOUGH[0]])
+    )
+    *others, last = shrunk(most[spread])
+
+    def too_much(sequences: int) -> int:
+        return int(taken(lengths, groups, [*others, sequences * length], spread) is None)
+
+    possible = range(last // length, full[-1] // length + 1)
+    wanted = [*others, possible[bisect_right(possible, 0, key=too_much) - 1] * length]
+    places = taken(lengths, groups, wanted, spread)
+    assert places is not None, "the last part has at least what it had of the common factor"
+    return Allocation(tuple(wanted), tuple(places), most[spread] / _STEPS)
