@@ -17,7 +17,7 @@ from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.adapter.merge import merge
 from moe_svd_distill.adapter.verify import verify
 from moe_svd_distill.errors import MissingInputError, UsageError
-from moe_svd_distill.pipeline.distill import distill, load_adapter
+from moe_svd_distill.pipeline.distill import Listener, distill, load_adapter
 from moe_svd_distill.pipeline.pair import open_model
 from moe_svd_distill.recipe import Recipe, recipe_yaml
 from tests.support.heads import TRAINED
@@ -144,3 +144,29 @@ def test_stages_before_it_are_the_start(tiny: tuple[Path, Path], tmp_path: Path)
 def test_a_start_that_is_not_there_is_refused(tiny: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(MissingInputError, match="holds no adapter"):
         distill(recipe_for(*tiny, tmp_path / "out", **TRAINED | {"start": str(tmp_path)}))
+
+
+def test_with_a_large_vocabulary_and_little_text_the_head_stands_still(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    """method calibrated hands over to training all layers; the adapter holds no head, and PEFT loads it."""
+    notes: list[str] = []
+    values = TRAINED | {
+        "method": "calibrated",
+        "start": "auto",
+        "training": {"head": "auto", "epochs": 2},
+        "tokens": 512,
+    }
+    recipe = recipe_for(*tiny, tmp_path / "out", **values)
+    adapter = distill(recipe, Listener(on_note=notes.append))
+    record, head = adapter.record, open_model(recipe.student).architecture.head
+    assert record["method"] == "refined"
+    assert "the head stands still" in record["method_choice"]["reason"]
+    assert any("the head stands still" in note for note in notes)
+    facts = record["refinement"]
+    assert facts["head"] == "fixed"
+    assert facts["settings"]["head"] == "fixed"
+    assert facts["copies_of_the_text"] == facts["own_text_sequences"] == 0
+    assert not any(name.startswith(f"base_model.model.{head}") for name in _tensors(tmp_path / "out"))
+    (row,) = (row for row in record["tensors"] if row["name"] == head)
+    assert row["fate"] == "kept"
+    assert row["reason"].startswith("the head stands still")
+    assert verify(tmp_path / "out").digest_checked

@@ -66,11 +66,21 @@ def for_fit(recipe: Recipe, tokens: int, count: int, identical: bool) -> Copying
     return Copying(copies - own, own * count)
 
 
-def for_training(recipe: Recipe, tokens: int, count: int, identical: bool) -> Copying:
+def for_training(recipe: Recipe, tokens: int, count: int, identical: bool, head_moves: bool = True) -> Copying:
     """What training reads beside its text: as a fit does of little text; of much, a tenth of the student's own.
 
-    Arguments as of `for_fit`.
+    Copies show rows of the head in more contexts. Where it stands still they cost seven times the reading and gain
+    nothing (docs/decisions/0025).
+
+    Args:
+        recipe: As of `for_fit`.
+        tokens: As of `for_fit`.
+        count: As of `for_fit`.
+        identical: As of `for_fit`.
+        head_moves: Whether the head is trained.
     """
+    if not head_moves and recipe.copies == "auto":
+        return Copying(0, 0)
     if not identical or recipe.copies != "auto" or tokens <= MUCH_TEXT:
         return for_fit(recipe, tokens, count, identical)
     return Copying(0, math.ceil(_OWN_SHARE_OF_MUCH * count) if recipe.own_text == "auto" else recipe.own_text * count)

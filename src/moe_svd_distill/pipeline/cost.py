@@ -112,7 +112,8 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
     teacher, student = pair.teacher, pair.student
     length = sequence_length(recipe, longest_sequence(pair))
     once, search = whole(recipe.tokens, length), whole(recipe.scale_search_tokens, length)
-    copying = for_training(recipe, once, once // length, identical=recipe.vocabulary == "equal")
+    head_moves = trains_head(recipe, student.layout.geometry.vocabulary)
+    copying = for_training(recipe, once, once // length, recipe.vocabulary == "equal", head_moves)
     text = once + copying.sequences(once // length) * length
     passes = bool(copying.copies) + ROUNDS * bool(copying.own)
     read_by_student = once * bool(copying.copies) + ROUNDS * copying.own * length
@@ -130,7 +131,6 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
     times = read if _rows_bytes(recipe, read, student) else trained + measured
     teacher_operations = 2 * body * read + 2 * head * times
     body, head = active_parameters(student)
-    head_moves = trains_head(recipe, student.layout.geometry.vocabulary)
     moving = head if head_moves else 0
     # Forward, and twice that for both gradients; streamed, every layer is computed once more on the way back.
     student_operations = (8 if resident is False else 6) * body * trained + (6 if head_moves else 4) * head * trained

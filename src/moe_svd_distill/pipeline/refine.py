@@ -114,7 +114,8 @@ class _Refinement:
         self.ranks = trained_ranks(recipe, pair.student)
         tokenized, length = self.fit_text.student, self.fit_text.student.length
         count = len(tokenized.sequences)
-        self.copying = for_training(recipe, tokenized.tokens, count, self.fit_text.identical)
+        self.head_moves = trains_head(recipe, len(self.fit_text.student_ids))
+        self.copying = for_training(recipe, tokenized.tokens, count, self.fit_text.identical, self.head_moves)
         tokens = (count + self.copying.sequences(count)) * length
         self.epochs = epochs(recipe, given.stages)
         self.steps, self.step_tokens = optimiser_steps(recipe, self.epochs, tokens, length)
@@ -208,7 +209,7 @@ class _Refinement:
             optimiser=asked.optimiser,
             divergence=asked.divergence,
             cross_entropy_share=asked.cross_entropy_share,
-            head="whole" if trains_head(self.recipe, len(self.fit_text.student_ids)) else "fixed",
+            head="whole" if self.head_moves else "fixed",
             checks=checks(self.recipe, self.steps * self.step_tokens, self.text.search.student.tokens),
             patience=asked.patience,
             weight_decay=asked.weight_decay,

@@ -111,7 +111,7 @@ class Recipe(Section):
     copies: Literal["auto"] | Annotated[int, Field(ge=0, le=31)] = Field(
         "auto",
         description="Copies of the fitting text with tokens replaced by the student's own predictions; the teacher "
-        "labels them too. auto: 7 for little text, 2 for much.",
+        "labels them too. auto: 7 for little text, 2 for much, none in a training whose head stands still.",
     )
     own_text: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
         "auto",
