@@ -128,6 +128,7 @@ class _Refinement:
         begin = time.monotonic()
         start = read_start(self.pair, self.begin_with, self.ranks, self.fit_text.student_ids, self.folder)
         job = self.job(start)
+        self.report("preparing the student, and what the loss needs of the teacher", None)
         with trained(job, self.told) as (trainee, run):
             self.report("measuring the trained student", None)
             places = predicting_places(self.text.search)

@@ -160,7 +160,8 @@ class Training:
         else:
             tensors, record = found
             progress = Progress.from_dict(record)
-            best = self._restore(tensors)
+            ended = progress.step == self.steps or bool(progress.ended)
+            best = self._best_in(tensors) if ended else self._restore(tensors)
         resumed = progress.step
         order: tuple[int, NDArray[np.int64]] | None = None
         while progress.step < self.steps and not progress.ended:
@@ -182,8 +183,9 @@ class Training:
                     for kept, values in zip(best, self._values(), strict=True):
                         kept.copy_(values)
             on_progress(progress, self.steps)
-            if saves and (progress.step == self.steps or progress.ended or saves.due(self._together)):
-                saves.write(self._tensors(best), progress.as_dict())
+            ended = progress.step == self.steps or bool(progress.ended)
+            if saves and (ended or saves.due(self._together)):
+                saves.write(self._best_of(best) if ended else self._tensors(best), progress.as_dict())
         for values, kept in zip(self._values(), best, strict=True):
             values.copy_(kept)
         return Outcome(
@@ -268,21 +270,29 @@ class Training:
         return [self.bank.values, self.head.values]
 
     def _tensors(self, best: list[Tensor]) -> dict[str, Tensor]:
-        tensors = {"factors": self.bank.values, "head": self.head.values}
-        tensors |= {"best.factors": best[0], "best.head": best[1]}
+        """All that a run needs to go on."""
+        tensors = {"factors": self.bank.values, "head": self.head.values} | self._best_of(best)
         for name, (optimiser, _) in self.optimisers.items():
             tensors |= {f"{name}.{kind}": tensor for kind, tensor in optimiser.tensors().items()}
         return {name: tensor for name, tensor in tensors.items() if tensor.numel()}
 
+    @staticmethod
+    def _best_of(best: list[Tensor]) -> dict[str, Tensor]:
+        """All that is needed of a run that has ended."""
+        named = {"best.factors": best[0], "best.head": best[1]}
+        return {name: tensor for name, tensor in named.items() if tensor.numel()}
+
+    def _best_in(self, tensors: dict[str, Tensor]) -> list[Tensor]:
+        named = zip(("best.factors", "best.head"), self._values(), strict=True)
+        return [tensors[name].to(values.device) if values.numel() else values.clone() for name, values in named]
+
     def _restore(self, tensors: dict[str, Tensor]) -> list[Tensor]:
         """Put a save in; returns the best state in it."""
-        best = []
         for values, name in ((self.bank.values, "factors"), (self.head.values, "head")):
             if values.numel():
                 values.copy_(tensors[name])
-            best.append(tensors[f"best.{name}"].to(values.device) if values.numel() else values.clone())
         for name, (optimiser, _) in self.optimisers.items():
             prefix = f"{name}."
             kept = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
             optimiser.restore(kept)
-        return best
+        return self._best_in(tensors)
