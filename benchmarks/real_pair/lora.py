@@ -138,7 +138,7 @@ def train(
             for row in rows:
                 loss = kl(model, head, text.ids[row : row + 1], text.states[row : row + 1]) / len(rows)
                 loss.backward()
-                losses.append(float(loss) * len(rows))
+                losses.append(loss.item() * len(rows))
             torch.nn.utils.clip_grad_norm_(factors, _CLIP)
             for group in optimizer.param_groups:
                 group["lr"] = options.rate * _factor(step, steps)

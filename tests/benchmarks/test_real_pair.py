@@ -25,17 +25,21 @@ VOCABULARY = 151_936
 WORDS = "red green blue cat dog bird runs sleeps sings fast slowly today and but the a small big".split()  # noqa: SIM905
 
 
-def _model(folder: Path, seed: int, width: int) -> None:
+def _model(folder: Path, scale: float) -> None:
+    """Both have the same random weights; those of the teacher's layers are larger, which a LoRA can learn."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = Qwen2ForCausalLM(config)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(10)
+        for layer in model.model.layers:
+            for matrix in (module.weight for module in layer.modules() if isinstance(module, torch.nn.Linear)):
+                matrix.mul_(scale)
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
@@ -51,9 +55,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for number in range(documents)
         ]
         places.text(part).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for seed, (model, width) in enumerate(((places.student, 32), (places.teacher, 48))):
+    for model, scale in ((places.student, 2.0), (places.teacher, 6.0)):
         write_tokenizer(model, WORDS)
-        _model(model, seed, width)
+        _model(model, scale)
     return folder
 
 
