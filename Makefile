@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint format bench soak lab clean
+.PHONY: help setup demo test test-gpu lint format bench soak real-pair lab clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 12
@@ -47,6 +47,12 @@ bench: $(READY)  ## measure the kernels, k-means and a whole run against plain m
 soak: $(READY)  ## try every model type, kill runs at random moments and bound their memory (about 30 minutes)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m all_types
 	$(BIN)/python -m benchmarks.soak
+
+real-pair: $(READY)  ## fetch a pair of real models and text for benchmarks/real_pair (2 GiB, outside the repository)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group real-pair
+	$(BIN)/python -m benchmarks.real_pair fetch
+	$(BIN)/python -m benchmarks.real_pair text
+	@echo "Next: benchmarks/real_pair/README.md"
 
 lab: $(READY)  ## train the lab's models anew (about an hour); DOCUMENTATION=folder of the Python docs
 	$(BIN)/python -m lab.train $(if $(DOCUMENTATION),--documentation $(DOCUMENTATION))

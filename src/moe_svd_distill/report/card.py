@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_svd_distill.report import facts, training
+from moe_svd_distill.report import benchmarks, facts, training
 from moe_svd_distill.report.facts import Record
 
 _PROJECTIONS = {
@@ -85,8 +85,8 @@ def _figures(record: Record) -> Iterator[str]:
     evaluation = record.get("evaluation") or {}
     rows = facts.figure_rows(evaluation)
     yield "## Figures"
-    benchmarks = facts.benchmark_rows(evaluation)
-    if not rows and not benchmarks:
+    scores = benchmarks.rows(evaluation)
+    if not rows and not scores:
         yield "None: the adapter has not been evaluated on held-out text. `moe-svd-distill evaluate` does it."
         return
     if rows:
@@ -95,9 +95,9 @@ def _figures(record: Record) -> Iterator[str]:
             "KL is KL(teacher ‖ student). *Gap closed* is the part of the way from the untouched student to the "
             f"teacher; a gain in KL with a loss in cross-entropy is no transfer. {facts.text_note(evaluation)}"
         )
-    if benchmarks:
-        yield _table(facts.BENCHMARK_COLUMNS, benchmarks)
-        yield facts.benchmark_note(evaluation)
+    if scores:
+        yield _table(benchmarks.COLUMNS, scores)
+        yield from benchmarks.notes(evaluation)
 
 
 def _done(record: Record) -> Iterator[str]:

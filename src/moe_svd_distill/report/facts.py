@@ -39,9 +39,6 @@ FIGURE_COLUMNS = (
 )
 
 
-BENCHMARK_COLUMNS = ("benchmark", "student, untouched", "student with this adapter", "change")
-
-
 @dataclass(frozen=True)
 class Grid:
     """One value for each role and layer; None where nothing was measured.
@@ -59,7 +56,7 @@ class Grid:
 
 def model_name(record: Record, side: str) -> str:
     """A model's name to show: its hub id, or the last part of its folder, so that no path of a machine is published."""
-    source = str(_part(record, side).get("source") or side)
+    source = str(part_of(record, side).get("source") or side)
     return source if is_hub_id(source) else Path(source).name or side
 
 
@@ -70,10 +67,10 @@ def is_hub_id(source: str) -> bool:
 
 def headline(record: Record) -> str:
     """What must be read first: the verdict on held-out text, else what the scale search found, else a warning."""
-    verdict = _part(record, "evaluation").get("verdict")
+    verdict = part_of(record, "evaluation").get("verdict")
     if verdict:
         return str(verdict)
-    decision = str(_part(record, "scale_search").get("decision") or "")
+    decision = str(part_of(record, "scale_search").get("decision") or "")
     if decision.startswith("Not measured"):
         return decision
     note = "Not evaluated on held-out text; whether this adapter helps or harms there is not known."
@@ -91,7 +88,7 @@ def figure_rows(evaluation: Record) -> list[FigureRow]:
     for control in evaluation.get("controls") or ():
         name = f"control: random delta of the same size, seed {control.get('seed', '?')}"
         rows.append(_figure_row(name, control.get("figures"), control.get("gap_closed")))
-    temperature = _part(evaluation, "temperature_control")
+    temperature = part_of(evaluation, "temperature_control")
     if temperature:
         name = f"control: only the temperature of the student's logits, {number(temperature.get('temperature'), 3)}"
         rows.append(_figure_row(name, temperature.get("figures"), temperature.get("gap_closed")))
@@ -99,38 +96,12 @@ def figure_rows(evaluation: Record) -> list[FigureRow]:
     return rows
 
 
-def benchmark_rows(evaluation: Record) -> list[tuple[str, str, str, str]]:
-    """Scores of the lm-evaluation-harness: task and metric, untouched student, with the adapter, change."""
-    return [
-        (
-            f"{score.get('task')}, {score.get('metric')}"
-            + ("" if score.get("filter") in (None, "none") else f" ({score['filter']})"),
-            _with_error(score.get("student"), score.get("student_error")),
-            _with_error(score.get("adapted"), score.get("adapted_error")),
-            _with_error(score.get("change"), score.get("change_error"), "+"),
-        )
-        for score in _part(evaluation, "benchmarks").get("scores") or ()
-    ]
-
-
-def benchmark_note(evaluation: Record) -> str:
-    """How the benchmarks were run."""
-    found = _part(evaluation, "benchmarks")
-    if not found:
-        return ""
-    limit = f", at most {found['limit']} examples of each task" if found.get("limit") else ""
-    return (
-        f"By lm-evaluation-harness {found.get('harness', '?')} in {found.get('dtype', '?')}{limit}; ± is one standard "
-        "error, that of the change paired over examples."
-    )
-
-
 def text_note(evaluation: Record) -> str:
     """On what the figures were measured."""
-    student = _part(evaluation, "student")
+    student = part_of(evaluation, "student")
     if not student:
         return ""
-    temperature = _part(evaluation, "temperature_control")
+    temperature = part_of(evaluation, "temperature_control")
     texts = ", ".join(Path(str(text)).name for text in evaluation.get("texts") or ())
     parts = [
         f"{student.get('tokens', 0):,} predicted tokens of held-out text{f' ({texts})' if texts else ''}",
@@ -140,7 +111,7 @@ def text_note(evaluation: Record) -> str:
         if temperature
         else "",
     ]
-    left_out = _part(evaluation, "held_out")
+    left_out = part_of(evaluation, "held_out")
     counts = [
         int(left_out.get(key) or 0) for key in ("documents_used", "documents_of_used_groups", "documents_repeated")
     ]
@@ -151,7 +122,7 @@ def text_note(evaluation: Record) -> str:
         )
     if left_out.get("groups_apart") is False:
         parts.append("of the sources it was made on")
-    if _part(evaluation, "domain").get("different"):
+    if part_of(evaluation, "domain").get("different"):
         parts.append("calibrated on text of another domain")
     return ", ".join(part for part in parts if part) + "; intervals and whiskers are 95 %; all in nats per token."
 
@@ -164,7 +135,7 @@ def fate_counts(record: Record) -> list[tuple[str, int]]:
 
 def unused_counts(record: Record) -> list[tuple[str, int, str]]:
     """Why teacher tensors were not used: reason, how many, and one of them; most frequent first."""
-    unused = _part(record, "unused_teacher_tensors")
+    unused = part_of(record, "unused_teacher_tensors")
     counts = Counter(str(reason) for reason in unused.values()).most_common()
     return [(reason, count, next(n for n, r in unused.items() if str(r) == reason)) for reason, count in counts]
 
@@ -246,8 +217,8 @@ def _figure_row(name: str, figures: Record | None, gap: Record | None) -> Figure
     found = figures or {}
     agreement = found.get("top1_agreement")
     cells = (
-        _with_error(found.get("kl"), found.get("kl_error")) + _interval(found.get("kl_interval")),
-        _with_error(found.get("cross_entropy"), found.get("cross_entropy_error"))
+        with_error(found.get("kl"), found.get("kl_error")) + _interval(found.get("kl_interval")),
+        with_error(found.get("cross_entropy"), found.get("cross_entropy_error"))
         + _interval(found.get("cross_entropy_interval")),
         number(found.get("perplexity"), 2),
         f"{agreement:.1%}" if isinstance(agreement, int | float) else "–",
@@ -271,7 +242,8 @@ def _interval(interval: Record | None) -> str:
     return f" ({interval['low']:.3f} … {interval['high']:.3f})" if interval and interval["high"] else ""
 
 
-def _with_error(value: Any, error: Any, sign: str = "") -> str:
+def with_error(value: Any, error: Any, sign: str = "") -> str:
+    """A number with its standard error, where there is one."""
     shown = f"{value:{sign}.4f}" if isinstance(value, int | float) else number(value)
     return f"{shown} ± {error:.4f}" if isinstance(error, int | float) and error > 0 else shown
 
@@ -281,6 +253,7 @@ def _mean(values: Iterable[float]) -> float | None:
     return sum(found) / len(found) if found else None
 
 
-def _part(record: Record, key: str) -> Record:
+def part_of(record: Record, key: str) -> Record:
+    """A part of a record; empty where it is absent."""
     part = record.get(key)
     return part if isinstance(part, Mapping) else {}

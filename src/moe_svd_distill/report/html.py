@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_svd_distill.report import facts, training
+from moe_svd_distill.report import benchmarks, facts, training
 from moe_svd_distill.report.facts import Record
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -52,9 +52,9 @@ def html_report(record: Record) -> str:
         columns=facts.FIGURE_COLUMNS,
         rows=facts.figure_rows(evaluation),
         text_note=facts.text_note(evaluation),
-        benchmark_columns=facts.BENCHMARK_COLUMNS,
-        benchmarks=facts.benchmark_rows(evaluation),
-        benchmark_note=facts.benchmark_note(evaluation),
+        benchmark_columns=benchmarks.COLUMNS,
+        benchmarks=benchmarks.rows(evaluation),
+        benchmark_notes=benchmarks.notes(evaluation),
         training=training.training_note(record),
         decision=search.get("decision") or "",
         trials=[_trial(trial) for trial in search.get("trials") or ()],

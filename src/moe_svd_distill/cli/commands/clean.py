@@ -16,8 +16,8 @@ from moe_svd_distill.cli.options import json_option
 def command(folder: Path, yes: bool, as_json: bool) -> None:
     """Delete the parts, the hidden states and other working files in FOLDER; the adapter itself stays.
 
-    Parts are what a stopped run goes on from; states in FOLDER/cache spare the next run or evaluation on the same text
-    a pass of the models. A cache outside FOLDER is left alone.
+    Parts are what a stopped run goes on from; states and completions in FOLDER/cache spare the next run or evaluation
+    on the same text or problems a pass of the models. A cache outside FOLDER is left alone.
     """
     from moe_svd_distill.cli.screen import print_json
     from moe_svd_distill.errors import MissingInputError

@@ -82,4 +82,4 @@ def command(output: Path, pairs: tuple[str, ...], as_json: bool) -> None:
 
 
 def _show(monitor: Any, step: str, done: int, total: int) -> None:
-    monitor.on_stage(f"reading: {step}", done / total)
+    monitor.on_stage(step, done / total)

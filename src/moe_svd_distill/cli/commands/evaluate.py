@@ -43,13 +43,37 @@ if TYPE_CHECKING:
     help="shared: compare models with different tokenizers on what both have; default: as the adapter was made.",
 )
 @click.option(
-    "--benchmark", "benchmarks", multiple=True, help="Tasks of the lm-evaluation-harness: NAME[,NAME]; repeatable."
+    "--benchmark",
+    "benchmarks",
+    multiple=True,
+    help="humaneval; humaneval:FILE for problems of your own in its format; or tasks of the lm-evaluation-harness. "
+    "NAME[,NAME]; repeatable.",
 )
 @click.option("--benchmark-limit", type=click.IntRange(min=1), help="Examples of each task at most, for a first look.")
 @click.option(
     "--benchmark-include-path",
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder with task files (YAML) of your own.",
+)
+@click.option(
+    "--benchmark-tokens",
+    type=click.IntRange(min=1),
+    default=384,
+    show_default=True,
+    help="humaneval: tokens of each program at most.",
+)
+@click.option(
+    "--benchmark-batch",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="humaneval: programs that are written at a time.",
+)
+@click.option("--benchmark-teacher", is_flag=True, help="humaneval: the teacher as well.")
+@click.option(
+    "--run-generated-code",
+    is_flag=True,
+    help="humaneval: consent to run the programs that the models write, under limits, on this machine.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda:N.")
 @json_option
@@ -67,6 +91,10 @@ def command(
     benchmarks: tuple[str, ...],
     benchmark_limit: int | None,
     benchmark_include_path: Path | None,
+    benchmark_tokens: int,
+    benchmark_batch: int,
+    benchmark_teacher: bool,
+    run_generated_code: bool,
     device: str,
     as_json: bool,
 ) -> None:
@@ -74,7 +102,8 @@ def command(
 
     Prints KL(teacher‖student), cross-entropy and top-1 agreement of the untouched student, of the student with the
     adapter as PEFT loads it, of a random delta of equal norm, and of one temperature on the untouched student's logits.
-    With --benchmark also what the lm-evaluation-harness makes of the student with and without the adapter.
+    With --benchmark also what the student scores with and without the adapter: the share of the programming problems of
+    HumanEval that it solves, or what the lm-evaluation-harness makes of it.
     """
     from moe_svd_distill.cli.screen import Monitor, print_json
     from moe_svd_distill.errors import MissingInputError, UsageError
@@ -83,8 +112,18 @@ def command(
     if not folder.is_dir():
         raise MissingInputError(f"{folder} is not a folder", "Give the folder of an adapter")
     tasks = tuple(task.strip() for named in benchmarks for task in named.split(",") if task.strip())
-    if not tasks and (benchmark_limit or benchmark_include_path or benchmarks):
+    options = (benchmark_limit, benchmark_include_path, benchmark_teacher, run_generated_code)
+    if not tasks and (benchmarks or any(options)):
         raise UsageError("no benchmark is named", "Give --benchmark TASK")
+    request = BenchmarkRequest(
+        tasks,
+        benchmark_limit,
+        benchmark_include_path,
+        run_generated_code,
+        benchmark_tokens,
+        benchmark_batch,
+        benchmark_teacher,
+    )
     with Monitor(quiet=as_json) as monitor:
         result = evaluate_adapter(
             folder,
@@ -98,8 +137,8 @@ def command(
             mode=cast("Mode", mode),
             cache=cache,
             vocabulary=cast("VocabularyMode | None", vocabulary),
-            benchmarks=BenchmarkRequest(tasks, benchmark_limit, benchmark_include_path) if tasks else None,
-            on_progress=lambda name, done, total: monitor.on_stage(f"reading: {name}", done / total),
+            benchmarks=request if tasks else None,
+            on_progress=lambda name, done, total: monitor.on_stage(name, done / total),
             on_stage=monitor.on_stage,
         )
     if as_json:
@@ -116,6 +155,8 @@ def show(title: str, evaluation: Mapping[str, Any]) -> None:
         _show_figures(title, evaluation)
     if evaluation.get("benchmarks"):
         _show_benchmarks(title, evaluation["benchmarks"])
+    if evaluation.get("code_benchmarks"):
+        _show_code_benchmarks(title, evaluation["code_benchmarks"])
 
 
 def _show_figures(title: str, evaluation: Mapping[str, Any]) -> None:
@@ -166,6 +207,29 @@ def _show_benchmarks(title: str, benchmarks: Mapping[str, Any]) -> None:
     limited = "" if benchmarks["limit"] is None else f", at most {benchmarks['limit']} examples of each task"
     columns = ("", "examples", "student, untouched", "with the adapter", "change")
     print_table(f"{title}: lm-evaluation-harness {benchmarks['harness']}{limited}", columns, rows)
+
+
+def _show_code_benchmarks(title: str, found: Mapping[str, Mapping[str, Any]]) -> None:
+    from moe_svd_distill.cli.screen import output, print_table
+    from moe_svd_distill.report.benchmarks import code_note
+
+    rows = [
+        (
+            name,
+            f"{result['problems']:,}",
+            f"{result['student']['pass_at_1']:.4f}",
+            f"{result['adapted']['pass_at_1']:.4f}",
+            f"{result['change']['change']:+.4f}{_interval(result['change'], '+.4f')}",
+            str(len(result["gained"])),
+            str(len(result["lost"])),
+            f"{result['teacher']['pass_at_1']:.4f}" if result["teacher"] else "-",
+        )
+        for name, result in found.items()
+    ]
+    columns = ("", "problems", "student, untouched", "with the adapter", "change", "gained", "lost", "teacher")
+    print_table(f"{title}: pass@1", columns, rows)
+    for result in found.values():
+        output.print(code_note(result), soft_wrap=True, highlight=False, markup=False)
 
 
 def _row(name: str, figures: Mapping[str, Any], gap: Mapping[str, Any] | None) -> tuple[str, ...]:

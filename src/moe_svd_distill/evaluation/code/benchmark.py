@@ -1,0 +1,204 @@
+"""pass@1 of the student, untouched and with the adapter, over programming problems, with what was gained and lost."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE
+from moe_svd_distill.adapter.digest import sha256_of
+from moe_svd_distill.adapter.load_check import check_loads
+from moe_svd_distill.calibration.tokenizer import auto_tokenizer
+from moe_svd_distill.evaluation.code.completions import CompletionFile, WritingSettings, complete
+from moe_svd_distill.evaluation.code.greedy import Continuation
+from moe_svd_distill.evaluation.code.paired import PairedChange, paired_change
+from moe_svd_distill.evaluation.code.problems import ProblemSet
+from moe_svd_distill.evaluation.code.sandbox import Guards, Limits, guards, run_program
+from moe_svd_distill.evaluation.loading import fastest_dtype, load_model
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What one model makes of the problems.
+
+    Attributes:
+        pass_at_1: Share of problems whose one completion passes the tests.
+        passed: Their names.
+        reasons: How often the others ended with which error.
+        unfinished: Completions that met the limit of tokens.
+    """
+
+    pass_at_1: float
+    passed: tuple[str, ...]
+    reasons: Mapping[str, int]
+    unfinished: int
+
+
+@dataclass(frozen=True)
+class CodeBenchmark:
+    """The result of one set of problems.
+
+    Attributes:
+        name: `humaneval`, or `humaneval:` and the file's name.
+        source: Package and version, or the file's name.
+        problems: How many.
+        student: Untouched.
+        adapted: With the adapter as PEFT loads it, unmerged.
+        teacher: None where it was not asked for.
+        gained: Problems that only the adapted student passes.
+        lost: Problems that only the untouched student passes.
+        change: With the exact paired interval.
+        settings: How completions were written: `limit`, `batch`, `dtype`, `device`.
+        limits: What each program might use.
+        guards: What else held for the programs.
+    """
+
+    name: str
+    source: str
+    problems: int
+    student: Solved
+    adapted: Solved
+    teacher: Solved | None
+    gained: tuple[str, ...]
+    lost: tuple[str, ...]
+    change: PairedChange
+    settings: WritingSettings
+    limits: Limits
+    guards: Guards
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A model in a folder.
+
+    Attributes:
+        folder: With weights and tokenizer.
+        fingerprint: Of its checkpoint.
+    """
+
+    folder: Path
+    fingerprint: str
+
+
+def run_code_benchmark(
+    problems: ProblemSet,
+    student: LocalModel,
+    adapter_folder: Path,
+    kept: Path,
+    *,
+    teacher: LocalModel | None = None,
+    limit: int,
+    batch: int,
+    device: str = "cpu",
+    on_progress: Progress | None = None,
+) -> CodeBenchmark:
+    """Let the models complete the problems, and run what they wrote. Only for users who asked for that.
+
+    Args:
+        problems: From `load_problems`.
+        student: Untouched.
+        adapter_folder: The adapter for it.
+        kept: Folder for completions; those that are there are not written again.
+        teacher: Measured as well where it is given.
+        limit: New tokens of each completion at most.
+        batch: Problems that are completed at a time.
+        device: Where the models run.
+        on_progress: Told the step, problems done and problems to do.
+
+    Raises:
+        MissingInputError: A model or its tokenizer is not there.
+        BadDataError: PEFT would not load the adapter whole, or programs cannot be limited.
+        UsageError: A model does not fit in memory.
+    """
+    check_loads(adapter_folder, student.folder)
+    settings = WritingSettings(
+        limit, batch, str(fastest_dtype(device)).removeprefix("torch."), device.partition(":")[0]
+    )
+    run = _Run(problems, settings, kept, device, on_progress)
+    loaded = _Loaded(student.folder, device)
+    before = run.solve("student", student, None, lambda: loaded.untouched)
+    after = run.solve(
+        "adapted", student, sha256_of(adapter_folder / ADAPTER_FILE), lambda: loaded.adapted(adapter_folder)
+    )
+    above = None
+    if teacher:
+        del loaded  # its memory is the teacher's
+        gc.collect()
+        above = run.solve("teacher", teacher, None, lambda: _Loaded(teacher.folder, device).untouched)
+    names = [problem.task_id for problem in problems.problems]
+    gained = tuple(name for name in names if name in after.passed and name not in before.passed)
+    lost = tuple(name for name in names if name in before.passed and name not in after.passed)
+    return CodeBenchmark(
+        name=problems.name,
+        source=problems.source,
+        problems=len(names),
+        student=before,
+        adapted=after,
+        teacher=above,
+        gained=gained,
+        lost=lost,
+        change=paired_change(len(names), len(gained), len(lost)),
+        settings=settings,
+        limits=run.limits,
+        guards=run.guards,
+    )
+
+
+class _Loaded:
+    """A model, loaded when it is first asked for; an adapter goes around its layers in place."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        self._folder, self._device = folder, device
+
+    @cached_property
+    def untouched(self) -> Any:
+        return load_model(self._folder, self._device, fastest_dtype(self._device))
+
+    def adapted(self, adapter_folder: Path) -> Any:
+        from moe_svd_distill.evaluation.adapted import AdaptedStudent
+
+        return AdaptedStudent.load(self.untouched, adapter_folder).model
+
+
+class _Run:
+    """What is the same for all models."""
+
+    def __init__(
+        self, problems: ProblemSet, settings: WritingSettings, kept: Path, device: str, on_progress: Progress | None
+    ) -> None:
+        self._problems, self._settings, self._kept, self._device = problems, settings, kept, device
+        self._on_progress = on_progress or (lambda step, done, total: None)
+        self.limits, self.guards = Limits(), guards()
+
+    def solve(self, who: str, model: LocalModel, adapter: str | None, load: Callable[[], Any]) -> Solved:
+        file = CompletionFile.of(self._kept, model.fingerprint, adapter, self._problems, self._settings)
+
+        def writing(done: int, total: int) -> None:
+            self._on_progress(f"{self._problems.name}: {who} writes", done, total)
+
+        written = complete(file, self._problems, self._settings, auto_tokenizer(model.folder), load, writing)
+        return self._run_all(who, written)
+
+    def _run_all(self, who: str, written: Mapping[str, Continuation]) -> Solved:
+        passed, reasons, total = [], [], len(self._problems.problems)
+        for done, problem in enumerate(self._problems.problems):
+            self._on_progress(f"{self._problems.name}: {who} is run", done, total)
+            outcome = run_program(problem.program(written[problem.task_id].text), self.limits, self.guards)
+            if outcome.passed:
+                passed.append(problem.task_id)
+            else:
+                reasons.append(outcome.reason)
+        self._on_progress(f"{self._problems.name}: {who} is run", total, total)
+        counts = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+        unfinished = sum(found.ended == "limit" for found in written.values())
+        return Solved(len(passed) / total, tuple(passed), counts, unfinished)
