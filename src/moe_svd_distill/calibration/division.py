@@ -73,14 +73,14 @@ def divide_text(
     Every part is spread over at least 16 documents where that leaves enough text for all (`WORTH`). If there is too
     little text for the budgets, they shrink by one factor, except that a small part keeps an eighth of the whole if it
     asked for that much (`KEPT`): a search over a handful of sequences decides nothing. A part that got less than it
-    asked for says so (`TokenizedText.short`). The smaller parts are drawn first, so with enough text they do not depend
-    on the budgets of the larger. The order of documents is drawn from their content and the seed, never from file
-    names. With fewer than 24 documents long ones are cut into sections, which then count as documents.
+    asked for says so (`TokenizedText.short`). Parts are drawn in the order they are named in, so with enough text none
+    depends on the budgets of those after it. The order of documents is drawn from their content and the seed, never
+    from file names. With fewer than 24 documents long ones are cut into sections, which then count as documents.
 
     Args:
         documents: What to read; it is tokenised only as far as needed.
         tokenizer: The student's.
-        budgets: Name of the part → tokens, rounded down to whole sequences but never to none.
+        budgets: Name of the part → tokens, rounded down to whole sequences but never to none; drawn in this order.
         length: Tokens of one sequence, at least 2.
         vocabulary: Documents with a token number at or above this are skipped.
         seed: Of the order of documents.
@@ -117,9 +117,7 @@ def divide(
     """Choose the documents of each part, as `divide_text` describes, and leave the packing to the caller."""
     if not budgets or any(tokens <= 0 for tokens in budgets.values()):
         raise UsageError(f"A part of the text has no tokens: {dict(budgets)}", "Give every part a budget above 0")
-    names = sorted(budgets, key=lambda name: budgets[name])
-    asked = [budgets[name] for name in names]
-    full = [whole(tokens, length) for tokens in asked]
+    full = [whole(tokens, length) for tokens in budgets.values()]
     units = _ordered(documents, tokenizer, len(budgets), seed)
     used: list[Document] = []
     ids: list[IntArray] = []
@@ -136,7 +134,7 @@ def divide(
     lengths = _lengths(ids)
     wanted, ends = _best(lengths, full, length, skipped)
     parts = {}
-    for name, tokens, begin, end in zip(names, wanted, [0, *ends], ends, strict=False):
+    for name, tokens, begin, end in zip(budgets, wanted, [0, *ends], ends, strict=False):
         parts[name] = TextPart(
             documents=tuple(used[begin:end]),
             ids=tuple(ids[begin:end]),
@@ -145,7 +143,7 @@ def divide(
             longest=even_share(lengths[begin:end], tokens),
             skipped=skipped,
         )
-    return {name: parts[name] for name in budgets}
+    return parts
 
 
 def _ordered(documents: Sequence[Document], tokenizer: Tokenizer, parts: int, seed: int) -> list[Document]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from moe_svd_distill.execution.publish import write_json_atomic
-from moe_svd_distill.fitting.check import Places, figures_by_document, predicting_places
+from moe_svd_distill.fitting.check import figures_by_document, predicting_places
 from moe_svd_distill.fitting.pairs import HeadWeights, Segment, StatePairs
 from moe_svd_distill.fitting.rank import choose_rank, head_factors
 from moe_svd_distill.pipeline.assembly import asked_head_rank
@@ -27,12 +27,13 @@ from moe_svd_distill.pipeline.ranks import trained_ranks
 from moe_svd_distill.pipeline.states import Body, Report
 from moe_svd_distill.pipeline.steps import epochs, optimiser_steps
 from moe_svd_distill.pipeline.training_start import Start, read_start
-from moe_svd_distill.pipeline.training_text import training_texts
+from moe_svd_distill.pipeline.training_text import search_text, training_texts
 from moe_svd_distill.streaming import PassSettings, StreamedStates, load_head, stream_states
 from moe_svd_distill.training.crew import trained
 from moe_svd_distill.training.job import Trained, Trainee, TrainingJob
 from moe_svd_distill.training.loop import Progress
 from moe_svd_distill.training.settings import TrainingSettings
+from moe_svd_distill.training.text import TrainingText
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 CURVE = "training_curve.json"
 GROUP = "refined"
-ALGORITHM = 5  # raise whenever the same input would give another adapter
+ALGORITHM = 6  # raise whenever the same input would give another adapter
 _STEP = "training"
 _BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
 
@@ -121,8 +122,7 @@ class _Refinement:
         job = self.job(start)
         with trained(job, self.told) as (trainee, run):
             self.report("measuring the trained student", None)
-            places = predicting_places(self.text.search)
-            check = self.check_pairs(trainee, 1.0)
+            check = self.state_pairs(trainee, trainee.check, 1.0)
             choice = choose_rank(
                 trainee.head.delta,
                 trainee.metric,
@@ -133,8 +133,9 @@ class _Refinement:
                 run.outcome.curve[0].kl,
                 self.dtype,
             )
+            searched = search_text(self.pair, self.text, self.read).open()
             self.report("searching the scale of the trained adapter", None)
-            search = self.search_scale(trainee, choice.rank, places)
+            search = self.search_scale(trainee, choice.rank, searched)
             scale = float(search.scales[GROUP])
             left, right = self.head_pair(trainee, choice.rank, scale)
             pairs = {name: self.stored_pair(trainee, name, scale) for name in trainee.bank.names}
@@ -222,10 +223,10 @@ class _Refinement:
             seed=self.recipe.seed,
         )
 
-    def check_pairs(self, trainee: Trainee, scale: float) -> StatePairs:
-        """States of the checking text, in the order of its places."""
-        mine = trainee.check_states(scale)
-        return StatePairs([Segment(mine, trainee.check.teacher, np.arange(len(mine)), trainee.check.teacher_position)])
+    def state_pairs(self, trainee: Trainee, text: TrainingText, scale: float) -> StatePairs:
+        """States of a text that is measured on, in the order of its places."""
+        mine = trainee.states_of(text, scale)
+        return StatePairs([Segment(mine, text.teacher, np.arange(len(mine)), text.teacher_position)])
 
     def head_pair(self, trainee: Trainee, rank: int, scale: float) -> tuple[Tensor, Tensor]:
         left, right = head_factors(trainee.head.delta, trainee.metric, rank, torch.float32)
@@ -238,17 +239,19 @@ class _Refinement:
         left = torch.nn.functional.pad(scale * left, (0, lacking))
         return left.to("cpu", self.dtype), torch.nn.functional.pad(right, (0, 0, 0, lacking)).to("cpu", self.dtype)
 
-    def search_scale(self, trainee: Trainee, rank: int, places: Places) -> ScaleSearch:
+    def search_scale(self, trainee: Trainee, rank: int, text: TrainingText) -> ScaleSearch:
         """How much of it all to keep; nothing is a valid answer."""
         from moe_svd_distill.evaluation.figures import Measurement
         from moe_svd_distill.evaluation.scale_search import search_scale
+
+        places = predicting_places(self.text.search)
 
         def at(scales: Mapping[str, float]) -> Measurement:
             scale = scales[GROUP]
             left, right = self.head_pair(trainee, rank, scale)
             weight = trainee.student.weight + left.float() @ right.float()
             head = HeadWeights(weight, trainee.student.bias, trainee.student.transform)
-            sums = figures_by_document(self.check_pairs(trainee, scale), places, head, trainee.teacher)
+            sums = figures_by_document(self.state_pairs(trainee, text, scale), places, head, trainee.teacher)
             return Measurement(sums.kl, sums.cross_entropy, sums.agreement, sums.tokens)
 
         return search_scale(at, (GROUP,), global_scales=(0.5, 1.0))

@@ -236,13 +236,9 @@ class Trainee:
             write_part(job.folder, key, PartContent({}, asdict(choice)))
         return choice
 
-    def check_states(self, scale: float) -> Tensor:
-        """The student's states at the places of the checking text, (places, d), with this share of every pair."""
-        rows = np.arange(len(self.check))
-        together = max(1, self._job.settings.batch_tokens // self.check.length)
-        batches = [
-            self.check.take(rows[begin : begin + together], self.device) for begin in range(0, len(rows), together)
-        ]
+    def states_of(self, text: TrainingText, scale: float) -> Tensor:
+        """The student's states at the places of a text, (places, d), with this share of every pair."""
+        batches = list(text.batches(max(1, self._job.settings.batch_tokens // text.length), self.device))
         with self.bank.scaled(scale):
             return torch.cat([states.float().cpu() for states in self.engine.states(batches)])
 
