@@ -86,7 +86,7 @@ def test_the_plan_of_training_from_zero(tiny: tuple[Path, Path], tmp_path: Path)
     assert cost["states_bytes"] == 3584 * 32 * 4
     with open_pair(*map(str, tiny)) as pair:
         (body, head), (_, taught) = active_parameters(pair.student), active_parameters(pair.teacher)
-    measured = 1024 * (1 + 12 + 3) + 1024 * 3  # before, at each check, after each trial; three scales of the search
+    measured = 1024 * (1 + 12 + 3) + 1024 * 4  # before, at each check, after each trial; four scales of the search
     assert cost["teacher_operations"] == 2 * body * 3584 + 2 * taught * (21 * 512 + measured)
     assert cost["student_operations"] == 6 * (body + head) * 21 * 512 + 2 * (body + head) * measured
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 Rows = list[list[str]]
-_SCALES_TRIED = 3  # of the trained adapter on the search text: none, half, whole
+_SCALES_TRIED = 4  # of the trained adapter on the search text: none, a quarter, half, whole
 _SAVES, _SAVED_BYTES = 2, 4 * 4  # files in turn; value, best value and at most two moments, float32
 
 

@@ -254,7 +254,7 @@ class _Refinement:
             sums = figures_by_document(self.state_pairs(trainee, text, scale), places, head, trainee.teacher)
             return Measurement(sums.kl, sums.cross_entropy, sums.agreement, sums.tokens)
 
-        return search_scale(at, (GROUP,), global_scales=(0.5, 1.0))
+        return search_scale(at, (GROUP,), global_scales=(0.25, 0.5, 1.0))
 
     def facts(
         self,
