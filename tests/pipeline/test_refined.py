@@ -137,7 +137,7 @@ def test_stages_before_it_are_the_start(tiny: tuple[Path, Path], tmp_path: Path)
     facts = record["refinement"]
     assert facts["start_pairs"] == record["calibration"]["last_layers_matrices"]
     assert facts["settings"]["rate"] == min(facts["rate_trials"], key=lambda trial: trial["after"])["rate"]
-    untouched = record["scale_search"]["trials"][0]["kl"]
+    untouched = record["calibration"]["kl_by_pass"][0]
     assert facts["curve"][0]["kl"] < 0.9 * untouched
 
 

@@ -89,8 +89,7 @@ def combined_decision(
         return own
     text = f"Weights: {weights.text} Calibrated head, on top: {search.decision}"
     scales = {**weights.scales} | ({"head": 1.0} if search.accepted else {})
-    parts = {"weights": weights, "calibrated": own}
-    details = {name: {**part.details, "kind": part.kind} for name, part in parts.items()}
+    details = {"weights": weights.as_dict(), "calibrated": own.as_dict()}
     return ScaleDecision(scales, _of_both(weights.kind, search.kind), text, details)
 
 
