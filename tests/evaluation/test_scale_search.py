@@ -86,14 +86,15 @@ def test_what_harms_at_every_scale_is_scaled_to_nothing() -> None:
     assert set(search.scales.values()) == {0.0}
     assert search.kind == "harm"
     assert search.tokens_needed is None
-    assert search.decision.startswith("Nothing was transferred: the adapter harms: at scale 1 KL changes by +")
+    assert search.decision.startswith("Nothing was transferred: the adapter harms: at scale 1 KL rises by ")
 
 
 def test_kl_bought_with_cross_entropy_is_no_transfer() -> None:
     evaluate, _ = _landscape(dict.fromkeys(GROUPS, 0.6), dict.fromkeys(GROUPS, 0.1), entropy_ratio=-0.5)
     search = search_scale(evaluate, GROUPS)
     assert search.kind == "harm"
-    assert "cross-entropy by +" in search.decision
+    assert "KL falls by" in search.decision
+    assert "and cross-entropy rises by" in search.decision
 
 
 def test_a_gain_too_small_to_count() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,6 +79,17 @@ def test_the_same_run_again_trains_nothing(finished: tuple[Recipe, Path]) -> Non
     again = distill(recipe)
     assert again.sha256 == before.sha256
     assert again.record["refinement"]["resumed_at_step"] == again.record["refinement"]["steps"]
+
+
+def test_more_search_text_trains_nothing(finished: tuple[Recipe, Path], tmp_path: Path) -> None:
+    recipe, out = finished
+    shutil.copytree(out, tmp_path / "out")
+    more = recipe.model_copy(update={"output": tmp_path / "out", "scale_search_tokens": 4096})
+    record = distill(more).record
+    assert record["calibration"]["text"]["search"]["tokens"] == 4096
+    assert record["refinement"]["resumed_at_step"] == record["refinement"]["steps"]
+    computed = {name for name, passed in record["refinement"]["streamed"].items() if passed["layers_computed"]}
+    assert computed == {"teacher, search text"}
 
 
 @pytest.mark.slow

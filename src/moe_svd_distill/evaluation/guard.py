@@ -29,13 +29,13 @@ class Guard:
     """What an adapter must do, on text that nothing else was chosen by, to be kept.
 
     Attributes:
-        errors: KL must fall, or rise, by more than so many standard errors to be said to (see `Change.margin`); 2.75
-            are passed by chance three times in 1,000.
+        errors: KL must fall by more than so many standard errors (see `Change.margin`); 2.6 are passed by chance once
+            in 215 times. Of a rise of KL or of cross-entropy twice as little chance is asked, as there are two.
         cross_entropy_errors: Cross-entropy must fall as well, by more than so many of its own.
         share: A fall that is certainly less than this share of KL does not count.
     """
 
-    errors: float = 2.75
+    errors: float = 2.6
     cross_entropy_errors: float = 1.0
     share: float = 0.02
 
@@ -87,7 +87,7 @@ class Tried:
 
     def harms(self, guard: Guard) -> bool:
         """Whether KL or cross-entropy measurably rises."""
-        return self.kl_rise.falls(guard.errors) or self.cross_entropy_rise.falls(guard.errors)
+        return self.kl_rise.falls(guard.errors_of(2)) or self.cross_entropy_rise.falls(guard.errors_of(2))
 
     def most(self, guard: Guard) -> float:
         """The largest share of KL by which it may fall."""
@@ -110,7 +110,7 @@ def kind_of(trials: Sequence[Tried], guard: Guard) -> Literal["harm", "none", "u
     if not hopeful:
         return "harm" if any(trial.harms(guard) for trial in trials) else "none"
     falling = [trial for trial in hopeful if trial.kl.falls(guard.errors)]
-    if falling and all(trial.cross_entropy_rise.falls(guard.errors) for trial in falling):
+    if falling and all(trial.cross_entropy_rise.falls(guard.errors_of(2)) for trial in falling):
         return "harm"
     return "unproven"
 
@@ -158,13 +158,14 @@ def _figures(trial: Tried, guard: Guard) -> str:
     """A setting's figures and the interval they are judged by."""
     kl, entropy, scales = trial.kl, trial.cross_entropy, set(trial.scales.values())
     named = f"{scales.pop():g}" if len(scales) == 1 else ", ".join(f"{g} {s:g}" for g, s in trial.scales.items())
-    margin = kl.margin(guard.errors)
-    within = f"{_percent(kl.share(kl.fall - margin))} to {_percent(kl.share(kl.fall + margin))}"
+    sign = 1 if kl.fall >= 0 else -1
+    low, high = sorted(sign * kl.share(kl.fall + side * kl.margin(guard.errors)) for side in (-1, 1))
+    within = f"{low:+.1%} to {high:+.1%}, lower in {kl.lower} of {kl.documents} documents"
     return (
-        f"at scale {named} KL changes by {_percent(-kl.share(kl.fall))} (its fall is {within}, lower in {kl.lower} of "
-        f"{kl.documents} documents) and cross-entropy by {-entropy.fall:+.4f} ± {entropy.error:.4f} nats per token"
+        f"at scale {named} KL {_moves(kl)} by {abs(kl.share(kl.fall)):.1%} ({within}) and "
+        f"cross-entropy {_moves(entropy)} by {abs(entropy.fall):.4f} ± {entropy.error:.4f} nats per token"
     )
 
 
-def _percent(share: float) -> str:
-    return f"{share:+.1%}"
+def _moves(change: Change) -> str:
+    return "falls" if change.fall >= 0 else "rises"

@@ -137,10 +137,10 @@ class _Search:
                 self.consider(between)
 
     def try_groups_alone(self) -> None:
-        """One harmful group may spoil the others: try each by itself, at a certainty for so many tries."""
+        """One harmful group may spoil the others: try each by itself, all together with a quarter of the chance."""
         for group in self.groups:
             tried = self.tried({**self.nothing, group: _ALONE})
-            if tried.counts(self.guard, tries=2 * len(self.groups)):
+            if tried.counts(self.guard, tries=4 * len(self.groups)):
                 self.consider(tried)
 
     def refine_groups(self, start: Tried) -> None:
