@@ -30,11 +30,16 @@ def test_with_enough_text_every_part_has_its_budget_over_many_documents() -> Non
     assert all(len(text.sources) >= 16 for text in parts.values())
 
 
-def test_the_search_text_does_not_depend_on_the_tokens_of_the_fit() -> None:
-    documents = _documents(200, 500)
-    searched = [divide_text(documents, PLAIN, {**BUDGETS, "fit": fit}, length=100)["search"] for fit in (5000, 40_000)]
-    assert searched[0].digests == searched[1].digests
-    assert (searched[0].sequences == searched[1].sequences).all()
+@pytest.mark.parametrize("search", [500, 30_000, 60_000])
+def test_more_search_text_leaves_the_parts_before_it_as_they_are(search: int) -> None:
+    documents, before = _documents(200, 500), {"check": 2000, "fit": 20_000}
+    first, again = (
+        divide_text(documents, PLAIN, {**before, "search": tokens}, length=100) for tokens in (2000, search)
+    )
+    assert again["search"].tokens == search
+    for name in before:
+        assert first[name].digests == again[name].digests
+        assert (first[name].sequences == again[name].sequences).all()
 
 
 def test_too_little_text_is_shared_out_and_said() -> None:

@@ -9,15 +9,14 @@ import pytest
 
 from moe_svd_distill.evaluation.bootstrap import Bootstrap
 from moe_svd_distill.evaluation.figures import (
-    Change,
     Interval,
     Measurement,
     cross_entropy_gap_closed,
-    kl_change,
+    halves,
     kl_gap_closed,
     mean_and_error,
 )
-from moe_svd_distill.evaluation.verdict import effect_of
+from moe_svd_distill.evaluation.verdict import effect_of, sentence
 
 
 def _measurement(kl: float, entropy: float, noise: float, rng: np.random.Generator, documents: int = 40) -> Measurement:
@@ -52,23 +51,12 @@ def test_the_error_is_that_of_the_mean(rng: np.random.Generator) -> None:
 
 def test_one_document_has_no_error() -> None:
     assert math.isnan(mean_and_error(np.array([3.0]), np.array([2.0]))[1])
-    alone = Change(1.0, float("nan"), 1)
-    assert not alone.falls(3)
-    assert not Change(-1.0, float("nan"), 1).rises(3)
 
 
-def test_few_documents_ask_for_more_errors() -> None:
-    assert Change(0.0, 1.0, 10).margin(3) == pytest.approx(4.09, abs=0.01)
-    assert Change(0.0, 1.0, 10_000).margin(3) == pytest.approx(3, abs=0.01)
-
-
-def test_pairing_sees_what_the_spread_between_documents_hides(rng: np.random.Generator) -> None:
-    before = _measurement(1.0, 4.0, 0.5, rng)
-    after = _shifted(before, -0.02, 0.0, 0.005, rng)
-    change = kl_change(before, after)
-    assert change.fall == pytest.approx(0.02, abs=0.003)
-    assert change.falls(3)
-    assert change.fall < before.figures.kl_error
+def test_halves_share_the_tokens_evenly() -> None:
+    first, second = halves(np.array([100.0, 1, 1, 50, 49, 2]))
+    assert sorted([*first, *second]) == list(range(6))
+    assert {int(first.size), int(second.size)} <= {2, 3, 4}
 
 
 def test_gaps() -> None:
@@ -117,9 +105,18 @@ def test_what_one_temperature_does_as_well_is_recalibration(rng: np.random.Gener
     after = _shifted(before, -0.2, -0.2, 0.02, rng)
     assert effect_of(before, after, ahead_of_temperature=Interval(0.01, 0.02)) == "helps"
     assert effect_of(before, after, ahead_of_temperature=Interval(-0.01, 0.02)) == "recalibrates"
-    assert effect_of(before, after, kl_interval=Interval(-0.1, 30.0)) == "none"
+    assert effect_of(before, after, kl_interval=Interval(-0.1, 30.0)) == "unproven"
     worse = _shifted(before, -0.2, 0.2, 0.02, rng)
     assert effect_of(before, worse, ahead_of_temperature=Interval(-0.01, 0.02)) == "mixed"
+
+
+def test_little_text_is_not_called_no_effect(rng: np.random.Generator) -> None:
+    little, much = (_measurement(1.0, 4.0, 0.3, rng, documents) for documents in (6, 600))
+    assert effect_of(little, _shifted(little, -0.02, -0.02, 0.05, rng)) == "unproven"
+    assert effect_of(much, _shifted(much, 0.0, 0.0, 0.05, rng)) == "none"
+    words = sentence("unproven", little.figures, little.figures, kl=(1.0, None), cross_entropy=(1.0, None))
+    assert words.startswith("Not proven on so little text")
+    assert "harm" not in words.lower()
 
 
 def test_intervals_of_the_figures_hold_the_truth(rng: np.random.Generator) -> None:

@@ -33,6 +33,7 @@ from tests.support.pairs import recipe_for
 LITTLE = {"calibration": [str(TEXT)], "tokens": 2048, "scale_search_tokens": 2048, "copies": 1, "fit_passes": 2}
 HEAD_ALONE = LITTLE | {"method": "calibrated", "last_layers": 0}
 MORE_PASSES = HEAD_ALONE | {"fit_passes": 6}
+STREAMED = {"student", "teacher", "student, copies", "student, search text", "teacher, search text"}
 A, B = "base_model.model.lm_head.lora_A.weight", "base_model.model.lm_head.lora_B.weight"
 
 
@@ -99,20 +100,21 @@ def test_the_record_says_what_was_done(finished: tuple[Recipe, Path]) -> None:
     facts = record["calibration"]
     assert facts["kl_by_pass"][facts["best_pass"]] == min(facts["kl_by_pass"]) < facts["kl_by_pass"][0]
     assert facts["fitted_on_places"] == 2 * facts["text"]["fit"]["tokens"] == 4096
-    assert set(facts["streamed"]) == {"student", "teacher", "student, copies"}
+    assert set(facts["streamed"]) == STREAMED
     assert all(passed["layers_computed"] == passed["layers"] for passed in facts["streamed"].values())
     search = record["scale_search"]
-    assert search["accepted"]
-    assert search["confirmation"]["kl_fall"] > 0
-    assert len(search["used_documents"]) >= sum(facts["text"][part]["documents"] for part in ("fit", "search"))
-    assert len(search["used_groups"]) == sum(facts["text"][part]["groups"] for part in ("fit", "search"))
+    assert search["kind"] == "kept"
+    assert search["tokens_needed"] is None
+    parts = ("fit", "check", "search")
+    assert len(search["used_documents"]) >= sum(facts["text"][part]["documents"] for part in parts)
+    assert len(search["used_groups"]) == sum(facts["text"][part]["groups"] for part in parts)
     assert facts["division"]["divided_by"] == "group"
 
 
 def test_the_figures_are_those_of_the_adapter_as_it_is_loaded(finished: tuple[Recipe, Path]) -> None:
     recipe, out = finished
     adapters = {"untouched": (None, {}), "adapted": (out, {"head": 1.0})}
-    before, after = _kl_on_search_text(recipe, adapters).values()
+    before, after = _kl_on_text(recipe, adapters, "check").values()
     facts = load_adapter(out).record["calibration"]
     assert before == pytest.approx(facts["kl_by_pass"][0], rel=1e-3)
     assert after == pytest.approx(facts["trials"][-1]["kl"], rel=1e-2)
@@ -126,7 +128,24 @@ def test_the_same_command_again_reuses_everything(finished: tuple[Recipe, Path])
     assert again.sha256 == before.sha256
     facts = again.record["calibration"]
     assert facts["passes_resumed"] == 2
-    assert [passed["layers_computed"] for passed in facts["streamed"].values()] == [0, 0, 0]
+    assert [passed["layers_computed"] for passed in facts["streamed"].values()] == [0] * len(STREAMED)
+
+
+def test_more_search_text_changes_nothing_but_the_search(finished: tuple[Recipe, Path], tmp_path: Path) -> None:
+    """What is not proven on little text is proven on more, for the price of reading that."""
+    recipe, out = finished
+    shutil.copytree(out, tmp_path / "out")
+    more = recipe.model_copy(update={"output": tmp_path / "out", "scale_search_tokens": 4096})
+    facts = distill(more).record["calibration"]
+    assert (
+        facts["text"]["search"]["tokens"]
+        == 4096
+        == 2 * load_adapter(out).record["calibration"]["text"]["search"]["tokens"]
+    )
+    assert facts["passes_resumed"] == 2
+    computed = {name for name, passed in facts["streamed"].items() if passed["layers_computed"]}
+    assert computed == {"student, search text", "teacher, search text"}
+    assert facts["kl_by_pass"] == load_adapter(out).record["calibration"]["kl_by_pass"]
 
 
 def _killed(recipe: Recipe, folder: Path, step: str, fraction: float) -> None:
@@ -154,20 +173,21 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
         assert streamed["teacher"]["layers_reused"] == 1
         assert facts["passes_resumed"] == 0
     else:
-        assert [passed["layers_computed"] for passed in streamed.values()] == [0, 0, 0]
+        computed = {name for name, passed in streamed.items() if passed["layers_computed"]}
+        assert computed == {"student, search text", "teacher, search text"}
         assert facts["passes_resumed"] == 1
 
 
-def _kl_on_search_text(
-    recipe: Recipe, adapters: Mapping[str, tuple[Path | None, Mapping[str, float]]]
+def _kl_on_text(
+    recipe: Recipe, adapters: Mapping[str, tuple[Path | None, Mapping[str, float]]], part: str = "search"
 ) -> dict[str, float]:
-    """Mean KL on the text the scale was searched on, models in memory and adapters as PEFT loads them, times scales."""
+    """Mean KL on a part of the text, models in memory and adapters as PEFT loads them, times scales."""
     from moe_svd_distill.evaluation.adapted import AdaptedStudent
     from moe_svd_distill.evaluation.evaluate import teacher_pass
     from moe_svd_distill.evaluation.resident import measure
 
     with open_pair(recipe.teacher, recipe.student) as pair:
-        text = read_run_text(recipe, pair, recipe.method.split("+")).search
+        text = read_run_text(recipe, pair, recipe.method.split("+")).parts[part]
     record = teacher_pass(Path(recipe.teacher), text.student, vocabulary=len(text.student_ids), device="cpu")
     found = {}
     for name, (folder, scales) in adapters.items():
@@ -192,19 +212,19 @@ def test_both_stages_are_never_worse_than_the_weights_alone(tmp_path: Path) -> N
     weights = distill(recipe_for(pair.teacher, pair.student, tmp_path / "weights", **common | alone))
     assert weights.record["execution"]["units_computed"] == 0
     search = adapter.record["scale_search"]
-    scales = search["weights"]["confirmation"]["scales"]
+    scales = search["weights"]["scales"]
     adapters = {
         "untouched": (None, {}),
         "weights": (weights.folder, scales),
         "both": (adapter.folder, dict.fromkeys(scales, 1.0)),
     }
-    found = _kl_on_search_text(both, adapters)
+    found = _kl_on_text(both, adapters)
     assert found["weights"] < 0.9 * found["untouched"]
     assert found["both"] <= found["weights"] + 1e-4
     verify(adapter.folder)
     rows = {row["name"]: row for row in adapter.record["tensors"]}
     assert sorted(rows) == sorted(open_model(both.student).checkpoint)
-    assert ("stage" in rows["lm_head.weight"]) == search["calibrated"]["accepted"]
+    assert ("stage" in rows["lm_head.weight"]) == (search["calibrated"]["kind"] == "kept")
     before, after = _tensors(weights.folder), _tensors(adapter.folder)
     assert set(before) == set(after)
     for key, tensor in before.items():
@@ -376,7 +396,7 @@ def test_the_last_layer_is_fitted_with_the_head(last_layer: tuple[Recipe, Path])
     assert all(row["delta_norm"] > 0 for row in changed.values())
     assert record["calibration"]["last_layers"] == 1
     scales = dict.fromkeys(("attention", "mlp", "experts", "head", "embeddings"), 1.0)
-    found = _kl_on_search_text(recipe, {"untouched": (None, {}), "adapted": (out, scales)})
+    found = _kl_on_text(recipe, {"untouched": (None, {}), "adapted": (out, scales)})
     (trial,) = [
         trial for trial in record["scale_search"]["trials"] if trial["scales"] == record["scale_search"]["scales"]
     ]
@@ -390,7 +410,7 @@ def test_the_last_layer_too_is_reused(last_layer: tuple[Recipe, Path]) -> None:
     again = distill(recipe)
     assert again.sha256 == before.sha256
     facts = again.record["calibration"]
-    assert [passed["layers_computed"] for passed in facts["streamed"].values()] == [0, 0, 0]
+    assert [passed["layers_computed"] for passed in facts["streamed"].values()] == [0] * len(STREAMED)
     assert facts["passes_resumed"] == 2
 
 

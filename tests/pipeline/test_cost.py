@@ -63,7 +63,8 @@ def test_what_is_planned_is_what_happens(tiny: tuple[Path, Path], tmp_path: Path
     refined, last = record["refinement"], record["refinement"]["curve"][-1]
     assert cost["steps"] == refined["steps"] == last["step"]
     assert (cost["trained_tokens"], cost["step_tokens"]) == (last["tokens"], last["tokens"] / last["step"])
-    assert cost["teacher_tokens"] == refined["trained_on_tokens"] + record["calibration"]["text"]["search"]["tokens"]
+    measured_on = sum(record["calibration"]["text"][name]["tokens"] for name in ("check", "search"))
+    assert cost["teacher_tokens"] == refined["trained_on_tokens"] + measured_on
     assert (cost["resident"], cost["placement"]) == (refined["placement"]["resident"], refined["placement"]["reason"])
     kept = sum(file.stat().st_size for file in (out / "cache").rglob("*") if file.is_file())
     assert 0 <= kept - cost["states_bytes"] < 0.1 * kept
@@ -76,17 +77,17 @@ def test_the_plan_of_training_from_zero(tiny: tuple[Path, Path], tmp_path: Path)
     assert outlook["method"]["stages"] == ["refined"]
     assert not any(name.startswith(("weights", "calibrated")) for name, _ in outlook["sizes"])
     found, cost = rows(outlook), outlook["refined"]
-    assert found["tokens read"] == "2,560 (0 copies, 0 of the student's own, and the search text)"
+    assert found["tokens read"] == "3,584 (0 copies, 0 of the student's own, checking and search text)"
     assert found["steps"] == "12 of 512 tokens, at most, and 9 or somewhat more to choose the learning rate"
     assert found["tokens trained on"] == f"{(12 + 9) * 512:,}, repeated ones counted again"
     assert found["student"].startswith("in memory: ")
     assert "weights read in each step" not in found
-    assert cost["weights_read"] == open_model(str(tiny[0])).checkpoint.total_bytes
-    assert cost["states_bytes"] == 2560 * 32 * 4
+    assert cost["weights_read"] == 2 * open_model(str(tiny[0])).checkpoint.total_bytes
+    assert cost["states_bytes"] == 3584 * 32 * 4
     with open_pair(*map(str, tiny)) as pair:
         (body, head), (_, taught) = active_parameters(pair.student), active_parameters(pair.teacher)
-    measured = 1024 * (1 + 12 + 3)  # before, at each check, and after each trial
-    assert cost["teacher_operations"] == 2 * body * 2560 + 2 * taught * (21 * 512 + measured)
+    measured = 1024 * (1 + 12 + 3) + 1024 * 4  # before, at each check, after each trial; four scales of the search
+    assert cost["teacher_operations"] == 2 * body * 3584 + 2 * taught * (21 * 512 + measured)
     assert cost["student_operations"] == 6 * (body + head) * 21 * 512 + 2 * (body + head) * measured
 
 
@@ -164,7 +165,7 @@ def test_units() -> None:
 
 def test_a_fixed_head_needs_rows_on_the_disk(tiny: tuple[Path, Path], tmp_path: Path) -> None:
     cost = outlook_of(tiny, tmp_path / "fixed", training={"head": "fixed", "epochs": 2})
-    tokens = cost["refined"]["teacher_tokens"] - 1100 // 128 * 128
+    tokens = cost["refined"]["teacher_tokens"] - 2 * 1024  # checking and search text
     assert cost["refined"]["rows_bytes"] == 4 * tokens * (open_model(str(tiny[1])).layout.geometry.hidden + 1)
     assert rows(cost)["the teacher's part for the fixed head, while training"]
     for training in ({"head": "fixed", "epochs": 1}, {"head": "train", "epochs": 2}):

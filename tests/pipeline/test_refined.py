@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,6 +81,17 @@ def test_the_same_run_again_trains_nothing(finished: tuple[Recipe, Path]) -> Non
     assert again.record["refinement"]["resumed_at_step"] == again.record["refinement"]["steps"]
 
 
+def test_more_search_text_trains_nothing(finished: tuple[Recipe, Path], tmp_path: Path) -> None:
+    recipe, out = finished
+    shutil.copytree(out, tmp_path / "out")
+    more = recipe.model_copy(update={"output": tmp_path / "out", "scale_search_tokens": 4096})
+    record = distill(more).record
+    assert record["calibration"]["text"]["search"]["tokens"] == 4096
+    assert record["refinement"]["resumed_at_step"] == record["refinement"]["steps"]
+    computed = {name for name, passed in record["refinement"]["streamed"].items() if passed["layers_computed"]}
+    assert computed == {"teacher, search text"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fraction", [0.2, 0.7])
 def test_a_killed_run_ends_in_the_same_bytes(finished: tuple[Recipe, Path], tmp_path: Path, fraction: float) -> None:
@@ -137,7 +149,7 @@ def test_stages_before_it_are_the_start(tiny: tuple[Path, Path], tmp_path: Path)
     facts = record["refinement"]
     assert facts["start_pairs"] == record["calibration"]["last_layers_matrices"]
     assert facts["settings"]["rate"] == min(facts["rate_trials"], key=lambda trial: trial["after"])["rate"]
-    untouched = record["scale_search"]["trials"][0]["kl"]
+    untouched = record["calibration"]["kl_by_pass"][0]
     assert facts["curve"][0]["kl"] < 0.9 * untouched
 
 

@@ -79,6 +79,20 @@ def test_a_search_without_evaluation_is_not_taken_for_figures() -> None:
     assert "Not evaluated on held-out text" in adapter_card(bare)
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"), [("harm", "the adapter harms"), ("unproven", "not proven on so little text")]
+)
+def test_what_the_search_did_not_keep_is_said_first_and_without_doubt_about_the_adapter(kind: str, words: str) -> None:
+    bare = record()
+    del bare["evaluation"]
+    bare["scale_search"] |= {"kind": kind, "decision": f"Nothing was transferred: {words}."}
+    card = adapter_card(bare)
+    assert f"> Nothing was transferred: {words}.\n" in card
+    assert "helps or harms there is not known" not in card
+    assert "The scales are already in the weights" not in card
+    assert "Every delta is zero" in card
+
+
 def test_what_was_left_out_is_counted_by_reason() -> None:
     card = adapter_card(record())
     assert "| a \\| norm | 3 |" in card

@@ -59,7 +59,7 @@ def allocate(lengths: IntArray, groups: IntArray, full: Sequence[int], length: i
     Args:
         lengths: Tokens of every document, (documents,), those of a group side by side.
         groups: Number of each document's group, (documents,), ascending.
-        full: Tokens of each part, whole sequences, ascending.
+        full: Tokens of each part, whole sequences, in the order they take groups.
         length: Tokens of one sequence.
 
     Returns:

@@ -54,9 +54,9 @@ def divide_text(
     parts. Every part is spread over at least 16 documents, and over as many groups as there are up to 24, where that
     leaves enough text for all (`allocate`). If there is too little text for the budgets, they shrink by one factor,
     except that a small part keeps an eighth of the whole if it asked for that much: a search over a handful of
-    sequences decides nothing. A part that got less than it asked for says so (`TokenizedText.short`). The smaller parts
-    are drawn first, so with enough text they do not depend on the budgets of the larger. The order of documents and
-    groups is drawn from their content and the seed, never from names.
+    sequences decides nothing. A part that got less than it asked for says so (`TokenizedText.short`). Parts are drawn
+    in the order they are named in, so with enough text none depends on the budgets of those after it. The order of
+    documents and groups is drawn from their content and the seed, never from names.
 
     With fewer than 24 documents long ones are cut into sections, which then count as documents of the same group. Where
     there are fewer groups than parts, or dividing by groups leaves the parts less than `LEAST_APART` of what they could
@@ -65,7 +65,7 @@ def divide_text(
     Args:
         documents: What to read; it is tokenised only as far as needed.
         tokenizer: The student's.
-        budgets: Name of the part → tokens, rounded down to whole sequences but never to none.
+        budgets: Name of the part → tokens, rounded down to whole sequences but never to none; drawn in this order.
         length: Tokens of one sequence, at least 2.
         vocabulary: Documents with a token number at or above this are skipped.
         seed: Of the order of documents.
@@ -103,7 +103,7 @@ def divide(
     """Choose the documents of each part, as `divide_text` describes, and leave the packing to the caller."""
     if not budgets or any(tokens <= 0 for tokens in budgets.values()):
         raise UsageError(f"A part of the text has no tokens: {dict(budgets)}", "Give every part a budget above 0")
-    names = sorted(budgets, key=lambda name: budgets[name])
+    names = list(budgets)
     full = [whole(budgets[name], length) for name in names]
     units = _units(documents, tokenizer, len(names))
     groups = _groups(units, seed)
@@ -132,7 +132,7 @@ def divide(
             skipped=read.skipped,
             division=division,
         )
-    return {name: parts[name] for name in budgets}
+    return parts
 
 
 def _units(documents: Sequence[Document], tokenizer: Tokenizer, parts: int) -> Sequence[Document]:

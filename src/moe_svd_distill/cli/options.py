@@ -47,6 +47,9 @@ def recipe_options(function: Function) -> Function:
             help="Text the adapter is fitted and scaled on: file, folder or datasets:NAME; repeatable.",
         ),
         click.option("--tokens", type=int, help="Tokens the adapter is fitted on; scale search text comes on top."),
+        click.option(
+            "--scale-search-tokens", type=int, help="Tokens the scale is searched on; with more, a fit is not repeated."
+        ),
         click.option("--rank", type=RankType(), help="Rank of the body, or 'full'."),
         click.option("--head-rank", type=RankType("auto"), help="Rank of the head, 'full' or 'auto'."),
         click.option("--head-format", help="How a fitted head is carried: auto, pair or whole."),

@@ -17,7 +17,7 @@ from moe_svd_distill.calibration.domain import DomainDistance, domain_distance
 from moe_svd_distill.calibration.paired import VocabularyMode
 from moe_svd_distill.calibration.text import Document
 from moe_svd_distill.evaluation.bootstrap import Bootstrap
-from moe_svd_distill.evaluation.figures import Measurement
+from moe_svd_distill.evaluation.figures import Measurement, halves
 from moe_svd_distill.evaluation.from_states import Progress, Reader, Record, compare
 from moe_svd_distill.evaluation.loading import load_model
 from moe_svd_distill.evaluation.resident import ResidentStudent
@@ -28,7 +28,6 @@ from moe_svd_distill.evaluation.result import (
     gap_between,
     mean_gap,
 )
-from moe_svd_distill.evaluation.scale_search import halves
 from moe_svd_distill.evaluation.sources import Mode, StudentSource, place_of
 from moe_svd_distill.evaluation.streamed import PredictingRows, StreamedStudent
 from moe_svd_distill.evaluation.teacher import resident_records, streamed_records, teacher_pass

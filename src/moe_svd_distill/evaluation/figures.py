@@ -96,34 +96,6 @@ class Measurement:
         )
 
 
-@dataclass(frozen=True)
-class Change:
-    """How far a figure fell, with its standard error paired over so many documents; above 0 is better."""
-
-    fall: float
-    error: float
-    documents: int
-
-    def falls(self, errors: float) -> bool:
-        """Whether it falls beyond so many standard errors, as `margin` reckons them."""
-        return self.fall > self.margin(errors)
-
-    def rises(self, errors: float) -> bool:
-        """Whether it rises beyond so many standard errors."""
-        return -self.fall > self.margin(errors)
-
-    def margin(self, errors: float) -> float:
-        """As unlikely by chance as `errors` standard errors of a normal distribution; infinite for a single document.
-
-        With few documents that is more errors: Student's distribution, which makes 3 into 4.1 with 10 documents.
-        """
-        if self.documents < 2:
-            return float("inf")
-        from scipy.special import ndtr, stdtrit
-
-        return float(stdtrit(self.documents - 1, ndtr(errors))) * self.error
-
-
 def plain(record: DataclassInstance) -> dict[str, Any]:
     """A dataclass as JSON values; what is not a number becomes None."""
 
@@ -147,16 +119,16 @@ def mean_and_error(sums: FloatArray, counts: FloatArray) -> tuple[float, float]:
     return mean, float(np.sqrt(spread) / total)
 
 
-def kl_change(before: Measurement, after: Measurement) -> Change:
-    """By how much KL fell."""
-    fall, error = mean_and_error(before.kl - after.kl, before.tokens)
-    return Change(fall, error, len(before.tokens))
-
-
-def cross_entropy_change(before: Measurement, after: Measurement) -> Change:
-    """By how much cross-entropy fell."""
-    fall, error = mean_and_error(before.cross_entropy - after.cross_entropy, before.tokens)
-    return Change(fall, error, len(before.tokens))
+def halves(tokens: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Divide documents into two halves of about as many tokens, by index: each, largest first, to the lighter half."""
+    chosen: tuple[list[int], list[int]] = ([], [])
+    weight = [0.0, 0.0]
+    for document in np.argsort(-tokens, kind="stable"):
+        lighter = int(weight[1] < weight[0])
+        chosen[lighter].append(int(document))
+        weight[lighter] += float(tokens[document])
+    first, second = (np.asarray(sorted(half), dtype=np.int64) for half in chosen)
+    return first, second
 
 
 def kl_gap_closed(before: float, after: float) -> float | None:

@@ -1,7 +1,7 @@
 """How much of an adapter to keep, with nothing as a valid answer.
 
-The scale is chosen on one part of the search text and must prove itself on the other, document by document. What does
-not measurably lower KL without raising cross-entropy is scaled to nothing, in words that say so.
+One scale for the whole adapter is searched among those that are proven to help (see `guard`), then one for each group.
+What is not proven is scaled to nothing, in words that say whether it harms, does nothing, or needs more text.
 """
 
 from __future__ import annotations
@@ -11,36 +11,22 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
-from moe_svd_distill.evaluation.figures import Change, Measurement, cross_entropy_change, kl_change, plain
+from moe_svd_distill.evaluation.change import kl_change
+from moe_svd_distill.evaluation.figures import Measurement, plain
+from moe_svd_distill.evaluation.guard import Guard, Kind, Tried, kept_sentence, kind_of, refusal
 
 Evaluate: TypeAlias = Callable[[Mapping[str, float]], Measurement]
 """Measures the student at one scale per group; must be the untouched student at 0."""
 
 GLOBAL_SCALES = (0.125, 0.25, 0.5, 0.75, 1.0)
 _SMALLEST_STEP = 1e-3  # of the untouched KL: what a group's scale must gain to be worth having
-_NO_HELP = "at every scale above 0 the adapter harms, or does not measurably help, the student on calibration text"
-
-
-@dataclass(frozen=True)
-class Guard:
-    """What an adapter must do, on text the scale was not chosen on, to be kept.
-
-    Attributes:
-        errors: The fall of KL must exceed so many paired standard errors over documents (see `Change.margin`).
-        cross_entropy_errors: Cross-entropy may not rise by more than so many of its own.
-        share: The fall of KL must be at least this share of the KL there is.
-    """
-
-    errors: float = 3.0
-    cross_entropy_errors: float = 1.0
-    share: float = 0.02
+_ALONE = 0.5
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting that was tried: the figures on a part of the text and what fell there, in nats per token."""
+    """One setting that was tried: its figures and what fell, in nats per token, with the errors of `Change`."""
 
     scales: Mapping[str, float]
     kl: float
@@ -58,17 +44,22 @@ class ScaleSearch:
 
     Attributes:
         scales: Scale of each group; all 0 when nothing is to be kept.
-        accepted: Whether anything is kept.
+        kind: Whether the adapter is kept, and if not, whether it harms, has no effect that counts, or is not proven.
         decision: One or two sentences for the user.
         trials: Everything tried, in order; the first is the untouched student.
-        confirmation: The chosen setting on the confirming part of the text; None when nothing helped on the other.
+        tokens_needed: Search text that would settle what is not proven; None where that is no question of text.
     """
 
     scales: Mapping[str, float]
-    accepted: bool
+    kind: Kind
     decision: str
     trials: tuple[Trial, ...]
-    confirmation: Trial | None
+    tokens_needed: int | None = None
+
+    @property
+    def accepted(self) -> bool:
+        """Whether anything is kept."""
+        return self.kind == "kept"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -79,7 +70,6 @@ def search_scale(
     evaluate: Evaluate,
     groups: Sequence[str],
     *,
-    confirm: Evaluate | None = None,
     guard: Guard | None = None,
     global_scales: Sequence[float] = GLOBAL_SCALES,
     by_group: bool = True,
@@ -89,156 +79,120 @@ def search_scale(
     Args:
         evaluate: Measures the student at given scales; called up to 7 times and up to 3 times for each group.
         groups: The groups of the adapter, for example `AdaptedStudent.groups`.
-        confirm: The same on other text, called twice; without it, the documents of `evaluate` are divided in two
-            halves for choosing and confirming, which costs twice the time for as much text to choose on.
         guard: What must hold for the adapter to be kept.
         global_scales: Scales above 0 to try for everything together.
         by_group: Whether to go on from the best of these and halve or raise the scale of each group in turn.
     """
-    return _Search(evaluate, confirm, groups, guard or Guard()).run(global_scales, by_group)
+    return _Search(evaluate, groups, guard or Guard()).run(sorted(global_scales), by_group)
 
 
 class _Search:
-    def __init__(self, evaluate: Evaluate, confirm: Evaluate | None, groups: Sequence[str], guard: Guard) -> None:
-        self.evaluate, self.confirm, self.groups, self.guard = evaluate, confirm, tuple(groups), guard
-        self.known: dict[tuple[float, ...], Measurement] = {}
+    def __init__(self, evaluate: Evaluate, groups: Sequence[str], guard: Guard) -> None:
+        self.evaluate, self.groups, self.guard = evaluate, tuple(groups), guard
+        self.known: dict[tuple[float, ...], Tried] = {}
         self.nothing = dict.fromkeys(self.groups, 0.0)
-        tokens = self.measured(self.nothing).tokens
-        self.choosing, self.confirming = halves(tokens) if confirm is None else (np.arange(len(tokens)),) * 2
-        self.best, self.best_kl = self.nothing, self.kl(self.nothing)
+        self.untouched = evaluate(dict(self.nothing))
+        self.known[(0.0,) * len(self.groups)] = Tried(self.nothing, self.untouched, self.untouched)
+        self.best: Tried | None = None
 
     def run(self, global_scales: Sequence[float], by_group: bool) -> ScaleSearch:
-        for scale in global_scales:
-            self.consider(dict.fromkeys(self.groups, scale))
-        if self.best != self.nothing:
-            self.refine_globally(sorted({0.0, *global_scales}))
-        several = by_group and len(self.groups) > 1
-        if several and self.best == self.nothing:
-            self.try_groups_alone()
-        if several and self.best != self.nothing:
-            self.refine_groups()
+        self.search_globally(global_scales)
+        if by_group and len(self.groups) > 1:
+            if self.best is None:
+                self.try_groups_alone()
+            if self.best is not None:
+                self.refine_groups(self.best)
         return self.verdict()
 
-    def measured(self, scales: Mapping[str, float]) -> Measurement:
+    def tried(self, scales: Mapping[str, float]) -> Tried:
         key = tuple(scales[group] for group in self.groups)
         if key not in self.known:
-            self.known[key] = self.evaluate(dict(scales))
+            self.known[key] = Tried(dict(scales), self.untouched, self.evaluate(dict(scales)))
         return self.known[key]
 
-    def chosen_on(self, scales: Mapping[str, float]) -> Measurement:
-        return self.measured(scales).of(self.choosing)
+    def consider(self, tried: Tried) -> None:
+        """Take a setting that is proven, if KL falls further there."""
+        if self.best is None or tried.kl.fall > self.best.kl.fall:
+            self.best = tried
 
-    def confirmed_on(self, scales: Mapping[str, float]) -> Measurement:
-        return self.confirm(dict(scales)) if self.confirm else self.measured(scales).of(self.confirming)
+    def search_globally(self, grid: Sequence[float]) -> None:
+        """The best of the scales that are proven to help, from the smallest up to the first that is not.
 
-    def kl(self, scales: Mapping[str, float]) -> float:
-        """KL on the choosing part; infinite where it is bought with cross-entropy."""
-        measurement = self.chosen_on(scales)
-        change = cross_entropy_change(self.chosen_on(self.nothing), measurement)
-        if change.rises(self.guard.cross_entropy_errors):
-            return float("inf")
-        return float(measurement.kl.sum() / measurement.tokens.sum())
-
-    def consider(self, scales: Mapping[str, float]) -> bool:
-        kl = self.kl(scales)
-        if not kl < self.best_kl:
-            return False
-        self.best, self.best_kl = dict(scales), kl
-        return True
-
-    def refine_globally(self, grid: Sequence[float]) -> None:
-        """Try the lowest point of the parabola through the best scale and its neighbours."""
-        scale = next(iter(self.best.values()))
-        place = grid.index(scale)
-        if place in (0, len(grid) - 1):
+        Between two that are, the lowest point of the parabola through three is tried as well.
+        """
+        tried = [self.tried(dict.fromkeys(self.groups, scale)) for scale in grid]
+        falls = [trial.kl.falls(self.guard.errors) for trial in tried]
+        proven = falls.index(False) if False in falls else len(falls)
+        for trial in tried[:proven]:
+            if trial.counts(self.guard):
+                self.consider(trial)
+        if self.best is None:
             return
-        points = grid[place - 1 : place + 2]
-        heights = [self.kl(dict.fromkeys(self.groups, point)) for point in points]
-        if all(np.isfinite(heights)):
-            a, b, _ = np.polyfit(points, heights, 2)
-            if a > 0:
-                self.consider(dict.fromkeys(self.groups, round(float(-b / (2 * a)), 3)))
+        place = tried.index(self.best)
+        if place + 1 < proven:
+            points, heights = [0.0, *grid], [0.0, *(-trial.kl.fall for trial in tried)]
+            scale = _lowest(points[place : place + 3], heights[place : place + 3])
+            between = self.tried(dict.fromkeys(self.groups, scale))
+            if between.counts(self.guard):
+                self.consider(between)
 
     def try_groups_alone(self) -> None:
-        """One harmful group may spoil the others: try each by itself."""
+        """One harmful group may spoil the others: try each by itself, all together with a quarter of the chance."""
         for group in self.groups:
-            self.consider({**self.nothing, group: 0.5})
+            tried = self.tried({**self.nothing, group: _ALONE})
+            if tried.counts(self.guard, tries=4 * len(self.groups)):
+                self.consider(tried)
 
-    def refine_groups(self) -> None:
+    def refine_groups(self, start: Tried) -> None:
         """For each group that acts: half its scale, and nothing if that helped, else half as much again."""
-        for group in self.groups:
-            start = self.best[group]
-            if start == 0.0:
+        scales = dict(start.scales)
+        for group, scale in start.scales.items():
+            if scale == 0.0:
                 continue
-            if self.improve({**self.best, group: round(start * 0.5, 3)}):
-                self.improve({**self.best, group: 0.0})
-            else:
-                self.improve({**self.best, group: round(start * 1.5, 3)})
+            for tries in ((0.5, 0.0), (1.5,)):
+                improved = False
+                for factor in tries:
+                    changed = {**scales, group: round(scale * factor, 3)}
+                    if not self.improves(scales, changed):
+                        break
+                    scales, improved = changed, True
+                if improved:
+                    break
+        refined = self.tried(scales)
+        if refined.counts(self.guard):
+            self.consider(refined)
 
-    def improve(self, scales: Mapping[str, float]) -> bool:
-        """Consider a setting that differs in one group, where differences within noise are left alone."""
-        change = kl_change(self.chosen_on(self.best), self.chosen_on(scales))
-        matters = change.falls(1.0) and change.fall > _SMALLEST_STEP * self.kl(self.nothing)
-        return matters and self.consider(scales)
+    def improves(self, scales: Mapping[str, float], changed: Mapping[str, float]) -> bool:
+        """Whether a setting that differs in one group is better; differences within noise are left alone."""
+        change = kl_change(self.tried(scales).after, self.tried(changed).after)
+        return change.falls(1.0) and change.fall > _SMALLEST_STEP * change.before
 
     def verdict(self) -> ScaleSearch:
-        untouched = self.chosen_on(self.nothing)
-        settings = [dict(zip(self.groups, key, strict=True)) for key in self.known]
-        trials = tuple(_trial(scales, untouched, self.chosen_on(scales)) for scales in settings)
-        confirmation = None
-        if self.best != self.nothing:
-            confirmation = _trial(self.best, self.confirmed_on(self.nothing), self.confirmed_on(self.best))
-        failure = self.failure(confirmation)
-        if failure:
-            return ScaleSearch(self.nothing, False, f"Nothing was transferred: {failure}.", trials, confirmation)
-        assert confirmation is not None
-        scales = ", ".join(f"{group} {scale:g}" for group, scale in self.best.items())
-        share = confirmation.kl_fall / (confirmation.kl + confirmation.kl_fall)
-        decision = (
-            f"Kept at scale {scales}: on text the scale was not chosen on, KL falls by {share:.1%} "
-            f"({confirmation.kl_fall:.4f} ± {confirmation.kl_fall_error:.4f} nats per token) "
-            f"and cross-entropy by {confirmation.cross_entropy_fall:.4f} ± {confirmation.cross_entropy_fall_error:.4f}."
-        )
-        return ScaleSearch(self.best, True, decision, trials, confirmation)
-
-    def failure(self, confirmation: Trial | None) -> str:
-        """Say why nothing is kept, or nothing."""
-        if confirmation is None:
-            return _NO_HELP
-        fall = Change(confirmation.kl_fall, confirmation.kl_fall_error, confirmation.documents)
-        entropy = Change(confirmation.cross_entropy_fall, confirmation.cross_entropy_fall_error, confirmation.documents)
-        before = confirmation.kl + confirmation.kl_fall
-        best = f"the best scale lowers KL by {fall.fall / before:.1%} of the gap" if before > 0 else "there is no gap"
-        if not fall.falls(self.guard.errors):
-            return f"{_NO_HELP} ({fall.fall:.5f} ± {fall.error:.5f} nats per token at best)"
-        if fall.fall < self.guard.share * before:
-            return f"{best} on calibration text, less than the {self.guard.share:.0%} that would count"
-        if entropy.rises(self.guard.cross_entropy_errors):
-            return f"{best} on calibration text, but cross-entropy rises by {-entropy.fall:.4f} nats per token"
-        return ""
+        trials = tuple(map(_trial, self.known.values()))
+        if self.best is not None:
+            return ScaleSearch(self.best.scales, "kept", kept_sentence(self.best), trials)
+        tried = list(self.known.values())[1:]
+        kind = kind_of(tried, self.guard)
+        decision, needed = refusal(kind, tried, self.guard, int(self.untouched.tokens.sum()))
+        return ScaleSearch(self.nothing, kind, decision, trials, needed)
 
 
-def halves(tokens: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Divide documents into two halves of about as many tokens, by index: each, largest first, to the lighter half."""
-    chosen: tuple[list[int], list[int]] = ([], [])
-    weight = [0.0, 0.0]
-    for document in np.argsort(-tokens, kind="stable"):
-        lighter = int(weight[1] < weight[0])
-        chosen[lighter].append(int(document))
-        weight[lighter] += float(tokens[document])
-    first, second = (np.asarray(sorted(half), dtype=np.int64) for half in chosen)
-    return first, second
+def _lowest(points: Sequence[float], heights: Sequence[float]) -> float:
+    """The lowest point of the parabola through three points; the middle one where there is none between them."""
+    a, b, _ = np.polyfit(points, heights, 2)
+    lowest = float(-b / (2 * a)) if a > 0 else points[1]
+    return round(min(max(lowest, points[0]), points[2]), 3) or points[1]
 
 
-def _trial(scales: Mapping[str, float], before: Measurement, after: Measurement) -> Trial:
-    kl, entropy, tokens = kl_change(before, after), cross_entropy_change(before, after), after.tokens.sum()
+def _trial(tried: Tried) -> Trial:
+    after, tokens = tried.after, tried.after.tokens.sum()
     return Trial(
-        scales=dict(scales),
+        scales=dict(tried.scales),
         kl=float(after.kl.sum() / tokens),
         cross_entropy=float(after.cross_entropy.sum() / tokens),
-        kl_fall=kl.fall,
-        kl_fall_error=kl.error,
-        cross_entropy_fall=entropy.fall,
-        cross_entropy_fall_error=entropy.error,
-        documents=kl.documents,
+        kl_fall=tried.kl.fall,
+        kl_fall_error=tried.kl.error,
+        cross_entropy_fall=tried.cross_entropy.fall,
+        cross_entropy_fall_error=tried.cross_entropy.error,
+        documents=tried.kl.documents,
     )

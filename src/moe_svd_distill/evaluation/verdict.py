@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-from moe_svd_distill.evaluation.figures import Figures, Interval, Measurement, cross_entropy_change, kl_change
+from moe_svd_distill.evaluation.change import cross_entropy_change, kl_change
+from moe_svd_distill.evaluation.figures import Figures, Interval, Measurement
 
-Effect: TypeAlias = Literal["helps", "recalibrates", "mixed", "harms", "none"]
+Effect: TypeAlias = Literal["helps", "recalibrates", "mixed", "harms", "none", "unproven"]
 
 ERRORS = 3.0
+BAND = 0.02  # of KL: an interval within this is no effect, one beyond it says that the text is too little
 
 _Gap: TypeAlias = tuple[float | None, Interval | None]
 
@@ -24,7 +26,8 @@ def effect_of(
     """Judge by paired changes over documents, beyond `errors` standard errors.
 
     `mixed` is KL that falls while cross-entropy rises, which is no transfer; `recalibrates` is a fall that is not
-    beyond that of one temperature on the student's logits.
+    beyond that of one temperature on the student's logits. `none` is a fall whose interval lies within 2 % of KL around
+    0; a wider one that holds 0 is `unproven`.
 
     Args:
         before: The untouched student.
@@ -34,12 +37,14 @@ def effect_of(
         ahead_of_temperature: 95 % of how much lower KL is with the adapter than with the temperature; None where no
             temperature was measured.
     """
-    kl, entropy = kl_change(before, after), cross_entropy_change(before, after)
-    if kl.rises(errors):
+    kl, risen = kl_change(before, after), cross_entropy_change(after, before)
+    if kl_change(after, before).falls(errors):
         return "harms"
     if not kl.falls(errors) or (kl_interval is not None and kl_interval.low <= 0):
-        return "harms" if entropy.rises(errors) else "none"
-    if entropy.rises(1.0):
+        if risen.falls(errors):
+            return "harms"
+        return "none" if abs(kl.fall) + kl.margin(errors) <= BAND * kl.before else "unproven"
+    if risen.falls(1.0):
         return "mixed"
     if ahead_of_temperature is not None and ahead_of_temperature.low <= 0:
         return "recalibrates"
@@ -103,7 +108,9 @@ def _of_effect(
         case "none" if before == after:
             return f"The adapter changes nothing: nothing was transferred ({ways})."
         case "none":
-            return f"No measurable effect: {ways}."
+            return f"No effect: {ways}."
+        case "unproven":
+            return f"Not proven on so little text: {ways}. Give more held-out text, or more of it (--tokens)."
 
 
 def _percent(gap: _Gap) -> str:

@@ -102,7 +102,7 @@ class LayerSource:
         decoder: Decoder,
         fit: Sequence[RowSegment],
         check: RowSegment,
-        before: StatePairs,
+        width: int,
         ranks: dict[str, int],
         moment: Callable[[torch.device], Tensor],
         device: torch.device,
@@ -114,13 +114,13 @@ class LayerSource:
             decoder: With the last layers in memory, in float32.
             fit: Sequences to fit on.
             check: Sequences to check by.
-            before: The checking text's states without any change, at the places of `check`.
+            width: Of the student's states.
             ranks: Hub name to rank, for every matrix that moves.
             moment: Second moment of the student's states before the fit.
             device: Where the layers lie.
             seed: Of the first factors A.
         """
-        self._decoder, self._fit, self._check_rows, self._before = decoder, tuple(fit), check, before
+        self._decoder, self._fit, self._check_rows = decoder, tuple(fit), check
         self._first = check.inputs.layer
         self._device, self.moment = device, moment
         generator = torch.Generator().manual_seed(seed)
@@ -134,7 +134,7 @@ class LayerSource:
         self._rows = [(number, row) for number, segment in enumerate(self._fit) for row in range(len(segment.ids))]
         self._together = max(1, _STEP_TOKENS // self._fit[0].ids.shape[1])
         self.batches = max(1, len(self._rows) // self._together)
-        self._first_rate = self.rate = BODY_RATE / before.segments[0].student.shape[1]
+        self._first_rate = self.rate = BODY_RATE / width
 
     def order(self, generator: np.random.Generator) -> NDArray[np.int64]:
         """As `fitting.source.Source`."""
@@ -170,15 +170,12 @@ class LayerSource:
 
     def check(self) -> StatePairs:
         """As `fitting.source.Source`."""
-        return self.checked_at(1.0)
+        return self.states_of(self._check_rows, 1.0)
 
-    def checked_at(self, scale: float) -> StatePairs:
-        """The checking text's states with this share of the change."""
-        if scale == 0.0:
-            return self._before
+    def states_of(self, rows: RowSegment, scale: float) -> StatePairs:
+        """States of a text with this share of the change, at the places of `rows`."""
         for factors in self.factors.values():
             factors.apply(scale)
-        rows = self._check_rows
         with torch.no_grad():
             states = [
                 self._through(*rows.take(block)).cpu()

@@ -1,4 +1,4 @@
-"""The calibrated stage: one streamed pass of each model over a little text, and the head fitted to what they say."""
+"""The calibrated stage: streamed passes of both models over a little text, and the head fitted to what they say."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from moe_svd_distill.pipeline.assembly import asked_head_rank
 from moe_svd_distill.pipeline.fitted import Fitted, HeadChange
 from moe_svd_distill.pipeline.preparation import available_cores, library_versions
 from moe_svd_distill.pipeline.ranks import trained_ranks
-from moe_svd_distill.pipeline.states import Body, Report, StateReader
+from moe_svd_distill.pipeline.states import Body, MeasuredText, Report, StateReader
 from moe_svd_distill.streaming import Decoder, PassSettings, load_head
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from moe_svd_distill.recipe import Recipe
 
 GROUP = "calibrated"
-ALGORITHM = 4  # raise whenever the same input would give another head
+ALGORITHM = 5  # raise whenever the same input would give another head
 
 
 def calibrate(
@@ -105,8 +105,9 @@ class _Calibration:
             fitted.kl[0],
             self.dtype,
         )
+        searched = self.reader.read_search()
         self.report("searching the scale of the fit", None)
-        search = self.search_scale(source, fitted, choice.rank)
+        search = self.search_scale(source, fitted, choice.rank, searched)
         scale = float(search.scales[GROUP])
         left, right = self.factors(fitted, choice.rank, scale)
         delta = torch.zeros_like(self.student_head.weight)
@@ -143,26 +144,28 @@ class _Calibration:
         """The states to fit on: from files, or through the last layers."""
         layers = self.pair.student.architecture.layers
         self.last = 0 if self.body is not None else min(self.recipe.last_layers, layers)
-        self.states = StateReader(
+        self.reader = StateReader(
             self.recipe, self.pair, self.text, self.body, self.settings, self.cache, self.last, self.report, self.stack
-        ).read(self.with_start())
+        )
+        self.states = self.reader.read(self.with_start())
         if not self.last:
-            return StateSource(self.states.fit, self.states.check, self.device)
+            return StateSource(self.states.fit, self.states.check.states, self.device)
         return self.layer_source()
 
     def layer_source(self) -> LayerSource:
         student = self.pair.student
-        assert self.states.check_rows is not None
+        check_rows = self.states.check.rows
+        assert check_rows is not None
         decoder = Decoder(student.checkpoint, (self.device,), gradients=True)
-        decoder.begin_at(self.states.check_rows.inputs)
-        first, count = self.states.check_rows.inputs.layer, student.architecture.layers
+        decoder.begin_at(check_rows.inputs)
+        first, count = check_rows.inputs.layer, student.architecture.layers
         self.ranks = trained_ranks(self.recipe, student, range(first, count))
         states = self.states.fit
         return LayerSource(
             decoder,
             self.states.fit_rows,
-            self.states.check_rows,
-            self.states.check,
+            check_rows,
+            self.student.weight.shape[1],
             self.ranks,
             lambda device: second_moment(states, device),
             self.device,
@@ -175,6 +178,8 @@ class _Calibration:
         return HeadWeights(self.student.weight + self.start, self.student.bias, self.student.transform)
 
     def fit(self, source: StateSource | LayerSource) -> HeadFit:
+        """The fit, or that of an earlier run: it depends on its own text and the checking text, not the search text."""
+        check = self.states.check.places
         passes = None if self.recipe.fit_passes == "auto" else self.recipe.fit_passes
         settings = HeadFitSettings(passes, seed=self.recipe.seed)
         identity = {
@@ -186,7 +191,7 @@ class _Calibration:
             "tokens": _digest(self.fit_text.student_ids, self.fit_text.teacher_ids),
             "places": [
                 _digest(self.fit_text.student_position, self.fit_text.teacher_position),
-                _digest(self.states.places.student_position, self.states.places.teacher_position),
+                _digest(check.student_position, check.teacher_position),
             ],
             "device": self.device.type,
             "threads": torch.get_num_threads(),
@@ -205,7 +210,9 @@ class _Calibration:
             on_progress=lambda fraction: self.report(step, fraction),
         )
 
-    def search_scale(self, source: StateSource | LayerSource, fitted: HeadFit, rank: int) -> ScaleSearch:
+    def search_scale(
+        self, source: StateSource | LayerSource, fitted: HeadFit, rank: int, text: MeasuredText
+    ) -> ScaleSearch:
         """How far to go from what was there before to the fit; nothing is a valid answer."""
         from moe_svd_distill.evaluation.figures import Measurement
         from moe_svd_distill.evaluation.scale_search import search_scale
@@ -217,8 +224,10 @@ class _Calibration:
                 left, right = self.factors(fitted, rank, scale)
                 weight = self.student.weight + left.float() @ right.float()
                 head = HeadWeights(weight, self.student.bias, self.student.transform)
-            check = source.checked_at(scale) if isinstance(source, LayerSource) else source.check()
-            sums = figures_by_document(check, self.states.places, head, self.teacher)
+            states = text.states
+            if scale != 0.0 and isinstance(source, LayerSource) and text.rows is not None:
+                states = source.states_of(text.rows, scale)
+            sums = figures_by_document(states, text.places, head, self.teacher)
             return Measurement(sums.kl, sums.cross_entropy, sums.agreement, sums.tokens)
 
         return search_scale(at, (GROUP,))
@@ -252,7 +261,7 @@ class _Calibration:
             "scale": scale,
             **asdict(choice),
             "full_rank": min(fitted.delta.shape),
-            "streamed": self.states.passes,
+            "streamed": self.reader.passes,
         }
 
 

@@ -16,7 +16,7 @@ from moe_svd_distill.pipeline.pair import Model, ModelPair
 from moe_svd_distill.pipeline.preparation import execution_settings
 from moe_svd_distill.pipeline.ranks import trained_numbers, trained_ranks, trained_shapes
 from moe_svd_distill.pipeline.steps import checks, epochs, optimiser_steps, sequence_length, trains_head
-from moe_svd_distill.pipeline.texts import longest_sequence
+from moe_svd_distill.pipeline.texts import check_tokens, longest_sequence
 from moe_svd_distill.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 Rows = list[list[str]]
+_SCALES_TRIED = 4  # of the trained adapter on the search text: none, a quarter, half, whole
 _SAVES, _SAVED_BYTES = 2, 4 * 4  # files in turn; value, best value and at most two moments, float32
 
 
@@ -78,7 +79,7 @@ class TrainingCost:
     def rows(self) -> Rows:
         """For people."""
         trials = f", and {self.trial_steps:,} or somewhat more to choose the learning rate" if self.trial_steps else ""
-        beside = f"{self.copies} copies, {self.own_text:,} of the student's own, and the search text"
+        beside = f"{self.copies} copies, {self.own_text:,} of the student's own, checking and search text"
         rows = [
             ("tokens read", f"{self.teacher_tokens:,} ({beside})"),
             ("weights read for hidden states", readable(self.weights_read)),
@@ -113,6 +114,7 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
     length = sequence_length(recipe, longest_sequence(pair))
     once, search = whole(recipe.tokens, length), whole(recipe.scale_search_tokens, length)
     head_moves = trains_head(recipe, student.layout.geometry.vocabulary)
+    check = whole(check_tokens(recipe), length)
     copying = for_training(recipe, once, once // length, recipe.vocabulary == "equal", head_moves)
     text = once + copying.sequences(once // length) * length
     passes = bool(copying.copies) + ROUNDS * bool(copying.own)
@@ -124,9 +126,9 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
     resident = placed.resident if placed else {"resident": True, "streamed": False}.get(asked)
     trials, trial_steps = _trials(recipe, steps)
     trained = (steps + trials * trial_steps) * step_tokens
-    measurements = 1 + min(checks(recipe, steps * step_tokens, search), steps) + trials
-    measured = search * measurements
-    read = text + search
+    measurements = 1 + min(checks(recipe, steps * step_tokens, check), steps) + trials
+    measured = check * measurements + search * _SCALES_TRIED
+    read = text + check + search
     body, head = active_parameters(teacher)
     times = read if _rows_bytes(recipe, read, student) else trained + measured
     teacher_operations = 2 * body * read + 2 * head * times
@@ -147,7 +149,7 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
         teacher_tokens=read,
         copies=copying.copies,
         own_text=copying.own * length,
-        weights_read=teacher.checkpoint.total_bytes + student.checkpoint.total_bytes * passes,
+        weights_read=2 * teacher.checkpoint.total_bytes + student.checkpoint.total_bytes * passes,
         states_bytes=widths * _state_bytes(recipe),
         steps=steps,
         step_tokens=step_tokens,
@@ -186,13 +188,15 @@ def cost_of_calibrating(recipe: Recipe, pair: ModelPair, *, as_start: bool) -> R
     text = min(recipe.tokens, recipe.training.start_tokens) if as_start else recipe.tokens
     copying = for_fit(recipe, text, 1, identical=recipe.vocabulary == "equal")
     copies = copying.sequences(1)
-    tokens = text * (1 + copies) + recipe.scale_search_tokens
+    tokens = text * (1 + copies) + check_tokens(recipe) + recipe.scale_search_tokens
     teacher, student = pair.teacher, pair.student
     widths = teacher.layout.geometry.hidden + student.layout.geometry.hidden * (2 if recipe.last_layers else 1)
-    once, twice = teacher.checkpoint.total_bytes, 2 * student.checkpoint.total_bytes
+    passes = 3 if copies else 2
+    weights = [(teacher, "teacher", 2), (student, "student", passes)]
+    read = ", ".join(f"{readable(n * of.checkpoint.total_bytes)} ({name} {n} times)" for of, name, n in weights)
     return [
-        ["calibrated stage: tokens read", f"{tokens:,} ({copies} copies of {text:,}, and the search text)"],
-        ["calibrated stage: weights read", f"{readable(once)} (teacher once), {readable(twice)} (student twice)"],
+        ["calibrated stage: tokens read", f"{tokens:,} ({copies} copies of {text:,}, checking and search text)"],
+        ["calibrated stage: weights read", read],
         ["calibrated stage: hidden states kept", readable(tokens * widths * _state_bytes(recipe))],
     ]
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from moe_svd_distill.fitting.check import (
     figures_with_fixed_head,
     predicting_places,
 )
-from moe_svd_distill.fitting.pairs import HeadWeights, Segment, StatePairs
+from moe_svd_distill.fitting.pairs import HeadWeights, Segment, StatePairs, common_rows
 from moe_svd_distill.fitting.rank import choose_rank, head_factors
 from moe_svd_distill.pipeline.assembly import asked_head_rank
 from moe_svd_distill.pipeline.copying import for_training
@@ -33,13 +33,15 @@ from moe_svd_distill.pipeline.ranks import trained_ranks
 from moe_svd_distill.pipeline.states import Body, Report
 from moe_svd_distill.pipeline.steps import checks, epochs, optimiser_steps, trains_head
 from moe_svd_distill.pipeline.training_start import Start, read_start
-from moe_svd_distill.pipeline.training_text import training_texts
-from moe_svd_distill.streaming import PassSettings, StreamedStates, stream_states
+from moe_svd_distill.pipeline.training_text import search_text, training_texts
+from moe_svd_distill.streaming import PassSettings, StreamedStates, load_head, stream_states
 from moe_svd_distill.training.crew import trained
+from moe_svd_distill.training.expected_rows import ExpectedText, with_expected_rows
 from moe_svd_distill.training.head import TrainedHead
 from moe_svd_distill.training.job import Trained, Trainee, TrainingJob
 from moe_svd_distill.training.loop import Progress
 from moe_svd_distill.training.settings import TrainingSettings
+from moe_svd_distill.training.text import TrainingText
 from moe_svd_distill.training.trials import worth_trying
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ if TYPE_CHECKING:
 
 CURVE = "training_curve.json"
 GROUP = "refined"
-ALGORITHM = 5  # raise whenever the same input would give another adapter
+ALGORITHM = 6  # raise whenever the same input would give another adapter
 _STEP = "training"
 _BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
 
@@ -103,6 +105,8 @@ class _Refinement:
     def __init__(self, given: Given, report: Report, note: Callable[[str], None], stack: ExitStack) -> None:
         recipe, pair, text = given.recipe, given.pair, given.text
         assert text.fit is not None
+        assert text.check is not None
+        self.check_tokens = text.check.student.tokens
         self.recipe, self.pair, self.text, self.fit_text = recipe, pair, text, text.fit
         self.folder, self.begin_with, self.report, self.stack = given.folder, given.start, report, stack
         self.note, self.points = note, 0
@@ -131,11 +135,11 @@ class _Refinement:
         self.report("preparing the student, and what the loss needs of the teacher", None)
         with trained(job, self.told) as (trainee, run):
             self.report("measuring the trained student", None)
-            places = predicting_places(self.text.search)
             head = trainee.head
             moving = _MovingHead(self, trainee, head, run) if isinstance(head, TrainedHead) else None
+            searched = search_text(self.pair, self.text, self.read).open()
             self.report("searching the scale of the trained adapter", None)
-            search = self.search_scale(trainee, moving, places)
+            search = self.search_scale(trainee, moving, searched)
             scale = float(search.scales[GROUP])
             pairs = {name: self.stored_pair(trainee, name, scale) for name in trainee.bank.names}
             change = moving.change(scale) if moving else None
@@ -211,7 +215,7 @@ class _Refinement:
             divergence=asked.divergence,
             cross_entropy_share=asked.cross_entropy_share,
             head="whole" if self.head_moves else "fixed",
-            checks=checks(self.recipe, self.steps * self.step_tokens, self.text.search.student.tokens),
+            checks=checks(self.recipe, self.steps * self.step_tokens, self.check_tokens),
             patience=asked.patience,
             weight_decay=asked.weight_decay,
             seed=self.recipe.seed,
@@ -224,22 +228,33 @@ class _Refinement:
         left = torch.nn.functional.pad(scale * left, (0, lacking))
         return left.to("cpu", self.dtype), torch.nn.functional.pad(right, (0, 0, 0, lacking)).to("cpu", self.dtype)
 
-    def search_scale(self, trainee: Trainee, moving: _MovingHead | None, places: Places) -> ScaleSearch:
+    def search_scale(self, trainee: Trainee, moving: _MovingHead | None, text: TrainingText) -> ScaleSearch:
         """How much of it all to keep; nothing is a valid answer."""
         from moe_svd_distill.evaluation.figures import Measurement
         from moe_svd_distill.evaluation.scale_search import search_scale
 
-        def at(scales: Mapping[str, float]) -> Measurement:
-            scale = scales[GROUP]
-            if moving is not None:
-                sums = moving.figures(scale, places)
-            else:
-                states, expected = trainee.check_states(scale), trainee.expected
-                rows = expected.text.teacher
-                sums = figures_with_fixed_head(states, rows, expected.best, places, trainee.head.head())
-            return Measurement(sums.kl, sums.cross_entropy, sums.agreement, sums.tokens)
+        places = predicting_places(self.text.search)
+        with ExitStack() as stack:
+            standing = None if moving else stack.enter_context(self.standing_head(trainee, text))
 
-        return search_scale(at, (GROUP,), global_scales=(0.5, 1.0))
+            def at(scales: Mapping[str, float]) -> Measurement:
+                scale = scales[GROUP]
+                if standing is None:
+                    assert moving is not None
+                    sums = moving.figures(scale, text, places)
+                else:
+                    states, rows = trainee.states_of(text, scale), standing.text.teacher
+                    sums = figures_with_fixed_head(states, rows, standing.best, places, trainee.student)
+                return Measurement(sums.kl, sums.cross_entropy, sums.agreement, sums.tokens)
+
+            return search_scale(at, (GROUP,), global_scales=(0.25, 0.5, 1.0))
+
+    def standing_head(self, trainee: Trainee, text: TrainingText) -> AbstractContextManager[ExpectedText]:
+        """What is needed of the teacher for a head that stands still, in float32: the scale search rests on it."""
+        self.report("working out what the scale search needs of the teacher", None)
+        head = load_head(self.pair.teacher.checkpoint, str(self.device), torch.float32)
+        teacher = common_rows(head, self.fit_text.teacher_ids)
+        return with_expected_rows(text, teacher, trainee.student, 0.0, self.folder, "search")
 
     def facts(
         self,
@@ -306,19 +321,19 @@ class _MovingHead:
             head.delta,
             trainee.metric,
             asked_head_rank(refinement.recipe, refinement.pair.student.architecture.head),
-            self._pairs(1.0),
+            self._pairs(trainee.check, 1.0),
             trainee.student,
             trainee.teacher,
             run.outcome.curve[0].kl,
             self._dtype,
         )
 
-    def figures(self, scale: float, places: Places) -> DocumentSums:
-        """Of the student with this share of the adapter, on the checking text."""
+    def figures(self, scale: float, text: TrainingText, places: Places) -> DocumentSums:
+        """Of the student with this share of the adapter, on a text."""
         trainee, (left, right) = self._trainee, self._factors(scale)
         weight = trainee.student.weight + left.float() @ right.float()
         head = HeadWeights(weight, trainee.student.bias, trainee.student.transform)
-        return figures_by_document(self._pairs(scale), places, head, trainee.teacher)
+        return figures_by_document(self._pairs(text, scale), places, head, trainee.teacher)
 
     def change(self, scale: float) -> HeadChange:
         """This share of it, over all rows of the head."""
@@ -329,10 +344,10 @@ class _MovingHead:
         delta[self._rows] = left.float() @ right.float()
         return HeadChange((whole, right), delta)
 
-    def _pairs(self, scale: float) -> StatePairs:
-        """States of the checking text, in the order of its places."""
-        mine, check = self._trainee.check_states(scale), self._trainee.check
-        return StatePairs([Segment(mine, check.teacher, np.arange(len(mine)), check.teacher_position)])
+    def _pairs(self, text: TrainingText, scale: float) -> StatePairs:
+        """States of a text that is measured on, in the order of its places."""
+        mine = self._trainee.states_of(text, scale)
+        return StatePairs([Segment(mine, text.teacher, np.arange(len(mine)), text.teacher_position)])
 
     def _factors(self, scale: float) -> tuple[Tensor, Tensor]:
         left, right = head_factors(self._head.delta, self._trainee.metric, self.choice.rank, torch.float32)

@@ -16,6 +16,8 @@ from moe_svd_distill.streaming.groups import GROUPS, group_of
 if TYPE_CHECKING:
     from moe_svd_distill.calibration.paired import PairedText
     from moe_svd_distill.evaluation.figures import Measurement
+    from moe_svd_distill.evaluation.guard import Kind
+    from moe_svd_distill.evaluation.scale_search import ScaleSearch
     from moe_svd_distill.pipeline.fitted import Fitted
     from moe_svd_distill.pipeline.pair import ModelPair
 
@@ -29,13 +31,13 @@ class ScaleDecision:
 
     Attributes:
         scales: Group to the factor on its deltas.
-        transferred: Whether the adapter measurably helps on calibration text; None where nothing was measured.
+        kind: Whether the adapter is kept, and if not, why; None where nothing was measured.
         text: The decision in a sentence or two for people.
         details: Everything that was tried, for the record.
     """
 
     scales: Mapping[str, float]
-    transferred: bool | None
+    kind: Kind | None
     text: str
     details: Mapping[str, Any] = field(default_factory=dict)
 
@@ -44,6 +46,18 @@ class ScaleDecision:
         """No change of scale."""
         return cls(dict.fromkeys(GROUPS, 1.0), None, "")
 
+    @classmethod
+    def of(cls, search: ScaleSearch, text: str = "", **details: Any) -> ScaleDecision:
+        """What a search found, with more to say before it and to write down beside it."""
+        found = search.as_dict()
+        known = {name: value for name, value in found.items() if name not in ("scales", "kind", "decision")}
+        return cls({**search.scales}, search.kind, text + search.decision, known | details)
+
+    @property
+    def transferred(self) -> bool | None:
+        """Whether the adapter is proven to help on calibration text; None where nothing was measured."""
+        return None if self.kind is None else self.kind == "kept"
+
     @property
     def changes(self) -> bool:
         """Whether any scale differs from 1."""
@@ -51,7 +65,7 @@ class ScaleDecision:
 
     def as_dict(self) -> dict[str, Any]:
         """For run.json."""
-        return {**self.details, "scales": dict(self.scales), "decision": self.text}
+        return {**self.details, "scales": dict(self.scales), "kind": self.kind, "decision": self.text}
 
 
 def not_searched(reason: str) -> ScaleDecision:
@@ -66,20 +80,23 @@ def combined_decision(
     """What the searches of the stages say together."""
     if refined is not None:
         before = combined_decision(weights, fitted)
-        last = refined.search
-        details = {key: value for key, value in last.as_dict().items() if key not in ("scales", "decision")}
         started = {"start": dict(before.details)} if before.details else {}
-        return ScaleDecision({**last.scales}, last.accepted, f"Trained: {last.decision}", details | started)
+        return ScaleDecision.of(refined.search, "Trained: ", **started)
     if fitted is None:
         return weights or ScaleDecision.keep()
-    search = fitted.search
-    details = {key: value for key, value in search.as_dict().items() if key not in ("scales", "decision")}
+    search, own = fitted.search, ScaleDecision.of(fitted.search)
     if weights is None:
-        return ScaleDecision({**search.scales}, search.accepted, search.decision, details)
-    transferred = bool(weights.transferred) or search.accepted
+        return own
     text = f"Weights: {weights.text} Calibrated head, on top: {search.decision}"
     scales = {**weights.scales} | ({"head": 1.0} if search.accepted else {})
-    return ScaleDecision(scales, transferred, text, {"weights": dict(weights.details), "calibrated": details})
+    details = {"weights": weights.as_dict(), "calibrated": own.as_dict()}
+    return ScaleDecision(scales, _of_both(weights.kind, search.kind), text, details)
+
+
+def _of_both(weights: Kind | None, fit: Kind) -> Kind:
+    """Something is kept if one of the two is; what is not proven may still be."""
+    kinds: tuple[Kind, ...] = ("kept", "unproven", "harm", "none")
+    return next(kind for kind in kinds if kind in (weights, fit))
 
 
 def decide_scale(
@@ -114,12 +131,7 @@ def decide_scale(
             return measured
 
         found = search_scale(counted, groups)
-    details = {
-        **{key: value for key, value in found.as_dict().items() if key not in ("scales", "decision")},
-        "tokens": text.student.tokens,
-        "models": "resident" if resident else "streamed",
-    }
-    return ScaleDecision(dict(found.scales), found.accepted, found.decision, details)
+    return ScaleDecision.of(found, tokens=text.student.tokens, models="resident" if resident else "streamed")
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""The hidden states a calibrated stage works on: one pass of the teacher, and of the student over text and copies."""
+"""The hidden states a calibrated stage works on: of the text it fits on and of the text its scale is searched on.
+
+Two texts, two passes of each model, so that more search text leaves the states of the fit as they are.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from moe_svd_distill.streaming import PassSettings, StreamedStates, stream_state
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from moe_svd_distill.calibration.paired import PairedText
     from moe_svd_distill.pipeline.pair import ModelPair
     from moe_svd_distill.pipeline.texts import RunText
     from moe_svd_distill.recipe import Recipe
@@ -40,24 +44,35 @@ class Body:
 
 
 @dataclass(frozen=True, eq=False)
+class MeasuredText:
+    """Text that figures are taken on, mapped from its files.
+
+    Attributes:
+        states: Final states of both models at the places that predict a common token.
+        places: These places.
+        rows: Inputs of the last layers for its sequences; None where only the head is fitted.
+    """
+
+    states: StatePairs
+    places: Places
+    rows: RowSegment | None
+
+
+@dataclass(frozen=True, eq=False)
 class TextStates:
-    """What the passes have left, mapped from their files.
+    """What the passes over the text of the fit have left, mapped from their files.
 
     Attributes:
         fit: Final states of both models to fit on, copies included.
-        check: The same of the search text, at the places that predict a common token.
-        places: These places.
         fit_rows: Inputs of the last layers for the sequences of `fit`; empty where only the head is fitted.
-        check_rows: The same of the search text.
+        check: The text that passes and ranks are chosen by.
         copying: What was read beside the text.
         passes: Name of each pass to its facts.
     """
 
     fit: StatePairs
-    check: StatePairs
-    places: Places
     fit_rows: tuple[RowSegment, ...]
-    check_rows: RowSegment | None
+    check: MeasuredText
     copying: Copying
     passes: Mapping[str, Mapping[str, Any]]
 
@@ -77,7 +92,7 @@ class StateReader:
         report: Report,
         stack: ExitStack,
     ) -> None:
-        """Nothing is read yet.
+        """Nothing is read yet; `passes` holds the facts of every pass that was.
 
         Args:
             recipe: What is asked for.
@@ -93,41 +108,45 @@ class StateReader:
         self._recipe, self._pair, self._text, self._body = recipe, pair, text, body
         self._settings, self._cache, self._last = settings, cache, last
         self._report, self._stack = report, stack
-        self._passes: dict[str, dict[str, Any]] = {}
+        self.passes: dict[str, dict[str, Any]] = {}
 
     def read(self, head: HeadWeights) -> TextStates:
         """Stream the student, draw the copies from what it expects, stream the teacher, and the student once more.
 
+        Of the search text nothing is read.
+
         Args:
             head: The student's head over the common tokens, from which the copies are drawn.
         """
-        fit, search = self._text.fit, self._text.search
+        fit, check = self._text.fit, self._text.check
         assert fit is not None
-        places = predicting_places(search)
-        count, length = len(fit.student.sequences), fit.student.length
-        both = np.concatenate([fit.student.sequences, search.student.sequences])
+        assert check is not None
+        count = len(fit.student.sequences)
+        both = np.concatenate([fit.student.sequences, check.student.sequences])
         mine = self._student("student", both)
         copying = for_fit(self._recipe, fit.student.tokens, count, fit.identical)
         self._report("drawing copies of the text", None)
         copied = draw(fit.student.sequences, copying, self._own_pass, head, self._recipe.seed, mine)
-        theirs = self._teacher(np.concatenate([fit.teacher.sequences, search.teacher.sequences, copied]))
+        theirs = self._teacher("teacher", np.concatenate([fit.teacher.sequences, check.teacher.sequences, copied]))
         flat_mine, flat_theirs = _flat(mine), _flat(theirs)
         segments = [Segment(flat_mine, flat_theirs, fit.student_position, fit.teacher_position)]
         rows = [_rows(mine, both[:count], 0, segments[0])]
         if len(copied):
             again = self._student("student, copies", copied)
             everywhere = np.arange(copied.size)
-            offset = (count + len(search.teacher.sequences)) * fit.teacher.length
+            offset = (count + len(check.teacher.sequences)) * fit.teacher.length
             segments.append(Segment(_flat(again), flat_theirs, everywhere, everywhere + offset))
             rows.append(_rows(again, copied, 0, segments[1]))
-        theirs_at = places.teacher_position + len(fit.teacher.sequences) * fit.teacher.length
-        check = Segment(flat_mine, flat_theirs, places.student_position + count * length, theirs_at)
-        check_segment = Segment(flat_mine, flat_theirs, places.student_position, theirs_at)
-        check_rows = _rows(mine, both[count:], count, check_segment)
         fit_rows = tuple(segment for segment in rows if segment is not None)
-        return TextStates(
-            StatePairs(segments), StatePairs([check]), places, fit_rows, check_rows, copying, self._passes
-        )
+        checked = _measured(check, mine, theirs, count)
+        return TextStates(StatePairs(segments), fit_rows, checked, copying, dict(self.passes))
+
+    def read_search(self) -> MeasuredText:
+        """Stream both models over the search text."""
+        search = self._text.search
+        mine = self._student("student, search text", search.student.sequences)
+        theirs = self._teacher("teacher, search text", search.teacher.sequences)
+        return _measured(search, mine, theirs, 0)
 
     def _own_pass(self, name: str, sequences: NDArray[np.int64]) -> StreamedStates:
         return self._noted(name, self._pass(name, sequences), sequences)
@@ -144,10 +163,10 @@ class StateReader:
             student, sequences, self._cache, self._settings, record_at=record_at, on_progress=progress, **given
         )
 
-    def _teacher(self, sequences: NDArray[np.int64]) -> StreamedStates:
-        checkpoint, progress = self._pair.teacher.checkpoint, self._progress("teacher")
+    def _teacher(self, name: str, sequences: NDArray[np.int64]) -> StreamedStates:
+        checkpoint, progress = self._pair.teacher.checkpoint, self._progress(name)
         states = stream_states(checkpoint, sequences, self._cache, self._settings, on_progress=progress)
-        return self._noted("teacher", states, sequences)
+        return self._noted(name, states, sequences)
 
     def _progress(self, name: str) -> Callable[[int, int], None]:
         return lambda done, layers: self._report(f"reading the text: {name}", done / layers)
@@ -155,8 +174,18 @@ class StateReader:
     def _noted(self, name: str, states: StreamedStates, sequences: NDArray[np.int64]) -> StreamedStates:
         self._stack.enter_context(states)
         facts = {key: value for key, value in asdict(states.record).items() if key != "unused"}
-        self._passes[name] = facts | {"tokens": int(sequences.size), "file": states.path.name}
+        self.passes[name] = facts | {"tokens": int(sequences.size), "file": states.path.name}
         return states
+
+
+def _measured(text: PairedText, mine: StreamedStates, theirs: StreamedStates, begin: int) -> MeasuredText:
+    """A text whose sequences are those from `begin` on of both passes."""
+    places = predicting_places(text)
+    here = places.student_position + begin * text.student.length
+    there = places.teacher_position + begin * text.teacher.length
+    flat_mine, flat_theirs = _flat(mine), _flat(theirs)
+    rows = _rows(mine, text.student.sequences, begin, Segment(flat_mine, flat_theirs, places.student_position, there))
+    return MeasuredText(StatePairs([Segment(flat_mine, flat_theirs, here, there)]), places, rows)
 
 
 def _flat(states: StreamedStates) -> Any:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 LONGEST_SEQUENCE = 512
 MUCH_REPEATED = 0.05
 """More repeated blocks than this share of the words are worth a note."""
+FEWEST_CHECK_TOKENS, MOST_CHECK_TOKENS = 1024, 4096
 
 
 @dataclass(frozen=True)
@@ -25,17 +26,20 @@ class RunText:
     """What a run reads.
 
     Attributes:
-        search: Text the scale is searched on.
-        fit: Text the head is fitted on; None without the calibrated stage.
+        search: Text the scale is searched on, which nothing else is chosen by.
+        fit: Text that is fitted or trained on; None where only the weights stage runs.
+        check: Text that passes, steps and the head's rank are chosen by; with `fit`, all that a fit depends on.
     """
 
     search: PairedText
     fit: PairedText | None
+    check: PairedText | None
 
     @property
     def parts(self) -> Mapping[str, PairedText]:
         """By name."""
-        return {"search": self.search} | ({} if self.fit is None else {"fit": self.fit})
+        found = {"search": self.search, "fit": self.fit, "check": self.check}
+        return {name: part for name, part in found.items() if part is not None}
 
     @property
     def used_documents(self) -> list[str]:
@@ -121,15 +125,15 @@ def read_run_text(recipe: Recipe, pair: ModelPair, stages: Sequence[str]) -> Run
     from moe_svd_distill.calibration.paired import pair_text
     from moe_svd_distill.calibration.text import read_documents
 
-    budgets = {"search": recipe.scale_search_tokens}
-    if "calibrated" in stages or "refined" in stages:
-        budgets["fit"] = recipe.tokens
     documents = read_documents(recipe.calibration, field=recipe.text_field, group_field=recipe.text_group)
     if recipe.text_group is not None and all(document.group is None for document in documents):
         raise BadDataError(
             f"No record of the calibration text names its source in the field {recipe.text_group!r} (text_group)",
             "Name the field that does, or leave text_group out",
         )
+    fitting = "calibrated" in stages or "refined" in stages
+    budgets = {"check": check_tokens(recipe), "fit": recipe.tokens} if fitting else {}
+    budgets["search"] = recipe.scale_search_tokens  # last: more of it leaves the fit as it is
     parts = pair_text(
         documents,
         pair.teacher.checkpoint.folder,
@@ -139,7 +143,12 @@ def read_run_text(recipe: Recipe, pair: ModelPair, stages: Sequence[str]) -> Run
         mode=recipe.vocabulary,
         seed=recipe.seed,
     )
-    return RunText(parts["search"], parts.get("fit"))
+    return RunText(parts["search"], parts.get("fit"), parts.get("check"))
+
+
+def check_tokens(recipe: Recipe) -> int:
+    """Tokens that passes, steps and ranks are chosen by: a quarter of what is fitted on, within bounds."""
+    return min(max(recipe.tokens // 4, FEWEST_CHECK_TOKENS), MOST_CHECK_TOKENS)
 
 
 def longest_sequence(pair: ModelPair) -> int:

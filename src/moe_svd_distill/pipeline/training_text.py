@@ -1,4 +1,4 @@
-"""The text of a training run: what was given, what is read beside it, and what is measured on, in one pass."""
+"""The text of a training run: what was given, what is read beside it, and what is measured on."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from moe_svd_distill.training.job import TextFile
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from moe_svd_distill.calibration.paired import PairedText
     from moe_svd_distill.pipeline.pair import Model, ModelPair
     from moe_svd_distill.pipeline.texts import RunText
     from moe_svd_distill.recipe import Recipe
@@ -28,7 +29,7 @@ Read = Callable[[str, "Model", "NDArray[np.int64]"], StreamedStates]
 def training_texts(
     recipe: Recipe, pair: ModelPair, text: RunText, copying: Copying, read: Read
 ) -> tuple[TextFile, TextFile]:
-    """Draw what is read beside the text, and let the teacher read it all.
+    """Draw what is read beside the text, and let the teacher read it all, the search text excepted.
 
     Args:
         recipe: What is asked for.
@@ -38,16 +39,17 @@ def training_texts(
         read: Passes a model over sequences.
 
     Returns:
-        The text to train on and the text to measure on; both point into the file of the teacher's states.
+        The text to train on and the text to measure on meanwhile; both point into the file of the teacher's states.
     """
-    assert text.fit is not None
-    fit, search = text.fit, text.search
+    fit, check = text.fit, text.check
+    assert fit is not None
+    assert check is not None
     count = len(fit.student.sequences)
     head = common_rows(load_head(pair.student.checkpoint, "cpu", torch.float32), fit.student_ids)
     copied = draw(fit.student.sequences, copying, lambda name, rows: read(name, pair.student, rows), head, recipe.seed)
-    everything = np.concatenate([fit.teacher.sequences, search.teacher.sequences, copied])
+    everything = np.concatenate([fit.teacher.sequences, check.teacher.sequences, copied])
     theirs = read("teacher", pair.teacher, everything)
-    offset = (count + len(search.teacher.sequences)) * fit.teacher.length
+    offset = (count + len(check.teacher.sequences)) * fit.teacher.length
     everywhere = np.arange(copied.size)
     following = np.full(len(fit.student_position) + copied.size, -1, dtype=np.int64)
     predicted = predicting_places(fit)
@@ -59,12 +61,16 @@ def training_texts(
         following,
         theirs.path,
     )
-    places = predicting_places(search)
-    measured_on = TextFile(
-        search.student.sequences,
-        places.student_position,
-        places.teacher_position + count * fit.teacher.length,
-        places.target,
-        theirs.path,
-    )
-    return trained_on, measured_on
+    return trained_on, _measured_on(check, count, theirs)
+
+
+def search_text(pair: ModelPair, text: RunText, read: Read) -> TextFile:
+    """Let the teacher read the search text, which training does not depend on."""
+    return _measured_on(text.search, 0, read("teacher, search text", pair.teacher, text.search.teacher.sequences))
+
+
+def _measured_on(text: PairedText, begin: int, theirs: StreamedStates) -> TextFile:
+    """A text whose sequences are those from `begin` on of the teacher's pass."""
+    places = predicting_places(text)
+    there = places.teacher_position + begin * text.teacher.length
+    return TextFile(text.student.sequences, places.student_position, there, places.target, theirs.path)

@@ -152,7 +152,9 @@ def _scale(record: Record) -> Iterator[str]:
     yield "## Scale"
     yield str(search.get("decision") or "No scale was searched.")
     scales = search.get("scales") or {}
-    if search.get("trials") and scales:
+    if facts.nothing_kept(record):
+        yield "Every delta is zero: with this adapter the student is what it was."
+    elif search.get("trials") and scales:
         yield _table(("group", "scale"), ((group, f"{scale:g}") for group, scale in scales.items()))
         yield "The scales are already in the weights: load the adapter as it is."
 

@@ -71,10 +71,16 @@ def headline(record: Record) -> str:
     if verdict:
         return str(verdict)
     decision = str(part_of(record, "scale_search").get("decision") or "")
-    if decision.startswith("Not measured"):
+    if decision.startswith("Not measured") or nothing_kept(record):
         return decision
     note = "Not evaluated on held-out text; whether this adapter helps or harms there is not known."
     return f"{decision} {note}".strip()
+
+
+def nothing_kept(record: Record) -> str | None:
+    """Why the scale search kept nothing: it harms, has no effect that counts (none), or is unproven; None if it did."""
+    kind = part_of(record, "scale_search").get("kind")
+    return str(kind) if kind in ("harm", "none", "unproven") else None
 
 
 def figure_rows(evaluation: Record) -> list[FigureRow]:

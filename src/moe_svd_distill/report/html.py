@@ -120,7 +120,7 @@ def _tone(record: Record) -> str:
     effect = (record.get("evaluation") or {}).get("effect")
     if effect:
         return {"helps": "good", "harms": "bad"}.get(str(effect), "neutral")
-    return "neutral"
+    return "bad" if facts.nothing_kept(record) == "harm" else "neutral"
 
 
 def _trial(trial: Record) -> tuple[str, ...]:

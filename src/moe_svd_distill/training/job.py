@@ -20,7 +20,7 @@ from moe_svd_distill.streaming import Decoder, load_head
 from moe_svd_distill.streaming.states_file import StatesFile
 from moe_svd_distill.streaming.tables import EmbeddingChange
 from moe_svd_distill.training.engine import Engine, ResidentEngine, StreamedEngine
-from moe_svd_distill.training.expected_rows import ExpectedText, with_expected_rows
+from moe_svd_distill.training.expected_rows import with_expected_rows
 from moe_svd_distill.training.factors import FactorBank
 from moe_svd_distill.training.fixed_head import FixedHead
 from moe_svd_distill.training.head import TrainedHead
@@ -137,12 +137,10 @@ class Trainee:
     Attributes:
         metric: Second moment of the student's states, where the head moves.
         teacher: The teacher's head, where the loss needs its logits.
-        expected: The checking text as a head that stands still needs it.
     """
 
     metric: Whitening
     teacher: HeadWeights
-    expected: ExpectedText
 
     def __init__(self, job: TrainingJob, peers: Peers) -> None:
         """Read it, and begin with the job's start.
@@ -230,9 +228,9 @@ class Trainee:
             write_part(job.folder, key, PartContent({}, asdict(choice)))
         return choice
 
-    def check_states(self, scale: float) -> Tensor:
-        """The student's states at the places of the checking text, (places, d), with this share of every pair."""
-        batches = list(self.check.batches(self._together(self.check), self.device))
+    def states_of(self, text: TrainingText, scale: float) -> Tensor:
+        """The student's states at the places of a text, (places, d), with this share of every pair."""
+        batches = list(text.batches(self._together(text), self.device))
         with self.bank.scaled(scale):
             return torch.cat([states.float().cpu() for states in self.engine.states(batches)])
 
@@ -246,13 +244,10 @@ class Trainee:
         self.decoder.close()
 
     def _head(self, start: Tensor | None, teacher: HeadWeights) -> TrainedHead | FixedHead:
-        """The head; where it stays what it is, the texts are made short at once, and the teacher's is not needed again.
-
-        What is measured on is computed in float32: the scale search rests on it.
-        """
+        """The head; where it stays what it is, the texts are made short at once, without the teacher from then on."""
         job, settings = self._job, self._job.settings
-        rows = needs_rows(settings.head == "fixed", settings.divergence) and self.student.transform.cap is None
-        if not rows or start is not None:
+        short = needs_rows(settings.head == "fixed", settings.divergence) and self.student.transform.cap is None
+        if not short or start is not None:
             self.teacher, self.metric = teacher, self._metric()
             return TrainedHead(
                 self.student,
@@ -264,16 +259,11 @@ class Trainee:
                 settings.cross_entropy_share,
             )
         head = FixedHead(self.student)
-        given = teacher, head.weights
-        number = self._peers.number
-        short = with_expected_rows(
-            self.text, *given, settings.cross_entropy_share, job.folder, f"{number}-text", head.products.dtype
-        )
-        self.text = self._closing.enter_context(short).text
-        self.expected = self._closing.enter_context(
-            with_expected_rows(self.check, *given, 0.0, job.folder, f"{number}-check")
-        )
-        self.check = self.expected.text
+        for name, text, share in (("text", self.text, settings.cross_entropy_share), ("check", self.check, 0.0)):
+            rows = with_expected_rows(
+                text, teacher, self.student, share, job.folder, f"{self._peers.number}-{name}", head.products.dtype
+            )
+            setattr(self, name, self._closing.enter_context(rows).text)
         return head
 
     def _together(self, text: TrainingText) -> int:
