@@ -148,7 +148,10 @@ def test_stages_before_it_are_the_start(tiny: tuple[Path, Path], tmp_path: Path)
     assert record["method"] == "calibrated+refined"
     facts = record["refinement"]
     assert facts["start_pairs"] == record["calibration"]["last_layers_matrices"]
-    assert facts["settings"]["rate"] == min(facts["rate_trials"], key=lambda trial: trial["after"])["rate"]
+    assert not facts["rate_trials"]
+    assert facts["settings"]["rate"] == pytest.approx(
+        0.6 / open_model(adapter.record["student"]["source"]).layout.geometry.hidden
+    )
     untouched = record["calibration"]["kl_by_pass"][0]
     assert facts["curve"][0]["kl"] < 0.9 * untouched
 

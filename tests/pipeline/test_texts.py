@@ -38,7 +38,7 @@ def test_parts_of_the_lab_text_share_no_package() -> None:
     text = _read(lab_pair("dense").calibration)
     assert text.fit is not None
     assert not set(text.fit.student.groups) & set(text.search.student.groups)
-    assert set(text.used_groups) == set(text.fit.student.groups) | set(text.search.student.groups)
+    assert set(text.used_groups) == {group for part in text.parts.values() for group in part.student.groups}
     record = text.record()
     assert record["division"]["divided_by"] == "group"
     assert 0 <= record["division"]["duplicated_share"] < 0.05
