@@ -31,7 +31,14 @@ from moe_svd_distill.pipeline.placement import Placement, place_training
 from moe_svd_distill.pipeline.preparation import library_versions
 from moe_svd_distill.pipeline.ranks import trained_ranks
 from moe_svd_distill.pipeline.states import Body, Report
-from moe_svd_distill.pipeline.steps import checks, epochs, optimiser_steps, trains_head
+from moe_svd_distill.pipeline.steps import (
+    checks,
+    epochs,
+    learning_rate,
+    optimiser,
+    optimiser_steps,
+    trains_head,
+)
 from moe_svd_distill.pipeline.training_start import Start, read_start
 from moe_svd_distill.pipeline.training_text import search_text, training_texts
 from moe_svd_distill.streaming import PassSettings, StreamedStates, load_head, stream_states
@@ -204,14 +211,15 @@ class _Refinement:
         """How to train."""
         asked, hidden = self.recipe.training, self.pair.student.architecture.head_slot.shape[1]
         kind = torch.device(self.placement.devices[0]).type
-        rate = asked.learning_rate if asked.learning_rate != "auto" else 0.6 / hidden
+        moved_by = optimiser(self.recipe, self.head_moves)
+        rate = learning_rate(self.recipe, moved_by, hidden)
         return TrainingSettings(
             epochs=self.epochs,
             step_tokens=self.step_tokens,
             batch_tokens=_BATCH_TOKENS[kind] if asked.batch_tokens == "auto" else asked.batch_tokens,
-            rate=float(rate),
-            head_rate=float(rate) * asked.head_rate,
-            optimiser=asked.optimiser,
+            rate=rate,
+            head_rate=rate * asked.head_rate,
+            optimiser=moved_by,
             divergence=asked.divergence,
             cross_entropy_share=asked.cross_entropy_share,
             head="whole" if self.head_moves else "fixed",

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from moe_svd_distill.pipeline.copying import MUCH_TEXT, for_training
 
 if TYPE_CHECKING:
     from moe_svd_distill.recipe import Recipe
 
+OptimiserName: TypeAlias = Literal["muon", "adamw"]
+
 _EPOCHS_OF_LITTLE, _EPOCHS_OF_MUCH, _SHARE_AFTER_WEIGHTS = 4.0, 2.75, 0.2
 _TOKENS_OF_A_ROW = 4
+_RATES: Mapping[OptimiserName, float] = {"muon": 0.6, "adamw": 0.18}
 _MEASURING_SHARE, _TRAINING_COST, _FEWEST_CHECKS = 0.25, 3, 2
 _STEPS, _SMALLEST_STEP, _LARGEST_STEP = 3072, 512, 65536
 
@@ -37,6 +40,25 @@ def trains_head(recipe: Recipe, rows: int) -> bool:
         return recipe.training.head == "train"
     copies = for_training(recipe, recipe.tokens, 1, identical=True).sequences(1)
     return recipe.tokens * (1 + copies) >= _TOKENS_OF_A_ROW * rows
+
+
+def optimiser(recipe: Recipe, head_moves: bool) -> OptimiserName:
+    """What moves the factors: as asked, or what was better on pairs like this (docs/decisions/0017 and 0025)."""
+    if recipe.training.optimiser != "auto":
+        return recipe.training.optimiser
+    return "muon" if head_moves else "adamw"
+
+
+def learning_rate(recipe: Recipe, moved_by: OptimiserName, width: int) -> float:
+    """Largest learning rate: as asked, or what was good at two widths, as a number divided by the width.
+
+    Args:
+        recipe: What is asked for.
+        moved_by: From `optimiser`.
+        width: Of the student's residual stream.
+    """
+    asked = recipe.training.learning_rate
+    return _RATES[moved_by] / width if asked == "auto" else float(asked)
 
 
 def checks(recipe: Recipe, trained: int, measured: int) -> int:
