@@ -137,7 +137,7 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
     # Forward, and twice that for both gradients; streamed, every layer is computed once more on the way back.
     student_operations = (8 if resident is False else 6) * body * trained + (6 if head_moves else 4) * head * trained
     student_operations += 2 * (body + head) * measured
-    widths = teacher.layout.geometry.hidden * read + student.layout.geometry.hidden * read_by_student
+    states = _state_bytes(recipe, teacher) * read + _state_bytes(recipe, student) * read_by_student
     shapes = trained_shapes(student, ranks)
     factors = trained_numbers(shapes, ranks)
     stored = sum(rank * sum(shapes[name]) for name, rank in ranks.items())  # padded where a side is smaller
@@ -150,7 +150,7 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
         copies=copying.copies,
         own_text=copying.own * length,
         weights_read=2 * teacher.checkpoint.total_bytes + student.checkpoint.total_bytes * passes,
-        states_bytes=widths * _state_bytes(recipe),
+        states_bytes=states,
         steps=steps,
         step_tokens=step_tokens,
         trial_steps=trials * trial_steps,
@@ -190,14 +190,14 @@ def cost_of_calibrating(recipe: Recipe, pair: ModelPair, *, as_start: bool) -> R
     copies = copying.sequences(1)
     tokens = text * (1 + copies) + check_tokens(recipe) + recipe.scale_search_tokens
     teacher, student = pair.teacher, pair.student
-    widths = teacher.layout.geometry.hidden + student.layout.geometry.hidden * (2 if recipe.last_layers else 1)
+    states = _state_bytes(recipe, teacher) + _state_bytes(recipe, student) * (2 if recipe.last_layers else 1)
     passes = 3 if copies else 2
     weights = [(teacher, "teacher", 2), (student, "student", passes)]
     read = ", ".join(f"{readable(n * of.checkpoint.total_bytes)} ({name} {n} times)" for of, name, n in weights)
     return [
         ["calibrated stage: tokens read", f"{tokens:,} ({copies} copies of {text:,}, checking and search text)"],
         ["calibrated stage: weights read", read],
-        ["calibrated stage: hidden states kept", readable(tokens * widths * _state_bytes(recipe))],
+        ["calibrated stage: hidden states kept", readable(tokens * states)],
     ]
 
 
@@ -259,6 +259,9 @@ def _head_bytes(recipe: Recipe, pair: ModelPair) -> int:
     return rank * (rows + columns) * BYTES[recipe.dtype]
 
 
-def _state_bytes(recipe: Recipe) -> int:
-    """Bytes of a number of a cached hidden state."""
-    return 2 if any(device.startswith("cuda") for device in execution_settings(recipe).devices) else 4
+def _state_bytes(recipe: Recipe, model: Model) -> int:
+    """Bytes of a cached hidden state of a token."""
+    from moe_svd_distill.streaming import PassSettings
+
+    width = model.layout.geometry.hidden
+    return width * PassSettings(execution_settings(recipe).devices).compute_dtype(width).itemsize
