@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         step.add_argument("rows", nargs="+", metavar="ROW")
     measure.add_argument("--heldout-tokens", type=int, default=16_384)
     measure.add_argument("--prose-tokens", type=int, default=8_192)
-    measure.add_argument("--dtype", default="auto")
+    measure.add_argument("--dtype", default="float32", help="auto: bfloat16 where that is fast")
     tasks.add_argument("--benchmark", default="humaneval")
     tasks.add_argument("--limit", type=int)
     tasks.add_argument("--new-tokens", type=int, default=384)

@@ -37,7 +37,7 @@ class LoraOptions:
         rate: Largest learning rate; it falls linearly to zero.
         epochs: Passes at most.
         seed: Of the factors and the order of sequences.
-        dtype: Of the student; the factors are float32, as PEFT makes them.
+        dtype: Of the student and the teacher's head; the factors are float32, as PEFT makes them.
         rank: Of every pair; lora_alpha is the same.
         step_sequences: Sequences of 512 tokens in a step.
         validation_tokens: Tokens of calibration text that passes are compared on.
@@ -184,11 +184,15 @@ def main() -> None:
         for part, tokens in (("train", options.tokens), ("validation", options.validation_tokens))
     ]
     teacher = load(Path(wanted["teacher"]), fast)
-    taught = [Taught(ids, torch.cat([final_states(teacher, ids[n : n + 1]) for n in range(len(ids))])) for ids in texts]
-    head = teacher.get_output_embeddings().weight.detach().clone()
+    dtype = dtype_of(options.dtype)
+    taught = [
+        Taught(ids, torch.cat([final_states(teacher, ids[n : n + 1]) for n in range(len(ids))]).to(dtype))
+        for ids in texts
+    ]
+    head = teacher.get_output_embeddings().weight.detach().to(dtype, copy=True)
     del teacher
     gc.collect()
-    model = load(student, dtype_of(options.dtype))
+    model = load(student, dtype)
     curve = train(model, head, *taught, options, Path(wanted["adapter"]))
     write_json(Path(wanted["adapter"]) / "curve.json", curve)
 

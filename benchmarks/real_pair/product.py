@@ -7,13 +7,15 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+import moe_svd_distill
 from benchmarks.real_pair.cost import run_measured
 from benchmarks.real_pair.places import Places
-from benchmarks.real_pair.rows import Row, file_digest, model_digest
+from benchmarks.real_pair.rows import Row, code_digest, file_digest, model_digest
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ def product(places: Places, options: ProductOptions, name: str | None = None) ->
         cost = run_measured(command, row.folder / "log.txt")
         record = json.loads((row.adapter / "run.json").read_text(encoding="utf-8"))
         kept = ("method", "scale_search", "refinement", "timing")
-        return {"cost": cost, "record": {key: record[key] for key in kept if key in record}}
+        code = code_digest(Path(moe_svd_distill.__file__).parent)
+        return {"cost": cost, "code": code, "record": {key: record[key] for key in kept if key in record}}
 
     row.section("row", inputs, make)
     return row
@@ -101,6 +104,6 @@ def pairs(settings: Sequence[str]) -> list[tuple[str, Any]]:
     return found
 
 
-def _same_recipe(file: Any, values: dict[str, Any]) -> bool:
+def _same_recipe(file: Path, values: dict[str, Any]) -> bool:
     """Whether an unfinished run of the same recipe lies there, for the product to go on with."""
     return file.is_file() and yaml.safe_load(file.read_text(encoding="utf-8")) == values

@@ -39,6 +39,8 @@ def packed(file: Path, model: Path, tokens: int, length: int = LENGTH) -> torch.
         if len(ids) >= tokens:
             break
         ids += [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]
+    if tokens < length:
+        raise SystemExit(f"{tokens} tokens are less than a sequence, expected at least {length}")
     if len(ids) < tokens:
         raise SystemExit(f"{file} holds {len(ids):,} tokens, expected at least {tokens:,}")
     return torch.tensor(ids[: tokens // length * length]).view(-1, length)

@@ -117,6 +117,11 @@ def model_digest(folder: Path) -> str:
     return digest_of(found)
 
 
+def code_digest(folder: Path) -> str:
+    """Of all modules below a folder."""
+    return digest_of({str(file.relative_to(folder)): file_digest(file) for file in sorted(folder.rglob("*.py"))})
+
+
 def libraries() -> dict[str, str]:
     """Versions of what is installed."""
     found = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from benchmarks.real_pair.cost import run_measured
@@ -43,11 +44,8 @@ def tasks(places: Places, row: Row, benchmark: str, limit: int | None, tokens: i
         ]  # fmt: skip
         cost = run_measured(command, row.folder / "tasks-log.txt")
         evaluation = json.loads((row.adapter / "evaluation.json").read_text(encoding="utf-8"))
-        (found,) = [
-            result
-            for name, result in evaluation["code_benchmarks"].items()
-            if name == benchmark or benchmark.endswith(name.partition(":")[2] or "\0")
-        ]
+        kind, colon, file = benchmark.partition(":")
+        found = evaluation["code_benchmarks"][f"{kind}:{Path(file).name}" if colon else kind]
         return {"cost": cost, "result": found}
 
     return row.section("tasks", inputs, make)

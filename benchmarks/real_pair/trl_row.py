@@ -82,6 +82,7 @@ def trl_row(places: Places, options: TrlOptions, name: str | None = None) -> Row
 
 def main() -> None:
     """Train as a file of options says."""
+    import torch
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoTokenizer
@@ -101,6 +102,9 @@ def main() -> None:
         max_completion_length=sequences.shape[1] - PROMPT,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=1,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
         teacher_model_init_kwargs={"dtype": "bfloat16"},
         save_strategy="no",
         report_to="none",

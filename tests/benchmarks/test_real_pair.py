@@ -19,6 +19,7 @@ from benchmarks.real_pair.places import DEFAULT, VARIABLE, Places, pins
 from benchmarks.real_pair.product import pairs
 from benchmarks.real_pair.rows import Row
 from benchmarks.real_pair.trl_row import TrlOptions
+from tests.evaluation.code.problems import GREEN, WRONG, write_problems
 from tests.evaluation.conftest import write_tokenizer
 
 VOCABULARY = 151_936
@@ -78,7 +79,11 @@ def test_rows_are_made_measured_and_shown_once(cache: Path, capsys: pytest.Captu
     _run(cache, *product)
     _run(cache, *plain)
     _run(cache, *on_rows, "--heldout-tokens", "512", "--prose-tokens", "256")
+    problems = write_problems(cache / "own.jsonl", GREEN, WRONG)
+    task = ["tasks", "product-tiny", "--benchmark", f"humaneval:{problems}", "--new-tokens", "4"]
+    _run(cache, *task)
     rows = {name: Row(Places.at(cache).rows / name).read() for name in on_rows[1:]}
+    assert rows["product-tiny"]["tasks"]["result"]["problems"] == 2
     for row in rows.values():
         cost, measured = row["row"]["cost"], row["measured"]["figures"]
         assert cost["cpu_seconds"] > 0
@@ -97,8 +102,9 @@ def test_rows_are_made_measured_and_shown_once(cache: Path, capsys: pytest.Captu
     _run(cache, *product)
     _run(cache, *plain)
     _run(cache, *on_rows, "--heldout-tokens", "512", "--prose-tokens", "256")
+    _run(cache, *task)
     said = capsys.readouterr().out
-    assert [said.count(f"{section} is there") for section in ("row", "measured")] == [2, 2]
+    assert [said.count(f"{section} is there") for section in ("row", "measured", "tasks")] == [2, 2, 1]
     assert rows == {name: Row(Places.at(cache).rows / name).read() for name in rows}
 
     _run(cache, "table")
@@ -181,7 +187,7 @@ def test_text_is_divided_by_package_and_nothing_comes_twice(tmp_path: Path, monk
         with zipfile.ZipFile(folder / f"{name}-1-py3-none-any.whl", "w") as wheel:
             wheel.writestr("same.py", "shared = 1\n" * 200)
             wheel.writestr(f"{name}.py", f"{name} = 1\n" * 900)
-            wheel.writestr("tests/test.py", "unwanted\n" * 900)
+            wheel.writestr(f"{name}/tests/test.py", "unwanted\n" * 900)
             wheel.writestr("short.py", "x\n")
     monkeypatch.setattr(text, "pins", lambda: {**wanted, "prose": {"package": "none"}})
     monkeypatch.setattr(text.shutil, "which", lambda name: None)
