@@ -2,7 +2,15 @@ from typing import Any
 
 import pytest
 
-from moe_svd_distill.pipeline.steps import epochs, optimiser_steps, sequence_length
+from moe_svd_distill.pipeline.steps import (
+    checks,
+    epochs,
+    learning_rate,
+    optimiser,
+    optimiser_steps,
+    sequence_length,
+    trains_head,
+)
 from moe_svd_distill.recipe import parse_recipe
 
 
@@ -43,3 +51,51 @@ def test_passes_over_the_text(tokens: int, asked: Any, stages: list[str], expect
 def test_tokens_of_a_sequence(asked: Any, longest: int, expected: int) -> None:
     recipe = parse_recipe({"teacher": "t", "student": "s", "sequence_tokens": asked})
     assert sequence_length(recipe, longest) == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "copies", "asked", "rows", "expected"),
+    [
+        (8_192, "auto", "auto", 2_048, True),  # seven copies: 32 tokens for each row
+        (4_096, "auto", "auto", 151_936, False),
+        (65_536, "auto", "auto", 151_936, False),
+        (303_872, 1, "auto", 151_936, True),  # four tokens for each row, copies included
+        (303_871, 1, "auto", 151_936, False),
+        (512, "auto", "train", 151_936, True),
+        (393_216, "auto", "fixed", 64, False),
+    ],
+)
+def test_whether_the_head_moves(tokens: int, copies: Any, asked: str, rows: int, expected: bool) -> None:
+    values = {"teacher": "t", "student": "s", "tokens": tokens, "copies": copies, "training": {"head": asked}}
+    assert trains_head(parse_recipe(values), rows) == expected
+
+
+@pytest.mark.parametrize(
+    ("training", "head_moves", "moved_by", "rate"),
+    [
+        ({}, True, "muon", 0.6 / 128),
+        ({}, False, "adamw", 0.18 / 128),
+        ({"optimiser": "muon"}, False, "muon", 0.6 / 128),
+        ({"optimiser": "adamw", "learning_rate": 3e-4}, True, "adamw", 3e-4),
+    ],
+)
+def test_what_moves_the_factors_and_how_fast(
+    training: dict[str, Any], head_moves: bool, moved_by: str, rate: float
+) -> None:
+    recipe = parse_recipe({"teacher": "t", "student": "s", "training": training})
+    found = optimiser(recipe, head_moves)
+    assert (found, learning_rate(recipe, found, 128)) == (moved_by, pytest.approx(rate))
+
+
+@pytest.mark.parametrize(
+    ("trained", "measured", "asked", "expected"),
+    [
+        (512 * 512, 4_096, 12, 12),
+        (32 * 512, 4_096, 12, 3),  # a quarter of three times the tokens trained on
+        (32 * 512, 4_096, 1, 1),
+        (512, 4_096, 12, 2),
+    ],
+)
+def test_how_often_the_student_is_measured(trained: int, measured: int, asked: int, expected: int) -> None:
+    recipe = parse_recipe({"teacher": "t", "student": "s", "training": {"checks": asked}})
+    assert checks(recipe, trained, measured) == expected
