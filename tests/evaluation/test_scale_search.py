@@ -121,7 +121,10 @@ def test_what_little_text_does_not_prove_is_not_blamed_on_the_adapter() -> None:
     assert search.kind == "unproven"
     assert search.tokens_needed is not None
     assert search.decision.startswith("Nothing was transferred: not proven on so little text: at scale ")
-    assert f"Give more text, or --scale-search-tokens {search.tokens_needed}; the fit is kept." in search.decision
+    assert (
+        f"Give more text, or --scale-search-tokens {search.tokens_needed}; what was computed is kept."
+        in search.decision
+    )
     assert "harm" not in search.decision
     more, _ = _landscape(
         dict.fromkeys(GROUPS, 1.0), dict.fromkeys(GROUPS, 0.02), noise=0.1, documents=search.tokens_needed // 100

@@ -151,7 +151,10 @@ def refusal(kind: Kind, trials: Sequence[Tried], guard: Guard, tokens: int) -> t
     if best.kl.falls(guard.errors):
         needed = tokens_needed(best.cross_entropy, guard.cross_entropy_errors, 0.0, tokens)
     advice = f"Give more text, or --scale-search-tokens {needed}" if needed else "Give text of more documents"
-    return f"{_NOTHING}not proven on so little text: {_figures(best, guard)}. {advice}; the fit is kept.", needed
+    return (
+        f"{_NOTHING}not proven on so little text: {_figures(best, guard)}. {advice}; what was computed is kept.",
+        needed,
+    )
 
 
 def _figures(trial: Tried, guard: Guard) -> str:
