@@ -21,6 +21,7 @@ from moe_svd_distill.evaluation.result import Evaluation
 from moe_svd_distill.evaluation.streamed import PredictingRows, record_teacher_streamed
 from tests.adapter.tiny import random_pairs, save_adapter
 from tests.evaluation.conftest import LENGTH, Lab, documents, llama, qwen3_moe
+from tests.support.passes import a_journal_of_every_layer
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def test_a_stopped_evaluation_goes_on(pair: Pair, tmp_path: Path, monkeypatch: p
         if name == "adapter, layer by layer" and done >= total / 2:
             raise StoppedError
 
-    with pytest.raises(StoppedError):
+    with a_journal_of_every_layer(), pytest.raises(StoppedError):
         _evaluate(pair, "streamed", tmp_path, on_progress=stop)
     stream = streamed.stream_states
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from moe_svd_distill.pipeline.distill import Listener, distill
 from moe_svd_distill.recipe import load_recipe
+from tests.support.passes import a_journal_of_every_layer
 
 
 def main() -> None:
@@ -19,7 +20,8 @@ def main() -> None:
         if name == step and fraction is not None and fraction >= float(limit):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    distill(load_recipe(Path(file), {}), Listener(on_stage=on_stage))
+    with a_journal_of_every_layer():
+        distill(load_recipe(Path(file), {}), Listener(on_stage=on_stage))
 
 
 if __name__ == "__main__":

@@ -53,8 +53,9 @@ class Allocation:
 def allocate(lengths: IntArray, groups: IntArray, full: Sequence[int], length: int) -> Allocation | None:
     """Give parts their documents so that no group is in two, over as many groups and documents as the text allows.
 
-    Parts take groups in their order; if that wastes large groups on small parts, the smallest groups go first. Too
-    little text shrinks all parts by one factor, down to `KEPT`, and what is left then goes to the last.
+    Parts take groups in their order. Too little text shrinks all parts by one factor, down to `KEPT`; then the smallest
+    parts come first, take the smallest groups if large ones would be wasted on them, and what is left goes to the
+    largest.
 
     Args:
         lengths: Tokens of every document, (documents,), those of a group side by side.
@@ -68,6 +69,16 @@ def allocate(lengths: IntArray, groups: IntArray, full: Sequence[int], length: i
     given = complete(lengths, groups, full, (WIDEST, *ENOUGH))
     if given is not None:
         return Allocation(tuple(full), tuple(given), 1.0)
+    ascending = np.argsort(full, kind="stable")
+    found = _of_too_little(lengths, groups, [full[part] for part in ascending], length)
+    if found is None:
+        return None
+    wanted, places = ([values[place] for place in np.argsort(ascending)] for values in (found.wanted, found.places))
+    return Allocation(tuple(wanted), tuple(places), found.share)
+
+
+def _of_too_little(lengths: IntArray, groups: IntArray, full: Sequence[int], length: int) -> Allocation | None:
+    """Of budgets in ascending order, in the order of groups that leaves more."""
     drawn = _shrunk(lengths, groups, full, length)
     rank = np.argsort(np.argsort(np.bincount(groups, weights=lengths), kind="stable"), kind="stable")[groups]
     order = np.argsort(rank, kind="stable")
