@@ -145,7 +145,6 @@ class _Refinement:
             head = trainee.head
             moving = _MovingHead(self, trainee, head, run) if isinstance(head, TrainedHead) else None
             searched = search_text(self.pair, self.text, self.read).open()
-            self.report("searching the scale of the trained adapter", None)
             search = self.search_scale(trainee, moving, searched)
             scale = float(search.scales[GROUP])
             pairs = {name: self.stored_pair(trainee, name, scale) for name in trainee.bank.names}
@@ -244,6 +243,7 @@ class _Refinement:
         places = predicting_places(self.text.search)
         with ExitStack() as stack:
             standing = None if moving else stack.enter_context(self.standing_head(trainee, text))
+            self.report("searching the scale of the trained adapter", None)
 
             def at(scales: Mapping[str, float]) -> Measurement:
                 scale = scales[GROUP]
