@@ -74,11 +74,11 @@ def test_rows_are_made_measured_and_shown_once(cache: Path, capsys: pytest.Captu
     }  # fmt: skip
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     product = ["product", "--tokens", "1024", "--method", "refined", *words, "--name", "product-tiny"]
-    plain = ["lora", "--tokens", "1024", "--rate", "0.01", "--epochs", "2", "--validation-tokens", "512"]
-    on_rows = ["measure", "product-tiny", "lora-1024-r0.01-e2-s0"]
+    plain = ["lora", "--tokens", "512", "--rate", "0.01", "--epochs", "2", "--validation-tokens", "512"]
+    on_rows = ["measure", "product-tiny", "lora-512-r0.01-e2-s0"]
     _run(cache, *product)
     _run(cache, *plain)
-    _run(cache, *on_rows, "--heldout-tokens", "512", "--prose-tokens", "256")
+    _run(cache, *on_rows, "--heldout-tokens", "256", "--prose-tokens", "128")
     problems = write_problems(cache / "own.jsonl", GREEN, WRONG)
     task = ["tasks", "product-tiny", "--benchmark", f"humaneval:{problems}", "--new-tokens", "4"]
     _run(cache, *task)
@@ -91,9 +91,9 @@ def test_rows_are_made_measured_and_shown_once(cache: Path, capsys: pytest.Captu
         for kind in ("heldout", "prose"):
             assert measured[kind]["student_kl"]["value"] > 0
             assert measured[kind]["kl"]["low"] <= measured[kind]["kl"]["value"] <= measured[kind]["kl"]["high"]
-    plain_figures = rows["lora-1024-r0.01-e2-s0"]["measured"]["figures"]["heldout"]
+    plain_figures = rows["lora-512-r0.01-e2-s0"]["measured"]["figures"]["heldout"]
     assert plain_figures["kl_gap_closed"]["value"] > 0
-    curve = rows["lora-1024-r0.01-e2-s0"]["row"]["curve"]
+    curve = rows["lora-512-r0.01-e2-s0"]["row"]["curve"]
     assert [point["epoch"] for point in curve] == [0, 1, 2]
     first, second = (row["measured"]["figures"]["heldout"]["student_kl"] for row in rows.values())
     assert first == second, "both rows begin with the same student"
@@ -101,7 +101,7 @@ def test_rows_are_made_measured_and_shown_once(cache: Path, capsys: pytest.Captu
     capsys.readouterr()
     _run(cache, *product)
     _run(cache, *plain)
-    _run(cache, *on_rows, "--heldout-tokens", "512", "--prose-tokens", "256")
+    _run(cache, *on_rows, "--heldout-tokens", "256", "--prose-tokens", "128")
     _run(cache, *task)
     said = capsys.readouterr().out
     assert [said.count(f"{section} is there") for section in ("row", "measured", "tasks")] == [2, 2, 1]
@@ -122,10 +122,10 @@ def test_the_best_pass_is_kept(cache: Path, tmp_path: Path) -> None:
 
     places = Places.at(cache)
     teacher = load(places.teacher, torch.float32)
-    ids = [packed(places.text(part), places.student, 512, 128) for part in ("train", "calibration")]
+    ids = [packed(places.text(part), places.student, 256, 128) for part in ("train", "calibration")]
     taught = [lora.Taught(each, final_states(teacher, each)) for each in ids]
     head = teacher.get_output_embeddings().weight
-    options = lora.LoraOptions(512, 30.0, 2, 0, rank=4)  # a rate that only harms
+    options = lora.LoraOptions(256, 30.0, 1, 0, rank=4)  # a rate that only harms
     curve = lora.train(load(places.student, torch.float32), head, *taught, options, tmp_path)
     assert min(curve, key=lambda point: point["kl"])["epoch"] == 0
     kept = with_adapter(load(places.student, torch.float32), tmp_path)
