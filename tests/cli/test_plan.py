@@ -60,7 +60,7 @@ def test_the_same_as_json_and_from_the_environment(
     supplied = {"method": "refined", "tokens": 131_072}
     assert outlook["preset"] == {"name": "balanced", "supplied": supplied, "given_otherwise": {}}
     assert outlook["method"]["asked"] == "refined"
-    assert outlook["refined"]["teacher_tokens"] == 131_072 + outlook["refined"]["own_text"] + 16_384
+    assert outlook["refined"]["teacher_tokens"] == 131_072 + outlook["refined"]["own_text"] + 4096 + 16_384
     outlook = json.loads(run(capsys, *words, "--preset", "fast", "--json")[1])
     assert (outlook["preset"]["name"], outlook["refined"]) == ("fast", None)
 
