@@ -16,17 +16,13 @@ import torch
 
 from moe_svd_distill.execution.publish import write_json_atomic
 from moe_svd_distill.fitting.check import (
-    DocumentSums,
-    Places,
-    figures_by_document,
     figures_with_fixed_head,
     predicting_places,
 )
-from moe_svd_distill.fitting.pairs import HeadWeights, Segment, StatePairs, common_rows
-from moe_svd_distill.fitting.rank import choose_rank, head_factors
-from moe_svd_distill.pipeline.assembly import asked_head_rank
+from moe_svd_distill.fitting.pairs import common_rows
 from moe_svd_distill.pipeline.copying import for_training
-from moe_svd_distill.pipeline.fitted import Fitted, HeadChange
+from moe_svd_distill.pipeline.fitted import Fitted
+from moe_svd_distill.pipeline.moving_head import MovingHead
 from moe_svd_distill.pipeline.placement import Placement, place_training
 from moe_svd_distill.pipeline.preparation import library_versions
 from moe_svd_distill.pipeline.ranks import trained_ranks
@@ -143,7 +139,11 @@ class _Refinement:
         with trained(job, self.told) as (trainee, run):
             self.report("measuring the trained student", None)
             head = trainee.head
-            moving = _MovingHead(self, trainee, head, run) if isinstance(head, TrainedHead) else None
+            moving = (
+                MovingHead(self.recipe, self.pair, self.fit_text.student_ids, trainee, head, run.outcome.curve[0].kl)
+                if isinstance(head, TrainedHead)
+                else None
+            )
             searched = search_text(self.pair, self.text, self.read).open()
             search = self.search_scale(trainee, moving, searched)
             scale = float(search.scales[GROUP])
@@ -235,7 +235,7 @@ class _Refinement:
         left = torch.nn.functional.pad(scale * left, (0, lacking))
         return left.to("cpu", self.dtype), torch.nn.functional.pad(right, (0, 0, 0, lacking)).to("cpu", self.dtype)
 
-    def search_scale(self, trainee: Trainee, moving: _MovingHead | None, text: TrainingText) -> ScaleSearch:
+    def search_scale(self, trainee: Trainee, moving: MovingHead | None, text: TrainingText) -> ScaleSearch:
         """How much of it all to keep; nothing is a valid answer."""
         from moe_svd_distill.evaluation.figures import Measurement
         from moe_svd_distill.evaluation.scale_search import search_scale
@@ -316,50 +316,6 @@ class _Refinement:
         facts = {key: value for key, value in asdict(states.record).items() if key != "unused"}
         self.passes[name] = facts | {"file": states.path.name}
         return states
-
-
-class _MovingHead:
-    """The change of a trained head at a rank that keeps what it is worth."""
-
-    def __init__(self, refinement: _Refinement, trainee: Trainee, head: TrainedHead, run: Trained) -> None:
-        self._trainee, self._head, self._dtype = trainee, head, refinement.dtype
-        self._rows = torch.from_numpy(refinement.fit_text.student_ids)
-        self._vocabulary = refinement.pair.student.architecture.head_slot.shape[0]
-        self.choice = choose_rank(
-            head.delta,
-            trainee.metric,
-            asked_head_rank(refinement.recipe, refinement.pair.student.architecture.head),
-            self._pairs(trainee.check, 1.0),
-            trainee.student,
-            trainee.teacher,
-            run.outcome.curve[0].kl,
-            self._dtype,
-        )
-
-    def figures(self, scale: float, text: TrainingText, places: Places) -> DocumentSums:
-        """Of the student with this share of the adapter, on a text."""
-        trainee, (left, right) = self._trainee, self._factors(scale)
-        weight = trainee.student.weight + left.float() @ right.float()
-        head = HeadWeights(weight, trainee.student.bias, trainee.student.transform)
-        return figures_by_document(self._pairs(text, scale), places, head, trainee.teacher)
-
-    def change(self, scale: float) -> HeadChange:
-        """This share of it, over all rows of the head."""
-        left, right = (factor.cpu() for factor in self._factors(scale))
-        whole = torch.zeros(self._vocabulary, left.shape[1], dtype=self._dtype)
-        delta = torch.zeros(self._vocabulary, right.shape[1])
-        whole[self._rows] = left
-        delta[self._rows] = left.float() @ right.float()
-        return HeadChange((whole, right), delta)
-
-    def _pairs(self, text: TrainingText, scale: float) -> StatePairs:
-        """States of a text that is measured on, in the order of its places."""
-        mine = self._trainee.states_of(text, scale)
-        return StatePairs([Segment(mine, text.teacher, np.arange(len(mine)), text.teacher_position)])
-
-    def _factors(self, scale: float) -> tuple[Tensor, Tensor]:
-        left, right = head_factors(self._head.delta, self._trainee.metric, self.choice.rank, torch.float32)
-        return (left * scale).to(self._dtype), right.to(self._dtype)
 
 
 def _digest(*numbers: NDArray[np.int64]) -> str:
