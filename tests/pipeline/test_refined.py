@@ -168,6 +168,7 @@ def test_with_a_large_vocabulary_and_little_text_the_head_stands_still(tiny: tup
         "method": "calibrated",
         "start": "auto",
         "training": {"head": "auto", "epochs": 2},
+        "last_layers": 2,
         "tokens": 512,
     }
     recipe = recipe_for(*tiny, tmp_path / "out", **values)
@@ -176,6 +177,7 @@ def test_with_a_large_vocabulary_and_little_text_the_head_stands_still(tiny: tup
     assert record["method"] == "refined"
     assert "the head stands still" in record["method_choice"]["reason"]
     assert any("the head stands still" in note for note in notes)
+    assert any("; last_layers is of the fit alone and not used" in note for note in notes)
     facts = record["refinement"]
     assert facts["head"] == "fixed"
     assert facts["settings"]["head"] == "fixed"

@@ -15,6 +15,7 @@ from moe_svd_distill.pipeline.relatedness import measure_relatedness
 from moe_svd_distill.pipeline.steps import trains_head
 from moe_svd_distill.recipe import Recipe
 
+_OF_THE_FIT = ("fit_passes", "last_layers", "head_rank", "head_format")
 _STARTS = ("weights", "calibrated", "weights+calibrated")
 
 
@@ -92,6 +93,9 @@ def stages_for(recipe: Recipe, relatedness: Relatedness) -> Stages:
         f"{found.reason}; the vocabulary of {rows:,} tokens is large for so little text, so the head stands still and "
         "all layers are trained for few steps (refined) where the calibrated stage would fit the head"
     )
+    unused = [key for key in _OF_THE_FIT if key in recipe.model_fields_set]
+    if unused:
+        reason += f"; {', '.join(unused)} {'is' if len(unused) == 1 else 'are'} of the fit alone and not used"
     return replace(found, names=names, reason=reason)
 
 
