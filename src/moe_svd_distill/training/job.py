@@ -259,11 +259,15 @@ class Trainee:
                 settings.cross_entropy_share,
             )
         head = FixedHead(self.student)
-        for name, text, share in (("text", self.text, settings.cross_entropy_share), ("check", self.check, 0.0)):
+
+        def short_of(text: TrainingText, share: float, name: str) -> TrainingText:
             rows = with_expected_rows(
                 text, teacher, self.student, share, job.folder, f"{self._peers.number}-{name}", head.products.dtype
             )
-            setattr(self, name, self._closing.enter_context(rows).text)
+            return self._closing.enter_context(rows).text
+
+        self.text = short_of(self.text, settings.cross_entropy_share, "text")
+        self.check = short_of(self.check, 0.0, "check")
         return head
 
     def _together(self, text: TrainingText) -> int:
