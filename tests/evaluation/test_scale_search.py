@@ -62,6 +62,13 @@ def test_the_best_scale_is_found_and_confirmed() -> None:
     assert "in 40 of 40 documents" in search.decision
 
 
+def test_small_scales_are_left_out_where_more_is_better_and_proven() -> None:
+    evaluate, calls = _landscape(dict.fromkeys(GROUPS, 1.2), dict.fromkeys(GROUPS, 0.1), noise=0.001)
+    search = search_scale(evaluate, GROUPS, by_group=False)
+    assert search.accepted
+    assert [call["head"] for call in calls] == [0.0, 1.0, 0.75]
+
+
 def test_each_group_gets_its_own_scale() -> None:
     evaluate, _ = _landscape({"attention": 0.0, "experts": 0.5, "head": 1.0}, dict.fromkeys(GROUPS, 0.1), noise=0.001)
     search = search_scale(evaluate, GROUPS)

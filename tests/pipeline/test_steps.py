@@ -91,7 +91,7 @@ def test_what_moves_the_factors_and_how_fast(
     ("trained", "measured", "asked", "expected"),
     [
         (512 * 512, 4_096, 12, 12),
-        (32 * 512, 4_096, 12, 3),  # a quarter of three times the tokens trained on
+        (32 * 512, 1_024, 12, 6),  # an eighth of three times the tokens trained on
         (32 * 512, 4_096, 1, 1),
         (512, 4_096, 12, 2),
     ],

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from moe_svd_distill.algebra.distribution import cross_entropy, kl_divergence, top1_agreement
 from moe_svd_distill.algebra.logits import LogitTransform
 from moe_svd_distill.algebra.whitening import whitening
 from moe_svd_distill.fitting.pairs import HeadWeights
@@ -69,6 +70,18 @@ def test_products_of_16_bits_are_near(tmp_path: Path, monkeypatch: pytest.Monkey
         near = torch.nn.functional.cosine_similarity(slopes[0], slopes[1], dim=-1)
         assert float(near.min()) > 0.999
         assert float(rounded.loss) == pytest.approx(float(plain.loss), rel=0.01)
+
+
+def test_figures_are_those_of_both_distributions(tmp_path: Path) -> None:
+    student, teacher = _heads(0.5, bias=True)
+    text, generator = made_up_text(6, seed=4), torch.Generator().manual_seed(7)
+    states = torch.randn(len(text.position), WIDTH, generator=generator)
+    target = torch.randint(VOCABULARY, (len(states),), generator=generator)
+    with with_expected_rows(text, teacher, student, 0.0, tmp_path, "search") as expected:
+        found = FixedHead(student).figures(states, expected.text.teacher, expected.best, target)
+    wanted, given = teacher.logits(text.teacher[torch.from_numpy(text.teacher_position)]), student.logits(states)
+    plain = [kl_divergence(wanted, given), cross_entropy(given, target), top1_agreement(wanted, given).float()]
+    torch.testing.assert_close(found, torch.stack(plain), rtol=1e-4, atol=1e-4)
 
 
 def test_rows_are_the_plain_formula() -> None:

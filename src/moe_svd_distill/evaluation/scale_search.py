@@ -120,7 +120,7 @@ class _Search:
 
         Between two that are, the lowest point of the parabola through three is tried as well.
         """
-        tried = [self.tried(dict.fromkeys(self.groups, scale)) for scale in grid]
+        tried = self.descend(grid)
         falls = [trial.kl.falls(self.guard.errors) for trial in tried]
         proven = falls.index(False) if False in falls else len(falls)
         for trial in tried[:proven]:
@@ -130,11 +130,28 @@ class _Search:
             return
         place = tried.index(self.best)
         if place + 1 < proven:
-            points, heights = [0.0, *grid], [0.0, *(-trial.kl.fall for trial in tried)]
+            points = [0.0, *grid[len(grid) - len(tried) :]]
+            heights = [0.0, *(-trial.kl.fall for trial in tried)]
             scale = _lowest(points[place : place + 3], heights[place : place + 3])
             between = self.tried(dict.fromkeys(self.groups, scale))
             if between.counts(self.guard):
                 self.consider(between)
+
+    def descend(self, grid: Sequence[float]) -> list[Tried]:
+        """From the largest scale down, until one and the next above it are proven and KL falls less far below.
+
+        Smaller ones would be proven too and fall less far still: KL is nearly a parabola in the scale.
+
+        Returns:
+            What was tried, the smallest scale first.
+        """
+        tried: list[Tried] = []
+        for scale in reversed(grid):
+            tried.insert(0, self.tried(dict.fromkeys(self.groups, scale)))
+            lower, *above = tried
+            if above and lower.kl.fall < above[0].kl.fall and all(t.kl.falls(self.guard.errors) for t in tried):
+                break
+        return tried
 
     def try_groups_alone(self) -> None:
         """One harmful group may spoil the others: try each by itself, all together with a quarter of the chance."""

@@ -86,38 +86,18 @@ def figures_by_document(pairs: StatePairs, places: Places, student: HeadWeights,
                 ]
             ).cpu()
         )
-    sums = [_by_document(column, places.unit) for column in torch.cat(columns, dim=1).numpy()]
-    return DocumentSums(sums[0], sums[1], sums[2], _by_document(np.ones(len(places.unit)), places.unit))
+    return summed(torch.cat(columns, dim=1), places)
 
 
-@torch.no_grad()
-def figures_with_fixed_head(
-    states: Tensor, rows: Tensor, best: Tensor, places: Places, head: HeadWeights
-) -> DocumentSums:
-    """The same figures where all that is needed of the teacher has been worked out.
+def summed(columns: Tensor, places: Places) -> DocumentSums:
+    """Figures of single places, summed for each document.
 
     Args:
-        states: The student's at exactly these places, (n, d).
-        rows: ``Wᵀ p`` and ``Σ p log p − b · p`` for the teacher's p, (n, d + 1) (`training.expected_rows`).
-        best: The teacher's most likely token, (n,).
-        places: Targets and documents.
-        head: The student's; it must not bend its logits.
+        columns: KL, cross-entropy and agreement of every place, (3, n).
+        places: Whose documents.
     """
-    device = head.weight.device
-    step = max(1, _LOGIT_BYTES // (4 * len(head.weight)))
-    columns: list[Tensor] = []
-    for begin in range(0, len(states), step):
-        part = slice(begin, begin + step)
-        mine, expected = states[part].to(device, torch.float32), rows[part].to(device)
-        logits = head.logits(mine)
-        whole = torch.logsumexp(logits, dim=-1)
-        target = torch.from_numpy(places.target[part]).to(device)[:, None]
-        divergence = whole - torch.linalg.vecdot(mine, expected[:, :-1]) + expected[:, -1]
-        agreement = logits.argmax(dim=-1) == best[part].to(device)
-        found = [divergence, whole - logits.gather(1, target)[:, 0], agreement]
-        columns.append(torch.stack([column.double() for column in found]).cpu())
-    sums = [_by_document(column, places.unit) for column in torch.cat(columns, dim=1).numpy()]
-    return DocumentSums(sums[0], sums[1], sums[2], _by_document(np.ones(len(places.unit)), places.unit))
+    kl, entropy, agreement = (_by_document(column, places.unit) for column in columns.double().numpy())
+    return DocumentSums(kl, entropy, agreement, _by_document(np.ones(len(places.unit)), places.unit))
 
 
 def _by_document(values: NDArray[np.float64], unit: IntArray) -> NDArray[np.float64]:

@@ -15,10 +15,7 @@ import numpy as np
 import torch
 
 from moe_svd_distill.execution.publish import write_json_atomic
-from moe_svd_distill.fitting.check import (
-    figures_with_fixed_head,
-    predicting_places,
-)
+from moe_svd_distill.fitting.check import predicting_places, summed
 from moe_svd_distill.fitting.pairs import common_rows
 from moe_svd_distill.pipeline.copying import for_training
 from moe_svd_distill.pipeline.fitted import Fitted
@@ -40,6 +37,7 @@ from moe_svd_distill.pipeline.training_text import search_text, training_texts
 from moe_svd_distill.streaming import PassSettings, StreamedStates, load_head, stream_states
 from moe_svd_distill.training.crew import trained
 from moe_svd_distill.training.expected_rows import ExpectedText, with_expected_rows
+from moe_svd_distill.training.fixed_head import FixedHead
 from moe_svd_distill.training.head import TrainedHead
 from moe_svd_distill.training.job import Trained, Trainee, TrainingJob
 from moe_svd_distill.training.loop import Progress
@@ -242,7 +240,8 @@ class _Refinement:
 
         places = predicting_places(self.text.search)
         with ExitStack() as stack:
-            standing = None if moving else stack.enter_context(self.standing_head(trainee, text))
+            head = trainee.head
+            standing = stack.enter_context(self.standing_head(head, text)) if isinstance(head, FixedHead) else None
             self.report("searching the scale of the trained adapter", None)
 
             def at(scales: Mapping[str, float]) -> Measurement:
@@ -251,18 +250,19 @@ class _Refinement:
                     assert moving is not None
                     sums = moving.figures(scale, text, places)
                 else:
-                    states, rows = trainee.states_of(text, scale), standing.text.teacher
-                    sums = figures_with_fixed_head(states, rows, standing.best, places, trainee.student)
+                    assert isinstance(head, FixedHead)
+                    states, target = trainee.states_of(text, scale), torch.from_numpy(places.target)
+                    sums = summed(head.figures(states, standing.text.teacher, standing.best, target), places)
                 return Measurement(sums.kl, sums.cross_entropy, sums.agreement, sums.tokens)
 
             return search_scale(at, (GROUP,), global_scales=(0.25, 0.5, 1.0))
 
-    def standing_head(self, trainee: Trainee, text: TrainingText) -> AbstractContextManager[ExpectedText]:
-        """What is needed of the teacher for a head that stands still, in float32: the scale search rests on it."""
+    def standing_head(self, head: FixedHead, text: TrainingText) -> AbstractContextManager[ExpectedText]:
+        """What the scale search needs of the teacher for a head that stands still."""
         self.report("working out what the scale search needs of the teacher", None)
-        head = load_head(self.pair.teacher.checkpoint, str(self.device), torch.float32)
-        teacher = common_rows(head, self.fit_text.teacher_ids)
-        return with_expected_rows(text, teacher, trainee.student, 0.0, self.folder, "search")
+        theirs = load_head(self.pair.teacher.checkpoint, str(self.device), torch.float32)
+        teacher = common_rows(theirs, self.fit_text.teacher_ids)
+        return with_expected_rows(text, teacher, head.weights, 0.0, self.folder, "search", head.products.dtype)
 
     def facts(
         self,

@@ -64,13 +64,32 @@ class FixedHead:
             slopes.append(slope.sub_(rows[:, :-1]).div_(places))
         return torch.cat(slopes)
 
-    def _parts(self, count: int) -> list[slice]:
-        step = max(1, LOGIT_BYTES // (4 * len(self.products)))
-        return [slice(begin, min(begin + step, count)) for begin in range(0, count, step)]
+    @torch.no_grad()
+    def figures(self, states: Tensor, rows: Tensor, best: Tensor, target: Tensor) -> Tensor:
+        """KL, cross-entropy and agreement at single places, (3, n), to the rounding of the products.
+
+        Args:
+            states: The student's, (n, d).
+            rows: From `expected_rows`, (n, d + 1).
+            best: The teacher's most likely token, (n,).
+            target: The token that follows, (n,).
+        """
+        device, columns = self.products.device, []
+        for part in self._parts(len(states)):
+            inputs, expected = states[part].to(device, torch.float32), rows[part].to(device)
+            logits = self._logits(inputs)
+            entropy = torch.logsumexp(logits, dim=-1) - logits.gather(1, target[part].to(device)[:, None])[:, 0]
+            agreement = logits.argmax(dim=-1) == best[part].to(device)
+            columns.append(torch.stack([self._loss(logits, inputs, expected), entropy, agreement.float()]).cpu())
+        return torch.cat(columns, dim=1)
 
     def _logits(self, inputs: Tensor) -> Tensor:
         found = (inputs.to(self.products.dtype) @ self.products.T).float()
         return self.weights.transform(found if self.weights.bias is None else found.add_(self.weights.bias))
+
+    def _parts(self, count: int) -> list[slice]:
+        step = max(1, LOGIT_BYTES // (4 * len(self.products)))
+        return [slice(begin, min(begin + step, count)) for begin in range(0, count, step)]
 
     @staticmethod
     def _loss(logits: Tensor, inputs: Tensor, rows: Tensor) -> Tensor:

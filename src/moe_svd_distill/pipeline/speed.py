@@ -1,0 +1,214 @@
+"""How fast this machine runs a model: its first layers and its head, run for a moment on made-up tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moe_svd_distill.algebra.dtypes import matmul_dtype
+from moe_svd_distill.streaming import Decoder, load_head
+from moe_svd_distill.training.factors import FactorBank
+
+if TYPE_CHECKING:
+    from moe_svd_distill.checkpoints import Checkpoint
+
+_LAYERS = 3  # run at most; the last of them stands for those behind it
+_FEW_TOKENS, _HEAD_PLACES, _REPEATS = 8, 128, 2
+
+
+@dataclass(frozen=True)
+class LayerSeconds:
+    """Seconds of a layer, or of all of them.
+
+    Attributes:
+        loading: Of reading its weights.
+        forward: Of a token, forward.
+        learning: Of a token, forward and backward with pairs; 0 for a model that is only read.
+        composing: Of putting the pairs into the weights, which each step of training does; the same.
+    """
+
+    loading: float
+    forward: float
+    learning: float = 0.0
+    composing: float = 0.0
+
+
+@dataclass(frozen=True)
+class HeadSeconds:
+    """Seconds of a token's logits and their softmax.
+
+    Attributes:
+        plain: In float32.
+        rounded: With products in the type that large heads are multiplied in.
+    """
+
+    plain: float
+    rounded: float
+
+
+def reading_speed(
+    checkpoint: Checkpoint, device: str, dtype: torch.dtype, length: int, batch_tokens: int
+) -> LayerSeconds:
+    """Seconds of all layers where a pass reads a text: on a CPU a batch on each core.
+
+    Args:
+        checkpoint: The model; its weights lie on this machine.
+        device: Where to compute.
+        dtype: Type to compute in.
+        length: Tokens of a sequence.
+        batch_tokens: Tokens of a batch.
+
+    Raises:
+        BadDataError: A tensor is missing, or has a wrong shape or no place.
+        IncompatiblePairError: The architecture cannot be run layer by layer.
+    """
+    if device != "cpu":
+        return _all_layers(checkpoint, device, dtype, length, batch_tokens, {})
+    with _one_thread() as cores:
+        found = _all_layers(checkpoint, device, dtype, length, batch_tokens, {})
+    return LayerSeconds(found.loading, found.forward / cores)
+
+
+def training_speed(
+    checkpoint: Checkpoint,
+    device: str,
+    dtype: torch.dtype,
+    length: int,
+    batch_tokens: int,
+    ranks: Mapping[str, int],
+) -> LayerSeconds:
+    """Seconds of all layers where a student is trained: a batch on all cores.
+
+    Args:
+        checkpoint: The student; its weights lie on this machine.
+        device: Where to compute.
+        dtype: Type to compute in.
+        length: Tokens of a sequence.
+        batch_tokens: Tokens of a batch.
+        ranks: Of every matrix that is trained.
+
+    Raises:
+        BadDataError: A tensor is missing, or has a wrong shape or no place.
+        IncompatiblePairError: The architecture cannot be run layer by layer.
+    """
+    return _all_layers(checkpoint, device, dtype, length, batch_tokens, ranks)
+
+
+@torch.no_grad()
+def head_speed(checkpoint: Checkpoint, device: str) -> HeadSeconds:
+    """Seconds of a token in a model's head.
+
+    Raises:
+        BadDataError: The head is missing.
+        IncompatiblePairError: The model has no head, or does something unknown after it.
+    """
+    place = torch.device(device)
+    head = load_head(checkpoint, device, torch.float32).weight
+
+    def seconds(dtype: torch.dtype) -> float:
+        weight = head.to(dtype)
+        states = torch.ones(_HEAD_PLACES, head.shape[1], device=place, dtype=dtype)
+        return _best(lambda: torch.softmax((states @ weight.T).float(), dim=-1), place) / _HEAD_PLACES
+
+    return HeadSeconds(seconds(torch.float32), seconds(matmul_dtype(place)))
+
+
+def _all_layers(
+    checkpoint: Checkpoint,
+    device: str,
+    dtype: torch.dtype,
+    length: int,
+    batch_tokens: int,
+    ranks: Mapping[str, int],
+) -> LayerSeconds:
+    """Of the first few layers as measured, and of those behind them as of the last of these."""
+    place = torch.device(device)
+    decoder = Decoder(checkpoint, (place,), dtype, gradients=bool(ranks))
+    ids = torch.randint(
+        decoder.skeleton.vocabulary, (max(1, batch_tokens // length), length), generator=torch.Generator().manual_seed(0)
+    ).to(place)
+    trial = _Trial(decoder, place, ids, ranks)
+    try:
+        found = [trial.layer(layer) for layer in range(max(1, min(_LAYERS, decoder.layers - 1)))]
+        return LayerSeconds(
+            *(
+                sum(values) + (decoder.layers - len(values)) * values[-1]
+                for values in ([getattr(of, field.name) for of in found] for field in fields(LayerSeconds))
+            )
+        )
+    finally:
+        decoder.close()
+
+
+class _Trial:
+    """Layers of a decoder, one after another, on one batch."""
+
+    def __init__(self, decoder: Decoder, place: torch.device, ids: Tensor, ranks: Mapping[str, int]) -> None:
+        self.decoder, self.place, self.ids, self.ranks = decoder, place, ids, ranks
+        self.few = ids[:1, :_FEW_TOKENS]  # what passes the gates is found on these
+        self.given: list[Tensor] = []
+        self.given_few: list[Tensor] = []
+
+    def layer(self, layer: int) -> LayerSeconds:
+        decoder, tokens = self.decoder, self.ids.numel()
+        begin = time.perf_counter()
+        decoder.enter(layer)
+        loading = time.perf_counter() - begin
+        if decoder.layers == 1:
+            forward = _best(lambda: decoder.states(self.ids), self.place)
+            return LayerSeconds(loading, forward / tokens)
+        learning = composing = 0.0
+        with torch.no_grad():
+            after_few = decoder.step(layer, self.few, _copies(self.given_few))
+            forward = _best(lambda: decoder.step(layer, self.ids, _copies(self.given)), self.place)
+            after = decoder.step(layer, self.ids, _copies(self.given))
+        if self.ranks:
+            decoder.leave(layer)
+            bank = FactorBank({layer: decoder.matrices.of_layer.get(layer, ())}, self.ranks, self.place, {}, 0)
+            decoder.enter(layer)
+            composing = _best(lambda: bank.compose(layer, bank.bases(layer)), self.place)
+            bank.collect(layer)
+            learning = _best(lambda: self._learn(layer), self.place)
+        decoder.leave(layer)
+        self.given, self.given_few = after, after_few
+        return LayerSeconds(loading, forward / tokens, learning / tokens, composing)
+
+    def _learn(self, layer: int) -> None:
+        before = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in self.given]
+        with torch.enable_grad():
+            after = self.decoder.step(layer, self.ids, [tensor.clone() for tensor in before])
+            moved = [tensor for tensor in after if tensor.requires_grad]
+        torch.autograd.backward(moved, [torch.ones_like(tensor) for tensor in moved])
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.clone() for tensor in tensors]  # a layer may write into what it is given
+
+
+def _best(act: Callable[[], object], place: torch.device) -> float:
+    """Seconds of the fastest of a few times."""
+    found = []
+    for _ in range(_REPEATS):
+        begin = time.perf_counter()
+        act()
+        if place.type == "cuda":
+            torch.cuda.synchronize(place)
+        found.append(time.perf_counter() - begin)
+    return min(found)
+
+
+@contextmanager
+def _one_thread() -> Iterator[int]:
+    """With one thread for torch; gives the number it had."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield before
+    finally:
+        torch.set_num_threads(before)
