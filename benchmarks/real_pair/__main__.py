@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         made[name].add_argument("--epochs", type=int, required=True)
     made["lora"].add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     made["lora"].add_argument("--step-sequences", type=int, default=1, help="sequences of 512 tokens in a step")
-    made["lora"].add_argument("--validation-tokens", type=int, default=8192)
+    made["lora"].add_argument("--validation-tokens", type=int, default=4096)
     measure, tasks = (steps.add_parser(name, help=what) for name, what in _ON_ROWS.items())
     for step in (measure, tasks):
         step.add_argument("rows", nargs="+", metavar="ROW")

@@ -50,7 +50,7 @@ class LoraOptions:
     dtype: str = "float32"
     rank: int = 64
     step_sequences: int = 1
-    validation_tokens: int = 8192
+    validation_tokens: int = 4096
 
     @property
     def name(self) -> str:

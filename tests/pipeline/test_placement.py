@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from moe_svd_distill.pipeline.pair import open_pair
-from moe_svd_distill.pipeline.placement import Placement, place_training
+from moe_svd_distill.pipeline.placement import Placement, TrainedParts, place_training
 from moe_svd_distill.pipeline.ranks import trained_ranks
 from tests.pipeline.test_cost import LITTLE
 from tests.support.pairs import recipe_for
@@ -12,7 +12,8 @@ from tests.support.pairs import recipe_for
 def _place(tiny: tuple[Path, Path], tmp_path: Path, workers: int, together: int, tokens: int) -> Placement:
     recipe = recipe_for(*tiny, tmp_path, **LITTLE)
     with open_pair(*map(str, tiny)) as pair:
-        return place_training(recipe, pair, ("cpu",), workers, trained_ranks(recipe, pair.student), together, tokens)
+        trained = TrainedParts(trained_ranks(recipe, pair.student), True, together, tokens)
+        return place_training(recipe, pair, ("cpu",), workers, trained)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from moe_svd_distill.recipe import parse_recipe
 )
 def test_steps_of_the_optimiser(tokens: int, training: dict[str, Any], expected: tuple[int, int]) -> None:
     recipe = parse_recipe({"teacher": "t", "student": "s", "training": training})
-    assert optimiser_steps(recipe, epochs(recipe, ["refined"]), tokens, 512) == expected
+    assert optimiser_steps(recipe, epochs(recipe, ["refined"], True), tokens, 512) == expected
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,13 @@ def test_steps_of_the_optimiser(tokens: int, training: dict[str, Any], expected:
 )
 def test_passes_over_the_text(tokens: int, asked: Any, stages: list[str], expected: float) -> None:
     recipe = parse_recipe({"teacher": "t", "student": "s", "tokens": tokens, "training": {"epochs": asked}})
-    assert epochs(recipe, stages) == pytest.approx(expected)
+    assert epochs(recipe, stages, True) == pytest.approx(expected)
+
+
+def test_passes_with_a_head_that_stands_still() -> None:
+    recipe = parse_recipe({"teacher": "t", "student": "s", "tokens": 4096})
+    assert epochs(recipe, ["refined"], False) == 2.0
+    assert epochs(recipe, ["weights", "refined"], False) == epochs(recipe, ["weights", "refined"], True)
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,14 @@ class _Stage:
 
     def line(self, now: float) -> str:
         """The stage, its share done, and the time left as far as its own speed tells."""
-        text = f"{self.name}, for {_duration(now - self.begin)}"
+        text = f"{self.name}, for {duration(now - self.begin)}"
         if self.fraction is None:
             return text
         text += f": {self.fraction:.0%}"
         done = self.fraction - self.first
         if done <= 0 or self.fraction >= 1:
             return text
-        return f"{text}, about {_duration((now - self.begin) * (1 - self.fraction) / done)} left"
+        return f"{text}, about {duration((now - self.begin) * (1 - self.fraction) / done)} left"
 
 
 class ProgressLines:
@@ -69,7 +69,7 @@ class ProgressLines:
                 self._say(stage.line(time.monotonic()))
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

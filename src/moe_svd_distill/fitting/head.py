@@ -77,6 +77,16 @@ class HeadFit:
     rejected: tuple[str, ...] = ()
 
 
+def passes_of_fit(asked: int | None, batches: int) -> int:
+    """Passes over the states.
+
+    Args:
+        asked: As `HeadFitSettings.passes`.
+        batches: Steps of a pass.
+    """
+    return asked or min(max(math.ceil(_STEPS / batches), _FEWEST_PASSES), _MOST_PASSES)
+
+
 def fit_head(
     source: Source,
     student: HeadWeights,
@@ -134,8 +144,7 @@ class _Fit:
         first = student.weight if start is None else student.weight + start.to(student.weight)
         self.first = first @ self.metric.root
         self.rate = settings.rate / first.shape[1]
-        enough = math.ceil(_STEPS / source.batches)
-        self.passes = settings.passes or min(max(enough, _FEWEST_PASSES), _MOST_PASSES)
+        self.passes = passes_of_fit(settings.passes, source.batches)
         self.steps = self.passes * source.batches
         self.restarts = self.resumed = self.best = 0
         self.rejected: list[str] = []

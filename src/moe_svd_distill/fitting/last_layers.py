@@ -20,7 +20,7 @@ from moe_svd_distill.fitting.pairs import Segment, StatePairs
 from moe_svd_distill.streaming import Decoder, LayerInputs, Matrix
 from moe_svd_distill.streaming.states import slices
 
-_STEP_TOKENS = 512
+STEP_TOKENS = 512
 BODY_RATE = 0.6  # over the width of the states: 5e-3 at 128, 3e-4 at 2048, where LoRA training commonly is
 
 
@@ -132,7 +132,7 @@ class LayerSource:
         for factors in self.factors.values():
             factors.weight.parameter.requires_grad_(True)
         self._rows = [(number, row) for number, segment in enumerate(self._fit) for row in range(len(segment.ids))]
-        self._together = max(1, _STEP_TOKENS // self._fit[0].ids.shape[1])
+        self._together = max(1, STEP_TOKENS // self._fit[0].ids.shape[1])
         self.batches = max(1, len(self._rows) // self._together)
         self._first_rate = self.rate = BODY_RATE / width
 

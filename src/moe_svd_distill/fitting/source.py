@@ -53,12 +53,17 @@ class Source(Protocol):
         """Called after something was written into `tensors`."""
 
 
+def batch_places(count: int) -> int:
+    """Places of a step where only the head moves, for so many in all."""
+    return int(np.clip(count // _BATCHES, _SMALLEST_BATCH, _LARGEST_BATCH))
+
+
 class StateSource:
     """States from files; only the head moves."""
 
     def __init__(self, fit: StatePairs, check: StatePairs, device: torch.device) -> None:
         self._fit, self._check, self._device = fit, check, device
-        self._batch = int(np.clip(len(fit) // _BATCHES, _SMALLEST_BATCH, _LARGEST_BATCH))
+        self._batch = batch_places(len(fit))
         self.batches = max(1, len(fit) // self._batch)
 
     def moment(self, device: torch.device) -> Tensor:

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moe_svd_distill.calibration.text import whole
 from moe_svd_distill.checkpoints.header import BYTES_PER_ELEMENT
 from moe_svd_distill.fitting.copies import ROUNDS
+from moe_svd_distill.fitting.head import passes_of_fit
+from moe_svd_distill.fitting.last_layers import STEP_TOKENS
+from moe_svd_distill.fitting.source import batch_places
 from moe_svd_distill.pipeline.assembly import asked_head_rank, head_is_whole
 from moe_svd_distill.pipeline.copying import for_fit, for_training
 from moe_svd_distill.pipeline.pair import Model, ModelPair
+from moe_svd_distill.pipeline.placement import LIBRARIES_BYTES, Placement, TrainedParts, place_training
 from moe_svd_distill.pipeline.preparation import execution_settings
 from moe_svd_distill.pipeline.ranks import trained_numbers, trained_ranks, trained_shapes
 from moe_svd_distill.pipeline.steps import checks, epochs, optimiser_steps, sequence_length, trains_head
 from moe_svd_distill.pipeline.texts import check_tokens, longest_sequence
 from moe_svd_distill.recipe import Recipe
 
-if TYPE_CHECKING:
-    from moe_svd_distill.pipeline.placement import Placement
-
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 Rows = list[list[str]]
-_SCALES_TRIED = 4  # of the trained adapter on the search text: none, a quarter, half, whole
+_TEACHER_PASSES = 2
+_SAVED_OF_FIT, _HELD_OF_FIT = 4 * 4, 4 * 13  # bytes for each number of the head: value, moments, the best of them
+_SCALES_TRIED = 3  # of the trained adapter on the search text: none, half, whole; fewer gain needs more
 _SAVES, _SAVED_BYTES = 2, 4 * 4  # files in turn; value, best value and at most two moments, float32
 
 
@@ -42,6 +45,8 @@ class TrainingCost:
         step_tokens: Tokens of one step.
         trial_steps: Further steps that choose the learning rate.
         trained_tokens: Tokens trained on in all, repeated ones counted again.
+        measured_tokens: Tokens that the student is measured on meanwhile and in the scale search, the same.
+        read_by_student: Tokens that the student reads to draw others.
         teacher_operations: Floating point operations of the teacher's forward pass, and of its head in training.
         student_operations: Those of the student's training and of measuring it meanwhile.
         adapter_bytes: The adapter's size, at most.
@@ -49,6 +54,8 @@ class TrainingCost:
         rows_bytes: What a head that stands still needs of the teacher, on the disk while training runs.
         resident: Whether the student would be in memory; None where its files are not at hand to tell.
         placement: Why, in words; empty where that is not known.
+        memory_bytes: Of a process in which the student is trained in memory, at most; 0 where it would not be, or that
+            is not known.
         step_bytes: Stored bytes of weights read in each step, if streamed.
         training_bytes: The same in all, with those for measuring the student meanwhile.
     """
@@ -62,6 +69,8 @@ class TrainingCost:
     step_tokens: int
     trial_steps: int
     trained_tokens: int
+    measured_tokens: int
+    read_by_student: int
     teacher_operations: int
     student_operations: int
     adapter_bytes: int
@@ -69,6 +78,7 @@ class TrainingCost:
     rows_bytes: int
     resident: bool | None
     placement: str
+    memory_bytes: int
     step_bytes: int
     training_bytes: int
 
@@ -93,6 +103,8 @@ class TrainingCost:
         ]
         if self.rows_bytes:
             rows.append(("the teacher's part for the fixed head, while training", readable(self.rows_bytes)))
+        if self.memory_bytes:
+            rows.append(("memory of each process", readable(self.memory_bytes)))
         if self.placement:
             rows.append(("student", f"{'in memory' if self.resident else 'one layer at a time'}: {self.placement}"))
         if self.resident is False:
@@ -121,8 +133,9 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
     read_by_student = once * bool(copying.copies) + ROUNDS * copying.own * length
     ranks = trained_ranks(recipe, student)
     asked = recipe.training.placement
-    steps, step_tokens = optimiser_steps(recipe, epochs(recipe, stages), text, length)
-    placed = _place(recipe, pair, ranks, step_tokens // length, step_tokens) if at_hand else None
+    steps, step_tokens = optimiser_steps(recipe, epochs(recipe, stages, head_moves), text, length)
+    trained_parts = TrainedParts(ranks, head_moves, step_tokens // length, step_tokens)
+    placed = _place(recipe, pair, trained_parts) if at_hand else None
     resident = placed.resident if placed else {"resident": True, "streamed": False}.get(asked)
     trials, trial_steps = _trials(recipe, steps)
     trained = (steps + trials * trial_steps) * step_tokens
@@ -155,6 +168,8 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
         step_tokens=step_tokens,
         trial_steps=trials * trial_steps,
         trained_tokens=trained,
+        measured_tokens=measured,
+        read_by_student=read_by_student,
         teacher_operations=teacher_operations,
         student_operations=student_operations,
         adapter_bytes=stored * BYTES[recipe.dtype] + (_head_bytes(recipe, pair) if head_moves else 0),
@@ -162,6 +177,7 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
         rows_bytes=_rows_bytes(recipe, read, student) * processes,
         resident=resident,
         placement=placed.reason if placed else "",
+        memory_bytes=placed.memory_bytes if placed and placed.resident else 0,
         step_bytes=2 * pass_bytes,
         training_bytes=pass_bytes * (2 * (steps + trials * trial_steps) + measurements),
     )
@@ -177,8 +193,66 @@ def active_parameters(model: Model) -> tuple[int, int]:
     return layout.parameters(model.shapes)[1] - outside, layout.geometry.vocabulary * layout.geometry.hidden
 
 
-def cost_of_calibrating(recipe: Recipe, pair: ModelPair, *, as_start: bool) -> Rows:
-    """What the calibrated stage would read and keep.
+@dataclass(frozen=True)
+class CalibratingCost:
+    """What the calibrated stage takes.
+
+    Attributes:
+        text: Tokens of the text it is fitted on.
+        copies: Of that text.
+        check_tokens: By which passes and ranks are chosen.
+        search_tokens: By which the scale is chosen.
+        fit_passes: Over what it is fitted on.
+        layers: Of the student.
+        last_layers: Of these, fitted with the head.
+        student_passes: Of the student over all of it.
+        teacher_bytes: Stored bytes of the teacher.
+        student_bytes: Stored bytes of the student.
+        states_bytes: Hidden states kept on the disk.
+        saves_bytes: The state of the fit that a stopped run goes on from, on the disk.
+        memory_bytes: Of the process that fits the head, about.
+    """
+
+    text: int
+    copies: int
+    check_tokens: int
+    search_tokens: int
+    fit_passes: int
+    layers: int
+    last_layers: int
+    student_passes: int
+    teacher_bytes: int
+    student_bytes: int
+    states_bytes: int
+    saves_bytes: int
+    memory_bytes: int
+
+    @property
+    def fitted_tokens(self) -> int:
+        """The text and its copies."""
+        return self.text * (1 + self.copies)
+
+    @property
+    def tokens(self) -> int:
+        """All that is read."""
+        return self.fitted_tokens + self.check_tokens + self.search_tokens
+
+    def rows(self) -> Rows:
+        """For people."""
+        teacher = f"{readable(_TEACHER_PASSES * self.teacher_bytes)} (teacher {_TEACHER_PASSES} times)"
+        student = f"{readable(self.student_passes * self.student_bytes)} (student {self.student_passes} times)"
+        rows = [
+            ("tokens read", f"{self.tokens:,} ({self.copies} copies of {self.text:,}, checking and search text)"),
+            ("weights read", f"{teacher}, {student}"),
+            ("hidden states kept", readable(self.states_bytes)),
+            ("saves of the fit, at most", readable(self.saves_bytes)),
+            ("memory", readable(self.memory_bytes)),
+        ]
+        return [[f"calibrated stage: {name}", value] for name, value in rows]
+
+
+def cost_of_calibrating(recipe: Recipe, pair: ModelPair, *, as_start: bool) -> CalibratingCost:
+    """What the calibrated stage would read, compute and keep.
 
     Args:
         recipe: What is asked for.
@@ -188,17 +262,28 @@ def cost_of_calibrating(recipe: Recipe, pair: ModelPair, *, as_start: bool) -> R
     text = min(recipe.tokens, recipe.training.start_tokens) if as_start else recipe.tokens
     copying = for_fit(recipe, text, 1, identical=recipe.vocabulary == "equal")
     copies = copying.sequences(1)
-    tokens = text * (1 + copies) + check_tokens(recipe) + recipe.scale_search_tokens
+    check, search = check_tokens(recipe), recipe.scale_search_tokens
     teacher, student = pair.teacher, pair.student
     states = _state_bytes(recipe, teacher) + _state_bytes(recipe, student) * (2 if recipe.last_layers else 1)
-    passes = 3 if copies else 2
-    weights = [(teacher, "teacher", 2), (student, "student", passes)]
-    read = ", ".join(f"{readable(n * of.checkpoint.total_bytes)} ({name} {n} times)" for of, name, n in weights)
-    return [
-        ["calibrated stage: tokens read", f"{tokens:,} ({copies} copies of {text:,}, checking and search text)"],
-        ["calibrated stage: weights read", read],
-        ["calibrated stage: hidden states kept", readable(tokens * states)],
-    ]
+    mine, theirs = (of.layout.geometry.vocabulary * of.layout.geometry.hidden for of in (student, teacher))
+    step = STEP_TOKENS if recipe.last_layers else batch_places(text * (1 + copies))
+    batches = max(1, text * (1 + copies) // step)
+    passes = passes_of_fit(None if recipe.fit_passes == "auto" else recipe.fit_passes, batches)
+    return CalibratingCost(
+        text=text,
+        copies=copies,
+        check_tokens=check,
+        search_tokens=search,
+        fit_passes=passes,
+        layers=student.layout.geometry.layers,
+        last_layers=recipe.last_layers,
+        student_passes=3 if copies else 2,
+        teacher_bytes=teacher.checkpoint.total_bytes,
+        student_bytes=student.checkpoint.total_bytes,
+        states_bytes=(text * (1 + copies) + check + search) * states,
+        saves_bytes=2 * _SAVED_OF_FIT * mine,
+        memory_bytes=LIBRARIES_BYTES + _HELD_OF_FIT * mine + 4 * theirs,
+    )
 
 
 def readable(size: float) -> str:
@@ -220,11 +305,9 @@ def operations(count: float) -> str:
     return f"{count:,.1f} EFLOP"
 
 
-def _place(recipe: Recipe, pair: ModelPair, ranks: Mapping[str, int], together: int, step_tokens: int) -> Placement:
-    from moe_svd_distill.pipeline.placement import place_training
-
+def _place(recipe: Recipe, pair: ModelPair, trained: TrainedParts) -> Placement:
     settings = execution_settings(recipe)
-    return place_training(recipe, pair, settings.devices, settings.workers, ranks, together, step_tokens)
+    return place_training(recipe, pair, settings.devices, settings.workers, trained)
 
 
 def _trials(recipe: Recipe, steps: int) -> tuple[int, int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import asdict
 from math import prod
 from typing import Any
 
@@ -11,6 +13,12 @@ from moe_svd_distill.pairing.plan import Plan
 from moe_svd_distill.pairing.unit import TensorTask, UnitOfWork
 from moe_svd_distill.pipeline.comparison import outlook_of_method
 from moe_svd_distill.pipeline.cost import BYTES, cost_of_calibrating, cost_of_training, readable
+from moe_svd_distill.pipeline.duration import (
+    measure_pair,
+    seconds_of_calibrating,
+    seconds_of_training,
+    seconds_of_weights,
+)
 from moe_svd_distill.pipeline.pair import open_pair
 from moe_svd_distill.pipeline.preparation import plan_pair
 from moe_svd_distill.pipeline.relatedness import measure_relatedness, weights_at_hand
@@ -20,8 +28,12 @@ from moe_svd_distill.recipe.presets import supplied_values
 UNDECIDED = "decided once the weights are on this machine: the embeddings get a pair if they are related"
 
 
-def look_ahead(recipe: Recipe) -> dict[str, Any]:
+def look_ahead(recipe: Recipe, on_measuring: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Everything ``distill`` would do, as plain JSON types. Of hub models nothing large is fetched.
+
+    Args:
+        recipe: What is asked for.
+        on_measuring: Called before the machine's speed is measured, which takes some seconds.
 
     Raises:
         DistillError: Whatever would stop ``distill`` before its first unit.
@@ -40,6 +52,16 @@ def look_ahead(recipe: Recipe) -> dict[str, Any]:
                 raise
             plan = Plan((), (), {}, {}, (error.what,))
         refined = cost_of_training(recipe, pair, stages, at_hand=at_hand) if "refined" in stages else None
+        calibrated = cost_of_calibrating(recipe, pair, as_start=refined is not None) if "calibrated" in stages else None
+        seconds: dict[str, float] = {}
+        if at_hand and stages:
+            on_measuring()
+            if "weights" in stages:
+                seconds["weights"] = seconds_of_weights(recipe, pair, plan)
+            if calibrated or refined:
+                speed = measure_pair(recipe, pair)
+                seconds |= {"calibrated": seconds_of_calibrating(calibrated, speed)} if calibrated else {}
+                seconds |= {"refined": seconds_of_training(refined, speed)} if refined else {}
     tasks = [task for unit in plan.units for task in unit.tasks]
     changed = Counter(task.role for task in tasks if task.change)
     kept = Counter(task.role for task in tasks if not task.change)
@@ -68,7 +90,7 @@ def look_ahead(recipe: Recipe) -> dict[str, Any]:
             ["teacher", readable(teacher.checkpoint.total_bytes)],
             ["student", readable(student.checkpoint.total_bytes)],
             *(weights if "weights" in stages else []),
-            *(cost_of_calibrating(recipe, pair, as_start=refined is not None) if "calibrated" in stages else []),
+            *(calibrated.rows() if calibrated else []),
             *(refined.rows() if refined else []),
         ],
         "pairings": {task.name: _made_from(task, unit) for unit in plan.units for task in unit.tasks if task.change},
@@ -82,7 +104,9 @@ def look_ahead(recipe: Recipe) -> dict[str, Any]:
         "ignored_student": dict(plan.ignored_student),
         "relatedness": relatedness.as_dict(),
         "method": method,
+        "calibrated": asdict(calibrated) if calibrated else None,
         "refined": refined.as_dict() if refined else None,
+        "seconds": {stage: round(value, 1) for stage, value in seconds.items()},
     }
 
 

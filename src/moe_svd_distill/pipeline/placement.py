@@ -13,6 +13,7 @@ from moe_svd_distill.algebra.dtypes import compute_dtype
 from moe_svd_distill.evaluation.loading import available_bytes, model_bytes
 from moe_svd_distill.pipeline.preparation import available_cores
 from moe_svd_distill.pipeline.ranks import trained_numbers, trained_shapes
+from moe_svd_distill.training.head import LOGIT_BYTES
 
 if TYPE_CHECKING:
     from moe_svd_distill.pipeline.pair import ModelPair
@@ -20,8 +21,12 @@ if TYPE_CHECKING:
 
 _SHARE = 0.7  # of the free memory that a student in training may take
 _TOKENS_OF_A_PROCESS = 512
-_COPIES = 2  # the weights, and the weights with the pairs in them; of gradients there is a layer's at a time
-_PER_FACTOR = 4 * 5  # value, gradient, two moments, and the best so far, float32
+_PER_NUMBER = 4 * 5  # that is trained: value, gradient, two moments, and the best so far, float32
+_KEPT_FOR_THE_WAY_BACK = 2  # times what goes into and out of the matrices of the layers
+_LOGITS_AT_ONCE = 5  # of both models, with what becomes of them
+_FLOAT = 4
+LIBRARIES_BYTES = 450 << 20  # of a process that has loaded torch and transformers
+_BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Placement:
         threads: CPU threads of each process.
         dtype: Type to compute in.
         reason: Why, in words.
+        memory_bytes: That a process would take in memory.
     """
 
     resident: bool
@@ -41,6 +47,7 @@ class Placement:
     threads: int
     dtype: str
     reason: str
+    memory_bytes: int
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -53,14 +60,31 @@ class Placement:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class TrainedParts:
+    """What is trained, and on how much text at a time.
+
+    Attributes:
+        ranks: Hub name to rank of every trained matrix.
+        head_moves: Whether the head is trained too.
+        sequences: Of one step, which the processes share.
+        step_tokens: Tokens of one step; CPU processes with few tokens each wait for one another more than they gain.
+    """
+
+    ranks: Mapping[str, int]
+    head_moves: bool
+    sequences: int
+    step_tokens: int
+
+
+def tokens_at_once(recipe: Recipe, device: str) -> int:
+    """Tokens that go through a layer together in training."""
+    asked = recipe.training.batch_tokens
+    return _BATCH_TOKENS[torch.device(device).type] if asked == "auto" else asked
+
+
 def place_training(
-    recipe: Recipe,
-    pair: ModelPair,
-    devices: tuple[str, ...],
-    workers: int,
-    ranks: Mapping[str, int],
-    together: int,
-    step_tokens: int,
+    recipe: Recipe, pair: ModelPair, devices: tuple[str, ...], workers: int, trained: TrainedParts
 ) -> Placement:
     """Decide where to train.
 
@@ -69,27 +93,26 @@ def place_training(
         pair: Teacher and student.
         devices: That may be used.
         workers: Processes that may be used on the CPU.
-        ranks: Hub name to rank of every trained matrix.
-        together: Sequences of one step, which the processes share.
-        step_tokens: Tokens of one step; CPU processes with few tokens each wait for one another more than they gain.
+        trained: What moves.
     """
+    together, step_tokens = trained.sequences, trained.step_tokens
     kind = torch.device(devices[0]).type
     dtype = training_dtype(recipe, pair, torch.device(devices[0]))
     cores = int(os.environ.get("OMP_NUM_THREADS") or 0) or available_cores()
     name = str(dtype).removeprefix("torch.")
-    needed = bytes_in_training(pair, dtype.itemsize, ranks)
+    needed = bytes_in_training(pair, dtype, trained, min(step_tokens, tokens_at_once(recipe, devices[0])))
     free = min(available_bytes(device) for device in devices)
     asked = recipe.training.placement
     if asked == "streamed" or (asked == "auto" and needed > _SHARE * free):
         why = "asked for" if asked == "streamed" else f"it needs {_gib(needed)} in memory and {_gib(free)} are free"
-        return Placement(False, devices[:together], cores, name, why)
+        return Placement(False, devices[:together], cores, name, why, needed)
     if kind != "cpu":
-        return Placement(True, devices[:together], cores, name, f"{_gib(needed)} on each device")
+        return Placement(True, devices[:together], cores, name, f"{_gib(needed)} on each device", needed)
     processes = max(
         1, min(workers, together, step_tokens // _TOKENS_OF_A_PROCESS, int(_SHARE * free // max(1, needed)))
     )
     why = f"{_gib(needed)} in each of {processes} processes"
-    return Placement(True, ("cpu",) * processes, max(1, cores // processes), name, why)
+    return Placement(True, ("cpu",) * processes, max(1, cores // processes), name, why, needed)
 
 
 def training_dtype(recipe: Recipe, pair: ModelPair, device: torch.device) -> torch.dtype:
@@ -105,13 +128,28 @@ def training_dtype(recipe: Recipe, pair: ModelPair, device: torch.device) -> tor
     return compute_dtype(device, 0 if geometry.experts else geometry.hidden)
 
 
-def bytes_in_training(pair: ModelPair, itemsize: int, ranks: Mapping[str, int]) -> int:
-    """What a student takes while it is trained in memory, its activations left out."""
-    factors = trained_numbers(trained_shapes(pair.student, ranks), ranks)
-    geometry = pair.student.layout.geometry
-    head = geometry.vocabulary * geometry.hidden
-    body = model_bytes(pair.student.checkpoint.folder, itemsize)
-    return _COPIES * body + body // geometry.layers + _PER_FACTOR * (factors + head)
+def bytes_in_training(pair: ModelPair, dtype: torch.dtype, trained: TrainedParts, batch_tokens: int) -> int:
+    """What a process takes in which a student is trained in memory.
+
+    Args:
+        pair: Teacher and student.
+        dtype: Type that the student computes in.
+        trained: What moves.
+        batch_tokens: Tokens that go through a layer together.
+    """
+    student, shapes = pair.student, trained_shapes(pair.student, trained.ranks)
+    geometry, folder = student.layout.geometry, student.checkpoint.folder
+    entries, theirs = (of.layout.geometry.vocabulary * of.layout.geometry.hidden for of in (pair.student, pair.teacher))
+    body = model_bytes(folder, dtype.itemsize) - entries * dtype.itemsize * (1 if student.architecture.tied else 2)
+    # Where pairs act inside the weights there is a second copy of these, and a layer's gradients.
+    inside = dtype.itemsize == _FLOAT or bool(geometry.experts)
+    weights = body * 2 + body // geometry.layers if inside else body
+    moving = trained_numbers(shapes, trained.ranks) + (entries if trained.head_moves else 0)
+    heads = (_FLOAT + (_FLOAT if trained.head_moves else 2)) * (entries + theirs)
+    through = sum(sum(shape[-2:]) for shape in shapes.values()) // max(1, geometry.experts)
+    activations = _KEPT_FOR_THE_WAY_BACK * batch_tokens * through * dtype.itemsize
+    logits = _LOGITS_AT_ONCE * min(LOGIT_BYTES, _FLOAT * batch_tokens * geometry.vocabulary)
+    return LIBRARIES_BYTES + weights + _PER_NUMBER * moving + heads + activations + logits
 
 
 def _gib(size: float) -> str:

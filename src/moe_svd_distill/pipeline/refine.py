@@ -20,7 +20,7 @@ from moe_svd_distill.fitting.pairs import common_rows
 from moe_svd_distill.pipeline.copying import for_training
 from moe_svd_distill.pipeline.fitted import Fitted
 from moe_svd_distill.pipeline.moving_head import MovingHead
-from moe_svd_distill.pipeline.placement import Placement, place_training
+from moe_svd_distill.pipeline.placement import Placement, TrainedParts, place_training, tokens_at_once
 from moe_svd_distill.pipeline.preparation import library_versions
 from moe_svd_distill.pipeline.ranks import trained_ranks
 from moe_svd_distill.pipeline.states import Body, Report
@@ -59,7 +59,6 @@ CURVE = "training_curve.json"
 GROUP = "refined"
 ALGORITHM = 6  # raise whenever the same input would give another adapter
 _STEP = "training"
-_BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,12 +121,10 @@ class _Refinement:
         self.head_moves = trains_head(recipe, len(self.fit_text.student_ids))
         self.copying = for_training(recipe, tokenized.tokens, count, self.fit_text.identical, self.head_moves)
         tokens = (count + self.copying.sequences(count)) * length
-        self.epochs = epochs(recipe, given.stages)
+        self.epochs = epochs(recipe, given.stages, self.head_moves)
         self.steps, self.step_tokens = optimiser_steps(recipe, self.epochs, tokens, length)
-        together = self.step_tokens // length
-        self.placement: Placement = place_training(
-            recipe, pair, given.devices, given.workers, self.ranks, together, self.step_tokens
-        )
+        trained = TrainedParts(self.ranks, self.head_moves, self.step_tokens // length, self.step_tokens)
+        self.placement: Placement = place_training(recipe, pair, given.devices, given.workers, trained)
 
     def run(self) -> Fitted:
         begin = time.monotonic()
@@ -207,13 +204,12 @@ class _Refinement:
     def settings(self) -> TrainingSettings:
         """How to train."""
         asked, hidden = self.recipe.training, self.pair.student.architecture.head_slot.shape[1]
-        kind = torch.device(self.placement.devices[0]).type
         moved_by = optimiser(self.recipe, self.head_moves)
         rate = learning_rate(self.recipe, moved_by, hidden)
         return TrainingSettings(
             epochs=self.epochs,
             step_tokens=self.step_tokens,
-            batch_tokens=_BATCH_TOKENS[kind] if asked.batch_tokens == "auto" else asked.batch_tokens,
+            batch_tokens=tokens_at_once(self.recipe, self.placement.devices[0]),
             rate=rate,
             head_rate=rate * asked.head_rate,
             optimiser=moved_by,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from moe_svd_distill.checkpoints import Checkpoint
 
 _LAYERS = 3  # run at most; the last of them stands for those behind it
-_FEW_TOKENS, _HEAD_PLACES, _REPEATS = 8, 128, 2
+_HEAD_PLACES, _REPEATS = 128, 2
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,9 @@ def _all_layers(
     place = torch.device(device)
     decoder = Decoder(checkpoint, (place,), dtype, gradients=bool(ranks))
     ids = torch.randint(
-        decoder.skeleton.vocabulary, (max(1, batch_tokens // length), length), generator=torch.Generator().manual_seed(0)
+        decoder.skeleton.vocabulary,
+        (max(1, batch_tokens // length), length),
+        generator=torch.Generator().manual_seed(0),
     ).to(place)
     trial = _Trial(decoder, place, ids, ranks)
     try:
@@ -151,7 +153,7 @@ class _Trial:
 
     def __init__(self, decoder: Decoder, place: torch.device, ids: Tensor, ranks: Mapping[str, int]) -> None:
         self.decoder, self.place, self.ids, self.ranks = decoder, place, ids, ranks
-        self.few = ids[:1, :_FEW_TOKENS]  # what passes the gates is found on these
+        self.few = ids[:1]  # what passes the gates is found on these
         self.given: list[Tensor] = []
         self.given_few: list[Tensor] = []
 

@@ -13,16 +13,26 @@ if TYPE_CHECKING:
 OptimiserName: TypeAlias = Literal["muon", "adamw"]
 
 _EPOCHS_OF_LITTLE, _EPOCHS_OF_MUCH, _SHARE_AFTER_WEIGHTS = 4.0, 2.75, 0.2
+_EPOCHS_OF_FIXED_HEAD = 2.0
 _TOKENS_OF_A_ROW = 4
 _RATES: Mapping[OptimiserName, float] = {"muon": 0.6, "adamw": 0.18}
 _MEASURING_SHARE, _TRAINING_COST, _FEWEST_CHECKS = 0.125, 3, 2
 _STEPS, _SMALLEST_STEP, _LARGEST_STEP = 3072, 512, 65536
 
 
-def epochs(recipe: Recipe, stages: Sequence[str]) -> float:
-    """Passes over the text of a run with these stages."""
+def epochs(recipe: Recipe, stages: Sequence[str], head_moves: bool) -> float:
+    """Passes over the text.
+
+    Args:
+        recipe: What is asked for.
+        stages: Of the run.
+        head_moves: Whether the head is trained; all else has learnt what carries over to other text after two passes
+            (docs/decisions/0025).
+    """
     if recipe.training.epochs != "auto":
         return recipe.training.epochs
+    if not head_moves and "weights" not in stages:
+        return _EPOCHS_OF_FIXED_HEAD
     passes = _EPOCHS_OF_LITTLE if recipe.tokens <= MUCH_TEXT else _EPOCHS_OF_MUCH
     return passes * (_SHARE_AFTER_WEIGHTS if "weights" in stages else 1.0)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 from moe_svd_distill.cli.options import json_option, read_recipe, recipe_options
+from moe_svd_distill.cli.progress_lines import duration
 
 
 @click.command("plan", short_help="Show what a recipe would do.")
@@ -16,14 +18,15 @@ from moe_svd_distill.cli.options import json_option, read_recipe, recipe_options
 def command(recipe: Path | None, as_json: bool, **given: Any) -> None:
     """Show every pairing and every unmatched tensor, ranks and sizes of a run, and how the models are related.
 
-    Headers and a few rows of the weights are read. Of hub models nothing large is fetched.
+    Headers and a few layers of the weights are read, and these are run for a moment to tell how long the run would
+    take. Of hub models nothing large is fetched.
     """
     wanted = read_recipe(recipe, given)
     from moe_svd_distill.cli.relation import show_choice, show_relatedness
     from moe_svd_distill.cli.screen import grouped, print_json, print_table
     from moe_svd_distill.pipeline.outlook import look_ahead
 
-    outlook = look_ahead(wanted)
+    outlook = look_ahead(wanted, lambda: click.echo("measuring the speed of this machine", err=True))
     if as_json:
         print_json(outlook)
         return
@@ -39,6 +42,10 @@ def command(recipe: Path | None, as_json: bool, **given: Any) -> None:
         print_table("weights stage: depth", ("student layer", "teacher layers"), outlook["depth"])
         print_table("weights stage: tensors", ("role", "with a pair", "kept", "rank"), outlook["roles"])
     print_table("sizes", ("what", ""), outlook["sizes"])
+    if outlook["seconds"]:
+        print_table("time on this machine, about", ("stage", ""), _times(outlook["seconds"]))
+    elif stages:
+        click.echo("The time is not known: the weights are not on this machine.")
     if "weights" in stages:
         for line in outlook["notes"]:
             click.echo(f"note: {line}")
@@ -55,3 +62,8 @@ def _show_preset(preset: dict[str, Any]) -> None:
     words = [f"{key} {value}" for key, value in preset["supplied"].items()]
     words += [f"{key} {value} (given otherwise)" for key, value in preset["given_otherwise"].items()]
     click.echo(f"preset {preset['name']}: {', '.join(words)}")
+
+
+def _times(seconds: Mapping[str, float]) -> list[list[str]]:
+    rows = [[stage, duration(value)] for stage, value in seconds.items()]
+    return [*rows, ["together", duration(sum(seconds.values()))]] if len(rows) > 1 else rows

@@ -1,0 +1,125 @@
+"""How long the stages of a run would take on this machine."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from moe_svd_distill.fitting.rank import SERVED_RANKS
+from moe_svd_distill.pipeline.cost import CalibratingCost, TrainingCost
+from moe_svd_distill.pipeline.placement import tokens_at_once, training_dtype
+from moe_svd_distill.pipeline.preparation import execution_settings, make_work
+from moe_svd_distill.pipeline.ranks import trained_ranks
+from moe_svd_distill.pipeline.speed import HeadSeconds, LayerSeconds, head_speed, reading_speed, training_speed
+from moe_svd_distill.pipeline.steps import sequence_length
+from moe_svd_distill.pipeline.texts import longest_sequence
+from moe_svd_distill.streaming import PassSettings
+
+if TYPE_CHECKING:
+    from moe_svd_distill.pairing.plan import Plan
+    from moe_svd_distill.pipeline.pair import ModelPair
+    from moe_svd_distill.recipe import Recipe
+
+_SCALES_OF_A_FIT = 5
+_PRODUCTS_OF_A_STEP = 3  # with a head that is trained: logits, slopes of the states, slopes of the weight
+_PRODUCTS_BEFORE_A_FIXED_HEAD = 2
+
+
+@dataclass(frozen=True)
+class PairSpeed:
+    """What was measured of a pair.
+
+    Attributes:
+        teacher: Its layers as a pass reads with them.
+        student: The same.
+        trained: The student's layers as training has them.
+        teacher_head: Its head.
+        student_head: The same.
+    """
+
+    teacher: LayerSeconds
+    student: LayerSeconds
+    trained: LayerSeconds
+    teacher_head: HeadSeconds
+    student_head: HeadSeconds
+
+
+def measure_pair(recipe: Recipe, pair: ModelPair) -> PairSpeed:
+    """Run the first layers and the heads of both models for a moment; their weights lie on this machine.
+
+    Raises:
+        DistillError: A model cannot be run.
+    """
+    device, length = execution_settings(recipe).devices[0], sequence_length(recipe, longest_sequence(pair))
+    settings = PassSettings((device,))
+    teacher, student = (
+        reading_speed(
+            model.checkpoint,
+            device,
+            settings.compute_dtype(model.layout.geometry.hidden),
+            length,
+            min(settings.batch_tokens, recipe.tokens),
+        )
+        for model in (pair.teacher, pair.student)
+    )
+    trained = training_speed(
+        pair.student.checkpoint,
+        device,
+        training_dtype(recipe, pair, torch.device(device)),
+        length,
+        tokens_at_once(recipe, device),
+        trained_ranks(recipe, pair.student),
+    )
+    heads = [head_speed(model.checkpoint, device) for model in (pair.teacher, pair.student)]
+    return PairSpeed(teacher, student, trained, heads[0], heads[1])
+
+
+def seconds_of_training(cost: TrainingCost, speed: PairSpeed) -> float:
+    """What the refined stage would take; text that the student writes word by word is counted as read."""
+    layers, fixed, steps = speed.trained, bool(cost.rows_bytes), cost.steps + cost.trial_steps
+    mine, theirs = ((of.rounded if fixed else of.plain) for of in (speed.student_head, speed.teacher_head))
+    reading = _passes(2, cost.teacher_tokens, speed.teacher) + _passes(1, cost.read_by_student, speed.student)
+    if fixed:
+        reading += cost.teacher_tokens * (theirs + mine)
+        of_trained, of_measured = _PRODUCTS_BEFORE_A_FIXED_HEAD * mine, mine
+    else:
+        of_trained, of_measured = theirs + _PRODUCTS_OF_A_STEP * mine, theirs + mine
+    once_more, loading = (layers.forward, 2 * steps * layers.loading) if cost.resident is False else (0.0, 0.0)
+    training = cost.trained_tokens * (layers.learning + once_more + of_trained) + steps * layers.composing
+    measuring = cost.measured_tokens * (layers.forward + of_measured)
+    return reading + max(training, loading) + measuring
+
+
+def seconds_of_calibrating(cost: CalibratingCost, speed: PairSpeed) -> float:
+    """What the calibrated stage would take."""
+    theirs, mine = speed.teacher_head.plain, speed.student_head.plain
+    last = speed.trained.learning / cost.layers * cost.last_layers
+    reading = _passes(2, cost.tokens, speed.teacher) + _passes(cost.student_passes, cost.tokens, speed.student)
+    fitting = cost.fit_passes * (
+        cost.fitted_tokens * (theirs + _PRODUCTS_OF_A_STEP * mine + last) + cost.check_tokens * (theirs + mine + last)
+    )
+    choosing = (theirs + mine) * (len(SERVED_RANKS) * cost.check_tokens + _SCALES_OF_A_FIT * cost.search_tokens)
+    return reading + fitting + choosing
+
+
+def seconds_of_weights(recipe: Recipe, pair: ModelPair, plan: Plan) -> float:
+    """What the weights stage would take, from a unit of middle size, which is done."""
+    if not plan.units:
+        return 0.0
+    settings, before = execution_settings(recipe), torch.get_num_threads()
+    by_size = sorted(plan.units, key=lambda unit: sum(task.rank * sum(task.shape) for task in unit.tasks))
+    torch.set_num_threads(settings.threads_per_worker)
+    begin = time.perf_counter()
+    try:
+        make_work(recipe, pair)(by_size[len(by_size) // 2], settings.devices[0])
+    finally:
+        torch.set_num_threads(before)
+    return (time.perf_counter() - begin) * len(plan.units) / min(settings.workers, len(plan.units))
+
+
+def _passes(count: int, tokens: int, layers: LayerSeconds) -> float:
+    """Reading and computing go side by side: whichever is slower counts."""
+    return max(tokens * layers.forward, count * layers.loading) if tokens else 0.0
