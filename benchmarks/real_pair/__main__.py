@@ -54,6 +54,12 @@ def main(words: Sequence[str] | None = None) -> None:
             for name in asked.rows:
                 row = existing_row(places.rows, name)
                 tasks(places, row, asked.benchmark, asked.limit, asked.new_tokens, asked.teacher)
+        case "opens":
+            from benchmarks.real_pair.opens import opens
+            from benchmarks.real_pair.rows import existing_row
+
+            for name in asked.rows:
+                print(name, opens(places, existing_row(places.rows, name)))
         case "table":
             from benchmarks.real_pair.table import table
 
@@ -81,8 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     made["lora"].add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     made["lora"].add_argument("--step-sequences", type=int, default=1, help="sequences of 512 tokens in a step")
     made["lora"].add_argument("--validation-tokens", type=int, default=4096)
-    measure, tasks = (steps.add_parser(name, help=what) for name, what in _ON_ROWS.items())
-    for step in (measure, tasks):
+    measure, tasks, opens = (steps.add_parser(name, help=what) for name, what in _ON_ROWS.items())
+    for step in (measure, tasks, opens):
         step.add_argument("rows", nargs="+", metavar="ROW")
     measure.add_argument("--heldout-tokens", type=int, default=16_384)
     measure.add_argument("--prose-tokens", type=int, default=8_192)
@@ -96,7 +102,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _ROWS = {"product": "the product", "lora": "a plain PEFT LoRA", "trl": "TRL's DistillationTrainer"}
-_ON_ROWS = {"measure": "KL, cross-entropy and agreement on held-out text", "tasks": "HumanEval; runs generated code"}
+_ON_ROWS = {
+    "measure": "KL, cross-entropy and agreement on held-out text",
+    "tasks": "HumanEval; runs generated code",
+    "opens": "what others open",
+}
 
 
 if __name__ == "__main__":

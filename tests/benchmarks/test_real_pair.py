@@ -82,8 +82,14 @@ def test_rows_are_made_measured_and_shown_once(cache: Path, capsys: pytest.Captu
     problems = write_problems(cache / "own.jsonl", GREEN, WRONG)
     task = ["tasks", "product-tiny", "--benchmark", f"humaneval:{problems}", "--new-tokens", "4"]
     _run(cache, *task)
+    _run(cache, "opens", "product-tiny")
     rows = {name: Row(Places.at(cache).rows / name).read() for name in on_rows[1:]}
     assert rows["product-tiny"]["tasks"]["result"]["problems"] == 2
+    opened = rows["product-tiny"]["opens"]
+    assert set(opened) >= {"peft_merged", "transformers", "merged_as_stored"}
+    assert opened["transformers"]["largest_difference_of_a_logit"] < 1e-3
+    assert opened["peft_merged"]["largest_difference_of_a_logit"] < 1e-3
+    assert opened["merged_as_stored"]["kl"] < 1e-3
     for row in rows.values():
         cost, measured = row["row"]["cost"], row["measured"]["figures"]
         assert cost["cpu_seconds"] > 0
@@ -103,8 +109,9 @@ def test_rows_are_made_measured_and_shown_once(cache: Path, capsys: pytest.Captu
     _run(cache, *plain)
     _run(cache, *on_rows, "--heldout-tokens", "256", "--prose-tokens", "128")
     _run(cache, *task)
+    _run(cache, "opens", "product-tiny")
     said = capsys.readouterr().out
-    assert [said.count(f"{section} is there") for section in ("row", "measured", "tasks")] == [2, 2, 1]
+    assert [said.count(f"{section} is there") for section in ("row", "measured", "tasks", "opens")] == [2, 2, 1, 1]
     assert rows == {name: Row(Places.at(cache).rows / name).read() for name in rows}
 
     _run(cache, "table")

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from moe_svd_distill.cli.progress_lines import ProgressLines, _duration, _Stage
+from moe_svd_distill.cli.progress_lines import ProgressLines, _Stage, duration
 
 
 def test_a_line_when_a_stage_begins_and_at_intervals() -> None:
@@ -43,4 +43,4 @@ def test_what_is_left_follows_from_the_speed_of_the_stage(stage: _Stage, expecte
 
 
 def test_durations_in_words() -> None:
-    assert [_duration(seconds) for seconds in (0.4, 59, 61, 7261)] == ["0 s", "59 s", "1 min 1 s", "2 h 1 min"]
+    assert [duration(seconds) for seconds in (0.4, 59, 61, 7261)] == ["0 s", "59 s", "1 min 1 s", "2 h 1 min"]

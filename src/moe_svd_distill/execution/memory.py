@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -27,6 +29,29 @@ class MemoryWatch:
             anonymous = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         self._peak = max(self._peak, anonymous)
         return self._peak
+
+
+@contextmanager
+def peak_of(every_s: float = 0.02) -> Iterator[Callable[[], int]]:
+    """Look at the anonymous memory again and again; what this gives tells by how many bytes it grew at most.
+
+    Args:
+        every_s: Seconds between two looks.
+    """
+    watch, over = MemoryWatch(), threading.Event()
+    before = watch.look()
+
+    def run() -> None:
+        while not over.wait(every_s):
+            watch.look()
+
+    looking = threading.Thread(target=run, daemon=True)
+    looking.start()
+    try:
+        yield lambda: watch.look() - before
+    finally:
+        over.set()
+        looking.join()
 
 
 def give_back() -> None:

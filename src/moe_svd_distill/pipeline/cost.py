@@ -28,7 +28,7 @@ Rows = list[list[str]]
 _TEACHER_PASSES = 2
 _SAVED_OF_FIT, _HELD_OF_FIT = 4 * 4, 4 * 13  # bytes for each number of the head: value, moments, the best of them
 _SCALES_TRIED = 3  # of the trained adapter on the search text: none, half, whole; fewer gain needs more
-_SAVES, _SAVED_BYTES = 2, 4 * 4  # files in turn; value, best value and at most two moments, float32
+SAVES_KEPT, SAVED_BYTES = 2, 4 * 4  # files in turn; value, best value and at most two moments, float32
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class TrainingCost:
         rows_bytes: What a head that stands still needs of the teacher, on the disk while training runs.
         resident: Whether the student would be in memory; None where its files are not at hand to tell.
         placement: Why, in words; empty where that is not known.
+        processes: That share the training.
         memory_bytes: Of a process in which the student is trained in memory, at most; 0 where it would not be, or that
             is not known.
         step_bytes: Stored bytes of weights read in each step, if streamed.
@@ -78,6 +79,7 @@ class TrainingCost:
     rows_bytes: int
     resident: bool | None
     placement: str
+    processes: int
     memory_bytes: int
     step_bytes: int
     training_bytes: int
@@ -173,10 +175,11 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
         teacher_operations=teacher_operations,
         student_operations=student_operations,
         adapter_bytes=stored * BYTES[recipe.dtype] + (_head_bytes(recipe, pair) if head_moves else 0),
-        saves_bytes=_SAVES * _SAVED_BYTES * (factors + moving),
+        saves_bytes=SAVES_KEPT * SAVED_BYTES * (factors + moving),
         rows_bytes=_rows_bytes(recipe, read, student) * processes,
         resident=resident,
         placement=placed.reason if placed else "",
+        processes=processes,
         memory_bytes=placed.memory_bytes if placed and placed.resident else 0,
         step_bytes=2 * pass_bytes,
         training_bytes=pass_bytes * (2 * (steps + trials * trial_steps) + measurements),

@@ -1,4 +1,4 @@
-"""How long the stages of a run would take on this machine."""
+"""What the stages of a run would take on this machine: time, memory and disk."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moe_svd_distill.execution.memory import peak_of
 from moe_svd_distill.fitting.rank import SERVED_RANKS
-from moe_svd_distill.pipeline.cost import CalibratingCost, TrainingCost
-from moe_svd_distill.pipeline.placement import tokens_at_once, training_dtype
+from moe_svd_distill.pipeline.cost import SAVED_BYTES, SAVES_KEPT, CalibratingCost, TrainingCost
+from moe_svd_distill.pipeline.placement import LIBRARIES_BYTES, tokens_at_once, training_dtype
 from moe_svd_distill.pipeline.preparation import execution_settings, make_work
 from moe_svd_distill.pipeline.ranks import trained_ranks
 from moe_svd_distill.pipeline.speed import HeadSeconds, LayerSeconds, head_speed, reading_speed, training_speed
@@ -23,9 +24,26 @@ if TYPE_CHECKING:
     from moe_svd_distill.pipeline.pair import ModelPair
     from moe_svd_distill.recipe import Recipe
 
+_READ_TOKENS = 1024  # enough of a batch to see how long a full one takes
 _SCALES_OF_A_FIT = 5
+_BEST_BYTES = 4  # of a number, in the last save of a training
 _PRODUCTS_OF_A_STEP = 3  # with a head that is trained: logits, slopes of the states, slopes of the weight
 _PRODUCTS_BEFORE_A_FIXED_HEAD = 2
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What a stage would take, about.
+
+    Attributes:
+        seconds: Of time.
+        memory_bytes: Of all its processes, files that are mapped left out; 0 where that depends on what is free.
+        disk_bytes: In the output and cache folders, at most at a time.
+    """
+
+    seconds: float
+    memory_bytes: int
+    disk_bytes: int
 
 
 @dataclass(frozen=True)
@@ -61,7 +79,7 @@ def measure_pair(recipe: Recipe, pair: ModelPair) -> PairSpeed:
             device,
             settings.compute_dtype(model.layout.geometry.hidden),
             length,
-            min(settings.batch_tokens, recipe.tokens),
+            min(_READ_TOKENS, recipe.tokens),
         )
         for model in (pair.teacher, pair.student)
     )
@@ -77,8 +95,14 @@ def measure_pair(recipe: Recipe, pair: ModelPair) -> PairSpeed:
     return PairSpeed(teacher, student, trained, heads[0], heads[1])
 
 
-def seconds_of_training(cost: TrainingCost, speed: PairSpeed) -> float:
-    """What the refined stage would take; text that the student writes word by word is counted as read."""
+def training_cost_here(cost: TrainingCost, speed: PairSpeed, save_seconds: float) -> StageCost:
+    """What the refined stage would take; text that the student writes word by word is counted as read.
+
+    Args:
+        cost: What there is to do.
+        speed: How fast that goes.
+        save_seconds: Between two saves.
+    """
     layers, fixed, steps = speed.trained, bool(cost.rows_bytes), cost.steps + cost.trial_steps
     mine, theirs = ((of.rounded if fixed else of.plain) for of in (speed.student_head, speed.teacher_head))
     reading = _passes(2, cost.teacher_tokens, speed.teacher) + _passes(1, cost.read_by_student, speed.student)
@@ -89,12 +113,19 @@ def seconds_of_training(cost: TrainingCost, speed: PairSpeed) -> float:
         of_trained, of_measured = theirs + _PRODUCTS_OF_A_STEP * mine, theirs + mine
     once_more, loading = (layers.forward, 2 * steps * layers.loading) if cost.resident is False else (0.0, 0.0)
     training = cost.trained_tokens * (layers.learning + once_more + of_trained) + steps * layers.composing
+    training = max(training, loading)
     measuring = cost.measured_tokens * (layers.forward + of_measured)
-    return reading + max(training, loading) + measuring
+    kept = cost.states_bytes + cost.rows_bytes + cost.adapter_bytes + _saves(cost, int(training // save_seconds))
+    return StageCost(reading + training + measuring, cost.memory_bytes * cost.processes, kept)
 
 
-def seconds_of_calibrating(cost: CalibratingCost, speed: PairSpeed) -> float:
-    """What the calibrated stage would take."""
+def calibrating_cost_here(cost: CalibratingCost, speed: PairSpeed) -> StageCost:
+    """What the calibrated stage would take.
+
+    Args:
+        cost: What there is to do.
+        speed: How fast that goes.
+    """
     theirs, mine = speed.teacher_head.plain, speed.student_head.plain
     last = speed.trained.learning / cost.layers * cost.last_layers
     reading = _passes(2, cost.tokens, speed.teacher) + _passes(cost.student_passes, cost.tokens, speed.student)
@@ -102,22 +133,39 @@ def seconds_of_calibrating(cost: CalibratingCost, speed: PairSpeed) -> float:
         cost.fitted_tokens * (theirs + _PRODUCTS_OF_A_STEP * mine + last) + cost.check_tokens * (theirs + mine + last)
     )
     choosing = (theirs + mine) * (len(SERVED_RANKS) * cost.check_tokens + _SCALES_OF_A_FIT * cost.search_tokens)
-    return reading + fitting + choosing
+    return StageCost(reading + fitting + choosing, cost.memory_bytes, cost.states_bytes + cost.saves_bytes)
 
 
-def seconds_of_weights(recipe: Recipe, pair: ModelPair, plan: Plan) -> float:
-    """What the weights stage would take, from a unit of middle size, which is done."""
+def weights_cost_here(recipe: Recipe, pair: ModelPair, plan: Plan, adapter_bytes: int) -> StageCost:
+    """What the weights stage would take, from a unit of middle size, which is done.
+
+    Args:
+        recipe: What is asked for.
+        pair: Its models, whose weights lie on this machine.
+        plan: Its units.
+        adapter_bytes: What the units make.
+    """
     if not plan.units:
-        return 0.0
+        return StageCost(0.0, 0, 0)
     settings, before = execution_settings(recipe), torch.get_num_threads()
     by_size = sorted(plan.units, key=lambda unit: sum(task.rank * sum(task.shape) for task in unit.tasks))
     torch.set_num_threads(settings.threads_per_worker)
     begin = time.perf_counter()
     try:
-        make_work(recipe, pair)(by_size[len(by_size) // 2], settings.devices[0])
+        with peak_of() as grown:
+            make_work(recipe, pair)(by_size[len(by_size) // 2], settings.devices[0])
     finally:
         torch.set_num_threads(before)
-    return (time.perf_counter() - begin) * len(plan.units) / min(settings.workers, len(plan.units))
+    workers = min(settings.workers, len(plan.units))
+    seconds = (time.perf_counter() - begin) * len(plan.units) / workers
+    return StageCost(seconds, workers * (LIBRARIES_BYTES + grown()), 2 * adapter_bytes)
+
+
+def _saves(cost: TrainingCost, whole: int) -> int:
+    """Bytes of so many whole saves, two of which are kept, beside one more that holds the best values alone."""
+    numbers = cost.saves_bytes // (SAVES_KEPT * SAVED_BYTES)
+    written = SAVED_BYTES * min(whole, SAVES_KEPT + 1)
+    return numbers * max(written, SAVED_BYTES * min(whole, SAVES_KEPT) + _BEST_BYTES)
 
 
 def _passes(count: int, tokens: int, layers: LayerSeconds) -> float:

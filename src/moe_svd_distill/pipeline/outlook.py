@@ -14,10 +14,11 @@ from moe_svd_distill.pairing.unit import TensorTask, UnitOfWork
 from moe_svd_distill.pipeline.comparison import outlook_of_method
 from moe_svd_distill.pipeline.cost import BYTES, cost_of_calibrating, cost_of_training, readable
 from moe_svd_distill.pipeline.duration import (
+    StageCost,
+    calibrating_cost_here,
     measure_pair,
-    seconds_of_calibrating,
-    seconds_of_training,
-    seconds_of_weights,
+    training_cost_here,
+    weights_cost_here,
 )
 from moe_svd_distill.pipeline.pair import open_pair
 from moe_svd_distill.pipeline.preparation import plan_pair
@@ -53,15 +54,20 @@ def look_ahead(recipe: Recipe, on_measuring: Callable[[], None] = lambda: None) 
             plan = Plan((), (), {}, {}, (error.what,))
         refined = cost_of_training(recipe, pair, stages, at_hand=at_hand) if "refined" in stages else None
         calibrated = cost_of_calibrating(recipe, pair, as_start=refined is not None) if "calibrated" in stages else None
-        seconds: dict[str, float] = {}
+        changed_tasks = [task for unit in plan.units for task in unit.tasks if task.change]
+        factors = sum(task.rank * sum(task.shape) for task in changed_tasks) * BYTES[recipe.dtype]
+        here: dict[str, StageCost] = {}
+        speed = None
         if at_hand and stages:
             on_measuring()
             if "weights" in stages:
-                seconds["weights"] = seconds_of_weights(recipe, pair, plan)
+                here["weights"] = weights_cost_here(recipe, pair, plan, factors)
             if calibrated or refined:
                 speed = measure_pair(recipe, pair)
-                seconds |= {"calibrated": seconds_of_calibrating(calibrated, speed)} if calibrated else {}
-                seconds |= {"refined": seconds_of_training(refined, speed)} if refined else {}
+                if calibrated:
+                    here["calibrated"] = calibrating_cost_here(calibrated, speed)
+                if refined:
+                    here["refined"] = training_cost_here(refined, speed, recipe.training.save_seconds)
     tasks = [task for unit in plan.units for task in unit.tasks]
     changed = Counter(task.role for task in tasks if task.change)
     kept = Counter(task.role for task in tasks if not task.change)
@@ -69,8 +75,7 @@ def look_ahead(recipe: Recipe, on_measuring: Callable[[], None] = lambda: None) 
     for task in tasks:
         if task.change:
             ranks[task.role].add(task.rank)
-    factors = sum(task.rank * sum(task.shape) for task in tasks if task.change) * BYTES[recipe.dtype]
-    covered = sum(prod(task.shape) for task in tasks if task.change) * 2
+    covered = sum(prod(task.shape) for task in changed_tasks) * 2
     weights = [
         ["weights stage: units of work", str(len(plan.units))],
         ["weights stage: adapter, and as much again in parts", readable(factors)],
@@ -106,7 +111,8 @@ def look_ahead(recipe: Recipe, on_measuring: Callable[[], None] = lambda: None) 
         "method": method,
         "calibrated": asdict(calibrated) if calibrated else None,
         "refined": refined.as_dict() if refined else None,
-        "seconds": {stage: round(value, 1) for stage, value in seconds.items()},
+        "speed": asdict(speed) if speed else None,
+        "here": {stage: asdict(cost) for stage, cost in here.items()},
     }
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from moe_svd_distill.training.factors import FactorBank
 if TYPE_CHECKING:
     from moe_svd_distill.checkpoints import Checkpoint
 
-_LAYERS = 3  # run at most; the last of them stands for those behind it
+_LAYERS = 2  # run at most; the last of them stands for those behind it
 _HEAD_PLACES, _REPEATS = 128, 2
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ def head_speed(checkpoint: Checkpoint, device: str) -> HeadSeconds:
     def seconds(dtype: torch.dtype) -> float:
         weight = head.to(dtype)
         states = torch.ones(_HEAD_PLACES, head.shape[1], device=place, dtype=dtype)
-        return _best(lambda: torch.softmax((states @ weight.T).float(), dim=-1), place) / _HEAD_PLACES
+        found, _ = _timed(lambda: torch.softmax((states @ weight.T).float(), dim=-1), place)
+        return found / _HEAD_PLACES
 
     return HeadSeconds(seconds(torch.float32), seconds(matmul_dtype(place)))
 
@@ -158,25 +160,22 @@ class _Trial:
         self.given_few: list[Tensor] = []
 
     def layer(self, layer: int) -> LayerSeconds:
-        decoder, tokens = self.decoder, self.ids.numel()
-        begin = time.perf_counter()
-        decoder.enter(layer)
-        loading = time.perf_counter() - begin
+        decoder, place, tokens = self.decoder, self.place, self.ids.numel()
+        bank = None
+        if self.ranks:  # before the layer is there: pairs act in copies that are made of it
+            bank = FactorBank({layer: decoder.matrices.of_layer.get(layer, ())}, self.ranks, place, {}, 0)
+        loading, _ = _timed(lambda: decoder.enter(layer), place, 1)
         if decoder.layers == 1:
-            forward = _best(lambda: decoder.states(self.ids), self.place)
+            forward, _ = _timed(lambda: decoder.states(self.ids), place)
             return LayerSeconds(loading, forward / tokens)
         learning = composing = 0.0
         with torch.no_grad():
             after_few = decoder.step(layer, self.few, _copies(self.given_few))
-            forward = _best(lambda: decoder.step(layer, self.ids, _copies(self.given)), self.place)
-            after = decoder.step(layer, self.ids, _copies(self.given))
-        if self.ranks:
-            decoder.leave(layer)
-            bank = FactorBank({layer: decoder.matrices.of_layer.get(layer, ())}, self.ranks, self.place, {}, 0)
-            decoder.enter(layer)
-            composing = _best(lambda: bank.compose(layer, bank.bases(layer)), self.place)
+            forward, after = _timed(lambda: decoder.step(layer, self.ids, _copies(self.given)), place)
+        if bank is not None:
+            composing, _ = _timed(lambda: bank.compose(layer, bank.bases(layer)), place)
             bank.collect(layer)
-            learning = _best(lambda: self._learn(layer), self.place)
+            learning, _ = _timed(lambda: self._learn(layer), place)
         decoder.leave(layer)
         self.given, self.given_few = after, after_few
         return LayerSeconds(loading, forward / tokens, learning / tokens, composing)
@@ -193,16 +192,16 @@ def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.clone() for tensor in tensors]  # a layer may write into what it is given
 
 
-def _best(act: Callable[[], object], place: torch.device) -> float:
-    """Seconds of the fastest of a few times."""
-    found = []
-    for _ in range(_REPEATS):
+def _timed(act: Callable[[], Result], place: torch.device, times: int = _REPEATS) -> tuple[float, Result]:
+    """Seconds of the fastest of a few times, and what the last one gave."""
+    seconds, result = [], None
+    for _ in range(times):
         begin = time.perf_counter()
-        act()
+        result = act()
         if place.type == "cuda":
             torch.cuda.synchronize(place)
-        found.append(time.perf_counter() - begin)
-    return min(found)
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds), cast("Result", result)
 
 
 @contextmanager

@@ -42,10 +42,10 @@ def command(recipe: Path | None, as_json: bool, **given: Any) -> None:
         print_table("weights stage: depth", ("student layer", "teacher layers"), outlook["depth"])
         print_table("weights stage: tensors", ("role", "with a pair", "kept", "rank"), outlook["roles"])
     print_table("sizes", ("what", ""), outlook["sizes"])
-    if outlook["seconds"]:
-        print_table("time on this machine, about", ("stage", ""), _times(outlook["seconds"]))
+    if outlook["here"]:
+        print_table("on this machine, about", ("stage", "time", "memory", "disk"), _stages(outlook["here"]))
     elif stages:
-        click.echo("The time is not known: the weights are not on this machine.")
+        click.echo("Time and memory are not known: the weights are not on this machine.")
     if "weights" in stages:
         for line in outlook["notes"]:
             click.echo(f"note: {line}")
@@ -64,6 +64,14 @@ def _show_preset(preset: dict[str, Any]) -> None:
     click.echo(f"preset {preset['name']}: {', '.join(words)}")
 
 
-def _times(seconds: Mapping[str, float]) -> list[list[str]]:
-    rows = [[stage, duration(value)] for stage, value in seconds.items()]
-    return [*rows, ["together", duration(sum(seconds.values()))]] if len(rows) > 1 else rows
+def _stages(here: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    from moe_svd_distill.pipeline.cost import readable
+
+    rows = [
+        [stage, duration(cost["seconds"]), readable(cost["memory_bytes"]) if cost["memory_bytes"] else "what is free",
+         readable(cost["disk_bytes"])]
+        for stage, cost in here.items()
+    ]  # fmt: skip
+    if len(rows) < 2:
+        return rows
+    return [*rows, ["together", duration(sum(cost["seconds"] for cost in here.values())), "", ""]]

@@ -1,0 +1,134 @@
+"""The plan's seconds: what is measured of a machine, and what is made of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_svd_distill.errors import IncompatiblePairError
+from moe_svd_distill.pipeline import speed
+from moe_svd_distill.pipeline.cost import TrainingCost, cost_of_calibrating, cost_of_training
+from moe_svd_distill.pipeline.duration import (
+    PairSpeed,
+    calibrating_cost_here,
+    measure_pair,
+    training_cost_here,
+    weights_cost_here,
+)
+from moe_svd_distill.pipeline.pair import open_pair
+from moe_svd_distill.pipeline.preparation import plan_pair
+from moe_svd_distill.pipeline.ranks import trained_ranks
+from moe_svd_distill.pipeline.speed import HeadSeconds, LayerSeconds, head_speed, reading_speed, training_speed
+from tests.pipeline.test_cost import LITTLE
+from tests.support.pairs import recipe_for
+
+
+class _Clock:
+    """Goes on by a second each time it is looked at."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "time", _Clock())
+
+
+@pytest.mark.usefixtures("clock")
+def test_all_layers_are_those_that_ran_and_more_like_the_last(tiny: tuple[Path, Path]) -> None:
+    """Everything takes a second here, so seconds count layers."""
+    with open_pair(*map(str, tiny)) as pair:
+        checkpoint, layers = pair.student.checkpoint, pair.student.architecture.layers
+        ranks = trained_ranks(recipe_for(*tiny, Path("out"), **LITTLE), pair.student)
+        found = training_speed(checkpoint, "cpu", torch.float32, 16, 64, ranks)
+        read = reading_speed(checkpoint, "cpu", torch.float32, 16, 64)
+        head = head_speed(checkpoint, "cpu")
+    assert found == LayerSeconds(layers, layers / 64, layers / 64, layers)
+    assert read == LayerSeconds(layers, layers / 64 / torch.get_num_threads())
+    assert head == HeadSeconds(1 / 128, 1 / 128)
+
+
+def test_the_number_of_threads_is_what_it_was(tiny: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen = torch.get_num_threads(), []
+
+    def look(*given: object) -> LayerSeconds:
+        seen.append(torch.get_num_threads())
+        raise IncompatiblePairError("It cannot be run", "Choose another")
+
+    monkeypatch.setattr(speed, "_all_layers", look)
+    with open_pair(*map(str, tiny)) as pair, pytest.raises(IncompatiblePairError):
+        reading_speed(pair.teacher.checkpoint, "cpu", torch.float32, 16, 64)
+    assert seen == [1]
+    assert torch.get_num_threads() == before
+
+
+NOTHING = LayerSeconds(0.0, 0.0)
+FREE = PairSpeed(NOTHING, NOTHING, NOTHING, HeadSeconds(0.0, 0.0), HeadSeconds(0.0, 0.0))
+
+
+def seconds_of_training(cost: TrainingCost, speed: PairSpeed) -> float:
+    return training_cost_here(cost, speed, 120.0).seconds
+
+
+def test_seconds_of_training_count_what_the_plan_counts(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe = recipe_for(*tiny, tmp_path / "out", **LITTLE)
+    with open_pair(*map(str, tiny)) as pair:
+        cost = cost_of_training(recipe, pair, ("refined",), at_hand=True)
+    assert not cost.rows_bytes
+    assert seconds_of_training(cost, FREE) == 0.0
+    reading = replace(FREE, teacher=LayerSeconds(0.0, 2.0))
+    assert seconds_of_training(cost, reading) == 2.0 * cost.teacher_tokens
+    waiting = replace(FREE, teacher=LayerSeconds(5.0, 1e-9))
+    assert seconds_of_training(cost, waiting) == 10.0
+    learning = replace(FREE, trained=LayerSeconds(0.0, 0.0, learning=1.0, composing=7.0))
+    assert seconds_of_training(cost, learning) == cost.trained_tokens + 7.0 * cost.steps
+    head = replace(FREE, student_head=HeadSeconds(1.0, 0.5))
+    assert seconds_of_training(cost, head) == 3 * cost.trained_tokens + cost.measured_tokens
+    fixed = replace(cost, rows_bytes=1)
+    assert seconds_of_training(fixed, head) == 0.5 * (
+        cost.teacher_tokens + 2 * cost.trained_tokens + cost.measured_tokens
+    )
+    streamed = replace(FREE, trained=LayerSeconds(3.0, 0.0))
+    assert seconds_of_training(replace(cost, resident=False), streamed) == 2 * 3.0 * cost.steps
+
+
+def test_the_disk_holds_two_saves_and_for_a_moment_three(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe = recipe_for(*tiny, tmp_path / "out", **LITTLE)
+    with open_pair(*map(str, tiny)) as pair:
+        cost = cost_of_training(recipe, pair, ("refined",), at_hand=True)
+    besides, numbers = cost.states_bytes + cost.rows_bytes + cost.adapter_bytes, cost.saves_bytes // 32
+    lasting = replace(FREE, trained=LayerSeconds(0.0, 0.0, learning=1 / cost.trained_tokens))  # a second of training
+    disk = [training_cost_here(cost, lasting, every).disk_bytes - besides for every in (2.0, 1.0, 0.5, 0.3)]
+    assert disk == [4 * numbers, 20 * numbers, 36 * numbers, 48 * numbers]
+
+
+def test_seconds_of_calibrating_count_passes(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe = recipe_for(*tiny, tmp_path / "out", **(LITTLE | {"copies": 2, "fit_passes": 5, "last_layers": 0}))
+    with open_pair(*map(str, tiny)) as pair:
+        cost = cost_of_calibrating(recipe, pair, as_start=False)
+    assert (cost.fit_passes, cost.fitted_tokens) == (5, 3 * recipe.tokens)
+    assert calibrating_cost_here(cost, replace(FREE, student=LayerSeconds(0.0, 1.0))).seconds == cost.tokens
+    head = calibrating_cost_here(cost, replace(FREE, student_head=HeadSeconds(1.0, 9.0)))
+    assert (
+        head.seconds
+        == 5 * (3 * cost.fitted_tokens + cost.check_tokens) + 7 * cost.check_tokens + 5 * cost.search_tokens
+    )
+
+
+def test_a_real_measurement_is_finite_and_the_weights_stage_is_tried(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe = recipe_for(*tiny, tmp_path / "out", **LITTLE)
+    with open_pair(*map(str, tiny)) as pair:
+        found = measure_pair(recipe, pair)
+        weights = weights_cost_here(recipe, pair, plan_pair(recipe, pair), 1000)
+    assert weights.seconds > 0
+    assert weights.memory_bytes >= 450 << 20
+    assert weights.disk_bytes == 2000
+    assert min(found.teacher.forward, found.student.forward, found.trained.learning, found.trained.composing) > 0
+    assert min(found.teacher_head.plain, found.student_head.rounded) > 0
