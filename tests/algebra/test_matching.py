@@ -1,25 +1,19 @@
-"""Planted permutations are found and undone; unrelated models are recognised as such."""
+"""Planted permutations are found and undone."""
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_svd_distill.algebra.matching import (
+    cosine_similarity,
     expert_probe_features,
     match_attention_heads,
-    match_experts,
     match_neurons,
-    match_rows,
     match_similarity,
 )
-from moe_svd_distill.algebra.permutation import (
-    block_index,
-    inverse_permutation,
-    permute_heads,
-    permute_neurons,
-)
+from moe_svd_distill.algebra.permutation import block_index, permute_heads, permute_neurons
 
 SEEDS = st.integers(0, 10_000)
 
@@ -45,16 +39,6 @@ def mlp(neurons: int, hidden: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @settings(max_examples=20, deadline=None)
-@given(seed=SEEDS, count=st.integers(1, 60), kept=st.floats(0.3, 1.0))
-def test_planted_rows_are_found(seed: int, count: int, kept: float) -> None:
-    teacher = random(count, 64, seed=seed)
-    index = torch.randperm(count, generator=seeded(seed))[: max(1, round(kept * count))]
-    found = match_rows(teacher, noisy(teacher[index], seed))
-    assert torch.equal(found.teacher_index, index)
-    assert found.similarity > 0.85
-
-
-@settings(max_examples=20, deadline=None)
 @given(seed=SEEDS, neurons=st.integers(2, 80))
 def test_planted_neurons_are_found_and_undone(seed: int, neurons: int) -> None:
     teacher = mlp(neurons, 32, seed)
@@ -62,7 +46,7 @@ def test_planted_neurons_are_found_and_undone(seed: int, neurons: int) -> None:
     student = tuple(noisy(tensor, seed) for tensor in permute_neurons(*teacher, index))
     found = match_neurons(*teacher, *student)
     assert torch.equal(found.teacher_index, index)
-    restored = permute_neurons(*permute_neurons(*teacher, index), inverse_permutation(found.teacher_index))
+    restored = permute_neurons(*permute_neurons(*teacher, index), found.teacher_index.argsort())
     for original, tensor in zip(teacher, restored, strict=True):
         assert torch.equal(original, tensor)
 
@@ -72,28 +56,6 @@ def test_no_part_of_a_neuron_drowns_the_others() -> None:
     index = torch.randperm(30, generator=seeded(3))
     student = permute_neurons(random(30, 40, seed=9) * 1e-3, up, down, index)
     assert torch.equal(match_neurons(gate * 1e3, up, down, *student).teacher_index, index)
-
-
-@settings(max_examples=10, deadline=None)
-@given(seed=SEEDS, experts=st.integers(2, 12))
-@example(seed=193, experts=4)
-def test_planted_experts_are_found_though_their_neurons_are_permuted_too(seed: int, experts: int) -> None:
-    hidden, neurons = 24, 20
-    parts = [mlp(neurons, hidden, seed + 10 * e) for e in range(experts)]
-    gate, up, down = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
-    router = random(experts, hidden, seed=seed) + 4.0
-    order = torch.randperm(experts, generator=seeded(seed))
-    inner = [torch.randperm(neurons, generator=seeded(seed + e)) for e in range(experts)]
-    permuted = [permute_neurons(gate[e], up[e], down[e], inner[i]) for i, e in enumerate(order.tolist())]
-    own = [noisy(torch.stack(tensors), seed + i, 0.1) for i, tensors in enumerate(zip(*permuted, strict=True))]
-    probes = random(hidden, 8, seed=1)
-    features = expert_probe_features(gate, up, down, probes), expert_probe_features(*own, probes)
-    by_both = match_experts(router, noisy(router[order] - 7.0, seed, 0.1), *features)
-    assert torch.equal(by_both.teacher_index, order)
-    # Wide, because the rows of few narrow unrelated routers resemble each other by chance (seed 193, 4 experts).
-    unrelated = [random(experts, 50 * hidden, seed=seed + more) for more in (5, 6)]
-    by_features = match_experts(*unrelated, *features)
-    assert torch.equal(by_features.teacher_index, order)
 
 
 def test_probe_features_do_not_see_the_order_of_neurons() -> None:
@@ -125,9 +87,7 @@ def test_planted_heads_are_found_and_undone(seed: int, kv_heads: int, group: int
     assert torch.equal(found.query_index, query_index)
     assert found.similarity > 0.85
     if not fewer:
-        back = permute_heads(
-            *permuted, inverse_permutation(found.kv_index), inverse_permutation(found.query_index), size
-        )
+        back = permute_heads(*permuted, found.kv_index.argsort(), found.query_index.argsort(), size)
         for original, tensor in zip((q, k, v, o), back, strict=True):
             assert torch.equal(original, tensor)
 
@@ -136,7 +96,6 @@ def test_heads_in_their_own_order_are_the_identity() -> None:
     tensors = random(16, 8), random(8, 8, seed=1), random(8, 8, seed=2), random(8, 16, seed=3)
     found = match_attention_heads(tensors, tensors, 4)
     assert found.is_identity
-    assert found.query_margin > 0.5
     swapped = permute_heads(*tensors, torch.tensor([1, 0]), torch.tensor([2, 3, 0, 1]), 4)
     assert not match_attention_heads(tensors, swapped, 4).is_identity
 
@@ -150,50 +109,25 @@ def test_heads_that_do_not_fit_are_refused() -> None:
         match_attention_heads(wide, wide, 3)
 
 
-def test_significance_tells_a_planted_permutation_from_chance() -> None:
-    teacher = random(200, 64)
-    order = torch.randperm(200, generator=seeded(1))
-    planted = match_rows(teacher, noisy(teacher[order], 2, 1.0))
-    unrelated = match_rows(teacher, random(200, 64, seed=5))
-    assert planted.significance > 2.0
-    assert planted.margin > 0.1
-    assert abs(unrelated.significance) < 1.0
-    assert unrelated.margin < 0.05
-    assert unrelated.similarity == pytest.approx(unrelated.chance, abs=0.05)
-
-
-def test_is_identity() -> None:
-    rows = random(10, 8)
-    assert match_rows(rows, rows).is_identity
-    assert match_rows(rows, rows[:4]).is_identity
-    assert not match_rows(rows, rows.flip(0)).is_identity
-
-
 def test_the_matching_is_one_to_one_where_the_row_maxima_collide() -> None:
     similarity = torch.tensor([[0.9, 0.8], [0.7, 0.1]])
     assert match_similarity(similarity).teacher_index.tolist() == [1, 0]
-    single = match_similarity(torch.tensor([[0.5]]))
-    assert (single.similarity, single.margin, single.spread) == (0.5, 0.0, 0.0)
+    assert match_similarity(torch.tensor([[0.5]])).similarity == 0.5
 
 
 def test_impossible_matchings_are_refused() -> None:
     with pytest.raises(ValueError, match="one to one"):
-        match_rows(random(3, 4), random(5, 4))
+        match_similarity(torch.zeros(5, 3))
     with pytest.raises(ValueError, match="finite"):
-        match_rows(random(3, 4), torch.full((3, 4), float("nan")))
-    with pytest.raises(ValueError, match="both sides"):
-        match_experts(random(3, 4), random(3, 4), random(3, 5))
+        match_similarity(torch.full((3, 3), float("nan")))
 
 
 def test_a_row_of_zeros_matches_anything_with_similarity_zero() -> None:
     rows = random(3, 4)
     student = rows.clone()
     student[1] = 0
-    assert match_rows(rows, student).teacher_index.tolist() == [0, 1, 2]
+    assert match_similarity(cosine_similarity([rows], [student])).teacher_index.tolist() == [0, 1, 2]
 
 
-def test_index_helpers() -> None:
+def test_block_index() -> None:
     assert block_index(torch.tensor([2, 0]), 3).tolist() == [6, 7, 8, 0, 1, 2]
-    assert inverse_permutation(torch.tensor([2, 0, 1])).tolist() == [1, 2, 0]
-    with pytest.raises(ValueError, match="permutation"):
-        inverse_permutation(torch.tensor([0, 0, 1]))

@@ -10,9 +10,7 @@ from moe_svd_distill.algebra.projection import (
     ProjectionError,
     batched_svd_projection,
     fourier_projection,
-    interpolate_vector,
     slice_projection,
-    slice_vector,
     svd_projection,
 )
 
@@ -120,15 +118,6 @@ def test_slice_projection() -> None:
     projected = slice_projection(matrix, (6, 3))
     assert torch.equal(projected[:4], matrix[:, :3])
     assert not projected[4:].any()
-
-
-def test_vectors() -> None:
-    vector = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    assert interpolate_vector(vector, 7).tolist() == pytest.approx([1, 1.5, 2, 2.5, 3, 3.5, 4])
-    assert interpolate_vector(vector, 2).tolist() == [1, 4]
-    assert interpolate_vector(vector.bfloat16(), 4).dtype == torch.float32
-    assert slice_vector(vector, 2).tolist() == [1, 2]
-    assert slice_vector(vector, 6).tolist() == [1, 2, 3, 4, 2.5, 2.5]
 
 
 def test_empty_targets_are_refused() -> None:

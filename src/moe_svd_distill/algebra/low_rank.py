@@ -29,7 +29,7 @@ class LowRank:
     residual: float  # ||D - left @ right|| / ||D||, Frobenius; 0.0 for a zero matrix
     energy: float  # ||left @ right||^2 / ||D||^2; 1.0 for a zero matrix
     singular_values: Float[Tensor, "r"]  # of the approximation; NaN where no decomposition was needed (method "exact")
-    method: str  # "subspace", "gram", "exact" (identity factor, no SVD needed), "reference" (torch.linalg.svd)
+    method: str  # "subspace", "gram", "exact" (identity factor, no SVD needed)
 
 
 def truncated_svd(
@@ -70,31 +70,6 @@ def batched_truncated_svd(
     if matrices.device.type == "cpu":
         return [_factorise(matrix, rank, generator, pass_dtype, passes)[0] for matrix in matrices]
     return _factorise(matrices, rank, generator, pass_dtype, passes)
-
-
-def exact_truncated_svd(matrix: Float[Tensor, "m n"], rank: int) -> LowRank:
-    """The plain formula in float64, by ``torch.linalg.svd``: the reference the fast ways are tested against.
-
-    Raises:
-        ValueError: as ``truncated_svd``.
-    """
-    _checked_norms(matrix[None], rank)
-    D = matrix.double()
-    total = float(D.square().sum())
-    U, S, Vh = torch.linalg.svd(D, full_matrices=False)
-    kept = min(rank, S.shape[0])
-    root = S[:kept].sqrt()
-    factor = root * _signs(U[:, :kept])
-    left, right = U[:, :kept] * factor, factor[:, None] * Vh[:kept]
-    rest = float(S[kept:].square().sum())
-    return LowRank(
-        left=_pad(left, columns=rank).float(),
-        right=_pad(right, rows=rank).float(),
-        residual=math.sqrt(rest / total) if total else 0.0,
-        energy=1.0 - rest / total if total else 1.0,
-        singular_values=_pad(S[None, :kept], columns=rank)[0].float(),
-        method="reference",
-    )
 
 
 def rank_for_energy(singular_values: Float[Tensor, "k"], energy: float, total: float) -> int:
@@ -249,7 +224,6 @@ def _pad(matrix: Tensor, *, rows: int | None = None, columns: int | None = None)
 __all__: Sequence[str] = (
     "LowRank",
     "batched_truncated_svd",
-    "exact_truncated_svd",
     "rank_for_energy",
     "truncated_svd",
 )

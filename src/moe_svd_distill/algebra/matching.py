@@ -1,11 +1,9 @@
 """Finding which neuron, expert or attention head of the teacher is which one of the student.
 
 Every matching is one to one, at the largest total cosine similarity (Hungarian method). What it found may be chance:
-the caller compares ``similarity`` with ``chance``. Models trained independently match at 0.18-0.22, a planted
-permutation at nearly 1.
+models trained independently match at 0.18-0.22, a planted permutation at nearly 1.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,20 +18,12 @@ class Matching:
 
     teacher_index: Int[Tensor, "p"]
     similarity: float  # mean cosine similarity of the matched pairs
-    margin: float  # mean of matched similarity minus the best similarity with any other teacher item
-    chance: float  # similarity expected of the best of m unrelated items, from the spread of unmatched pairs
-    spread: float  # standard deviation of unmatched pairs' similarity; 0.0 where there are none
 
     @property
     def is_identity(self) -> bool:
         """Whether every student item is matched with the teacher item of its own number."""
         index = self.teacher_index
         return bool((index == torch.arange(index.shape[0], device=index.device)).all())
-
-    @property
-    def significance(self) -> float:
-        """How far ``similarity`` lies above ``chance``, in standard deviations of an unmatched pair."""
-        return (self.similarity - self.chance) / max(self.spread, 1e-6)
 
 
 @dataclass(frozen=True)
@@ -44,7 +34,6 @@ class HeadMatching:
     query_index: Int[Tensor, "heads"]  # teacher query head of each student query head, over the whole layer
     kv: Matching
     query_similarity: float  # mean cosine similarity of the matched query heads
-    query_margin: float  # as in Matching, within a group; 0.0 for groups of one
 
     @property
     def similarity(self) -> float:
@@ -56,15 +45,6 @@ class HeadMatching:
         """Whether every head is matched with the head of its own number."""
         index = self.query_index
         return self.kv.is_identity and bool((index == torch.arange(index.shape[0], device=index.device)).all())
-
-
-def match_rows(teacher: Float[Tensor, "m d"], student: Float[Tensor, "p d"]) -> Matching:
-    """Rows of ``student`` to rows of ``teacher`` by cosine similarity.
-
-    Raises:
-        ValueError: more student than teacher rows, or entries that are not finite.
-    """
-    return match_similarity(cosine_similarity([teacher], [student]))
 
 
 def match_neurons(
@@ -80,34 +60,10 @@ def match_neurons(
     The three matrices are first brought to the same Frobenius norm, so that none drowns the others.
 
     Raises:
-        ValueError: as ``match_rows``.
+        ValueError: as ``match_similarity``.
     """
     teacher = [teacher_gate, teacher_up, teacher_down.mT]
     student = [student_gate, student_up, student_down.mT]
-    return match_similarity(cosine_similarity(teacher, student))
-
-
-def match_experts(
-    teacher_router: Float[Tensor, "e_t h"],
-    student_router: Float[Tensor, "e_s h"],
-    teacher_features: Float[Tensor, "e_t f"] | None = None,
-    student_features: Float[Tensor, "e_s f"] | None = None,
-) -> Matching:
-    """Experts of a MoE layer, whatever the order of the neurons inside them.
-
-    An expert is described by its router row (its address in the residual stream; the mean row, to which softmax is
-    blind, is taken off) and, if given, by features that no permutation of its neurons changes
-    (``expert_probe_features``), in equal parts.
-
-    Raises:
-        ValueError: as ``match_rows``, or features of one side only.
-    """
-    if (teacher_features is None) != (student_features is None):
-        raise ValueError("features are needed of both sides or of neither")
-    teacher, student = [_centred(teacher_router)], [_centred(student_router)]
-    if teacher_features is not None and student_features is not None:
-        teacher.append(teacher_features)
-        student.append(student_features)
     return match_similarity(cosine_similarity(teacher, student))
 
 
@@ -142,7 +98,7 @@ def match_attention_heads(
     rows and o columns.
 
     Raises:
-        ValueError: sizes that are no multiples of each other, or as ``match_rows``.
+        ValueError: sizes that are no multiples of each other, or as ``match_similarity``.
     """
     q_t, k_t, v_t, o_t = (tensor.float() for tensor in teacher)
     q_s, k_s, v_s, o_s = (tensor.float() for tensor in student)
@@ -153,16 +109,14 @@ def match_attention_heads(
     kv = match_similarity(cosine_similarity(teacher_kv, [_heads(k_s, head_dim), _heads(v_s, head_dim)]))
     teacher_query = [_heads(q_t, head_dim), _heads(o_t.mT, head_dim)]
     similarity = cosine_similarity(teacher_query, [_heads(q_s, head_dim), _heads(o_s.mT, head_dim)])
-    index, similarities, margins = [], [], []
+    index, similarities = [], []
     for group, kv_head in enumerate(kv.teacher_index.tolist()):
         first = kv_head * group_t
         block = similarity[group * group_s : (group + 1) * group_s, first : first + group_t]
         within = match_similarity(block)
         index.append(within.teacher_index + first)
         similarities.append(within.similarity)
-        margins.append(within.margin)
-    count = len(index)
-    return HeadMatching(kv.teacher_index, torch.cat(index), kv, sum(similarities) / count, sum(margins) / count)
+    return HeadMatching(kv.teacher_index, torch.cat(index), kv, sum(similarities) / len(index))
 
 
 def cosine_similarity(
@@ -204,38 +158,12 @@ def match_similarity(similarity: Float[Tensor, "p m"]) -> Matching:
 
         chosen = linear_sum_assignment(similarity.double().cpu().numpy(), maximize=True)[1]
         index = torch.from_numpy(chosen).to(similarity.device)
-    matched = similarity.gather(1, index[:, None]).squeeze(1)
-    if m == 1:
-        return Matching(index, float(matched.mean()), 0.0, 0.0, 0.0)
-    others = similarity.scatter(1, index[:, None], -math.inf)
-    rest = (p * m) - p
-    sum_rest = float(similarity.sum(dtype=torch.float64) - matched.sum(dtype=torch.float64))
-    square_rest = float(similarity.square().sum(dtype=torch.float64) - matched.square().sum(dtype=torch.float64))
-    mean = sum_rest / rest
-    spread = math.sqrt(max(0.0, square_rest / rest - mean**2))
-    return Matching(
-        teacher_index=index,
-        similarity=float(matched.mean()),
-        margin=float((matched - others.amax(1)).mean()),
-        chance=mean + spread * _expected_maximum(m),
-        spread=spread,
-    )
-
-
-def _expected_maximum(count: int) -> float:
-    """Expected largest of ``count`` standard normal numbers, to about one per cent (Blom 1958)."""
-    probability = (count - 0.375) / (count + 0.25)
-    return math.sqrt(2.0) * float(torch.erfinv(torch.tensor(2.0 * probability - 1.0, dtype=torch.float64)))
+    return Matching(index, float(similarity.gather(1, index[:, None]).mean()))
 
 
 def _unit_mean(norms: Tensor) -> Tensor:
     """Factor that brings the root mean square of the row norms to one."""
     return norms.square().mean().clamp_min(torch.finfo(norms.dtype).tiny).rsqrt()
-
-
-def _centred(rows: Tensor) -> Tensor:
-    wide = rows.float()
-    return wide - wide.mean(0)
 
 
 def _heads(rows: Tensor, head_dim: int) -> Tensor:

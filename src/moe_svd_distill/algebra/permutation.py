@@ -1,4 +1,4 @@
-"""Applying and undoing a matching: pure index functions."""
+"""Applying a matching: pure index functions."""
 
 import torch
 from jaxtyping import Float, Int
@@ -31,17 +31,3 @@ def permute_heads(
 def block_index(index: Int[Tensor, "b"], size: int) -> Int[Tensor, "b_size"]:
     """Row numbers of the blocks ``index``, each of ``size`` rows (use it for biases of heads as well)."""
     return (index[:, None] * size + torch.arange(size, device=index.device)).flatten()
-
-
-def inverse_permutation(index: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
-    """``inverse[index[i]] = i``.
-
-    Raises:
-        ValueError: not a permutation of 0 .. n - 1.
-    """
-    order = torch.arange(index.shape[0], device=index.device)
-    if not torch.equal(index.sort().values, order):
-        raise ValueError("not a permutation")
-    inverse = torch.empty_like(order)
-    inverse[index.long()] = order
-    return inverse

@@ -97,23 +97,6 @@ def slice_projection(matrix: Float[Tensor, "m n"], shape: tuple[int, int]) -> Fl
     return working(sliced)
 
 
-def interpolate_vector(vector: Float[Tensor, "m"], length: int) -> Float[Tensor, "p"]:
-    """A vector (norm gains, biases) resampled linearly, first to first and last to last."""
-    _check_shape((length, 1))
-    X = working(vector)
-    if vector.shape[0] == length:
-        return X
-    return torch.nn.functional.interpolate(X[None, None], size=length, mode="linear", align_corners=True)[0, 0]
-
-
-def slice_vector(vector: Float[Tensor, "m"], length: int) -> Float[Tensor, "p"]:
-    """The first ``length`` entries; the mean where the target is longer (a gain of zero would kill a channel)."""
-    _check_shape((length, 1))
-    X = working(vector)
-    missing = length - vector.shape[0]
-    return X[:length].clone() if missing <= 0 else torch.cat([X, X.mean().expand(missing)])
-
-
 def _truncated_block(
     centred: Float[Tensor, "*e m n"], rank: int, rows: int, columns: int
 ) -> Float[Tensor, "*e rows columns"]:

@@ -46,6 +46,12 @@ class PairedText:
     student_ids: IntArray
     teacher_ids: IntArray
 
+    @classmethod
+    def read_alike(cls, text: TokenizedText, shared: int) -> PairedText:
+        """A text that both models read as the same tokens, numbered alike up to ``shared``."""
+        positions, ids = np.arange(text.sequences.size), np.arange(shared)
+        return cls(text, text, positions, positions, ids, ids)
+
     @property
     def identical(self) -> bool:
         """Whether both models read the same tokens, so that every position and token is its own partner."""
@@ -106,7 +112,7 @@ def pair_text(
     tokenizer = load_tokenizer(student_folder)
     if comparison.equal:
         texts = divide_text(documents, tokenizer, budgets, length=length, vocabulary=comparison.shared, seed=seed)
-        return {name: _identity(text, comparison.shared) for name, text in texts.items()}
+        return {name: PairedText.read_alike(text, comparison.shared) for name, text in texts.items()}
     student_ids, teacher_ids = common_tokens(teacher_folder, student_folder)
     limits = (read_vocabulary(student_folder).rows, read_vocabulary(teacher_folder).rows)
     parts = divide(documents, tokenizer, budgets, length=length, vocabulary=limits[0], seed=seed)
@@ -116,11 +122,6 @@ def pair_text(
         rows = pack_pair(part, tokenizer, other, length=length, teacher_vocabulary=limits[1])
         result[name] = PairedText(*rows, student_ids=student_ids, teacher_ids=teacher_ids)
     return result
-
-
-def _identity(text: TokenizedText, shared: int) -> PairedText:
-    positions, ids = np.arange(text.sequences.size), np.arange(shared)
-    return PairedText(text, text, positions, positions, ids, ids)
 
 
 def _beginning(text: TokenizedText, count: int) -> TokenizedText:

@@ -6,7 +6,7 @@ read.
 
 from moe_svd_distill.checkpoints.checkpoint import Checkpoint
 from moe_svd_distill.checkpoints.header import TensorInfo
-from moe_svd_distill.checkpoints.opening import check_checkpoint, open_checkpoint
+from moe_svd_distill.checkpoints.opening import open_checkpoint
 from moe_svd_distill.checkpoints.quantised import refuse_quantised
 
-__all__ = ["Checkpoint", "TensorInfo", "check_checkpoint", "open_checkpoint", "refuse_quantised"]
+__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint", "refuse_quantised"]

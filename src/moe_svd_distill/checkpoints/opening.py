@@ -39,11 +39,6 @@ def open_checkpoint(
     return checkpoint
 
 
-def check_checkpoint(checkpoint: Checkpoint) -> list[str]:
-    """Everything that is wrong with the model's files as they are now; empty if nothing is."""
-    return [fault.what for fault in checkpoint.look_again().faults]
-
-
 def _local_folder(model: str | Path) -> Path | None:
     """The folder that is meant, if there is one."""
     if not str(model):

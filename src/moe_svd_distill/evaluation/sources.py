@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 Mode: TypeAlias = Literal["auto", "resident", "streamed"]
 """In memory as transformers loads it, layer by layer from its files, or in memory where it fits."""
 
-MODES: tuple[Mode, ...] = ("auto", "resident", "streamed")
-
 
 class StudentSource(Protocol):
     """A student to read the states of."""

@@ -6,12 +6,9 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
-
 from moe_svd_distill.calibration.paired import PairedText, VocabularyMode, pair_text
 from moe_svd_distill.calibration.text import (
     Document,
-    TokenizedText,
     compare_vocabularies,
     load_tokenizer,
     require_shared_vocabulary,
@@ -62,9 +59,8 @@ def evaluation_texts(
 
     def read(chosen: Sequence[Document], limit: int | None) -> PairedText:
         if comparison.equal:
-            return _alike(
-                tokenize(chosen, tokenizer, limit, length=length, vocabulary=comparison.shared), comparison.shared
-            )
+            text = tokenize(chosen, tokenizer, limit, length=length, vocabulary=comparison.shared)
+            return PairedText.read_alike(text, comparison.shared)
         # No text has more tokens than bytes, the one that ends a document and the one that begins it included.
         everything = sum(len(document.text.encode("utf-8", "surrogatepass")) + 2 for document in chosen)
         budget = {"held-out": everything if limit is None else limit}
@@ -78,8 +74,3 @@ def evaluation_texts(
     with suppress(BadDataError):  # less than a sequence of it: then half of the text itself is what T is fitted on
         texts.append(read(others, FIT_TOKENS))
     return texts
-
-
-def _alike(text: TokenizedText, shared: int) -> PairedText:
-    positions, ids = np.arange(text.sequences.size), np.arange(shared)
-    return PairedText(text, text, positions, positions, ids, ids)

@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from moe_svd_distill.fitting.check import figures_by_document
@@ -23,13 +22,12 @@ from moe_svd_distill.fitting.rank import RankChoice, choose_rank, head_factors
 from moe_svd_distill.fitting.source import StateSource
 from moe_svd_distill.pipeline.assembly import asked_head_rank
 from moe_svd_distill.pipeline.fitted import Fitted, HeadChange
-from moe_svd_distill.pipeline.preparation import available_cores, library_versions
+from moe_svd_distill.pipeline.preparation import available_cores, digest_of, library_versions
 from moe_svd_distill.pipeline.ranks import trained_ranks
 from moe_svd_distill.pipeline.states import Body, MeasuredText, Report, StateReader
 from moe_svd_distill.streaming import Decoder, PassSettings, load_head
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from moe_svd_distill.evaluation.scale_search import ScaleSearch
@@ -188,10 +186,10 @@ class _Calibration:
             "settings": asdict(settings),
             "passes": {name: facts["key"] for name, facts in self.states.passes.items()},
             "models": [self.pair.teacher.checkpoint.fingerprint(), self.pair.student.checkpoint.fingerprint()],
-            "tokens": _digest(self.fit_text.student_ids, self.fit_text.teacher_ids),
+            "tokens": digest_of(self.fit_text.student_ids, self.fit_text.teacher_ids),
             "places": [
-                _digest(self.fit_text.student_position, self.fit_text.teacher_position),
-                _digest(check.student_position, check.teacher_position),
+                digest_of(self.fit_text.student_position, self.fit_text.teacher_position),
+                digest_of(check.student_position, check.teacher_position),
             ],
             "device": self.device.type,
             "threads": torch.get_num_threads(),
@@ -263,10 +261,6 @@ class _Calibration:
             "full_rank": min(fitted.delta.shape),
             "streamed": self.reader.passes,
         }
-
-
-def _digest(*numbers: NDArray[np.int64]) -> str:
-    return hashlib.sha256(b"".join(part.tobytes() for part in numbers)).hexdigest()
 
 
 @contextmanager

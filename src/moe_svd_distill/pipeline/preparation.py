@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +21,10 @@ from moe_svd_distill.pipeline.relatedness import embedding_similarity
 from moe_svd_distill.pipeline.work import DistillWork
 from moe_svd_distill.recipe import Recipe
 from moe_svd_distill.transfer.settings import ALGORITHM_VERSION, transfer_settings
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 NUMERIC_LIBRARIES = ("torch", "numpy", "scipy", "scikit-learn", "safetensors")
 PROJECT = "moe-svd-distill"
@@ -70,6 +75,11 @@ def identity(recipe: Recipe, pair: ModelPair, execution: Settings) -> dict[str, 
 def library_versions() -> dict[str, str]:
     """Versions of the libraries whose arithmetic decides the result."""
     return {name: version(name) for name in NUMERIC_LIBRARIES}
+
+
+def digest_of(*numbers: NDArray[np.int64]) -> str:
+    """The sha256 of tokens or positions, for the identity of what is computed from them."""
+    return hashlib.sha256(b"".join(part.tobytes() for part in numbers)).hexdigest()
 
 
 def make_work(recipe: Recipe, pair: ModelPair) -> DistillWork:

@@ -21,7 +21,7 @@ from moe_svd_distill.pipeline.copying import for_training
 from moe_svd_distill.pipeline.fitted import Fitted
 from moe_svd_distill.pipeline.moving_head import MovingHead
 from moe_svd_distill.pipeline.placement import Placement, TrainedParts, place_training, tokens_at_once
-from moe_svd_distill.pipeline.preparation import library_versions
+from moe_svd_distill.pipeline.preparation import digest_of, library_versions
 from moe_svd_distill.pipeline.ranks import trained_ranks
 from moe_svd_distill.pipeline.states import Body, Report
 from moe_svd_distill.pipeline.steps import (
@@ -175,8 +175,8 @@ class _Refinement:
             "start": start.path.name,
             "passes": {name: facts["key"] for name, facts in self.passes.items()},
             "models": [self.pair.teacher.checkpoint.fingerprint(), self.pair.student.checkpoint.fingerprint()],
-            "text": _digest(text.ids, text.position, text.teacher_position, text.following, check.position),
-            "tokens": _digest(fit.student_ids, fit.teacher_ids),
+            "text": digest_of(text.ids, text.position, text.teacher_position, text.following, check.position),
+            "tokens": digest_of(fit.student_ids, fit.teacher_ids),
             "ranks": sorted(self.ranks.items()),
             "placement": asdict(self.placement),
         }
@@ -312,7 +312,3 @@ class _Refinement:
         facts = {key: value for key, value in asdict(states.record).items() if key != "unused"}
         self.passes[name] = facts | {"file": states.path.name}
         return states
-
-
-def _digest(*numbers: NDArray[np.int64]) -> str:
-    return hashlib.sha256(b"".join(part.tobytes() for part in numbers)).hexdigest()

@@ -36,5 +36,4 @@ class DistillWork:
         from moe_svd_distill.transfer.unit import transfer_unit
 
         models = (self.teacher, self.student, self.geometries)
-        result = transfer_unit(unit, *models, self.settings, device, report_progress)
-        return PartContent(result.tensors, result.record)
+        return PartContent(*transfer_unit(unit, *models, self.settings, device, report_progress))

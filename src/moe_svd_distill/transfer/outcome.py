@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,20 +26,6 @@ class TensorOutcome:
     left: Tensor | None
     right: Tensor | None
     record: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class UnitResult:
-    """All that one unit hands over.
-
-    Attributes:
-        tensors: ``<view name>#A`` (rank, columns) and ``<view name>#B`` (rows, rank) to tensor; assembly joins the
-            parts of a matrix and gives them their final keys.
-        record: ``{"label", "tensors": [...], ...}``; plain JSON types.
-    """
-
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    record: dict[str, Any] = field(default_factory=dict)
 
 
 def kept(task: TensorTask, reason: str) -> TensorOutcome:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -15,7 +15,7 @@ from moe_svd_distill.transfer.ends import transfer_ends
 from moe_svd_distill.transfer.energy import cut_to_energy
 from moe_svd_distill.transfer.experts import transfer_experts
 from moe_svd_distill.transfer.mlp import transfer_alone, transfer_mlp
-from moe_svd_distill.transfer.outcome import TensorOutcome, UnitResult, kept
+from moe_svd_distill.transfer.outcome import TensorOutcome, kept
 from moe_svd_distill.transfer.reader import NonFiniteTensorError, TensorReader
 from moe_svd_distill.transfer.residual import residual_map
 from moe_svd_distill.transfer.settings import TransferSettings
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from moe_svd_distill.checkpoints import Checkpoint
 
 Group = Callable[[tuple[TensorTask, ...], UnitContext], list[TensorOutcome]]
+Produced: TypeAlias = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 
 def transfer_unit(
@@ -35,7 +36,7 @@ def transfer_unit(
     settings: TransferSettings,
     device: str,
     report: Callable[[float], None] = lambda fraction: None,
-) -> UnitResult:
+) -> Produced:
     """Do one unit of work.
 
     Args:
@@ -46,6 +47,10 @@ def transfer_unit(
         settings: The recipe's numbers.
         device: Where to compute.
         report: Told the share of the unit that is done, 0 to 1.
+
+    Returns:
+        ``<view name>#A`` (rank, columns) and ``<view name>#B`` (rows, rank) to tensor, for assembly to join the parts
+        of a matrix and to give them their final keys; and ``{"label", "tensors": [...], ...}`` of plain JSON types.
 
     Raises:
         BadDataError: NaN or Inf in a weight, where the recipe says to fail.
@@ -91,7 +96,7 @@ def _transfer_or_skip(transfer: Group, tasks: tuple[TensorTask, ...], context: U
         return [kept(task, task.reason or f"skipped: {error}") for task in tasks]
 
 
-def _result(outcomes: list[TensorOutcome], context: UnitContext) -> UnitResult:
+def _result(outcomes: list[TensorOutcome], context: UnitContext) -> Produced:
     dtype = getattr(torch, context.settings.dtype)
     tensors = {}
     for outcome in outcomes:
@@ -108,4 +113,4 @@ def _result(outcomes: list[TensorOutcome], context: UnitContext) -> UnitResult:
     }
     if context.reader.replaced:
         record["replaced_by_zero"] = dict(context.reader.replaced)
-    return UnitResult(tensors, record)
+    return tensors, record
