@@ -6,6 +6,12 @@ where it has a fitting one.
 
 from __future__ import annotations
 
+import reprlib
+from pathlib import PurePath
+
+SHOWN_CHARACTERS = 120
+SHOWN_PATH_CHARACTERS = 400
+
 
 class DistillError(Exception):
     """A failure that is explained to the user in one line.
@@ -73,3 +79,14 @@ class NothingToTransferError(DistillError):
     """Every delta is exactly zero: the teacher already equals the student, and the adapter would do nothing."""
 
     exit_code = 79
+
+
+def shown(value: object) -> str:
+    """A name, path or value from a file, safe to print: in quotes, escaped, the middle of a long one left out."""
+    if isinstance(value, PurePath):
+        return _shortened(repr(str(value)), SHOWN_PATH_CHARACTERS)
+    return _shortened(repr(value) if isinstance(value, str) else reprlib.repr(value), SHOWN_CHARACTERS)
+
+
+def _shortened(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit // 2]}…{text[-limit // 2 :]}"

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from moe_svd_distill.adapter.merge import merge
 from moe_svd_distill.adapter.naming import lora_keys
 from moe_svd_distill.checkpoints import open_checkpoint
-from moe_svd_distill.checkpoints.header import read_header
 from moe_svd_distill.errors import BadDataError, CannotWriteError, DistillError
+from moe_svd_distill.files.header import read_header
 from tests.adapter import tiny
 from tests.adapter.conftest import Case
 

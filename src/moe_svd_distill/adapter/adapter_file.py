@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.checkpoints import TensorInfo
-from moe_svd_distill.checkpoints.files import json_object, open_regular, read_small
-from moe_svd_distill.checkpoints.header import Header, read_header
 from moe_svd_distill.errors import BadDataError, DistillError
 from moe_svd_distill.execution.durable import durable_file
+from moe_svd_distill.files.header import Header, read_header
+from moe_svd_distill.files.reading import json_object, opened, read_small
 
 if TYPE_CHECKING:
     import torch
@@ -73,8 +73,7 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
     """
     from moe_svd_distill.checkpoints.tensors import tensor_view
 
-    descriptor = open_regular(info.file)
-    try:
+    with opened(info.file) as descriptor:
         size = os.fstat(descriptor).st_size
         if size < info.offset + info.bytes:
             raise BadDataError(
@@ -82,5 +81,3 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
                 _ACTION,
             )
         return tensor_view(descriptor, info)
-    finally:
-        os.close(descriptor)

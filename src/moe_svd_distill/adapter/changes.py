@@ -10,11 +10,11 @@ from torch import Tensor
 
 from moe_svd_distill.adapter.blocks import row_blocks
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
-from moe_svd_distill.adapter.whole_head import FLOATS
 from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.architecture.matrices import Matrix
 from moe_svd_distill.architecture.stored import TensorSource
 from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.files.dtypes import FLOATS
 
 
 class Changes:

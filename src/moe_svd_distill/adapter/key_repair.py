@@ -9,18 +9,16 @@ it then does to the student must be measured, above all its scale, which such fi
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from moe_svd_distill.adapter.adapter_file import adapter_header
 from moe_svd_distill.adapter.naming import parse_key, right_name
-from moe_svd_distill.adapter.rewriting import packed_header, stored_blocks
-from moe_svd_distill.checkpoints.files import open_regular
-from moe_svd_distill.checkpoints.header import PREFIX_BYTES, raw_header
 from moe_svd_distill.errors import BadDataError, CannotWriteError
 from moe_svd_distill.execution.durable import durable_file
+from moe_svd_distill.files.header import PREFIX_BYTES, packed_header, raw_header
+from moe_svd_distill.files.reading import opened, read_pieces
 
 _ACTION = "Write the adapter again"
 
@@ -72,19 +70,16 @@ def repair_keys(file: Path | str, output: Path | str) -> dict[str, str]:
         raise CannotWriteError(f"{target} exists already", "Give another name for the repaired copy")
     source = adapter_header(file)
     renamed = repaired_keys(source.tensors)
-    descriptor = open_regular(source.file)
-    try:
+    with opened(source.file) as descriptor:
         old = raw_header(descriptor, source.file, source.file_bytes)
         with durable_file(target) as stream:
             stream.write(_renamed_header(old, renamed))
-            for block in stored_blocks(descriptor, source.file, len(old), source.file_bytes - len(old)):
-                stream.write(block)
-    finally:
-        os.close(descriptor)
+            for piece in read_pieces(descriptor, source.file, len(old), source.file_bytes):
+                stream.write(piece)
     return {before: after for before, after in renamed.items() if before != after}
 
 
 def _renamed_header(old: bytes, renamed: dict[str, str]) -> bytes:
     """The header with other names and the same offsets."""
     content: dict[str, Any] = json.loads(old[PREFIX_BYTES:])
-    return packed_header({renamed.get(key, key): value for key, value in content.items()})
+    return packed_header({renamed.get(key, key): value for key, value in content.items()}, copied=True)

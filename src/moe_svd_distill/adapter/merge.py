@@ -24,8 +24,8 @@ from moe_svd_distill.adapter.rewriting import Addition, rewrite
 from moe_svd_distill.adapter.untying import added_head, untied_files
 from moe_svd_distill.adapter.whole_head import base_head, replaced_blocks, student_of
 from moe_svd_distill.checkpoints import Checkpoint, TensorInfo, refuse_quantised
-from moe_svd_distill.checkpoints.header import read_header
 from moe_svd_distill.errors import CannotWriteError
+from moe_svd_distill.files.header import read_header
 
 if TYPE_CHECKING:
     import torch

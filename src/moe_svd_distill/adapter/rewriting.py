@@ -7,21 +7,19 @@ is all that is ever in memory. One tensor may be added behind the others; the he
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.checkpoints import TensorInfo
-from moe_svd_distill.checkpoints.files import open_regular, read_at
-from moe_svd_distill.checkpoints.header import BYTES_PER_ELEMENT, PREFIX_BYTES, Header, raw_header
 from moe_svd_distill.execution.durable import Sink, durable_file
+from moe_svd_distill.files.dtypes import BYTES_PER_ELEMENT, tensor_bytes
+from moe_svd_distill.files.header import PREFIX_BYTES, Header, packed_header, raw_header
+from moe_svd_distill.files.reading import opened, read_pieces
 
 if TYPE_CHECKING:
     import torch
-
-BLOCK_BYTES = 16 * 1024 * 1024
 
 Change = Callable[[TensorInfo], "Iterator[torch.Tensor] | None"]
 
@@ -67,43 +65,15 @@ def rewrite(
         BadDataError: The source was cut off.
         ValueError: The blocks do not have exactly the tensor's bytes; a fault of the caller.
     """
-    descriptor = open_regular(source.file)
-    try:
-        with durable_file(output) as stream:
-            header = raw_header(descriptor, source.file, source.file_bytes)
-            stream.write(header if addition is None else _with_entry(header, addition))
-            for info in source.tensors.values():
-                blocks = change(info)
-                pieces = _stored(descriptor, info) if blocks is None else map(tensor_bytes, blocks)
-                _write(stream, info.name, info.bytes, pieces, on_bytes)
-            if addition is not None:
-                _write(stream, addition.name, addition.bytes, map(tensor_bytes, addition.blocks), on_bytes)
-    finally:
-        os.close(descriptor)
-
-
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The raw data of a tensor, little-endian as safetensors wants it on every supported machine."""
-    import torch
-
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def stored_blocks(descriptor: int, path: Path, offset: int, count: int) -> Iterator[bytes]:
-    """A stretch of a file in blocks."""
-    for begin in range(offset, offset + count, BLOCK_BYTES):
-        yield read_at(descriptor, path, begin, min(BLOCK_BYTES, offset + count - begin))
-
-
-def _stored(descriptor: int, info: TensorInfo) -> Iterator[bytes]:
-    return stored_blocks(descriptor, info.file, info.offset, info.bytes)
-
-
-def packed_header(content: dict[str, Any]) -> bytes:
-    """A safetensors header with its length in front, padded to eight bytes as the library does."""
-    text = json.dumps(content, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % PREFIX_BYTES)
-    return len(text).to_bytes(PREFIX_BYTES, "little") + text
+    with opened(source.file) as descriptor, durable_file(output) as stream:
+        header = raw_header(descriptor, source.file, source.file_bytes)
+        stream.write(header if addition is None else _with_entry(header, addition))
+        for info in source.tensors.values():
+            blocks = change(info)
+            stored = read_pieces(descriptor, source.file, info.offset, info.offset + info.bytes)
+            _write(stream, info.name, info.bytes, stored if blocks is None else map(tensor_bytes, blocks), on_bytes)
+        if addition is not None:
+            _write(stream, addition.name, addition.bytes, map(tensor_bytes, addition.blocks), on_bytes)
 
 
 def _with_entry(header: bytes, addition: Addition) -> bytes:
@@ -114,15 +84,11 @@ def _with_entry(header: bytes, addition: Addition) -> bytes:
         "shape": list(addition.shape),
         "data_offsets": [end, end + addition.bytes],
     }
-    return packed_header(content)
+    return packed_header(content, copied=True)
 
 
 def _write(
-    stream: Sink,
-    name: str,
-    expected: int,
-    pieces: Iterator[bytes] | Iterator[memoryview],
-    on_bytes: Callable[[int], None],
+    stream: Sink, name: str, expected: int, pieces: Iterator[memoryview], on_bytes: Callable[[int], None]
 ) -> None:
     written = 0
     for piece in pieces:

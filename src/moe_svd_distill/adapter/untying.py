@@ -15,8 +15,8 @@ from moe_svd_distill.adapter.rewriting import Addition
 from moe_svd_distill.adapter.whole_head import replaced_blocks
 from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.checkpoints import Checkpoint
-from moe_svd_distill.checkpoints.files import json_object, locate, read_small
 from moe_svd_distill.checkpoints.layout import CONFIG, INDEX
+from moe_svd_distill.files.reading import json_object, locate, read_small
 
 Added = tuple[Path, Addition]
 

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 from moe_svd_distill.adapter.adapter_file import read_tensor
 from moe_svd_distill.adapter.naming import parse_key
-from moe_svd_distill.checkpoints.header import Header
 from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.files.dtypes import FLOATS
+from moe_svd_distill.files.header import Header
 
 if TYPE_CHECKING:
     import torch
 
 TAIL_BYTES = 4096
-_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def scan_values(header: Header, *, digest_checked: bool) -> tuple[str, ...]:
@@ -33,9 +33,9 @@ def scan_values(header: Header, *, digest_checked: bool) -> tuple[str, ...]:
     zero: set[str] = set()
     broken_off, tail = "", 0  # the tensor that holds the file's last nonzero value, and the zero bytes behind it
     for name, info in header.tensors.items():
-        if info.dtype not in _DTYPES:
+        if info.dtype not in FLOATS:
             raise BadDataError(
-                f"{name} is {info.dtype}, expected one of {', '.join(_DTYPES)}", "Write the adapter again"
+                f"{name} is {info.dtype}, expected one of {', '.join(FLOATS)}", "Write the adapter again"
             )
         tensor = read_tensor(info)  # (rank, in) or (out, rank)
         _refuse_not_finite(name, tensor)

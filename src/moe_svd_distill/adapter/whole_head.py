@@ -16,11 +16,10 @@ from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.architecture.skeleton import HEAD
 from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint
 from moe_svd_distill.errors import BadDataError, UsageError
+from moe_svd_distill.files.dtypes import FLOATS
 
 if TYPE_CHECKING:
     import torch
-
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def student_of(student: Checkpoint | Path | str | None, configuration: Mapping[str, Any], purpose: str) -> Architecture:

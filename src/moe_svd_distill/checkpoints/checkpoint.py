@@ -12,12 +12,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.checkpoints.checks import Survey, survey
-from moe_svd_distill.checkpoints.faults import raise_faults, shown
-from moe_svd_distill.checkpoints.files import FETCH_AGAIN, locate, open_regular, read_at, read_small
-from moe_svd_distill.checkpoints.header import Header, TensorInfo, raw_header
+from moe_svd_distill.checkpoints.faults import raise_faults
 from moe_svd_distill.checkpoints.layout import CONFIG
 from moe_svd_distill.checkpoints.quantisation.coded import Scaled
-from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.errors import BadDataError, shown
+from moe_svd_distill.files.header import Header, TensorInfo, raw_header
+from moe_svd_distill.files.reading import FETCH_AGAIN, locate, open_regular, opened, read_at, read_small
 
 if TYPE_CHECKING:
     import torch
@@ -174,16 +174,13 @@ class Checkpoint(Mapping[str, TensorInfo]):
         add(read_small(locate(self.folder, CONFIG)))
         for name in sorted(self._sound().headers):
             path = locate(self.folder, name)
-            descriptor = open_regular(path)
-            try:
+            with opened(path) as descriptor:
                 size = os.fstat(descriptor).st_size
                 add(name.encode())
                 add(str(size).encode())
                 add(hashlib.sha256(raw_header(descriptor, path, size)).digest())
                 add(read_at(descriptor, path, 0, min(MIB, size)))
                 add(read_at(descriptor, path, max(0, size - MIB), min(MIB, size)))
-            finally:
-                os.close(descriptor)
         return digest.hexdigest()
 
     def close(self) -> None:

@@ -8,20 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_svd_distill.checkpoints.faults import shown
-from moe_svd_distill.checkpoints.files import (
+from moe_svd_distill.checkpoints.layout import CONFIG, Layout, find_layout
+from moe_svd_distill.checkpoints.quantisation.view import View, view_of
+from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError, shown
+from moe_svd_distill.files.header import Header, TensorInfo, read_header
+from moe_svd_distill.files.reading import (
     FETCH_AGAIN,
     explain,
     json_object,
     locate,
-    open_regular,
+    opened,
     read_at,
     read_small,
 )
-from moe_svd_distill.checkpoints.header import Header, TensorInfo, read_header
-from moe_svd_distill.checkpoints.layout import CONFIG, Layout, find_layout
-from moe_svd_distill.checkpoints.quantisation.view import View, view_of
-from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError
 
 MAX_SMALL_TENSOR = 64 * 1024
 
@@ -125,11 +124,8 @@ def _small_tensor(info: TensorInfo) -> bytes | None:
     if info.bytes > MAX_SMALL_TENSOR:
         found = f"found {info.bytes} bytes, expected at most {MAX_SMALL_TENSOR}"
         raise BadDataError(f"tensor {shown(info.name)} is not what its name says: {found}", FETCH_AGAIN)
-    descriptor = open_regular(info.file)
-    try:
+    with opened(info.file) as descriptor:
         return read_at(descriptor, info.file, info.offset, info.bytes)
-    finally:
-        os.close(descriptor)
 
 
 def _merge(result: Survey) -> list[DistillError]:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Sequence
-from pathlib import PurePath
 
 from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError
 
 SHOWN_FAULTS = 8  # an error stays readable; `.faults` has all of them
-SHOWN_CHARACTERS = 120
-SHOWN_PATH_CHARACTERS = 400
 
 
 class BadCheckpointError(BadDataError):
@@ -23,17 +19,6 @@ class MissingCheckpointError(MissingInputError):
     """A checkpoint with one or more faults; the first one is a file that is not there."""
 
     faults: tuple[str, ...] = ()
-
-
-def shown(value: object) -> str:
-    """A name, path or value from a file, safe to print: in quotes, escaped, the middle of a long one left out."""
-    if isinstance(value, PurePath):
-        return _shortened(repr(str(value)), SHOWN_PATH_CHARACTERS)
-    return _shortened(repr(value) if isinstance(value, str) else reprlib.repr(value), SHOWN_CHARACTERS)
-
-
-def _shortened(text: str, limit: int) -> str:
-    return text if len(text) <= limit else f"{text[: limit // 2]}…{text[-limit // 2 :]}"
 
 
 def raise_faults(faults: Sequence[DistillError]) -> None:

@@ -7,10 +7,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_svd_distill.checkpoints.faults import raise_faults, shown
+from moe_svd_distill.checkpoints.faults import raise_faults
 from moe_svd_distill.checkpoints.hub_errors import hub_errors
 from moe_svd_distill.checkpoints.layout import CONFIG, find_layout
-from moe_svd_distill.errors import MissingInputError, RemoteError
+from moe_svd_distill.errors import MissingInputError, RemoteError, shown
 
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
 SMALL_FILES = re.compile(r"[^/]*\.json|tokenizer[^/]*|[^/]*\.model|[^/]*\.txt|([^/.][^/]*/)*[^/]*\.jinja")

@@ -6,11 +6,10 @@ import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-from moe_svd_distill.checkpoints.faults import shown
-from moe_svd_distill.checkpoints.header import PREFIX_BYTES, Header, header_length, header_of
 from moe_svd_distill.checkpoints.hub import HubModel, Snapshot
 from moe_svd_distill.checkpoints.hub_errors import hub_errors
-from moe_svd_distill.errors import DistillError, RemoteError
+from moe_svd_distill.errors import DistillError, RemoteError, shown
+from moe_svd_distill.files.header import PREFIX_BYTES, Header, header_length, header_of
 
 FIRST_PIECE = 256 * 1024  # nearly every header fits, so one request per file is enough
 CONNECTIONS = 8

@@ -8,9 +8,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_svd_distill.checkpoints.faults import shown
-from moe_svd_distill.checkpoints.files import FETCH_AGAIN, json_object, locate, read_small, relative_name
-from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError
+from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError, shown
+from moe_svd_distill.files.reading import FETCH_AGAIN, json_object, locate, read_small, relative_name
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"

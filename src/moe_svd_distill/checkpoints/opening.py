@@ -6,12 +6,12 @@ from pathlib import Path
 
 from moe_svd_distill.checkpoints.checkpoint import Checkpoint
 from moe_svd_distill.checkpoints.checks import read_config, survey
-from moe_svd_distill.checkpoints.faults import raise_faults, shown
-from moe_svd_distill.checkpoints.files import explain
+from moe_svd_distill.checkpoints.faults import raise_faults
 from moe_svd_distill.checkpoints.hub import fetch_small, fetch_weights, parse_hub_id
 from moe_svd_distill.checkpoints.hub_headers import fetch_headers
 from moe_svd_distill.checkpoints.quantisation.declared import declared_quantisation
-from moe_svd_distill.errors import MissingInputError, RemoteError
+from moe_svd_distill.errors import MissingInputError, RemoteError, shown
+from moe_svd_distill.files.reading import explain
 
 
 def open_checkpoint(

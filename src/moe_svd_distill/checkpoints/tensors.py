@@ -5,33 +5,14 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Any
 
-from moe_svd_distill.checkpoints.faults import shown
-from moe_svd_distill.checkpoints.files import fill
-from moe_svd_distill.checkpoints.header import BYTES_PER_ELEMENT, TensorInfo
 from moe_svd_distill.checkpoints.mapping import map_bytes
-from moe_svd_distill.errors import DistillError
+from moe_svd_distill.errors import DistillError, shown
+from moe_svd_distill.files.dtypes import BYTES_PER_ELEMENT, torch_dtype
+from moe_svd_distill.files.header import TensorInfo
+from moe_svd_distill.files.reading import fill
 
 if TYPE_CHECKING:
     import torch
-
-TORCH_NAMES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",
-    "U16": "uint16",
-    "I16": "int16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "U32": "uint32",
-    "I32": "int32",
-    "F32": "float32",
-    "U64": "uint64",
-    "I64": "int64",
-    "F64": "float64",
-}
 
 
 def tensor_view(descriptor: int, info: TensorInfo) -> torch.Tensor:
@@ -42,7 +23,7 @@ def tensor_view(descriptor: int, info: TensorInfo) -> torch.Tensor:
     """
     import torch
 
-    dtype: torch.dtype = getattr(torch, TORCH_NAMES[info.dtype])
+    dtype = torch_dtype(info.dtype)
     if not info.bytes:
         return torch.empty(info.shape, dtype=dtype)
     buffer: Any

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.execution.durable import durable_file
 from moe_svd_distill.execution.memory import give_back
-from moe_svd_distill.execution.parts import PartTensors, find_fault, open_part, tensor_bytes
-from moe_svd_distill.execution.tensor_file import Slot, dtype_code, encode_header, lay_out, read_header
+from moe_svd_distill.execution.parts import PartTensors, find_fault, open_part
+from moe_svd_distill.files.dtypes import dtype_code, tensor_bytes
+from moe_svd_distill.files.header import Slot, encode_header, lay_out, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +111,7 @@ def write_tensors(planned: Mapping[str, Planned], output: Path) -> str:
             plan, tensor = planned[slot.name], planned[slot.name].make()
             if tuple(tensor.shape) != plan.shape or tensor.dtype != plan.dtype:
                 raise ValueError(f"{slot.name} is {tensor.dtype} {tuple(tensor.shape)}, planned {plan}")
-            sink.write(tensor_bytes(tensor.detach().to("cpu").contiguous()))
+            sink.write(tensor_bytes(tensor.to("cpu")))
             large = tensor.nbytes >= _LARGE
             del tensor
             if large:

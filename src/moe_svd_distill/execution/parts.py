@@ -14,18 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.errors import BadDataError, DistillError
 from moe_svd_distill.execution.durable import durable_file
-from moe_svd_distill.execution.tensor_file import (
-    DamagedFileError,
-    Header,
-    Slot,
-    dtype_code,
-    encode_header,
-    lay_out,
-    read_bytes,
-    read_header,
-)
+from moe_svd_distill.files.dtypes import dtype_code, tensor_bytes
+from moe_svd_distill.files.header import Header, Slot, encode_header, lay_out, read_header
+from moe_svd_distill.files.reading import opened, read_pieces
 
 if TYPE_CHECKING:
     import torch
@@ -90,14 +83,13 @@ def find_fault(path: Path, key: str | None = None) -> str | None:
         if body.pop("seal") != _seal(body, header.slots):
             return "its header was changed"
         payload = hashlib.sha256()
-        for piece in read_bytes(path, header.size, header.size + header.payload_bytes):
-            payload.update(piece)
+        with opened(path) as descriptor:
+            for piece in read_pieces(descriptor, path, header.size, header.file_bytes):
+                payload.update(piece)
         if payload.hexdigest() != body["payload_sha256"]:
             return "its bytes differ from their digest"
-    except DamagedFileError as error:
-        return str(error)
-    except OSError as error:
-        return f"it cannot be read: {error.strerror}"
+    except DistillError as error:
+        return error.what
     return None
 
 
@@ -128,8 +120,8 @@ def read_record(path: Path) -> dict[str, Any]:
     """
     try:
         record: dict[str, Any] = _body(read_header(path))["record"]
-    except (DamagedFileError, OSError) as error:
-        raise BadDataError(f"Part {path} cannot be used: {error}", _RUN_AGAIN) from error
+    except DistillError as error:
+        raise BadDataError(f"Part {path} cannot be used: {error.what}", _RUN_AGAIN) from error
     return record
 
 
@@ -140,11 +132,12 @@ class PartTensors(Mapping[str, "torch.Tensor"]):
         from safetensors import SafetensorError, safe_open
 
         try:
-            self._names = tuple(sorted(slot.name for slot in read_header(path).slots))
+            self._names = tuple(sorted(read_header(path).tensors))
             opener: Any = safe_open
             self._file = opener(str(path), framework="pt")
-        except (DamagedFileError, SafetensorError, OSError) as error:
-            raise BadDataError(f"Part {path} cannot be used: {error}", _RUN_AGAIN) from error
+        except (DistillError, SafetensorError, OSError) as error:
+            reason = error.what if isinstance(error, DistillError) else error
+            raise BadDataError(f"Part {path} cannot be used: {reason}", _RUN_AGAIN) from error
         self._file.__enter__()
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -181,24 +174,14 @@ def open_part(path: Path) -> PartTensors:
     return PartTensors(path)
 
 
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, without a copy."""
-    import torch
-
-    if tensor.numel() == 0:
-        return memoryview(b"")
-    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)
-
-
 def _body(header: Header) -> dict[str, Any]:
     try:
         body = json.loads(header.metadata[_METADATA])
         complete = {"key", "record", "payload_sha256", "seal"} <= set(body)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise DamagedFileError("its record cannot be read") from error
+        raise BadDataError("its record cannot be read", _RUN_AGAIN) from error
     if not complete or not isinstance(body, dict):
-        raise DamagedFileError("its record is incomplete")
+        raise BadDataError("its record is incomplete", _RUN_AGAIN)
     return body
 
 

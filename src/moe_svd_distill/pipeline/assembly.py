@@ -19,7 +19,7 @@ from moe_svd_distill.architecture.matrices import Kind
 from moe_svd_distill.execution.consolidation import Parts, Planned, write_tensors
 from moe_svd_distill.execution.parts import PartContent, write_part
 from moe_svd_distill.execution.publish import OutputFolder, write_json_atomic
-from moe_svd_distill.execution.tensor_file import read_header
+from moe_svd_distill.files.header import read_header
 from moe_svd_distill.pipeline.pair import Model, ModelPair
 from moe_svd_distill.pipeline.scale import ScaleDecision
 from moe_svd_distill.recipe import Recipe
@@ -63,7 +63,7 @@ def stage_adapter(output: OutputFolder, recipe: Recipe, pair: ModelPair, made_of
     head, keys = student.architecture.head, student.keys
     bodies = [part for part in made_of.parts if made_of.head is None or not _only(part, head)]
     with Parts([*bodies, *([made_of.head] if made_of.head else [])]) as parts:
-        fitted = {slot.name for slot in read_header(made_of.head).slots} if made_of.head else set()
+        fitted = set(read_header(made_of.head).tensors) if made_of.head else set()
         pairs = _Pairs(student, parts, fitted, made_of.scale, getattr(torch, recipe.dtype))
         # PEFT drops pairs under stored names for some of the experts' parameters alone.
         whole_modules = {t.module for t in keys.layers if pairs.changes(t) and t.matrices[0].kind is Kind.EXPERT}
@@ -230,7 +230,7 @@ def base_model(pair: ModelPair) -> str:
 
 def _only(part: Path, name: str) -> bool:
     """Whether a part holds pairs of this matrix and of no other."""
-    return {slot.name.rpartition("#")[0] for slot in read_header(part).slots} == {name}
+    return {tensor.rpartition("#")[0] for tensor in read_header(part).tensors} == {name}
 
 
 def _zero_pair(student: Model, dtype: torch.dtype) -> dict[str, torch.Tensor]:

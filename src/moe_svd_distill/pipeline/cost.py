@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from moe_svd_distill.calibration.text import whole
-from moe_svd_distill.checkpoints.header import BYTES_PER_ELEMENT
+from moe_svd_distill.files.dtypes import BYTES_PER_ELEMENT
 from moe_svd_distill.fitting.copies import ROUNDS
 from moe_svd_distill.fitting.head import passes_of_fit
 from moe_svd_distill.fitting.last_layers import STEP_TOKENS

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.errors import DistillError
+from moe_svd_distill.files.dtypes import FLOATS
 from moe_svd_distill.pairing.depth import map_depth
 from moe_svd_distill.pairing.lineage import ENDS, Comparison, Probe, Vocabularies, VocabularyRelation
 from moe_svd_distill.pipeline.pair import ModelPair
-from moe_svd_distill.pipeline.sampling import PLAIN_DTYPES, RowSampler, spread_rows
+from moe_svd_distill.pipeline.sampling import RowSampler, spread_rows
 from moe_svd_distill.roles import ROLES, Axis, TensorView
 
 if TYPE_CHECKING:
@@ -266,7 +267,7 @@ class _Probing:
                 self.skipped.append(f"from {own.name} on, whether tensors are identical")
                 break
             dtype = self.pair.student.checkpoint[own.stored].dtype
-            if not shape or dtype not in PLAIN_DTYPES:
+            if not shape or dtype not in FLOATS:
                 kind = f"of dtype {dtype}" if shape else "a single number"
                 self.skipped.append(f"{own.name}: {kind}, not compared")
                 continue

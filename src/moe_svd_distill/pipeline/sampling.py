@@ -6,6 +6,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from moe_svd_distill.errors import BadDataError, DistillError
+from moe_svd_distill.files.dtypes import FLOATS
 from moe_svd_distill.pipeline.pair import Model
 from moe_svd_distill.roles import TensorView
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 256 * 1024  # rows are read in contiguous runs: the kernel reads at least 128 KiB around each access
 BLOCKS = 16  # but in at least so many places of a tensor
-PLAIN_DTYPES = frozenset({"BF16", "F16", "F32", "F64"})
 
 
 def spread_rows(rows: int, wanted: int, row_bytes: int) -> list[int]:
@@ -70,7 +70,7 @@ class RowSampler:
         import torch
 
         name, info = view.stored, self.model.checkpoint[view.stored]
-        if info.dtype not in PLAIN_DTYPES:
+        if info.dtype not in FLOATS:
             raise BadDataError(f"{name} is of dtype {info.dtype}", "Give a model of floating-point weights")
         if not info.file.exists():
             raise DistillError(f"the weights of {self.model.checkpoint.source} are not on this machine", "Download it")

@@ -20,23 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.errors import BadDataError, DistillError
 from moe_svd_distill.execution.durable import durable_file
-from moe_svd_distill.execution.parts import tensor_bytes
-from moe_svd_distill.execution.tensor_file import (
-    DamagedFileError,
-    Header,
-    dtype_code,
-    encode_header,
-    lay_out,
-    read_bytes,
-    read_header,
-)
+from moe_svd_distill.files.dtypes import FLOATS, dtype_code, tensor_bytes, torch_dtype
+from moe_svd_distill.files.header import Header, encode_header, lay_out, read_header
+from moe_svd_distill.files.reading import opened, read_at, read_pieces
 
 _METADATA = "moe_svd_distill"
 _STATES, _BYTES, _DIGEST = "states", "recorded", "sha256"  # of tensors of one width the digest has to be the last
 _DIGEST_BYTES = 32
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
+_RUN_AGAIN = "Run the same command again"
 
 
 def write_states(path: Path, body: Mapping[str, Any], sequences: int, batches: Iterable[Tensor]) -> None:
@@ -65,7 +58,7 @@ def write_states(path: Path, body: Mapping[str, Any], sequences: int, batches: I
     with durable_file(path) as sink:
         sink.write(encode_header(slots, {_METADATA: text}))
         for batch in chain([first], iterator):
-            sink.write(tensor_bytes(batch.contiguous()))
+            sink.write(tensor_bytes(batch))
             written += batch.shape[0]
         if written != sequences:
             raise ValueError(f"{written} sequences were written to {path}, expected {sequences}")
@@ -85,15 +78,14 @@ def find_fault(path: Path, body: Mapping[str, Any]) -> str | None:
         if different := next((key for key in body if found.get(key) != body[key]), None):
             return f"its {different} is {found.get(different)!r}, expected {body[different]!r}"
         digest = hashlib.sha256()
-        end = header.size + header.payload_bytes - _DIGEST_BYTES
-        for piece in read_bytes(path, 0, end):
-            digest.update(piece)
-        if b"".join(read_bytes(path, end, end + _DIGEST_BYTES)) != digest.digest():
-            return "its bytes differ from their digest"
-    except DamagedFileError as error:
-        return str(error)
-    except OSError as error:
-        return f"it cannot be read: {error.strerror}"
+        end = header.file_bytes - _DIGEST_BYTES
+        with opened(path) as descriptor:
+            for piece in read_pieces(descriptor, path, 0, end):
+                digest.update(piece)
+            if read_at(descriptor, path, end, _DIGEST_BYTES) != digest.digest():
+                return "its bytes differ from their digest"
+    except DistillError as error:
+        return error.what
     return None
 
 
@@ -111,18 +103,18 @@ class StatesFile:
         try:
             header = read_header(path)
             self.body = _body(header)
-            slot = next(slot for slot in header.slots if slot.name != _DIGEST)
+            info = next(info for name, info in header.tensors.items() if name != _DIGEST)
             with path.open("rb") as file:
                 # A private mapping: a change made in place stays in this process.
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (DamagedFileError, OSError) as error:
-            raise BadDataError(f"{path} cannot be used: {error}", "Run the same command again") from error
+        except (DistillError, OSError) as error:
+            reason = error.what if isinstance(error, DistillError) else error
+            raise BadDataError(f"{path} cannot be used: {reason}", _RUN_AGAIN) from error
         self.path = path
-        self.shape = slot.shape
-        self.dtype = _DTYPES[slot.dtype]
-        count = math.prod(slot.shape)
-        flat = torch.frombuffer(self._map, dtype=self.dtype, count=count, offset=header.size + slot.begin)
-        self._states = flat.view(slot.shape)
+        self.shape = info.shape
+        self.dtype = torch_dtype(info.dtype)
+        flat = torch.frombuffer(self._map, dtype=self.dtype, count=math.prod(info.shape), offset=info.offset)
+        self._states = flat.view(info.shape)
 
     def rows(self, rows: slice) -> Tensor:
         """The values of some sequences, (rows, …), as a view on the file."""
@@ -135,16 +127,22 @@ class StatesFile:
 
 
 def _body(header: Header) -> dict[str, Any]:
-    slots = {slot.name: slot for slot in header.slots}
+    tensors = dict(header.tensors)
     try:
         body = json.loads(header.metadata[_METADATA])
-        digest = slots.pop(_DIGEST)
-        (name, values), *more = slots.items()
+        digest = tensors.pop(_DIGEST)
+        (name, values), *more = tensors.items()
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise DamagedFileError("it is no file of hidden states") from error
-    in_order = values.begin == 0 and digest.end == header.payload_bytes and digest.shape == (_DIGEST_BYTES,)
-    if not isinstance(body, dict) or more or not in_order or digest.dtype != "U8" or values.dtype not in _DTYPES:
-        raise DamagedFileError("it is no file of hidden states")
+        raise BadDataError("it is no file of hidden states", _RUN_AGAIN) from error
+    in_order = values.offset <= digest.offset and digest.shape == (_DIGEST_BYTES,)
+    if (
+        not isinstance(body, dict)
+        or more
+        or not in_order
+        or digest.dtype != "U8"
+        or values.dtype not in (*FLOATS, "U8")
+    ):
+        raise BadDataError("it is no file of hidden states", _RUN_AGAIN)
     if (name, len(values.shape)) != ((_BYTES, 2) if values.dtype == "U8" else (_STATES, 3)):
-        raise DamagedFileError("it is no file of hidden states")
+        raise BadDataError("it is no file of hidden states", _RUN_AGAIN)
     return body

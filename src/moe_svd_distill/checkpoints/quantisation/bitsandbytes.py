@@ -12,13 +12,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from moe_svd_distill.checkpoints.faults import shown
-from moe_svd_distill.checkpoints.files import json_object
-from moe_svd_distill.checkpoints.header import TensorInfo
 from moe_svd_distill.checkpoints.quantisation.claims import Claims
 from moe_svd_distill.checkpoints.quantisation.coded import Codebook, Part, Scaled, blocks
 from moe_svd_distill.checkpoints.quantisation.declared import whole_number
-from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.errors import BadDataError, shown
+from moe_svd_distill.files.header import TensorInfo
+from moe_svd_distill.files.reading import json_object
 
 STATE = ".quant_state.bitsandbytes__"
 KINDS = ("nf4", "fp4")

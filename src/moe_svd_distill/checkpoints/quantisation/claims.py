@@ -6,11 +6,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from moe_svd_distill.checkpoints.faults import shown
-from moe_svd_distill.checkpoints.files import FETCH_AGAIN
-from moe_svd_distill.checkpoints.header import TensorInfo
 from moe_svd_distill.checkpoints.quantisation.coded import Coded, Coding, Part
-from moe_svd_distill.errors import BadDataError, DistillError
+from moe_svd_distill.errors import BadDataError, DistillError, shown
+from moe_svd_distill.files.header import TensorInfo
+from moe_svd_distill.files.reading import FETCH_AGAIN
 
 Bytes = Callable[[TensorInfo], bytes | None]
 """The bytes of a small stored tensor, or ``None`` where the file is not at hand."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from moe_svd_distill.checkpoints.header import TensorInfo
+from moe_svd_distill.files.header import TensorInfo
 
 Part = Literal["codes", "scale", "global_scale", "zero", "column_group", "absmax", "map", "nested_absmax", "nested_map"]
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moe_svd_distill.checkpoints.faults import shown
-from moe_svd_distill.checkpoints.header import BYTES_PER_ELEMENT, TensorInfo
 from moe_svd_distill.checkpoints.quantisation.claims import Claims
 from moe_svd_distill.checkpoints.quantisation.coded import Part, Scaled, align, blocks, grid_words
 from moe_svd_distill.checkpoints.quantisation.declared import USE_PLAIN
 from moe_svd_distill.checkpoints.quantisation.schemes import Scheme, read_schemes, scheme_of
+from moe_svd_distill.errors import shown
+from moe_svd_distill.files.dtypes import BYTES_PER_ELEMENT
+from moe_svd_distill.files.header import TensorInfo
 
 WORD = 32
 WHOLE_BITS = (1, 2, 4, 8)  # other widths are packed differently by different versions of the library

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moe_svd_distill.checkpoints.faults import shown
-from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.errors import BadDataError, shown
+from moe_svd_distill.files.dtypes import TORCH_NAMES
 
 CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
 METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "mxfp4", "awq", "gptq", "bitsandbytes")
 PLAIN_WORD = re.compile(r"[\w.-]{1,40}")
 USE_PLAIN = "Give the bf16 checkpoint"
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+DTYPES = {TORCH_NAMES[code]: code for code in ("F32", "F16", "BF16")}
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from moe_svd_distill.checkpoints.faults import shown
-from moe_svd_distill.checkpoints.files import FETCH_AGAIN
 from moe_svd_distill.checkpoints.quantisation.coded import Codebook, Coded, InputMajor, Part, Scaled, align
 from moe_svd_distill.checkpoints.quantisation.unpacking import (
     float32,
@@ -21,8 +19,9 @@ from moe_svd_distill.checkpoints.quantisation.unpacking import (
     unpack_e2m1,
     unpack_words,
 )
-from moe_svd_distill.checkpoints.tensors import TORCH_NAMES
-from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.errors import BadDataError, shown
+from moe_svd_distill.files.dtypes import torch_dtype
+from moe_svd_distill.files.reading import FETCH_AGAIN
 
 SLAB_ELEMENTS = 1 << 18
 WORD = 32
@@ -35,7 +34,7 @@ Parts = Mapping[Part, Tensor]
 def dequantise(coded: Coded, parts: Parts, rows: slice, device: str | torch.device) -> Tensor:
     """Rows of a weight, in its dtype, on a device; the codes go to that device and become numbers there."""
     begin, end, _ = rows.indices(coded.info.shape[0])
-    dtype: torch.dtype = getattr(torch, TORCH_NAMES[coded.info.dtype])
+    dtype = torch_dtype(coded.info.dtype)
     out = torch.empty((max(0, end - begin), *coded.info.shape[1:]), dtype=dtype, device=device)
     if out.numel() and not out.is_meta:
         decode(coded, {part: tensor.to(device) for part, tensor in parts.items()}, out, begin)
@@ -87,7 +86,7 @@ def dequantise_matrix(coded: Coded, coding: Scaled, parts: Parts, matrix: int, r
     _, *sizes = coded.info.shape
     height, width = sizes[::-1] if coding.transposed else sizes
     begin, end, _ = rows.indices(height)
-    dtype: torch.dtype = getattr(torch, TORCH_NAMES[coded.info.dtype])
+    dtype = torch_dtype(coded.info.dtype)
     out = torch.empty((max(0, end - begin), width), dtype=dtype)
     _fill(coding, _of_matrix(parts, _grids(coding, parts, coded), matrix), out, begin, coded)
     return out

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moe_svd_distill.checkpoints.faults import shown
-from moe_svd_distill.checkpoints.header import TensorInfo
 from moe_svd_distill.checkpoints.quantisation.claims import Claims
 from moe_svd_distill.checkpoints.quantisation.coded import Scaled, fit_grid, grid_words
 from moe_svd_distill.checkpoints.quantisation.declared import USE_PLAIN
-from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.errors import BadDataError, shown
+from moe_svd_distill.files.header import TensorInfo
 
 FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
 SCALES = ("_scale_inv", "_scale")

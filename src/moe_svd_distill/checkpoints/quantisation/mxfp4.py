@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moe_svd_distill.checkpoints.faults import shown
 from moe_svd_distill.checkpoints.quantisation.claims import Claims
 from moe_svd_distill.checkpoints.quantisation.coded import Scaled
+from moe_svd_distill.errors import shown
 
 GROUP = 32
 

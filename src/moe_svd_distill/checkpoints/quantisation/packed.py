@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moe_svd_distill.checkpoints.faults import shown
-from moe_svd_distill.checkpoints.header import TensorInfo
 from moe_svd_distill.checkpoints.quantisation.claims import Claims
 from moe_svd_distill.checkpoints.quantisation.coded import InputMajor, Part, blocks
 from moe_svd_distill.checkpoints.quantisation.declared import USE_PLAIN, plain, whole_number
-from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.errors import BadDataError, shown
+from moe_svd_distill.files.header import TensorInfo
 
 ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
 GPTQ_BITS = (2, 3, 4, 8)

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_svd_distill.checkpoints.faults import shown
 from moe_svd_distill.checkpoints.quantisation.declared import USE_PLAIN, plain, whole_number
 from moe_svd_distill.checkpoints.quantisation.float8 import block_size
-from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.errors import BadDataError, shown
 
 FORMATS = frozenset(
     {

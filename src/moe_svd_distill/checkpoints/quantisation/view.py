@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_svd_distill.checkpoints.faults import shown
-from moe_svd_distill.checkpoints.header import TensorInfo
 from moe_svd_distill.checkpoints.quantisation.bitsandbytes import read_bitsandbytes
 from moe_svd_distill.checkpoints.quantisation.claims import Bytes, Claims
 from moe_svd_distill.checkpoints.quantisation.coded import Coded
@@ -16,7 +14,8 @@ from moe_svd_distill.checkpoints.quantisation.declared import USE_PLAIN, Declare
 from moe_svd_distill.checkpoints.quantisation.float8 import read_float8
 from moe_svd_distill.checkpoints.quantisation.mxfp4 import read_mxfp4
 from moe_svd_distill.checkpoints.quantisation.packed import read_awq, read_gptq
-from moe_svd_distill.errors import BadDataError, DistillError
+from moe_svd_distill.errors import BadDataError, DistillError, shown
+from moe_svd_distill.files.header import TensorInfo
 
 READERS: dict[str, Callable[[Claims, Mapping[str, Any]], None]] = {
     "fp8": read_float8,

@@ -1,18 +1,20 @@
-"""Opening the files of a checkpoint folder: only regular ones, and only those that belong to the folder."""
+"""Opening files that came from elsewhere: only regular ones, and only those that belong to the folder they are in."""
 
 from __future__ import annotations
 
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moe_svd_distill.checkpoints.faults import shown
-from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError
+from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError, shown
 
 MAX_JSON_BYTES = 256 * 1024 * 1024
 FETCH_AGAIN = "Download or copy the model again"
+PIECE_BYTES = 4 << 20
 
 
 def relative_name(name: object, said_by: str) -> str:
@@ -80,6 +82,16 @@ def open_regular(path: Path) -> int:
     return descriptor
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """A file descriptor as `open_regular` gives it, closed at the end of the block."""
+    descriptor = open_regular(path)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 def read_at(descriptor: int, path: Path, offset: int, count: int) -> bytes:
     """Exactly ``count`` bytes, or an error that names the file."""
     buffer = bytearray(count)
@@ -87,7 +99,20 @@ def read_at(descriptor: int, path: Path, offset: int, count: int) -> bytes:
     return bytes(buffer)
 
 
-def fill(descriptor: int, path: Path, offset: int, buffer: bytearray) -> None:
+def read_pieces(descriptor: int, path: Path, begin: int, end: int) -> Iterator[memoryview]:
+    """The bytes from ``begin`` to ``end`` of a file, in pieces that share one buffer.
+
+    Plain reads and no memory map: a file that shrinks meanwhile is an error here and would be a SIGBUS there.
+    """
+    buffer = memoryview(bytearray(min(PIECE_BYTES, end - begin)))
+    while begin < end:
+        piece = buffer[: end - begin]
+        fill(descriptor, path, begin, piece)
+        begin += len(piece)
+        yield piece
+
+
+def fill(descriptor: int, path: Path, offset: int, buffer: bytearray | memoryview) -> None:
     """Fill the buffer from a file, or raise an error that names the file."""
     rest = memoryview(buffer)
     while rest:
@@ -104,14 +129,11 @@ def fill(descriptor: int, path: Path, offset: int, buffer: bytearray) -> None:
 
 def read_small(path: Path) -> bytes:
     """A whole file that is known to be small (a configuration, an index)."""
-    descriptor = open_regular(path)
-    try:
+    with opened(path) as descriptor:
         size = os.fstat(descriptor).st_size
         if size > MAX_JSON_BYTES:
             raise BadDataError(f"{shown(path)} has {size} bytes (expected at most {MAX_JSON_BYTES})", FETCH_AGAIN)
         return read_at(descriptor, path, 0, size)
-    finally:
-        os.close(descriptor)
 
 
 def json_object(raw: bytes, place: str, *, unique_keys: bool) -> dict[str, Any]:

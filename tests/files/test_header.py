@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from moe_svd_distill.checkpoints.header import BYTES_PER_ELEMENT, MAX_HEADER_BYTES, Header, header_of, read_header
 from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError
+from moe_svd_distill.files.dtypes import BYTES_PER_ELEMENT, TORCH_NAMES
+from moe_svd_distill.files.header import MAX_HEADER_BYTES, Header, header_of, read_header
 from tests.checkpoints.builders import entry, safetensors_bytes, tiny_tensors
 
 ONE = {"a": entry("F32", [2], 0, 8)}
@@ -211,7 +212,5 @@ def test_a_damaged_file_is_explained_or_read_as_the_library_reads_it(data: st.Da
 
 
 def test_every_dtype_of_the_allow_list_has_a_torch_dtype_of_that_size() -> None:
-    from moe_svd_distill.checkpoints.tensors import TORCH_NAMES
-
     sizes: dict[str, Any] = {name: getattr(torch, torch_name).itemsize for name, torch_name in TORCH_NAMES.items()}
     assert sizes == BYTES_PER_ELEMENT

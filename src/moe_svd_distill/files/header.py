@@ -1,45 +1,31 @@
-"""The header of a safetensors file, read without torch and believed only after every check.
+"""The header of a safetensors file, read without torch and believed only after every check; and written.
 
 The format: 8 bytes with the length of the header, little-endian; the header, a JSON object from tensor name to
 ``{"dtype", "shape", "data_offsets": [begin, end]}`` plus an optional ``__metadata__``; then the data without a gap.
+
+The library's own writer wants every tensor at once and reports neither the digest nor a usable error number. A test
+holds what is written with this byte for byte against the library.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_svd_distill.checkpoints.faults import shown
-from moe_svd_distill.checkpoints.files import FETCH_AGAIN, json_object, open_regular, read_at
-from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.errors import BadDataError, shown
+from moe_svd_distill.files.dtypes import BYTES_PER_ELEMENT, RANKS
+from moe_svd_distill.files.reading import FETCH_AGAIN, json_object, opened, read_at
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_DIMENSIONS = 16
 MAX_ELEMENTS = 2**62
 PREFIX_BYTES = 8
-BYTES_PER_ELEMENT = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "F8_E8M0": 1,
-    "U16": 2,
-    "I16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "U32": 4,
-    "I32": 4,
-    "F32": 4,
-    "U64": 8,
-    "I64": 8,
-    "F64": 8,
-}
-"""The dtypes that are accepted. The packed ones (F4, F6) and complex numbers are not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,29 +55,51 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class Slot:
+    """One tensor's place: its type and shape, and where its bytes lie, counted from the first byte after the header."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Header:
-    """One weights file: its tensors in the order of their data, its size, and the digest of its header."""
+    """One weights file: its tensors in the order of their data, its size, and the digest of its header.
+
+    Attributes:
+        size: Bytes before the data.
+    """
 
     file: Path
     file_bytes: int
     digest: str
     tensors: dict[str, TensorInfo]
+    metadata: Mapping[str, str]
+    size: int
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """The tensors as a writer lays them out."""
+        return tuple(
+            Slot(info.name, info.dtype, info.shape, info.offset - self.size, info.offset - self.size + info.bytes)
+            for info in self.tensors.values()
+        )
 
 
 def read_header(path: Path) -> Header:
     """Read and check the header of one weights file."""
-    descriptor = open_regular(path)
-    try:
+    with opened(path) as descriptor:
         file_bytes = os.fstat(descriptor).st_size
         return header_of(raw_header(descriptor, path, file_bytes), path, file_bytes)
-    finally:
-        os.close(descriptor)
 
 
 def header_of(raw: bytes, path: Path, file_bytes: int) -> Header:
     """Check the header whose bytes, with the length in front, are already at hand."""
-    tensors = parse_header(raw[PREFIX_BYTES:], path, file_bytes)
-    return Header(path, file_bytes, hashlib.sha256(raw).hexdigest(), tensors)
+    tensors, metadata = _parsed(raw[PREFIX_BYTES:], path, file_bytes)
+    return Header(path, file_bytes, hashlib.sha256(raw).hexdigest(), tensors, metadata, len(raw))
 
 
 def raw_header(descriptor: int, path: Path, file_bytes: int) -> bytes:
@@ -113,12 +121,12 @@ def header_length(prefix: bytes, path: Path, file_bytes: int) -> int:
     return length
 
 
-def parse_header(text: bytes, path: Path, file_bytes: int) -> dict[str, TensorInfo]:
+def _parsed(text: bytes, path: Path, file_bytes: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """The tensors that a header describes, each checked by itself and all together against the file's size."""
     if not text.startswith(b"{"):
         raise _bad(path, "is not a safetensors file: its header does not begin with '{'")
     entries = json_object(text, f"the header of {shown(path)}", unique_keys=True)
-    _check_metadata(entries.pop("__metadata__", None), path)
+    metadata = _metadata(entries.pop("__metadata__", None), path)
     begin_of_data = PREFIX_BYTES + len(text)
     found = [_tensor(name, entry, path, begin_of_data) for name, entry in entries.items()]
     found.sort(key=lambda info: (info.offset, info.bytes))
@@ -132,7 +140,42 @@ def parse_header(text: bytes, path: Path, file_bytes: int) -> dict[str, TensorIn
         raise _bad(path, f"is cut off: found {file_bytes} bytes, expected {end}")
     if end < file_bytes:
         raise _bad(path, f"is longer than its header says: found {file_bytes} bytes, expected {end}")
-    return {info.name: info for info in found}
+    return {info.name: info for info in found}, metadata
+
+
+def lay_out(entries: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[Slot, ...]:
+    """Give every tensor (name, dtype code, shape) its place: wide types first, then by name."""
+    slots = []
+    position = 0
+    for name, dtype, shape in sorted(entries, key=lambda entry: (-RANKS[entry[1]], entry[0])):
+        end = position + math.prod(shape) * BYTES_PER_ELEMENT[dtype]
+        slots.append(Slot(name, dtype, shape, position, end))
+        position = end
+    return tuple(slots)
+
+
+def encode_header(slots: Iterable[Slot], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of the file up to the first tensor. More than one metadata key is refused: readers may reorder them."""
+    if len(metadata) > 1:
+        raise ValueError("more than one metadata key makes the library rewrite the file differently each time")
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    for slot in slots:
+        table[slot.name] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": [slot.begin, slot.end]}
+    return packed_header(table)
+
+
+def packed_header(content: Mapping[str, Any], *, copied: bool = False) -> bytes:
+    """A header as JSON with its length in front, padded to eight bytes as the library does.
+
+    Args:
+        content: The JSON object.
+        copied: Whether it comes from another file. JSON may hold half a surrogate pair, as an escape that the library
+            refuses: a copy has it too, and nothing else is written with it.
+    """
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    raw = text.encode("utf-8", "backslashreplace" if copied else "strict")
+    raw += b" " * (-len(raw) % PREFIX_BYTES)
+    return len(raw).to_bytes(PREFIX_BYTES, "little") + raw
 
 
 def _tensor(name: str, entry: Any, path: Path, begin_of_data: int) -> TensorInfo:
@@ -162,12 +205,13 @@ def _tensor(name: str, entry: Any, path: Path, begin_of_data: int) -> TensorInfo
     return TensorInfo(name, tuple(shape), dtype, expected, path, begin_of_data + begin)
 
 
-def _check_metadata(metadata: Any, path: Path) -> None:
+def _metadata(metadata: Any, path: Path) -> dict[str, str]:
     """``__metadata__`` maps text to text."""
     if metadata is None:
-        return
+        return {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _bad(path, "has a __metadata__ that is not a mapping from text to text")
+    return metadata
 
 
 def _is_count(value: object) -> bool:
