@@ -12,13 +12,13 @@ import pytest
 import torch
 from peft import PeftModel
 
-from moe_svd_distill.adapter.adapter_file import write_json
 from moe_svd_distill.adapter.keys import entries
 from moe_svd_distill.adapter.load_check import check_loads
 from moe_svd_distill.adapter.merge import merge
 from moe_svd_distill.adapter.naming import lora_keys
 from moe_svd_distill.adapter.verify import verify
 from moe_svd_distill.errors import BadDataError, MissingInputError
+from moe_svd_distill.files.writing import write_json
 from tests.adapter import tiny
 from tests.adapter.conftest import Case
 from tests.support.architectures import saved

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moe_svd_distill.adapter.adapter_file import write_json
 from moe_svd_distill.adapter.key_repair import repair_keys, repaired_keys
 from moe_svd_distill.adapter.load_check import check_loads
 from moe_svd_distill.adapter.naming import lora_keys, parse_key
 from moe_svd_distill.adapter.rebuild import rebuild_configuration
 from moe_svd_distill.errors import BadDataError, CannotWriteError, MissingInputError
+from moe_svd_distill.files.writing import write_json
 from tests.adapter.conftest import Case
 
 Write = Callable[..., Path]

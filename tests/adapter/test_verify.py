@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from moe_svd_distill.adapter.adapter_file import write_json
 from moe_svd_distill.adapter.naming import lora_keys
 from moe_svd_distill.adapter.verify import verify
 from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.errors import BadDataError, MissingInputError, NothingToTransferError
+from moe_svd_distill.files.writing import write_json
 from tests.adapter import tiny
 from tests.adapter.conftest import Case
 

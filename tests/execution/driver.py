@@ -11,8 +11,9 @@ from pathlib import Path
 
 from moe_svd_distill.errors import DistillError
 from moe_svd_distill.execution.events import Event, UnitStarted, WorkerStarted
-from moe_svd_distill.execution.publish import OutputFolder, write_json_atomic
+from moe_svd_distill.execution.publish import OutputFolder
 from moe_svd_distill.execution.supervisor import Settings, execute
+from moe_svd_distill.files.writing import write_json
 from tests.execution.workload import ToyWork, consolidated, toy_units
 
 
@@ -33,8 +34,8 @@ def run(out: Path, units: int, workers: int, seconds: float) -> str:
         work = ToyWork(journal, seconds)
         summary = execute(toy_units(units), work, folder.parts, Settings(workers), show)
         digest = consolidated(list(summary.parts.values()), folder.staged("adapter_model.safetensors"))
-        write_json_atomic(folder.staged("adapter_config.json"), {"r": 8})
-        write_json_atomic(folder.staged("run.json"), {"sha256": digest})
+        write_json(folder.staged("adapter_config.json"), {"r": 8})
+        write_json(folder.staged("run.json"), {"sha256": digest})
         folder.publish()
     return digest
 

@@ -27,7 +27,8 @@ import torch
 from moe_svd_distill.errors import CannotWriteError
 from moe_svd_distill.execution import crew
 from moe_svd_distill.execution.parts import PartContent, part_path, verify_part, write_part
-from moe_svd_distill.execution.publish import OutputFolder, write_json_atomic
+from moe_svd_distill.execution.publish import OutputFolder
+from moe_svd_distill.files.writing import write_json
 from tests.execution.driver import run
 from tests.execution.workload import consolidated
 
@@ -87,8 +88,8 @@ def small_run(out: Path) -> None:
                 write_part(folder.parts, key, PartContent({f"layers.{number}": torch.full((64,), number + 0.5)}, {}))
         parts = [part_path(folder.parts, f"{number:064x}") for number in range(2)]
         digest = consolidated(parts, folder.staged("adapter_model.safetensors"))
-        write_json_atomic(folder.staged("adapter_config.json"), {"r": 8})
-        write_json_atomic(folder.staged("run.json"), {"sha256": digest})
+        write_json(folder.staged("adapter_config.json"), {"r": 8})
+        write_json(folder.staged("run.json"), {"sha256": digest})
         folder.publish()
 
 

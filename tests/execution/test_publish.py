@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from moe_svd_distill.errors import CannotWriteError
-from moe_svd_distill.execution.publish import OutputFolder, write_json_atomic, write_text_atomic
+from moe_svd_distill.execution.publish import OutputFolder
+from moe_svd_distill.files.writing import write_text
 
 
 def publish(path: Path, content: str) -> None:
     with OutputFolder(path) as folder:
         for name in ("run.json", "adapter_config.json", "adapter_model.safetensors", "README.md"):
-            write_text_atomic(folder.staged(name), content)
+            write_text(folder.staged(name), content)
         folder.publish()
 
 
@@ -59,14 +58,14 @@ def test_the_manifest_leaves_first_and_arrives_last(tmp_path: Path, monkeypatch:
 
 def test_what_an_earlier_run_staged_is_not_published(tmp_path: Path) -> None:
     with OutputFolder(tmp_path) as folder:
-        write_text_atomic(folder.staged("old.txt"), "")
+        write_text(folder.staged("old.txt"), "")
     publish(tmp_path, "new")
     assert not (tmp_path / "old.txt").exists()
 
 
 def test_nothing_is_published_without_a_manifest(tmp_path: Path) -> None:
     with OutputFolder(tmp_path) as folder:
-        write_text_atomic(folder.staged("README.md"), "")
+        write_text(folder.staged("README.md"), "")
         with pytest.raises(ValueError, match=r"run\.json has not been staged"):
             folder.publish()
     assert not (tmp_path / "README.md").exists()
@@ -174,12 +173,3 @@ def test_cleaning_where_nothing_is(tmp_path: Path) -> None:
     assert OutputFolder(tmp_path / "none").clean() == []
     assert OutputFolder(tmp_path).clean() == []
     assert not list(tmp_path.iterdir())
-
-
-def test_json(tmp_path: Path) -> None:
-    value = {"nan": float("nan"), "list": [1.5, (float("inf"), "ü")], "none": None}
-    write_json_atomic(tmp_path / "file.json", value)
-    text = (tmp_path / "file.json").read_text()
-    assert json.loads(text) == {"nan": None, "list": [1.5, [None, "ü"]], "none": None}
-    assert "ü" in text
-    assert stat.S_IMODE((tmp_path / "file.json").stat().st_mode) == 0o644

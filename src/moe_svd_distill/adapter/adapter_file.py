@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.checkpoints import TensorInfo
 from moe_svd_distill.errors import BadDataError, DistillError
-from moe_svd_distill.execution.durable import durable_file
 from moe_svd_distill.files.header import Header, read_header
 from moe_svd_distill.files.reading import json_object, opened, read_small
 
@@ -53,16 +50,6 @@ def read_json(path: Path) -> dict[str, Any]:
         return json_object(read_small(path), str(path), unique_keys=False)
     except DistillError as error:
         raise type(error)(error.what, _ACTION) from error
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object, in the order of its keys; the file appears whole or not at all.
-
-    Raises:
-        CannotWriteError: The disk is full or refuses.
-    """
-    with durable_file(path) as stream:
-        stream.write(json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
 def read_tensor(info: TensorInfo) -> torch.Tensor:

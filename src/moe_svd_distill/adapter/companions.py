@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 
-from moe_svd_distill.execution.durable import durable_file
 from moe_svd_distill.files.reading import locate
+from moe_svd_distill.files.writing import durable_file
 
 _BLOCK_BYTES = 1 << 20
 _OTHER_WEIGHTS = frozenset(

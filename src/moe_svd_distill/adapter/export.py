@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE, CONFIGURATION_FILE, read_json, write_json
+from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE, CONFIGURATION_FILE, read_json
 from moe_svd_distill.adapter.configuration import build_configuration, plain_configuration
 from moe_svd_distill.adapter.fused import Factors
 from moe_svd_distill.adapter.keys import AdapterKeys, Entry, entries
@@ -18,7 +18,6 @@ from moe_svd_distill.adapter.load_check import check_loads
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.adapter.naming import whole_key
 from moe_svd_distill.adapter.peft_model import modules_of
-from moe_svd_distill.adapter.publication import new_folder
 from moe_svd_distill.adapter.settling import settle_keys
 from moe_svd_distill.adapter.whole_head import student_of
 from moe_svd_distill.architecture.architecture import Architecture
@@ -26,6 +25,7 @@ from moe_svd_distill.architecture.matrices import Kind
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.execution.consolidation import Planned, write_tensors
+from moe_svd_distill.files.writing import new_folder, write_json
 
 Format = Literal["peft", "plain", "fused"]
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

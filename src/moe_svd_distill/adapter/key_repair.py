@@ -16,9 +16,9 @@ from typing import Any
 from moe_svd_distill.adapter.adapter_file import adapter_header
 from moe_svd_distill.adapter.naming import parse_key, right_name
 from moe_svd_distill.errors import BadDataError, CannotWriteError
-from moe_svd_distill.execution.durable import durable_file
 from moe_svd_distill.files.header import PREFIX_BYTES, packed_header, raw_header
 from moe_svd_distill.files.reading import opened, read_pieces
+from moe_svd_distill.files.writing import durable_file
 
 _ACTION = "Write the adapter again"
 

@@ -19,13 +19,13 @@ from moe_svd_distill.adapter.changes import Changes
 from moe_svd_distill.adapter.companions import copy_companions
 from moe_svd_distill.adapter.load_check import check_loads
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
-from moe_svd_distill.adapter.publication import new_folder
 from moe_svd_distill.adapter.rewriting import Addition, rewrite
 from moe_svd_distill.adapter.untying import added_head, untied_files
 from moe_svd_distill.adapter.whole_head import base_head, replaced_blocks, student_of
 from moe_svd_distill.checkpoints import Checkpoint, TensorInfo, refuse_quantised
 from moe_svd_distill.errors import CannotWriteError
 from moe_svd_distill.files.header import read_header
+from moe_svd_distill.files.writing import new_folder
 
 if TYPE_CHECKING:
     import torch

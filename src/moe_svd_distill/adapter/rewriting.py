@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.checkpoints import TensorInfo
-from moe_svd_distill.execution.durable import Sink, durable_file
 from moe_svd_distill.files.dtypes import BYTES_PER_ELEMENT, tensor_bytes
 from moe_svd_distill.files.header import PREFIX_BYTES, Header, packed_header, raw_header
 from moe_svd_distill.files.reading import opened, read_pieces
+from moe_svd_distill.files.writing import Sink, durable_file
 
 if TYPE_CHECKING:
     import torch

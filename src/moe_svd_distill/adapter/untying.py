@@ -6,7 +6,6 @@ merged model has a ``lm_head.weight``, an index that lists it, and a config.json
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.checkpoints.layout import CONFIG, INDEX
 from moe_svd_distill.files.reading import json_object, locate, read_small
+from moe_svd_distill.files.writing import json_text
 
 Added = tuple[Path, Addition]
 
@@ -44,7 +44,7 @@ def untied_files(checkpoint: Checkpoint, addition: Added | None) -> Mapping[str,
     config = dict(checkpoint.config)
     if isinstance(text := config.get("text_config"), dict) and "tie_word_embeddings" in text:
         config["text_config"] = text | {"tie_word_embeddings": False}
-    changed = {CONFIG: _json(config | {"tie_word_embeddings": False})}
+    changed = {CONFIG: json_text(config | {"tie_word_embeddings": False}).encode()}
     if addition is not None and (checkpoint.folder / INDEX).exists():
         file, head = addition
         index = json_object(read_small(locate(checkpoint.folder, INDEX)), INDEX, unique_keys=True)
@@ -54,9 +54,5 @@ def untied_files(checkpoint: Checkpoint, addition: Added | None) -> Mapping[str,
             metadata["total_size"] = size + head.bytes
         if isinstance(metadata, dict) and isinstance(count := metadata.get("total_parameters"), int):
             metadata["total_parameters"] = count + head.shape[0] * head.shape[1]
-        changed[INDEX] = _json(index)
+        changed[INDEX] = json_text(index).encode()
     return changed
-
-
-def _json(content: Mapping[str, object]) -> bytes:
-    return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"

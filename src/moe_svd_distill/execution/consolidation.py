@@ -10,11 +10,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from moe_svd_distill.errors import BadDataError
-from moe_svd_distill.execution.durable import durable_file
 from moe_svd_distill.execution.memory import give_back
 from moe_svd_distill.execution.parts import PartTensors, find_fault, open_part
 from moe_svd_distill.files.dtypes import dtype_code, tensor_bytes
 from moe_svd_distill.files.header import Slot, encode_header, lay_out, read_header
+from moe_svd_distill.files.writing import durable_file
 
 if TYPE_CHECKING:
     import torch

@@ -15,10 +15,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.errors import BadDataError, DistillError
-from moe_svd_distill.execution.durable import durable_file
 from moe_svd_distill.files.dtypes import dtype_code, tensor_bytes
 from moe_svd_distill.files.header import Header, Slot, encode_header, lay_out, read_header
 from moe_svd_distill.files.reading import opened, read_pieces
+from moe_svd_distill.files.writing import durable_file
 
 if TYPE_CHECKING:
     import torch

@@ -7,19 +7,14 @@ renaming its ``run.json`` first, so a reader never meets old tensors beside a ne
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from moe_svd_distill.errors import CannotWriteError
-from moe_svd_distill.execution.durable import (
-    durable_file,
+from moe_svd_distill.files.writing import (
     explain_writing,
     is_temporary,
     make_folder,
@@ -183,35 +178,6 @@ class OutputFolder:
     @property
     def _staging(self) -> Path:
         return self.path / ".staged"
-
-
-def write_text_atomic(path: Path, text: str) -> None:
-    """Write a text file that is whole or absent.
-
-    Raises:
-        CannotWriteError: The disk is full or the folder cannot be written to.
-    """
-    with durable_file(path) as sink:
-        sink.write(text.encode())
-
-
-def write_json_atomic(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON, whole or absent. Figures that JSON has no word for (NaN, infinity) become null.
-
-    Raises:
-        CannotWriteError: The disk is full or the folder cannot be written to.
-    """
-    write_text_atomic(path, json.dumps(_expressible(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _expressible(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _expressible(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_expressible(item) for item in value]
-    return value
 
 
 def _files(folder: Path) -> list[Path]:

@@ -19,11 +19,11 @@ from moe_svd_distill.errors import IncompleteError
 from moe_svd_distill.execution import events
 from moe_svd_distill.execution.backoff import Unit, Work
 from moe_svd_distill.execution.crew import Crew, Worker
-from moe_svd_distill.execution.durable import make_folder, remove_stale_temporaries
 from moe_svd_distill.execution.events import Event
 from moe_svd_distill.execution.parts import find_fault, part_path, reject_part
 from moe_svd_distill.execution.signals import StopSignals
 from moe_svd_distill.execution.worker import Done, Failed, Hopeless, NotStarted, Progress, Ready
+from moe_svd_distill.files.writing import make_folder, remove_stale_temporaries
 
 __all__ = ["ExecutionSummary", "Settings", "Unit", "UnitsSetAsideError", "Work", "execute"]
 

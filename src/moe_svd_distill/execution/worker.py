@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_svd_distill.errors import DistillError
-from moe_svd_distill.execution.durable import explain_writing
 from moe_svd_distill.execution.memory import MemoryWatch, give_back
 from moe_svd_distill.execution.spawning import leave_with_parent
+from moe_svd_distill.files.writing import explain_writing
 
 _PROGRESS_EVERY_S = 0.5
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")

@@ -18,8 +18,9 @@ from moe_svd_distill.adapter.peft_model import modules_of
 from moe_svd_distill.architecture.matrices import Kind
 from moe_svd_distill.execution.consolidation import Parts, Planned, write_tensors
 from moe_svd_distill.execution.parts import PartContent, write_part
-from moe_svd_distill.execution.publish import OutputFolder, write_json_atomic
+from moe_svd_distill.execution.publish import OutputFolder
 from moe_svd_distill.files.header import read_header
+from moe_svd_distill.files.writing import write_json
 from moe_svd_distill.pipeline.pair import Model, ModelPair
 from moe_svd_distill.pipeline.scale import ScaleDecision
 from moe_svd_distill.recipe import Recipe
@@ -88,7 +89,7 @@ def stage_adapter(output: OutputFolder, recipe: Recipe, pair: ModelPair, made_of
             kind = parts[slot.name].dtype
             planned[whole_key(module)] = Planned(slot.shape, kind, lambda: parts[slot.name])
         digest = write_tensors(planned, output.staged(ADAPTER_FILE))
-    write_json_atomic(output.staged(CONFIGURATION_FILE), configuration)
+    write_json(output.staged(CONFIGURATION_FILE), configuration)
     return digest
 
 

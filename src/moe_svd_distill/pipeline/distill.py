@@ -12,8 +12,9 @@ from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE
 from moe_svd_distill.adapter.load_check import check_loads
 from moe_svd_distill.errors import BadDataError, NothingToTransferError
 from moe_svd_distill.execution.events import Event
-from moe_svd_distill.execution.publish import OutputFolder, write_json_atomic, write_text_atomic
+from moe_svd_distill.execution.publish import OutputFolder
 from moe_svd_distill.execution.supervisor import ExecutionSummary, Settings, execute
+from moe_svd_distill.files.writing import write_json, write_text
 from moe_svd_distill.pairing.plan import Plan
 from moe_svd_distill.pipeline.assembly import Ingredients, head_is_whole, stage_adapter, write_head_part
 from moe_svd_distill.pipeline.method import Stages, choose_stages
@@ -137,8 +138,8 @@ class _Run:
             "transferred": scale.transferred,
             "scale_search": scale.as_dict() | self._used(),
         }
-        write_text_atomic(self.output.staged(CARD), adapter_card(record))
-        write_json_atomic(self.output.staged(MANIFEST), record)
+        write_text(self.output.staged(CARD), adapter_card(record))
+        write_json(self.output.staged(MANIFEST), record)
         self.output.publish()
         return record
 

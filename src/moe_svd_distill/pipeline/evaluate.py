@@ -11,7 +11,7 @@ from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE, read_json
 from moe_svd_distill.adapter.digest import sha256_of
 from moe_svd_distill.errors import MissingInputError, UsageError
 from moe_svd_distill.evaluation.code.problems import ProblemSet, is_code_benchmark, load_problems
-from moe_svd_distill.execution.publish import write_json_atomic, write_text_atomic
+from moe_svd_distill.files.writing import write_json, write_text
 from moe_svd_distill.pipeline.held_out import SAME_SOURCES, held_out
 from moe_svd_distill.pipeline.pair import open_model, open_pair
 from moe_svd_distill.pipeline.texts import longest_sequence
@@ -156,12 +156,12 @@ def evaluate_adapter(
         found = _code_benchmarks(folder, student, asked, problems, benchmarks, kept, device, on_progress)
         figures["code_benchmarks"] = {**figures.get("code_benchmarks", {}), **found}
     figures["adapter_sha256"] = digest
-    write_json_atomic(folder / EVALUATION, figures)
+    write_json(folder / EVALUATION, figures)
     if not record:
         return EvaluatedAdapter(figures, None)
     complete = {**record, "evaluation": figures}
-    write_text_atomic(folder / "README.md", adapter_card(complete))
-    write_text_atomic(folder / REPORT, html_report(complete))
+    write_text(folder / "README.md", adapter_card(complete))
+    write_text(folder / REPORT, html_report(complete))
     return EvaluatedAdapter(figures, folder / REPORT)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from moe_svd_distill.execution.publish import write_json_atomic
+from moe_svd_distill.files.writing import write_json
 from moe_svd_distill.fitting.check import predicting_places, summed
 from moe_svd_distill.fitting.pairs import common_rows
 from moe_svd_distill.pipeline.copying import for_training
@@ -155,7 +155,7 @@ class _Refinement:
             return
         self.points = len(progress.curve)
         curve = [asdict(point) for point in progress.curve]
-        write_json_atomic(self.recipe.output / CURVE, {"steps": steps, "curve": curve})
+        write_json(self.recipe.output / CURVE, {"steps": steps, "curve": curve})
         last = progress.curve[-1]
         if last.loss is not None:
             self.note(

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from moe_svd_distill.errors import BadDataError, DistillError
-from moe_svd_distill.execution.durable import durable_file
 from moe_svd_distill.files.dtypes import FLOATS, dtype_code, tensor_bytes, torch_dtype
 from moe_svd_distill.files.header import Header, encode_header, lay_out, read_header
 from moe_svd_distill.files.reading import opened, read_at, read_pieces
+from moe_svd_distill.files.writing import durable_file
 
 _METADATA = "moe_svd_distill"
 _STATES, _BYTES, _DIGEST = "states", "recorded", "sha256"  # of tensors of one width the digest has to be the last

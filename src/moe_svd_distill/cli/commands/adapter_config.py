@@ -22,9 +22,9 @@ import click
 )
 def command(file: Path, student: Path | None, base_model: str | None, write: bool, repair_names: Path | None) -> None:
     """Rebuild the configuration of the adapter FILE from its header; no weight is loaded."""
-    from moe_svd_distill.adapter.adapter_file import write_json
     from moe_svd_distill.adapter.key_repair import repair_keys
     from moe_svd_distill.adapter.rebuild import rebuild_configuration
+    from moe_svd_distill.files.writing import write_json
 
     if repair_names is not None:
         renamed = repair_keys(file, repair_names)

@@ -16,8 +16,7 @@ from typing import Any
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.evaluation.code.greedy import STOPS, Continuation, Writer
 from moe_svd_distill.evaluation.code.problems import ProblemSet, by_length
-from moe_svd_distill.execution.durable import make_folder
-from moe_svd_distill.execution.publish import write_text_atomic
+from moe_svd_distill.files.writing import make_folder, write_text
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class CompletionFile:
         """Replace the file; it is whole at every moment."""
         make_folder(self.path.parent)
         lines = [self.depends_on, *({"task_id": name, **asdict(found)} for name, found in completions.items())]
-        write_text_atomic(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def complete(

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import socket
+import stat
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
 from moe_svd_distill.errors import CannotWriteError
-from moe_svd_distill.execution.durable import durable_file, explain_writing, make_folder, remove_stale_temporaries
 from moe_svd_distill.execution.parts import PartContent, verify_part, write_part
+from moe_svd_distill.files.writing import (
+    durable_file,
+    explain_writing,
+    make_folder,
+    new_folder,
+    remove_stale_temporaries,
+    write_json,
+)
 
 KEY = "ab" * 32
 
@@ -128,3 +138,40 @@ def test_only_what_the_dead_left_is_removed(tmp_path: Path) -> None:
     assert remove_stale_temporaries(tmp_path) == 2
     zombie.wait()
     assert sorted(tmp_path.iterdir()) == sorted(others)
+
+
+def test_json(tmp_path: Path) -> None:
+    value = {"nan": float("nan"), "list": [1.5, (float("inf"), "ü")], "none": None}
+    write_json(tmp_path / "file.json", value)
+    text = (tmp_path / "file.json").read_text()
+    assert json.loads(text) == {"nan": None, "list": [1.5, [None, "ü"]], "none": None}
+    assert "ü" in text
+    assert stat.S_IMODE((tmp_path / "file.json").stat().st_mode) == 0o644
+
+
+def test_a_folder_appears_at_the_end_with_its_mode(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "out"
+    with new_folder(path) as folder:
+        (folder / "a").write_text("x")
+        assert not path.exists()
+        assert folder.parent == path.parent
+    assert (path / "a").read_text() == "x"
+    assert path.stat().st_mode & 0o777 == 0o755
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt()])
+def test_what_breaks_off_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
+    with suppress(RuntimeError, KeyboardInterrupt), new_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("x")
+        raise error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refusal_of_the_system_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CannotWriteError, match=r"annot (write|be written)"), new_folder(tmp_path / "file" / "out"):
+        pass
+    with pytest.raises(CannotWriteError, match="not an empty folder"), new_folder(tmp_path / "file"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,26 +1,32 @@
-"""Files that are either whole or absent, whatever kills the process that writes them.
+"""Files and folders that are either whole or absent, whatever kills the process that writes them.
 
 ``safetensors.save_file`` sets the full size, writes, and renames without an fsync, so that a crash can leave a file
-that opens and holds zeros. Everything this room writes goes through `durable_file` instead: a temporary with a unique
-name in the same folder, fsync, rename, fsync of the folder.
+that opens and holds zeros. Every file goes through `durable_file` instead: a temporary with a unique name in the same
+folder, fsync, rename, fsync of the folder.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
+import math
 import os
 import re
 import secrets
+import shutil
 import socket
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from moe_svd_distill.errors import CannotWriteError
 
 _TEMPORARY = re.compile(r"\.tmp~(?P<host>[^~]+)~(?P<pid>\d+)~[0-9a-f]+")
-_MODE = 0o644  # colleagues on a shared disk must be able to read an adapter, whatever the library's default is
+# Colleagues on a shared disk must be able to read an adapter, whatever the library's default is.
+_MODE, _FOLDER_MODE = 0o644, 0o755
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR}
 
@@ -73,6 +79,70 @@ def durable_file(path: Path) -> Iterator[Sink]:
         if explained is None:
             raise
         raise explained from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that is whole or absent.
+
+    Raises:
+        CannotWriteError: The disk is full or the folder cannot be written to.
+    """
+    with durable_file(path) as sink:
+        sink.write(text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as JSON, whole or absent. Figures that JSON has no word for (NaN, infinity) become null.
+
+    Raises:
+        CannotWriteError: The disk is full or the folder cannot be written to.
+    """
+    write_text(path, json_text(_expressible(value), allow_nan=False))
+
+
+def json_text(value: Any, *, allow_nan: bool = True) -> str:
+    """JSON as all files have it: indented, keys in their order, letters as they are."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n"
+
+
+def _expressible(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _expressible(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_expressible(item) for item in value]
+    return value
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside ``path`` that becomes ``path`` when the block ends without an error.
+
+    Raises:
+        CannotWriteError: ``path`` exists and is not an empty folder, or the operating system refuses to write.
+    """
+    path = path.absolute()
+    if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+        raise CannotWriteError(f"{path} exists and is not an empty folder", "Give another output folder")
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".writing", dir=path.parent))
+        yield temporary
+        temporary.chmod(_FOLDER_MODE)
+        sync_folder(temporary)
+        temporary.replace(path)
+        temporary = None
+        sync_folder(path.parent)
+    except OSError as error:
+        reason = f"{path} cannot be written: {error.strerror or type(error).__name__}"
+        raise explain_writing(error, path, opening=True) or CannotWriteError(
+            reason, "Free space, or give another output"
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:
