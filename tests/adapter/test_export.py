@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE, adapter_header
+from moe_svd_distill.adapter.adapter_file import adapter_header
 from moe_svd_distill.adapter.configuration import build_configuration
 from moe_svd_distill.adapter.export import export
 from moe_svd_distill.adapter.load_check import check_loads
@@ -19,6 +19,7 @@ from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.errors import BadDataError, IncompatiblePairError
+from moe_svd_distill.files.names import ADAPTER_FILE
 from tests.adapter import tiny
 from tests.support import architectures
 

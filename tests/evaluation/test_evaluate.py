@@ -12,10 +12,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE
 from moe_svd_distill.calibration.text import Document
 from moe_svd_distill.errors import BadDataError, IncompatiblePairError
 from moe_svd_distill.evaluation.evaluate import evaluate
+from moe_svd_distill.files.names import ADAPTER_FILE
 from tests.evaluation.conftest import LENGTH, Lab, documents, llama, write_tokenizer
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE
 from moe_svd_distill.errors import MissingInputError
+from moe_svd_distill.files.names import ADAPTER_FILE
 from moe_svd_distill.pipeline.cost import (
     active_parameters,
     cost_of_training,

@@ -13,7 +13,8 @@ import pytest
 from moe_svd_distill.errors import MissingInputError, UsageError
 from moe_svd_distill.evaluation import benchmarks, evaluate
 from moe_svd_distill.evaluation.code import benchmark
-from moe_svd_distill.pipeline.evaluate import EVALUATION, BenchmarkRequest, evaluate_adapter
+from moe_svd_distill.files.names import EVALUATION_FILE
+from moe_svd_distill.pipeline.evaluate import BenchmarkRequest, evaluate_adapter
 from tests.evaluation.code.problems import GREEN, WRONG, write_problems
 from tests.support.models import saved
 
@@ -42,7 +43,7 @@ def _evaluate(folder: Path, texts: bool, request: BenchmarkRequest | None) -> di
     student = str(folder.parent / "student")
     named = [folder.parent / "text.txt"] if texts else []
     result = evaluate_adapter(folder, student, student, named, benchmarks=request)
-    assert json.loads((folder / EVALUATION).read_text()) == json.loads(json.dumps(result.evaluation))
+    assert json.loads((folder / EVALUATION_FILE).read_text()) == json.loads(json.dumps(result.evaluation))
     return result.evaluation
 
 

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 from moe_svd_distill.checkpoints import TensorInfo
 from moe_svd_distill.errors import BadDataError, DistillError
 from moe_svd_distill.files.header import Header, read_header
+from moe_svd_distill.files.names import ADAPTER_FILE
 from moe_svd_distill.files.reading import json_object, opened, read_small
 
 if TYPE_CHECKING:
     import torch
 
-ADAPTER_FILE = "adapter_model.safetensors"
-CONFIGURATION_FILE = "adapter_config.json"
-RECORD_FILE = "run.json"
 _ACTION = "Write or copy the adapter again"
 
 

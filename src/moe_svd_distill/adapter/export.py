@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE, CONFIGURATION_FILE, read_json
+from moe_svd_distill.adapter.adapter_file import read_json
 from moe_svd_distill.adapter.configuration import build_configuration, plain_configuration
 from moe_svd_distill.adapter.fused import Factors
 from moe_svd_distill.adapter.keys import AdapterKeys, Entry, entries
@@ -25,6 +25,7 @@ from moe_svd_distill.architecture.matrices import Kind
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.execution.consolidation import Planned, write_tensors
+from moe_svd_distill.files.names import ADAPTER_FILE, CONFIGURATION_FILE
 from moe_svd_distill.files.writing import new_folder, write_json
 
 Format = Literal["peft", "plain", "fused"]

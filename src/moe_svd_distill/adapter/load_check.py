@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from moe_svd_distill.adapter.adapter_file import CONFIGURATION_FILE, adapter_header, read_json, shapes_of
+from moe_svd_distill.adapter.adapter_file import adapter_header, read_json, shapes_of
 from moe_svd_distill.adapter.pair_shapes import whole_modules
 from moe_svd_distill.adapter.peft_model import NAME, load, lora_targets, read_configuration, replaced_modules, wrap
 from moe_svd_distill.architecture.building import build_on_meta, parse_config
 from moe_svd_distill.errors import BadDataError, MissingInputError
+from moe_svd_distill.files.names import CONFIGURATION_FILE
 
 _ACTION = "Make adapter_config.json again with adapter-config, or write the adapter again"
 _UNSUPPORTED = {

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_svd_distill.adapter.adapter_file import CONFIGURATION_FILE, adapter_header, read_json, read_tensor, shapes_of
+from moe_svd_distill.adapter.adapter_file import adapter_header, read_json, read_tensor, shapes_of
 from moe_svd_distill.adapter.configuration import rank_and_scale
 from moe_svd_distill.adapter.fused import Factors, expert_factors, fused_rank, of_matrix
 from moe_svd_distill.adapter.naming import whole_key
@@ -20,6 +20,7 @@ from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.architecture.building import build_on_meta
 from moe_svd_distill.architecture.matrices import Matrix
 from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.files.names import CONFIGURATION_FILE
 
 _OTHER_STUDENT = "Use the student the adapter was made for"
 

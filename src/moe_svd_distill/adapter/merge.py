@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_svd_distill.adapter.adapter_file import CONFIGURATION_FILE, read_json
+from moe_svd_distill.adapter.adapter_file import read_json
 from moe_svd_distill.adapter.changes import Changes
 from moe_svd_distill.adapter.companions import copy_companions
 from moe_svd_distill.adapter.load_check import check_loads
@@ -25,6 +25,7 @@ from moe_svd_distill.adapter.whole_head import base_head, replaced_blocks, stude
 from moe_svd_distill.checkpoints import Checkpoint, TensorInfo, refuse_quantised
 from moe_svd_distill.errors import CannotWriteError
 from moe_svd_distill.files.header import read_header
+from moe_svd_distill.files.names import CONFIGURATION_FILE
 from moe_svd_distill.files.writing import new_folder
 
 if TYPE_CHECKING:

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_svd_distill.adapter.adapter_file import CONFIGURATION_FILE, read_json
+from moe_svd_distill.adapter.adapter_file import read_json
 from moe_svd_distill.adapter.naming import lora_keys
 from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.architecture.building import build_on_meta
 from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.files.names import CONFIGURATION_FILE
 
 NAME = "default"
 _ACTION = "Make adapter_config.json again with adapter-config, or write the adapter again"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE, CONFIGURATION_FILE, RECORD_FILE, read_json
+from moe_svd_distill.adapter.adapter_file import read_json
 from moe_svd_distill.adapter.blocks import row_blocks
 from moe_svd_distill.adapter.digest import sha256_of
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs, norm_of_pair
@@ -19,6 +19,7 @@ from moe_svd_distill.adapter.rewriting import rewrite
 from moe_svd_distill.adapter.whole_head import base_head, change_norm, norm_of_blocks, shifted, student_of
 from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.checkpoints import Checkpoint, TensorInfo
+from moe_svd_distill.files.names import ADAPTER_FILE, CONFIGURATION_FILE, RECORD_FILE
 from moe_svd_distill.files.writing import new_folder, write_json
 
 if TYPE_CHECKING:

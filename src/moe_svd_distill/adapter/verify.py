@@ -8,14 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_svd_distill.adapter.adapter_file import (
-    ADAPTER_FILE,
-    CONFIGURATION_FILE,
-    RECORD_FILE,
-    adapter_header,
-    read_json,
-    shapes_of,
-)
+from moe_svd_distill.adapter.adapter_file import adapter_header, read_json, shapes_of
 from moe_svd_distill.adapter.configuration import rank_and_scale
 from moe_svd_distill.adapter.digest import sha256_of
 from moe_svd_distill.adapter.load_check import LoadReport, check_loads, check_options
@@ -26,6 +19,7 @@ from moe_svd_distill.adapter.whole_change import WholeChange, change_of_head
 from moe_svd_distill.adapter.whole_head import student_of
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.errors import BadDataError, MissingInputError, NothingToTransferError, UsageError
+from moe_svd_distill.files.names import ADAPTER_FILE, CONFIGURATION_FILE, RECORD_FILE
 
 
 @dataclass(frozen=True)

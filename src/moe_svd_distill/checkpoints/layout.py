@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError, shown
+from moe_svd_distill.files.names import ADAPTER_FILE
 from moe_svd_distill.files.reading import FETCH_AGAIN, json_object, locate, read_small, relative_name
 
 CONFIG = "config.json"
@@ -114,6 +115,6 @@ def _no_weights(folder: Path, names: Collection[str]) -> DistillError:
     others = sorted(name for name in names if name.endswith((".safetensors", ".gguf", ".h5", ".msgpack", ".npz")))
     found = f" (found {shown(others[0])})" if others else ""
     what = f"{shown(folder)} holds no {SINGLE}, no {INDEX} and no numbered shards{found}"
-    if "adapter_model.safetensors" in names:
+    if ADAPTER_FILE in names:
         return MissingInputError(what, "This is an adapter: give the folder of a whole model")
     return MissingInputError(what, "Give the folder of a model with safetensors weights")

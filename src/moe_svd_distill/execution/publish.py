@@ -14,6 +14,15 @@ from types import TracebackType
 from filelock import FileLock, Timeout
 
 from moe_svd_distill.errors import CannotWriteError
+from moe_svd_distill.files.names import (
+    ADAPTER_FILE,
+    CACHE_FOLDER,
+    CARD_FILE,
+    CONFIGURATION_FILE,
+    LOCK_FILE,
+    PARTS_FOLDER,
+    RECORD_FILE,
+)
 from moe_svd_distill.files.writing import (
     explain_writing,
     is_temporary,
@@ -23,10 +32,8 @@ from moe_svd_distill.files.writing import (
     sync_folder,
 )
 
-MANIFEST = "run.json"
-CONFIG = "adapter_config.json"
-_OVERWRITTEN = ("adapter_model.safetensors", CONFIG, "README.md")
-_WITHDRAWN = ".withdrawn-run.json"
+_OVERWRITTEN = (ADAPTER_FILE, CONFIGURATION_FILE, CARD_FILE)
+_WITHDRAWN = f".withdrawn-{RECORD_FILE}"
 
 
 class OutputFolder:
@@ -38,23 +45,23 @@ class OutputFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock_path = path / ".lock"
+        self._lock_path = path / LOCK_FILE
         self._lock = FileLock(self._lock_path, blocking=False)
 
     @property
     def parts(self) -> Path:
         """Where the parts lie."""
-        return self.path / "parts"
+        return self.path / PARTS_FOLDER
 
     @property
     def cache(self) -> Path:
         """Where the states of streamed models lie, unless a run was told of another folder."""
-        return self.path / "cache"
+        return self.path / CACHE_FOLDER
 
     @property
     def published(self) -> bool:
         """Whether a complete adapter lies here."""
-        return (self.path / MANIFEST).is_file()
+        return (self.path / RECORD_FILE).is_file()
 
     def __enter__(self) -> OutputFolder:
         make_folder(self.path)
@@ -92,20 +99,20 @@ class OutputFolder:
             CannotWriteError: The folder cannot be written to.
             ValueError: No manifest has been staged.
         """
-        if not self.staged(MANIFEST).is_file():
-            raise ValueError(f"{MANIFEST} has not been staged")
+        if not self.staged(RECORD_FILE).is_file():
+            raise ValueError(f"{RECORD_FILE} has not been staged")
         files = [path for path in _files(self._staging) if not is_temporary(path)]
-        files.sort(key=lambda path: (path.name == MANIFEST, path.name == CONFIG, path.name))
+        files.sort(key=lambda path: (path.name == RECORD_FILE, path.name == CONFIGURATION_FILE, path.name))
         try:
             for file in files:
                 sync_file(file)
             if self.published:
-                (self.path / MANIFEST).replace(self.path / _WITHDRAWN)
+                (self.path / RECORD_FILE).replace(self.path / _WITHDRAWN)
                 sync_folder(self.path)
             for file in files[:-1]:
                 file.replace(self.path / file.name)
             sync_folder(self.path)
-            files[-1].replace(self.path / MANIFEST)
+            files[-1].replace(self.path / RECORD_FILE)
             sync_folder(self.path)
             with suppress(OSError):
                 self._staging.rmdir()

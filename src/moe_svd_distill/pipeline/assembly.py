@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE, CONFIGURATION_FILE
 from moe_svd_distill.adapter.configuration import build_configuration
 from moe_svd_distill.adapter.keys import Target, entries
 from moe_svd_distill.adapter.naming import whole_key
@@ -20,6 +19,7 @@ from moe_svd_distill.execution.consolidation import Parts, Planned, write_tensor
 from moe_svd_distill.execution.parts import PartContent, write_part
 from moe_svd_distill.execution.publish import OutputFolder
 from moe_svd_distill.files.header import read_header
+from moe_svd_distill.files.names import ADAPTER_FILE, CONFIGURATION_FILE
 from moe_svd_distill.files.writing import write_json
 from moe_svd_distill.pipeline.pair import Model, ModelPair
 from moe_svd_distill.pipeline.scale import ScaleDecision

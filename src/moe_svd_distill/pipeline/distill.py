@@ -8,19 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE
 from moe_svd_distill.adapter.load_check import check_loads
 from moe_svd_distill.errors import BadDataError, NothingToTransferError
 from moe_svd_distill.execution.events import Event
 from moe_svd_distill.execution.publish import OutputFolder
 from moe_svd_distill.execution.supervisor import ExecutionSummary, Settings, execute
+from moe_svd_distill.files.names import ADAPTER_FILE, CARD_FILE, RECORD_FILE
 from moe_svd_distill.files.writing import write_json, write_text
 from moe_svd_distill.pairing.plan import Plan
 from moe_svd_distill.pipeline.assembly import Ingredients, head_is_whole, stage_adapter, write_head_part
 from moe_svd_distill.pipeline.method import Stages, choose_stages
 from moe_svd_distill.pipeline.pair import ModelPair, open_pair
 from moe_svd_distill.pipeline.preparation import execution_settings, make_work, prepare
-from moe_svd_distill.pipeline.published import MANIFEST, Adapter, load_adapter, refuse_foreign_folder
+from moe_svd_distill.pipeline.published import Adapter, load_adapter, refuse_foreign_folder
 from moe_svd_distill.pipeline.record import (
     fitted_records,
     is_nothing,
@@ -38,9 +38,8 @@ from moe_svd_distill.streaming.groups import GROUPS
 if TYPE_CHECKING:
     from moe_svd_distill.pipeline.fitted import Fitted
 
-__all__ = ["MANIFEST", "Adapter", "Listener", "distill", "load_adapter"]
+__all__ = ["Adapter", "Listener", "distill", "load_adapter"]
 
-CARD = "README.md"
 NOT_TRAINED = "the refined stage trains the matrices of the layers and the head alone"
 HEAD_STANDS_STILL = (
     "the head stands still: fewer than four tokens of text for each of its rows, or training.head: fixed"
@@ -138,8 +137,8 @@ class _Run:
             "transferred": scale.transferred,
             "scale_search": scale.as_dict() | self._used(),
         }
-        write_text(self.output.staged(CARD), adapter_card(record))
-        write_json(self.output.staged(MANIFEST), record)
+        write_text(self.output.staged(CARD_FILE), adapter_card(record))
+        write_json(self.output.staged(RECORD_FILE), record)
         self.output.publish()
         return record
 

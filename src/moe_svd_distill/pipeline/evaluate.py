@@ -7,10 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE, read_json
+from moe_svd_distill.adapter.adapter_file import read_json
 from moe_svd_distill.adapter.digest import sha256_of
 from moe_svd_distill.errors import MissingInputError, UsageError
 from moe_svd_distill.evaluation.code.problems import ProblemSet, is_code_benchmark, load_problems
+from moe_svd_distill.files.names import (
+    ADAPTER_FILE,
+    CARD_FILE,
+    CONFIGURATION_FILE,
+    EVALUATION_FILE,
+    RECORD_FILE,
+    REPORT_FILE,
+)
 from moe_svd_distill.files.writing import write_json, write_text
 from moe_svd_distill.pipeline.held_out import SAME_SOURCES, held_out
 from moe_svd_distill.pipeline.pair import open_model, open_pair
@@ -22,9 +30,6 @@ if TYPE_CHECKING:
     from moe_svd_distill.calibration.paired import VocabularyMode
     from moe_svd_distill.calibration.text import Document
     from moe_svd_distill.evaluation.sources import Mode
-
-EVALUATION = "evaluation.json"
-REPORT = "report.html"
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ def evaluate_adapter(
     if not texts and not benchmarks:
         raise UsageError("no text to evaluate on", "Give --text FILE")
     problems = _check(benchmarks) if benchmarks else ()
-    record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    record = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else {}
     student = student or record.get("student", {}).get("source") or _base_model(folder)
     teacher = teacher or record.get("teacher", {}).get("source")
     if not teacher and (texts or (benchmarks and benchmarks.teacher)):
@@ -156,13 +161,13 @@ def evaluate_adapter(
         found = _code_benchmarks(folder, student, asked, problems, benchmarks, kept, device, on_progress)
         figures["code_benchmarks"] = {**figures.get("code_benchmarks", {}), **found}
     figures["adapter_sha256"] = digest
-    write_json(folder / EVALUATION, figures)
+    write_json(folder / EVALUATION_FILE, figures)
     if not record:
         return EvaluatedAdapter(figures, None)
     complete = {**record, "evaluation": figures}
-    write_text(folder / "README.md", adapter_card(complete))
-    write_text(folder / REPORT, html_report(complete))
-    return EvaluatedAdapter(figures, folder / REPORT)
+    write_text(folder / CARD_FILE, adapter_card(complete))
+    write_text(folder / REPORT_FILE, html_report(complete))
+    return EvaluatedAdapter(figures, folder / REPORT_FILE)
 
 
 def _check(request: BenchmarkRequest) -> tuple[ProblemSet, ...]:
@@ -181,7 +186,7 @@ def _check(request: BenchmarkRequest) -> tuple[ProblemSet, ...]:
 
 def _kept(folder: Path, digest: str | None, texts: bool, harness: bool) -> dict[str, Any]:
     """What an earlier evaluation of the same bytes found and this one does not find anew."""
-    earlier = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else {}
+    earlier = read_json(folder / EVALUATION_FILE) if (folder / EVALUATION_FILE).is_file() else {}
     if digest is None or earlier.get("adapter_sha256") != digest:
         return {}
     dropped = {"benchmarks"} if harness else set()
@@ -275,9 +280,9 @@ def _code_benchmarks(
 
 
 def _base_model(folder: Path) -> str:
-    configuration = folder / "adapter_config.json"
+    configuration = folder / CONFIGURATION_FILE
     if not configuration.is_file():
-        raise MissingInputError(f"{folder} holds no adapter (no adapter_config.json)", "Give an adapter's folder")
+        raise MissingInputError(f"{folder} holds no adapter (no {CONFIGURATION_FILE})", "Give an adapter's folder")
     base = read_json(configuration).get("base_model_name_or_path")
     if not base:
         raise UsageError(f"{configuration} names no base model", "Give --student")

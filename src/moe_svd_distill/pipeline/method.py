@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE
 from moe_svd_distill.errors import MissingInputError, NothingToTransferError, UsageError
+from moe_svd_distill.files.names import ADAPTER_FILE
 from moe_svd_distill.pairing.lineage import Lineage, MethodChoice, Relatedness, choose_method
 from moe_svd_distill.pipeline.copying import MUCH_TEXT
 from moe_svd_distill.pipeline.pair import ModelPair

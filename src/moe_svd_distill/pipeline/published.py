@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_svd_distill.errors import CannotWriteError, MissingInputError
-
-MANIFEST = "run.json"
+from moe_svd_distill.files.names import CACHE_FOLDER, LOCK_FILE, PARTS_FOLDER, RECORD_FILE
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,10 @@ def load_adapter(folder: Path) -> Adapter:
     Raises:
         MissingInputError: The folder holds none.
     """
-    manifest = folder / MANIFEST
+    manifest = folder / RECORD_FILE
     if not manifest.is_file():
         raise MissingInputError(
-            f"{folder} holds no finished adapter (no {MANIFEST})", "Run moe-svd-distill distill with this --output"
+            f"{folder} holds no finished adapter (no {RECORD_FILE})", "Run moe-svd-distill distill with this --output"
         )
     return Adapter(folder, json.loads(manifest.read_text(encoding="utf-8")))
 
@@ -57,7 +56,7 @@ def refuse_foreign_folder(folder: Path) -> None:
     if not folder.is_dir():
         return
     names = {path.name for path in folder.iterdir()}
-    if names and not names & {MANIFEST, "parts", "cache", ".lock"}:
+    if names and not names & {RECORD_FILE, PARTS_FOLDER, CACHE_FOLDER, LOCK_FILE}:
         raise CannotWriteError(
             f"output {folder} is not empty and holds no earlier run (found {sorted(names)[0]})",
             "Choose another --output",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from moe_svd_distill.files.names import CURVE_FILE
 from moe_svd_distill.files.writing import write_json
 from moe_svd_distill.fitting.check import predicting_places, summed
 from moe_svd_distill.fitting.pairs import common_rows
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
     from moe_svd_distill.pipeline.texts import RunText
     from moe_svd_distill.recipe import Recipe
 
-CURVE = "training_curve.json"
 GROUP = "refined"
 ALGORITHM = 6  # raise whenever the same input would give another adapter
 _STEP = "training"
@@ -155,7 +155,7 @@ class _Refinement:
             return
         self.points = len(progress.curve)
         curve = [asdict(point) for point in progress.curve]
-        write_json(self.recipe.output / CURVE, {"steps": steps, "curve": curve})
+        write_json(self.recipe.output / CURVE_FILE, {"steps": steps, "curve": curve})
         last = progress.curve[-1]
         if last.loss is not None:
             self.note(

@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE, CONFIGURATION_FILE
 from moe_svd_distill.adapter.digest import sha256_of
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.execution.parts import reject_part
+from moe_svd_distill.files.names import ADAPTER_FILE, CONFIGURATION_FILE
 from moe_svd_distill.files.writing import make_folder, remove_stale_temporaries
 from moe_svd_distill.streaming.groups import Scales
 from moe_svd_distill.streaming.states_file import find_fault, write_states

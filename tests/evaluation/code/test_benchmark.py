@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.evaluation.code import benchmark, completions, greedy
 from moe_svd_distill.evaluation.code.benchmark import LocalModel, run_code_benchmark
 from moe_svd_distill.evaluation.code.problems import ProblemSet, load_problems
+from moe_svd_distill.files.names import ADAPTER_FILE
 from tests.evaluation.code.problems import GREEN, WRONG, write_problems
 from tests.evaluation.conftest import Lab
 

@@ -24,6 +24,7 @@ def command(file: Path, student: Path | None, base_model: str | None, write: boo
     """Rebuild the configuration of the adapter FILE from its header; no weight is loaded."""
     from moe_svd_distill.adapter.key_repair import repair_keys
     from moe_svd_distill.adapter.rebuild import rebuild_configuration
+    from moe_svd_distill.files.names import CONFIGURATION_FILE
     from moe_svd_distill.files.writing import write_json
 
     if repair_names is not None:
@@ -38,7 +39,7 @@ def command(file: Path, student: Path | None, base_model: str | None, write: boo
             err=True,
         )
     if write:
-        target = (file if file.is_dir() else file.parent) / "adapter_config.json"
+        target = (file if file.is_dir() else file.parent) / CONFIGURATION_FILE
         write_json(target, configuration)
         click.echo(target)
     else:

@@ -23,10 +23,11 @@ def command(folder: Path, output: Path, student: str | None, as_json: bool) -> N
     from moe_svd_distill.checkpoints import open_checkpoint
     from moe_svd_distill.cli.screen import Monitor, print_json
     from moe_svd_distill.errors import MissingInputError, UsageError
+    from moe_svd_distill.files.names import CONFIGURATION_FILE
 
-    configuration = folder / "adapter_config.json"
+    configuration = folder / CONFIGURATION_FILE
     if not configuration.is_file():
-        raise MissingInputError(f"{folder} holds no adapter (no adapter_config.json)", "Give an adapter's folder")
+        raise MissingInputError(f"{folder} holds no adapter (no {CONFIGURATION_FILE})", "Give an adapter's folder")
     source = student or read_json(configuration).get("base_model_name_or_path")
     if not source:
         raise UsageError(f"{configuration} names no base model", "Give --student")

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moe_svd_distill.adapter.adapter_file import ADAPTER_FILE
 from moe_svd_distill.adapter.digest import sha256_of
 from moe_svd_distill.adapter.load_check import check_loads
 from moe_svd_distill.calibration.tokenizer import auto_tokenizer
@@ -19,6 +18,7 @@ from moe_svd_distill.evaluation.code.paired import PairedChange, paired_change
 from moe_svd_distill.evaluation.code.problems import ProblemSet
 from moe_svd_distill.evaluation.code.sandbox import Guards, Limits, guards, run_program
 from moe_svd_distill.evaluation.loading import fastest_dtype, load_model
+from moe_svd_distill.files.names import ADAPTER_FILE
 
 Progress = Callable[[str, int, int], None]
 

@@ -1,0 +1,12 @@
+"""What lies in the folder of an adapter."""
+
+ADAPTER_FILE = "adapter_model.safetensors"
+CONFIGURATION_FILE = "adapter_config.json"
+RECORD_FILE = "run.json"
+CARD_FILE = "README.md"
+CURVE_FILE = "training_curve.json"
+EVALUATION_FILE = "evaluation.json"
+REPORT_FILE = "report.html"
+PARTS_FOLDER = "parts"
+CACHE_FOLDER = "cache"
+LOCK_FILE = ".lock"
