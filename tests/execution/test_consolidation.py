@@ -60,7 +60,7 @@ def test_a_part_that_was_damaged_meanwhile(tmp_path: Path) -> None:
     with pytest.raises(BadDataError, match="Run the same command again"):
         Parts([part])
     part.unlink()
-    with pytest.raises(BadDataError, match="cannot be read"):
+    with pytest.raises(BadDataError, match=r"is not there\. Run the same command again"):
         Parts([part])
 
 

@@ -135,13 +135,8 @@ def _body(header: Header) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise BadDataError("it is no file of hidden states", _RUN_AGAIN) from error
     in_order = values.offset <= digest.offset and digest.shape == (_DIGEST_BYTES,)
-    if (
-        not isinstance(body, dict)
-        or more
-        or not in_order
-        or digest.dtype != "U8"
-        or values.dtype not in (*FLOATS, "U8")
-    ):
+    of_types = values.dtype in (*FLOATS, "U8") and digest.dtype == "U8"
+    if not isinstance(body, dict) or more or not in_order or not of_types:
         raise BadDataError("it is no file of hidden states", _RUN_AGAIN)
     if (name, len(values.shape)) != ((_BYTES, 2) if values.dtype == "U8" else (_STATES, 3)):
         raise BadDataError("it is no file of hidden states", _RUN_AGAIN)
