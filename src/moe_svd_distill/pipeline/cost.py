@@ -206,6 +206,7 @@ class CalibratingCost:
         check_tokens: By which passes and ranks are chosen.
         search_tokens: By which the scale is chosen.
         fit_passes: Over what it is fitted on.
+        fit_steps: Of all passes.
         layers: Of the student.
         last_layers: Of these, fitted with the head.
         student_passes: Of the student over all of it.
@@ -221,6 +222,7 @@ class CalibratingCost:
     check_tokens: int
     search_tokens: int
     fit_passes: int
+    fit_steps: int
     layers: int
     last_layers: int
     student_passes: int
@@ -278,6 +280,7 @@ def cost_of_calibrating(recipe: Recipe, pair: ModelPair, *, as_start: bool) -> C
         check_tokens=check,
         search_tokens=search,
         fit_passes=passes,
+        fit_steps=passes * batches,
         layers=student.layout.geometry.layers,
         last_layers=recipe.last_layers,
         student_passes=3 if copies else 2,

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _READ_TOKENS = 1024  # enough of a batch to see how long a full one takes
 _SCALES_OF_A_FIT = 5
+_STEP_OF_A_FIT_S = 0.015  # what a step takes besides its products, measured on the lab; next to nothing on large models
+AROUND_S = 10.0  # loading libraries, reading the text, checking and publishing the adapter
 _BEST_BYTES = 4  # of a number, in the last save of a training
 _PRODUCTS_OF_A_STEP = 3  # with a head that is trained: logits, slopes of the states, slopes of the weight
 _PRODUCTS_BEFORE_A_FIXED_HEAD = 2
@@ -115,7 +117,7 @@ def training_cost_here(cost: TrainingCost, speed: PairSpeed, save_seconds: float
     training = cost.trained_tokens * (layers.learning + once_more + of_trained) + steps * layers.composing
     training = max(training, loading)
     measuring = cost.measured_tokens * (layers.forward + of_measured)
-    kept = cost.states_bytes + cost.rows_bytes + cost.adapter_bytes + _saves(cost, int(training // save_seconds))
+    kept = cost.states_bytes + cost.rows_bytes + 2 * cost.adapter_bytes + _saves(cost, int(training // save_seconds))
     return StageCost(reading + training + measuring, cost.memory_bytes * cost.processes, kept)
 
 
@@ -133,6 +135,7 @@ def calibrating_cost_here(cost: CalibratingCost, speed: PairSpeed) -> StageCost:
         cost.fitted_tokens * (theirs + _PRODUCTS_OF_A_STEP * mine + last) + cost.check_tokens * (theirs + mine + last)
     )
     choosing = (theirs + mine) * (len(SERVED_RANKS) * cost.check_tokens + _SCALES_OF_A_FIT * cost.search_tokens)
+    fitting += cost.fit_steps * _STEP_OF_A_FIT_S
     return StageCost(reading + fitting + choosing, cost.memory_bytes, cost.states_bytes + cost.saves_bytes)
 
 

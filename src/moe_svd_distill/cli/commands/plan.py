@@ -66,12 +66,12 @@ def _show_preset(preset: dict[str, Any]) -> None:
 
 def _stages(here: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     from moe_svd_distill.pipeline.cost import readable
+    from moe_svd_distill.pipeline.duration import AROUND_S
 
     rows = [
         [stage, duration(cost["seconds"]), readable(cost["memory_bytes"]) if cost["memory_bytes"] else "what is free",
          readable(cost["disk_bytes"])]
         for stage, cost in here.items()
     ]  # fmt: skip
-    if len(rows) < 2:
-        return rows
-    return [*rows, ["together", duration(sum(cost["seconds"] for cost in here.values())), "", ""]]
+    together = AROUND_S + sum(cost["seconds"] for cost in here.values())
+    return [*rows, ["together, with what lies around the stages", duration(together), "", ""]]
