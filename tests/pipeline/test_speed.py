@@ -10,7 +10,8 @@ import torch
 
 from moe_svd_distill.errors import IncompatiblePairError
 from moe_svd_distill.pipeline import speed
-from moe_svd_distill.pipeline.cost import TrainingCost, cost_of_calibrating, cost_of_training
+from moe_svd_distill.pipeline.calibrating_cost import cost_of_calibrating
+from moe_svd_distill.pipeline.cost import TrainingCost, cost_of_training
 from moe_svd_distill.pipeline.duration import (
     PairSpeed,
     calibrating_cost_here,
@@ -21,7 +22,7 @@ from moe_svd_distill.pipeline.duration import (
 from moe_svd_distill.pipeline.pair import open_pair
 from moe_svd_distill.pipeline.preparation import plan_pair
 from moe_svd_distill.pipeline.ranks import trained_ranks
-from moe_svd_distill.pipeline.speed import HeadSeconds, LayerSeconds, head_speed, reading_speed, training_speed
+from moe_svd_distill.pipeline.speed import HeadSeconds, LayerSeconds, head_speed, layer_speed, reading_speed
 from tests.pipeline.test_cost import LITTLE
 from tests.support.pairs import recipe_for
 
@@ -47,7 +48,7 @@ def test_all_layers_are_those_that_ran_and_more_like_the_last(tiny: tuple[Path, 
     with open_pair(*map(str, tiny)) as pair:
         checkpoint, layers = pair.student.checkpoint, pair.student.architecture.layers
         ranks = trained_ranks(recipe_for(*tiny, Path("out"), **LITTLE), pair.student)
-        found = training_speed(checkpoint, "cpu", torch.float32, 16, 64, ranks)
+        found = layer_speed(checkpoint, "cpu", torch.float32, 16, 64, ranks)
         read = reading_speed(checkpoint, "cpu", torch.float32, 16, 64)
         head = head_speed(checkpoint, "cpu")
     assert found == LayerSeconds(layers, layers / 64, layers / 64, layers)
@@ -62,7 +63,7 @@ def test_the_number_of_threads_is_what_it_was(tiny: tuple[Path, Path], monkeypat
         seen.append(torch.get_num_threads())
         raise IncompatiblePairError("It cannot be run", "Choose another")
 
-    monkeypatch.setattr(speed, "_all_layers", look)
+    monkeypatch.setattr(speed, "layer_speed", look)
     with open_pair(*map(str, tiny)) as pair, pytest.raises(IncompatiblePairError):
         reading_speed(pair.teacher.checkpoint, "cpu", torch.float32, 16, 64)
     assert seen == [1]

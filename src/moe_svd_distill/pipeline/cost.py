@@ -10,13 +10,10 @@ from typing import Any
 from moe_svd_distill.calibration.text import whole
 from moe_svd_distill.files.dtypes import BYTES_PER_ELEMENT
 from moe_svd_distill.fitting.copies import ROUNDS
-from moe_svd_distill.fitting.head import passes_of_fit
-from moe_svd_distill.fitting.last_layers import STEP_TOKENS
-from moe_svd_distill.fitting.source import batch_places
 from moe_svd_distill.pipeline.assembly import asked_head_rank, head_is_whole
-from moe_svd_distill.pipeline.copying import for_fit, for_training
+from moe_svd_distill.pipeline.copying import for_training
 from moe_svd_distill.pipeline.pair import Model, ModelPair
-from moe_svd_distill.pipeline.placement import LIBRARIES_BYTES, Placement, TrainedParts, place_training
+from moe_svd_distill.pipeline.placement import Placement, TrainedParts, place_training
 from moe_svd_distill.pipeline.preparation import execution_settings
 from moe_svd_distill.pipeline.ranks import trained_numbers, trained_ranks, trained_shapes
 from moe_svd_distill.pipeline.steps import checks, epochs, optimiser_steps, sequence_length, trains_head
@@ -25,8 +22,6 @@ from moe_svd_distill.recipe import Recipe
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 Rows = list[list[str]]
-_TEACHER_PASSES = 2
-_SAVED_OF_FIT, _HELD_OF_FIT = 4 * 4, 4 * 13  # bytes for each number of the head: value, moments, the best of them
 _SCALES_TRIED = 3  # of the trained adapter on the search text: none, half, whole; fewer gain needs more
 SAVES_KEPT, SAVED_BYTES = 2, 4 * 4  # files in turn; value, best value and at most two moments, float32
 
@@ -152,7 +147,7 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
     # Forward, and twice that for both gradients; streamed, every layer is computed once more on the way back.
     student_operations = (8 if resident is False else 6) * body * trained + (6 if head_moves else 4) * head * trained
     student_operations += 2 * (body + head) * measured
-    states = _state_bytes(recipe, teacher) * read + _state_bytes(recipe, student) * read_by_student
+    states = state_bytes(recipe, teacher) * read + state_bytes(recipe, student) * read_by_student
     shapes = trained_shapes(student, ranks)
     factors = trained_numbers(shapes, ranks)
     stored = sum(rank * sum(shapes[name]) for name, rank in ranks.items())  # padded where a side is smaller
@@ -194,102 +189,6 @@ def active_parameters(model: Model) -> tuple[int, int]:
     layout = model.layout
     outside = sum(prod(meaning.shape) for meaning in layout.meanings.values() if meaning.layer is None)
     return layout.parameters(model.shapes)[1] - outside, layout.geometry.vocabulary * layout.geometry.hidden
-
-
-@dataclass(frozen=True)
-class CalibratingCost:
-    """What the calibrated stage takes.
-
-    Attributes:
-        text: Tokens of the text it is fitted on.
-        copies: Of that text.
-        check_tokens: By which passes and ranks are chosen.
-        search_tokens: By which the scale is chosen.
-        fit_passes: Over what it is fitted on.
-        fit_steps: Of all passes.
-        layers: Of the student.
-        last_layers: Of these, fitted with the head.
-        student_passes: Of the student over all of it.
-        teacher_bytes: Stored bytes of the teacher.
-        student_bytes: Stored bytes of the student.
-        states_bytes: Hidden states kept on the disk.
-        saves_bytes: The state of the fit that a stopped run goes on from, on the disk.
-        memory_bytes: Of the process that fits the head, about.
-    """
-
-    text: int
-    copies: int
-    check_tokens: int
-    search_tokens: int
-    fit_passes: int
-    fit_steps: int
-    layers: int
-    last_layers: int
-    student_passes: int
-    teacher_bytes: int
-    student_bytes: int
-    states_bytes: int
-    saves_bytes: int
-    memory_bytes: int
-
-    @property
-    def fitted_tokens(self) -> int:
-        """The text and its copies."""
-        return self.text * (1 + self.copies)
-
-    @property
-    def tokens(self) -> int:
-        """All that is read."""
-        return self.fitted_tokens + self.check_tokens + self.search_tokens
-
-    def rows(self) -> Rows:
-        """For people."""
-        teacher = f"{readable(_TEACHER_PASSES * self.teacher_bytes)} (teacher {_TEACHER_PASSES} times)"
-        student = f"{readable(self.student_passes * self.student_bytes)} (student {self.student_passes} times)"
-        rows = [
-            ("tokens read", f"{self.tokens:,} ({self.copies} copies of {self.text:,}, checking and search text)"),
-            ("weights read", f"{teacher}, {student}"),
-            ("hidden states kept", readable(self.states_bytes)),
-            ("saves of the fit, at most", readable(self.saves_bytes)),
-            ("memory", readable(self.memory_bytes)),
-        ]
-        return [[f"calibrated stage: {name}", value] for name, value in rows]
-
-
-def cost_of_calibrating(recipe: Recipe, pair: ModelPair, *, as_start: bool) -> CalibratingCost:
-    """What the calibrated stage would read, compute and keep.
-
-    Args:
-        recipe: What is asked for.
-        pair: Teacher and student.
-        as_start: Whether the refined stage follows, for which it is fitted on less text.
-    """
-    text = min(recipe.tokens, recipe.training.start_tokens) if as_start else recipe.tokens
-    copying = for_fit(recipe, text, 1, identical=recipe.vocabulary == "equal")
-    copies = copying.sequences(1)
-    check, search = check_tokens(recipe), recipe.scale_search_tokens
-    teacher, student = pair.teacher, pair.student
-    states = _state_bytes(recipe, teacher) + _state_bytes(recipe, student) * (2 if recipe.last_layers else 1)
-    mine, theirs = (of.layout.geometry.vocabulary * of.layout.geometry.hidden for of in (student, teacher))
-    step = STEP_TOKENS if recipe.last_layers else batch_places(text * (1 + copies))
-    batches = max(1, text * (1 + copies) // step)
-    passes = passes_of_fit(None if recipe.fit_passes == "auto" else recipe.fit_passes, batches)
-    return CalibratingCost(
-        text=text,
-        copies=copies,
-        check_tokens=check,
-        search_tokens=search,
-        fit_passes=passes,
-        fit_steps=passes * batches,
-        layers=student.layout.geometry.layers,
-        last_layers=recipe.last_layers,
-        student_passes=3 if copies else 2,
-        teacher_bytes=teacher.checkpoint.total_bytes,
-        student_bytes=student.checkpoint.total_bytes,
-        states_bytes=(text * (1 + copies) + check + search) * states,
-        saves_bytes=2 * _SAVED_OF_FIT * mine,
-        memory_bytes=LIBRARIES_BYTES + _HELD_OF_FIT * mine + 4 * theirs,
-    )
 
 
 def readable(size: float) -> str:
@@ -348,7 +247,7 @@ def _head_bytes(recipe: Recipe, pair: ModelPair) -> int:
     return rank * (rows + columns) * BYTES[recipe.dtype]
 
 
-def _state_bytes(recipe: Recipe, model: Model) -> int:
+def state_bytes(recipe: Recipe, model: Model) -> int:
     """Bytes of a cached hidden state of a token."""
     from moe_svd_distill.streaming import PassSettings
 

@@ -10,11 +10,12 @@ import torch
 
 from moe_svd_distill.execution.memory import peak_of
 from moe_svd_distill.fitting.rank import SERVED_RANKS
-from moe_svd_distill.pipeline.cost import SAVED_BYTES, SAVES_KEPT, CalibratingCost, TrainingCost
+from moe_svd_distill.pipeline.calibrating_cost import CalibratingCost
+from moe_svd_distill.pipeline.cost import SAVED_BYTES, SAVES_KEPT, TrainingCost
 from moe_svd_distill.pipeline.placement import LIBRARIES_BYTES, tokens_at_once, training_dtype
 from moe_svd_distill.pipeline.preparation import execution_settings, make_work
 from moe_svd_distill.pipeline.ranks import trained_ranks
-from moe_svd_distill.pipeline.speed import HeadSeconds, LayerSeconds, head_speed, reading_speed, training_speed
+from moe_svd_distill.pipeline.speed import HeadSeconds, LayerSeconds, head_speed, layer_speed, reading_speed
 from moe_svd_distill.pipeline.steps import sequence_length
 from moe_svd_distill.pipeline.texts import longest_sequence
 from moe_svd_distill.streaming import PassSettings
@@ -85,7 +86,7 @@ def measure_pair(recipe: Recipe, pair: ModelPair) -> PairSpeed:
         )
         for model in (pair.teacher, pair.student)
     )
-    trained = training_speed(
+    trained = layer_speed(
         pair.student.checkpoint,
         device,
         training_dtype(recipe, pair, torch.device(device)),

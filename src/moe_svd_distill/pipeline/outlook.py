@@ -11,8 +11,9 @@ from typing import Any
 from moe_svd_distill.errors import IncompatiblePairError
 from moe_svd_distill.pairing.plan import Plan
 from moe_svd_distill.pairing.unit import TensorTask, UnitOfWork
+from moe_svd_distill.pipeline.calibrating_cost import cost_of_calibrating
 from moe_svd_distill.pipeline.comparison import outlook_of_method
-from moe_svd_distill.pipeline.cost import BYTES, cost_of_calibrating, cost_of_training, readable
+from moe_svd_distill.pipeline.cost import BYTES, cost_of_training, readable
 from moe_svd_distill.pipeline.duration import (
     StageCost,
     calibrating_cost_here,

@@ -70,35 +70,10 @@ def reading_speed(
         IncompatiblePairError: The architecture cannot be run layer by layer.
     """
     if device != "cpu":
-        return _all_layers(checkpoint, device, dtype, length, batch_tokens, {})
+        return layer_speed(checkpoint, device, dtype, length, batch_tokens, {})
     with _one_thread() as cores:
-        found = _all_layers(checkpoint, device, dtype, length, batch_tokens, {})
+        found = layer_speed(checkpoint, device, dtype, length, batch_tokens, {})
     return LayerSeconds(found.loading, found.forward / cores)
-
-
-def training_speed(
-    checkpoint: Checkpoint,
-    device: str,
-    dtype: torch.dtype,
-    length: int,
-    batch_tokens: int,
-    ranks: Mapping[str, int],
-) -> LayerSeconds:
-    """Seconds of all layers where a student is trained: a batch on all cores.
-
-    Args:
-        checkpoint: The student; its weights lie on this machine.
-        device: Where to compute.
-        dtype: Type to compute in.
-        length: Tokens of a sequence.
-        batch_tokens: Tokens of a batch.
-        ranks: Of every matrix that is trained.
-
-    Raises:
-        BadDataError: A tensor is missing, or has a wrong shape or no place.
-        IncompatiblePairError: The architecture cannot be run layer by layer.
-    """
-    return _all_layers(checkpoint, device, dtype, length, batch_tokens, ranks)
 
 
 @torch.no_grad()
@@ -121,7 +96,7 @@ def head_speed(checkpoint: Checkpoint, device: str) -> HeadSeconds:
     return HeadSeconds(seconds(torch.float32), seconds(matmul_dtype(place)))
 
 
-def _all_layers(
+def layer_speed(
     checkpoint: Checkpoint,
     device: str,
     dtype: torch.dtype,
@@ -129,7 +104,20 @@ def _all_layers(
     batch_tokens: int,
     ranks: Mapping[str, int],
 ) -> LayerSeconds:
-    """Of the first few layers as measured, and of those behind them as of the last of these."""
+    """Seconds of all layers on one batch: of the first few as measured, of those behind them as of the last of these.
+
+    Args:
+        checkpoint: The model; its weights lie on this machine.
+        device: Where to compute.
+        dtype: Type to compute in.
+        length: Tokens of a sequence.
+        batch_tokens: Tokens of the batch.
+        ranks: Of every matrix that is trained; none for a model that is only read.
+
+    Raises:
+        BadDataError: A tensor is missing, or has a wrong shape or no place.
+        IncompatiblePairError: The architecture cannot be run layer by layer.
+    """
     place = torch.device(device)
     decoder = Decoder(checkpoint, (place,), dtype, gradients=bool(ranks))
     ids = torch.randint(
