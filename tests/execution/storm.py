@@ -94,12 +94,17 @@ def small_run(out: Path) -> None:
 
 
 def trip_at(number: int, how: str) -> None:
-    """Make the ``number``-th operation on files the last one: the process dies before it, or it finds the disk full."""
+    """Make the ``number``-th operation on files the last one: the process dies before it, or it finds the disk full.
+
+    A full disk shows itself where something is written: opening a file to read it counts for a death only.
+    """
     left = number
 
     def tripping(original: Callable[..., Any]) -> Callable[..., Any]:
         def operation(*args: Any, **kwargs: Any) -> Any:
             nonlocal left
+            if how == "fail" and original is real_open and not args[1] & os.O_CREAT:
+                return original(*args, **kwargs)
             left -= 1
             if left == 0 and how == "die":
                 os._exit(_CRASHED)
@@ -109,6 +114,7 @@ def trip_at(number: int, how: str) -> None:
 
         return operation
 
+    real_open = os.open
     for name in _OPERATIONS[how]:
         setattr(os, name, tripping(getattr(os, name)))
 
@@ -163,8 +169,11 @@ def main() -> None:
     torch.set_num_threads(1)
     kills = [killed_runs(folder, trial, 6, trial % 3 + 1) for trial in range(trials)]
     crashes = {
-        f"{how} {'over old' if over_old else 'fresh'}": crash_everywhere(folder, how, over_old, stride)
-        for how in ("die", "fail")
+        f"{how} {'over old' if over_old else 'fresh'}": crash_everywhere(folder, how, over_old, step)
+        for how, step in (
+            ("die", stride),
+            ("fail", max(1, stride - 1)),
+        )  # fewer operations can fail than can be the last
         for over_old in (False, True)
     }
     print(json.dumps({"kills": kills, "crashes": crashes}))
