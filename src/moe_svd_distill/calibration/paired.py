@@ -106,7 +106,7 @@ def pair_text(
     tokenizer = load_tokenizer(student_folder)
     if comparison.equal:
         texts = divide_text(documents, tokenizer, budgets, length=length, vocabulary=comparison.shared, seed=seed)
-        return {name: _identity(text, comparison.shared) for name, text in texts.items()}
+        return {name: read_alike(text, comparison.shared) for name, text in texts.items()}
     student_ids, teacher_ids = common_tokens(teacher_folder, student_folder)
     limits = (read_vocabulary(student_folder).rows, read_vocabulary(teacher_folder).rows)
     parts = divide(documents, tokenizer, budgets, length=length, vocabulary=limits[0], seed=seed)
@@ -118,8 +118,9 @@ def pair_text(
     return result
 
 
-def _identity(text: TokenizedText, shared: int) -> PairedText:
-    positions, ids = np.arange(text.sequences.size), np.arange(shared)
+def read_alike(text: TokenizedText, tokens: int) -> PairedText:
+    """A text that both models read in the same tokens, of which they have this many in common."""
+    positions, ids = np.arange(text.sequences.size), np.arange(tokens)
     return PairedText(text, text, positions, positions, ids, ids)
 
 
