@@ -163,7 +163,7 @@ def train(student: Path, teacher: TeacherRecord, learning_rate: float, training:
             f"A step of {training.step_tokens} tokens holds no sequence of {teacher.text.length}",
             "Give more tokens a step",
         )
-    device = teacher.weight.device
+    device = teacher.head.weight.device
     peft_model = zero_start(
         load_model(student, str(device), torch.float32), training.rank, training.seed, training.head_rank
     )
@@ -228,7 +228,7 @@ def check_saved(run: TrainedAdapter, student: Path, text: TeacherRecord, folder:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT offers to save the head in full because it is adapted
         run.peft_model.save_pretrained(str(folder), save_embedding_layers=False)
-    loaded = AdaptedStudent.load(load_model(student, str(text.weight.device), torch.float32), folder)
+    loaded = AdaptedStudent.load(load_model(student, str(text.head.weight.device), torch.float32), folder)
     difference = abs(_kl(loaded.model, text) - _kl(run.peft_model.get_base_model(), text))
     if not difference < _SAME_KL:
         raise BadDataError(
@@ -240,8 +240,9 @@ def check_saved(run: TrainedAdapter, student: Path, text: TeacherRecord, folder:
 
 def _divergence(model: Any, teacher: TeacherRecord, sequences: Tensor, rows: Tensor) -> Tensor:
     """Mean KL(teacher ‖ student) of some sequences in nats per predicted token."""
-    logits = model(input_ids=sequences[rows].to(teacher.weight.device), use_cache=False).logits[:, :-1].flatten(0, 1)
-    wanted = teacher.logits(teacher.hidden[rows].flatten(0, 1))
+    ids = sequences[rows].to(teacher.head.weight.device)
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    wanted = teacher.head.logits(teacher.hidden[rows].flatten(0, 1))
     return kl_divergence(wanted, logits[:, : teacher.vocabulary]).mean()
 
 

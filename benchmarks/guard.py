@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the file runs by its path as well
 
 from benchmarks._measure import print_machine, write_json
-from moe_svd_distill.evaluation.figures import Measurement
+from moe_svd_distill.algebra.figures import Measurement
 from moe_svd_distill.evaluation.scale_search import search_scale
 
 BLOCKS = Path(__file__).parent / "results" / "guard-blocks.safetensors"

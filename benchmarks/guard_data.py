@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the f
 
 from benchmarks.calibrated import MODELS
 from benchmarks.guard import BLOCK_TOKENS, BLOCKS
+from moe_svd_distill.algebra.figures import Measurement
 from moe_svd_distill.calibration.text import Document, TokenizedText, load_tokenizer, read_documents, without
 from moe_svd_distill.evaluation.adapted import AdaptedStudent
-from moe_svd_distill.evaluation.figures import Measurement
 from moe_svd_distill.evaluation.loading import load_model
 from moe_svd_distill.evaluation.resident import measure, record_teacher
 from moe_svd_distill.evaluation.scale_search import ScaleSearch

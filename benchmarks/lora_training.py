@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the f
 
 from benchmarks._lora import GRID, Search, Training, check_saved, search
 from benchmarks._measure import machine, one_thread, print_machine
+from moe_svd_distill.algebra.figures import Measurement, cross_entropy_gap_closed, kl_gap_closed, plain
 from moe_svd_distill.calibration.text import (
     Document,
     TokenizedText,
@@ -30,7 +31,6 @@ from moe_svd_distill.calibration.text import (
     tokenize,
 )
 from moe_svd_distill.evaluation.bootstrap import Bootstrap
-from moe_svd_distill.evaluation.figures import Measurement, cross_entropy_gap_closed, kl_gap_closed, plain
 from moe_svd_distill.evaluation.loading import load_model
 from moe_svd_distill.evaluation.resident import TeacherRecord, measure, record_teacher
 from moe_svd_distill.pipeline.lab import LabPair, lab_pair

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 
+from moe_svd_distill.algebra.figures import Measurement
 from moe_svd_distill.calibration.documents import Document
 from moe_svd_distill.calibration.paired import pair_text
 from moe_svd_distill.calibration.reading import read_documents
 from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.errors import BadDataError, IncompatiblePairError
-from moe_svd_distill.evaluation import aligned
+from moe_svd_distill.evaluation import from_states
 from moe_svd_distill.evaluation.evaluate import evaluate
 from moe_svd_distill.evaluation.result import Evaluation
-from moe_svd_distill.fitting.check import figures_by_document, predicting_places
-from moe_svd_distill.fitting.pairs import Segment, StatePairs, common_rows
+from moe_svd_distill.fitting.check import predicting_places
 from moe_svd_distill.streaming import load_head, stream_states
 from tests.adapter.tiny import random_pairs, save_adapter
 from tests.calibration.tokenizers_made import byte_level, sentencepiece
@@ -108,18 +108,21 @@ def test_figures_are_those_over_the_common_tokens(pair: Unequal, tmp_path: Path)
     assert resident.effect == streamed.effect
 
 
-def _expected(pair: Unequal, text: Any, cache: Path, adapter: Path | None) -> Any:
-    """The same by the room that fits heads: streamed states, heads over the common tokens."""
+def _expected(pair: Unequal, text: Any, cache: Path, adapter: Path | None) -> Measurement:
+    """The plain formulas in float64, from streamed states."""
     places = predicting_places(text)
     with open_checkpoint(pair.teacher) as teacher, open_checkpoint(pair.student) as student:
         mine = stream_states(student, text.student.sequences, cache, adapter=adapter).rows(slice(None)).flatten(0, 1)
         theirs = stream_states(teacher, text.teacher.sequences, cache).rows(slice(None)).flatten(0, 1)
-        heads = (
-            common_rows(load_head(student, adapter=adapter), text.student_ids),
-            common_rows(load_head(teacher), text.teacher_ids),
-        )
-    pairs = StatePairs([Segment(mine, theirs, places.student_position, places.teacher_position)])
-    return figures_by_document(pairs, places, *heads)
+        found = load_head(student, dtype=torch.float64, adapter=adapter).logits(mine[places.student_position])
+        wanted = load_head(teacher, dtype=torch.float64).logits(theirs[places.teacher_position])
+    found, wanted = found[:, text.student_ids].log_softmax(-1), wanted[:, text.teacher_ids].log_softmax(-1)
+    columns = [
+        (wanted.exp() * (wanted - found)).sum(-1),
+        -found[torch.arange(len(found)), places.target],
+        (wanted.argmax(-1) == found.argmax(-1)).double(),
+    ]
+    return Measurement.of_tokens(torch.stack(columns).numpy(), places.unit)
 
 
 def _teacher_mass(pair: Unequal, text: Any, cache: Path) -> float:
@@ -131,7 +134,7 @@ def _teacher_mass(pair: Unequal, text: Any, cache: Path) -> float:
 
 def test_small_chunks_give_the_same(pair: Unequal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = _evaluate(pair, "resident", tmp_path, controls=0)
-    monkeypatch.setattr(aligned, "chunk_tokens", lambda vocabulary: 7)
+    monkeypatch.setattr(from_states, "LOGIT_BYTES", 4 * 7 * 400)
     cut = _evaluate(pair, "resident", tmp_path, controls=0)
     assert cut.adapted.kl == pytest.approx(whole.adapted.kl, rel=1e-5)
     assert cut.temperature_control is not None

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_svd_distill.algebra.figures import Measurement
 from moe_svd_distill.evaluation.change import Change, kl_change, paired_change, tokens_needed
-from moe_svd_distill.evaluation.figures import Measurement
 
 
 def _change(falls: list[float], tokens: list[float]) -> Change:

@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from moe_svd_distill.evaluation.bootstrap import Bootstrap
-from moe_svd_distill.evaluation.figures import (
+from moe_svd_distill.algebra.figures import (
     Interval,
     Measurement,
     cross_entropy_gap_closed,
@@ -16,6 +15,7 @@ from moe_svd_distill.evaluation.figures import (
     kl_gap_closed,
     mean_and_error,
 )
+from moe_svd_distill.evaluation.bootstrap import Bootstrap
 from moe_svd_distill.evaluation.verdict import effect_of, sentence
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
+from moe_svd_distill.algebra.figures import Measurement
 from moe_svd_distill.evaluation.adapted import AdaptedStudent
-from moe_svd_distill.evaluation.figures import Measurement
 from moe_svd_distill.evaluation.guard import Guard
 from moe_svd_distill.evaluation.loading import load_model
 from moe_svd_distill.evaluation.resident import measure, record_teacher

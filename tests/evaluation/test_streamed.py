@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe_svd_distill.calibration.paired import PairedText
 from moe_svd_distill.calibration.text import Document, tokenize
 from moe_svd_distill.calibration.tokenizer import load_tokenizer
 from moe_svd_distill.errors import UsageError
@@ -18,7 +19,8 @@ from moe_svd_distill.evaluation import evaluate as evaluation
 from moe_svd_distill.evaluation import loading, streamed
 from moe_svd_distill.evaluation.evaluate import evaluate
 from moe_svd_distill.evaluation.result import Evaluation
-from moe_svd_distill.evaluation.streamed import PredictingRows, record_teacher_streamed
+from moe_svd_distill.evaluation.streamed import PredictingRows
+from moe_svd_distill.evaluation.teacher import streamed_records
 from tests.adapter.tiny import random_pairs, save_adapter
 from tests.evaluation.conftest import LENGTH, Lab, documents, llama, qwen3_moe
 from tests.support.passes import a_journal_of_every_layer
@@ -160,8 +162,9 @@ def test_the_cache_lies_in_the_adapters_folder(pair: Pair, tmp_path: Path) -> No
 def test_rows_of_a_text_are_found_among_all(pair: Pair, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(pair.student)
     texts = [tokenize(documents(4, seed=seed), tokenizer, length=LENGTH) for seed in (1, 2)]
-    together = record_teacher_streamed(pair.teacher, texts, tmp_path / "both", vocabulary=320)
-    alone = record_teacher_streamed(pair.teacher, texts[1:], tmp_path / "one", vocabulary=320)[0]
+    read = [PairedText.read_alike(text, 320) for text in texts]
+    together = streamed_records(pair.teacher, read, tmp_path / "both", "cpu")
+    alone = streamed_records(pair.teacher, read[1:], tmp_path / "one", "cpu")[0]
     hidden = together[1].hidden
     assert isinstance(hidden, PredictingRows)
     assert hidden.shape == (len(texts[1].sequences), LENGTH - 1, 32)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from moe_svd_distill.algebra.logits import LogitTransform
-from moe_svd_distill.fitting.pairs import HeadWeights, Segment, StatePairs
+from moe_svd_distill.fitting.pairs import Segment, StatePairs
+from moe_svd_distill.streaming import Head
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,8 +19,8 @@ class Problem:
 
     fit: StatePairs
     check: StatePairs
-    student: HeadWeights
-    teacher: HeadWeights
+    student: Head
+    teacher: Head
 
 
 def state_pairs(student: Tensor, teacher: Tensor) -> StatePairs:
@@ -73,6 +74,6 @@ def reachable(
     return Problem(
         state_pairs(states[:fit], states[:fit]),
         state_pairs(states[fit:], states[fit:]),
-        HeadWeights(weight, offset, after),
-        HeadWeights(weight + size * change / inner**0.5, offset, after),
+        Head(weight, offset, after),
+        Head(weight + size * change / inner**0.5, offset, after),
     )

@@ -1,6 +1,8 @@
-"""Which places are judged, and that the figures are those of an evaluation."""
+"""Which places are judged, and by which figures."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,11 +11,10 @@ import torch
 from moe_svd_distill.algebra.logits import LogitTransform
 from moe_svd_distill.calibration.paired import PairedText
 from moe_svd_distill.calibration.text import TokenizedText
-from moe_svd_distill.evaluation.figures import Measurement
-from moe_svd_distill.evaluation.from_states import TeacherRecord, blocks_of, compare, linear_logits
 from moe_svd_distill.fitting import check
-from moe_svd_distill.fitting.check import figures_by_document, predicting_places
-from moe_svd_distill.fitting.pairs import HeadWeights, Segment, StatePairs, second_moment
+from moe_svd_distill.fitting.check import measure_states, predicting_places
+from moe_svd_distill.fitting.pairs import Segment, StatePairs, second_moment
+from moe_svd_distill.streaming import Head
 
 NAMES = tuple("abcdefghij")
 
@@ -61,41 +62,41 @@ def test_padding_and_tokens_of_one_model_alone_are_no_targets() -> None:
     assert places.unit.tolist() == [0, 0, 1, 1, 1]
 
 
-@pytest.mark.parametrize("documents_count", [3, 10])
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(1.5, 3.0)])
-def test_figures_equal_those_of_an_evaluation(
-    documents_count: int, transform: LogitTransform, monkeypatch: pytest.MonkeyPatch
+def test_figures_are_the_plain_formulas_summed_by_document(
+    transform: LogitTransform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     vocabulary, count, length = 17, 6, 20
-    sequences = rng.integers(0, vocabulary, (count, length))
-    documents = np.sort(rng.integers(0, documents_count, count * length)).reshape(count, length)
-    documents.reshape(-1)[:documents_count] = 0
-    documents.reshape(-1)[-1] = documents_count - 1
-    text = _alike(sequences, np.sort(documents.reshape(-1)).reshape(count, length), vocabulary)
-    mine, theirs = (torch.randn(count, length, width, generator=generator) for width in (8, 12))
-    heads = [
-        HeadWeights(torch.randn(vocabulary, width, generator=generator), offset, transform)
+    documents = np.sort(np.concatenate([np.arange(10), rng.integers(0, 10, count * length - 10)]))
+    text = _alike(rng.integers(0, vocabulary, (count, length)), documents.reshape(count, length), vocabulary)
+    mine, theirs = (torch.randn(count * length, width, generator=generator) for width in (8, 12))
+    student, teacher = (
+        Head(torch.randn(vocabulary, width, generator=generator), offset, transform)
         for width, offset in ((8, torch.randn(vocabulary, generator=generator)), (12, None))
-    ]
-    places = predicting_places(text)
-    segment = Segment(mine.flatten(0, 1), theirs.flatten(0, 1), places.student_position, places.teacher_position)
-    monkeypatch.setattr(check, "_LOGIT_BYTES", 4 * vocabulary * 13)  # several pieces
-    found = figures_by_document(StatePairs([segment]), places, heads[0], heads[1])
-
-    nothing = Measurement(*(np.zeros(1) for _ in range(4)))
-    record = TeacherRecord(theirs[:, :-1], heads[1].weight, None, transform, vocabulary, nothing, text.student)
-    wanted = compare(
-        blocks_of(mine[:, :-1], "student"),
-        lambda states: linear_logits(states, heads[0].weight, heads[0].bias, transform, vocabulary),
-        record,
-        "student",
     )
-    np.testing.assert_allclose(found.kl, wanted.kl, rtol=1e-5)
-    np.testing.assert_allclose(found.cross_entropy, wanted.cross_entropy, rtol=1e-5)
-    np.testing.assert_array_equal(found.agreement, wanted.agreement)
-    np.testing.assert_array_equal(found.tokens, wanted.tokens)
-    assert len(found.tokens) == (documents_count if documents_count == 10 else count)
+    places = predicting_places(text)
+    pairs = StatePairs([Segment(mine, theirs, places.student_position, places.teacher_position)])
+    monkeypatch.setattr(check, "_LOGIT_BYTES", 4 * vocabulary * 13)  # several pieces
+    found = measure_states(pairs, places, student, teacher)
+    assert len(found.tokens) == 10
+    p, q = (
+        replace(head, weight=head.weight.double(), bias=None if head.bias is None else head.bias.double())
+        .logits(states[position])
+        .log_softmax(-1)
+        for head, states, position in (
+            (teacher, theirs, places.teacher_position),
+            (student, mine, places.student_position),
+        )
+    )
+    kl, entropy = (p.exp() * (p - q)).sum(-1), -q[torch.arange(len(q)), places.target]
+    agreement = p.argmax(-1) == q.argmax(-1)
+    for document in range(10):
+        inside = places.unit == document
+        assert found.tokens[document] == inside.sum()
+        assert found.kl[document] == pytest.approx(float(kl[inside].sum()), rel=1e-5)
+        assert found.cross_entropy[document] == pytest.approx(float(entropy[inside].sum()), rel=1e-5)
+        assert found.agreement[document] == int(agreement[inside].sum())
 
 
 def test_states_are_read_by_number_across_segments() -> None:

@@ -18,7 +18,7 @@ from moe_svd_distill.fitting.copies import (
     perturbed_copies,
     random_sequences,
 )
-from moe_svd_distill.fitting.pairs import HeadWeights
+from moe_svd_distill.streaming import Head
 
 COMMON, ALL = 40, 100
 COUNT, LENGTH, WIDTH = 24, 128, 6
@@ -40,7 +40,7 @@ def text() -> Any:
     sequences = np.random.default_rng(0).integers(COMMON, ALL, (COUNT, LENGTH))
     generator = torch.Generator().manual_seed(0)
     states = States(torch.randn(COUNT, LENGTH, WIDTH, generator=generator))
-    head = HeadWeights(torch.randn(COMMON, WIDTH, generator=generator), None, LogitTransform())
+    head = Head(torch.randn(COMMON, WIDTH, generator=generator), None, LogitTransform())
     return sequences, states, head
 
 
@@ -70,14 +70,12 @@ def test_the_seed_decides(text: Any) -> None:
 
 def test_a_token_is_drawn_from_what_is_expected_after_the_one_before_it(text: Any) -> None:
     sequences, states, _ = text
-    sure = HeadWeights(
-        200 * torch.randn(COMMON, WIDTH, generator=torch.Generator().manual_seed(1)), None, LogitTransform()
-    )
+    sure = Head(200 * torch.randn(COMMON, WIDTH, generator=torch.Generator().manual_seed(1)), None, LogitTransform())
     expected = sure.logits(states.states[:, :-1]).argmax(-1).numpy()
     result = perturbed_copies(sequences, states, sure, 1, seed=0)
     changed = result[:, 1:] != sequences[:, 1:]
     assert (result[:, 1:][changed] == expected[changed]).mean() > 0.95
-    flat = HeadWeights(torch.zeros(COMMON, WIDTH), None, LogitTransform())
+    flat = Head(torch.zeros(COMMON, WIDTH), None, LogitTransform())
     drawn = perturbed_copies(sequences, states, flat, 1, seed=0)
     assert len(np.unique(drawn[drawn < COMMON])) == COMMON
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from moe_svd_distill.algebra.logits import LogitTransform
-from moe_svd_distill.fitting.head import HeadFit, HeadFitSettings, _Fit, fit_head, mean_kl
-from moe_svd_distill.fitting.pairs import HeadWeights, common_rows
+from moe_svd_distill.fitting.check import mean_kl
+from moe_svd_distill.fitting.head import HeadFit, HeadFitSettings, _Fit, fit_head
 from moe_svd_distill.fitting.source import StateSource
-from moe_svd_distill.streaming import Head
+from moe_svd_distill.streaming import Head, head_over_common_tokens
 from tests.fitting.problems import Problem, reachable, state_pairs
 
 CAPPED = LogitTransform(0.7, 4.0)
@@ -31,9 +31,8 @@ def _run(problem: Problem, folder: Path, *, key: str = "key", **values: object) 
     return fit_head(_source(problem), problem.student, problem.teacher, settings, folder, key)
 
 
-def _changed(problem: Problem, fitted: HeadFit) -> HeadWeights:
-    student = problem.student
-    return HeadWeights(student.weight + fitted.delta, student.bias, student.transform)
+def _changed(problem: Problem, fitted: HeadFit) -> Head:
+    return problem.student.plus(fitted.delta)
 
 
 @pytest.mark.parametrize("transform", [LogitTransform(), CAPPED, LogitTransform(2.5)])
@@ -84,10 +83,10 @@ def test_a_subset_of_tokens_is_fitted_through_their_rows_alone(tmp_path: Path) -
     problem = reachable(tokens=40)
     ids = np.array([0, 3, 4, 17, 28, 39])
     heads = [
-        common_rows(Head(head.weight.to(torch.bfloat16), torch.arange(40.0), head.transform), ids)
+        head_over_common_tokens(Head(head.weight, torch.arange(40.0), head.transform), ids)
         for head in (problem.student, problem.teacher)
     ]
-    assert heads[0].weight.dtype == torch.float32
+    assert torch.equal(heads[0].weight, problem.student.weight[ids])
     assert heads[0].bias is not None
     assert heads[0].bias.tolist() == ids.tolist()
     part = Problem(problem.fit, problem.check, *heads)

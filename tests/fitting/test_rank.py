@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from moe_svd_distill.algebra.whitening import Whitening, whitening
-from moe_svd_distill.fitting.head import mean_kl
-from moe_svd_distill.fitting.pairs import HeadWeights, second_moment
+from moe_svd_distill.fitting.check import mean_kl
+from moe_svd_distill.fitting.pairs import second_moment
 from moe_svd_distill.fitting.rank import KEPT_SHARE, SERVED_RANKS, HeadRank, RankChoice, choose_rank, head_factors
+from moe_svd_distill.streaming import Head
 from tests.fitting.problems import Problem, reachable
 
 CPU = torch.device("cpu")
@@ -45,7 +46,7 @@ def test_auto_ends_at_the_width_where_nothing_smaller_is_enough() -> None:
     base = reachable(fit=600, check=400, tokens=70, width=WIDTH)
     random = torch.randn(70, WIDTH, generator=torch.Generator().manual_seed(0))
     even = torch.linalg.qr(random)[0] @ _metric(base).inverse
-    teacher = HeadWeights(base.student.weight + 3 * even, None, base.teacher.transform)
+    teacher = Head(base.student.weight + 3 * even, None, base.teacher.transform)
     choice = _choose(Problem(base.fit, base.check, base.student, teacher), "auto")
     assert [trial.rank for trial in choice.trials] == [16, 32, WIDTH]
     assert choice.rank == WIDTH
@@ -59,7 +60,7 @@ def test_auto_never_exceeds_what_servers_take() -> None:
     delta = torch.randn(530, 520, generator=generator)
     choice = choose_rank(
         delta, Whitening(torch.eye(520), torch.eye(520)), "auto", problem.check, problem.student,
-        HeadWeights(problem.student.weight + delta, None, problem.student.transform), 10.0, torch.bfloat16,
+        problem.student.plus(delta), 10.0, torch.bfloat16,
     )  # fmt: skip
     assert choice.rank in SERVED_RANKS
     assert all(trial.rank in SERVED_RANKS for trial in choice.trials)
@@ -91,7 +92,7 @@ def test_the_trial_is_of_the_factors_as_they_are_stored(problem: Problem) -> Non
     assert coarse > fine
     b, a = head_factors(problem.teacher.weight - problem.student.weight, _metric(problem), WIDTH, torch.bfloat16)
     assert b.dtype == a.dtype == torch.bfloat16
-    stored = HeadWeights(problem.student.weight + b.float() @ a.float(), None, problem.student.transform)
+    stored = problem.student.plus(b.float() @ a.float())
     assert mean_kl(problem.check, stored, problem.teacher) == coarse
 
 
@@ -107,7 +108,7 @@ def test_a_change_that_helps_nothing_keeps_all_of_nothing(problem: Problem) -> N
 
 def test_where_there_is_next_to_no_fall_what_is_left_is_the_measure(problem: Problem) -> None:
     noise = 0.01 * torch.randn(70, WIDTH, generator=torch.Generator().manual_seed(3))
-    teacher = HeadWeights(problem.teacher.weight + noise, None, problem.teacher.transform)
+    teacher = Head(problem.teacher.weight + noise, None, problem.teacher.transform)
     delta = problem.teacher.weight - problem.student.weight
     best = mean_kl(problem.check, problem.teacher, teacher)
     choice = choose_rank(

@@ -10,8 +10,7 @@ import torch
 
 from moe_svd_distill.algebra.whitening import whitening
 from moe_svd_distill.checkpoints.opening import open_checkpoint
-from moe_svd_distill.fitting.pairs import HeadWeights, common_rows
-from moe_svd_distill.streaming import Decoder, load_head
+from moe_svd_distill.streaming import Decoder, Head, load_head
 from moe_svd_distill.training.engine import Engine, ResidentEngine, StreamedEngine
 from moe_svd_distill.training.factors import FactorBank, Pair
 from moe_svd_distill.training.head import TrainedHead
@@ -41,8 +40,8 @@ class Setting:
     bank: FactorBank
     head: TrainedHead
     engine: Engine
-    student: HeadWeights
-    teacher: HeadWeights
+    student: Head
+    teacher: Head
 
     def training(self, text: TrainingText, check: TrainingText, settings: TrainingSettings) -> Training:
         """A run on it."""
@@ -69,9 +68,9 @@ def setting(
     if not streamed:
         decoder.enter_all()
     engine: Engine = StreamedEngine(decoder, bank, scratch, budget) if streamed else ResidentEngine(decoder, bank)
-    student = common_rows(load_head(checkpoint, str(device), torch.float32), np.arange(VOCABULARY))
+    student = load_head(checkpoint, str(device), torch.float32, tokens=np.arange(VOCABULARY))
     weight = torch.randn(VOCABULARY, TEACHER_WIDTH, generator=torch.Generator().manual_seed(5)) / TEACHER_WIDTH**0.5
-    teacher = HeadWeights(weight.to(device), None, student.transform)
+    teacher = Head(weight.to(device), None, student.transform)
     width = student.weight.shape[1]
     basis = torch.randn(4 * width, width, generator=torch.Generator().manual_seed(6))
     asked = settings or TrainingSettings(epochs=1, step_tokens=64, batch_tokens=32, rate=1e-2, head_rate=1e-2)

@@ -7,7 +7,7 @@ import torch
 from moe_svd_distill.algebra.distribution import cross_entropy, kl_divergence, top1_agreement
 from moe_svd_distill.algebra.logits import LogitTransform
 from moe_svd_distill.algebra.whitening import whitening
-from moe_svd_distill.fitting.pairs import HeadWeights
+from moe_svd_distill.streaming import Head
 from moe_svd_distill.training import fixed_head
 from moe_svd_distill.training.expected_rows import expected_rows, with_expected_rows
 from moe_svd_distill.training.fixed_head import FixedHead
@@ -17,12 +17,12 @@ from tests.training.setting import CPU, TEACHER_WIDTH, VOCABULARY, made_up_text
 WIDTH = 12
 
 
-def _heads(multiplier: float, bias: bool) -> tuple[HeadWeights, HeadWeights]:
+def _heads(multiplier: float, bias: bool) -> tuple[Head, Head]:
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(VOCABULARY, WIDTH, generator=generator)
     shift = torch.randn(VOCABULARY, generator=generator) if bias else None
-    student = HeadWeights(weight, shift, LogitTransform(multiplier))
-    return student, HeadWeights(torch.randn(VOCABULARY, TEACHER_WIDTH, generator=generator), None, LogitTransform())
+    student = Head(weight, shift, LogitTransform(multiplier))
+    return student, Head(torch.randn(VOCABULARY, TEACHER_WIDTH, generator=generator), None, LogitTransform())
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3])

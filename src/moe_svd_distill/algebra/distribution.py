@@ -1,14 +1,18 @@
-"""How far two next-token distributions are apart, token by token, in nats.
+"""How far two next-token distributions are apart, token by token and by document, in nats.
 
 All functions take logits of any floating type and work in float32 on a few tokens at a time, so that no float32 copy of
 all logits is held.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
+
+from moe_svd_distill.algebra.figures import Measurement
 
 CHUNK_ENTRIES = 1 << 22  # logits turned into float32 at a time: 16 MiB
 
@@ -47,6 +51,27 @@ def top1_agreement(
 ) -> Bool[Tensor, "tokens"]:
     """Whether both put the same word first, for every token."""
     return teacher_logits.argmax(-1) == student_logits.argmax(-1)
+
+
+@torch.no_grad()
+def measure_tokens(chunks: Iterable[tuple[Tensor, Tensor, Tensor]], units: NDArray[np.int64]) -> Measurement:
+    """KL, cross-entropy and agreement, summed for each document.
+
+    Args:
+        chunks: Logits of teacher and student, (tokens, vocabulary), and the tokens that follow, (tokens,). Where both
+            logits are the same tensor, their comparison is spared.
+        units: The document of every token, in their order.
+    """
+    columns = []
+    for wanted, given, targets in chunks:
+        entropy = cross_entropy(given, targets)
+        kl, agreement = (
+            (torch.zeros_like(entropy), torch.ones_like(entropy))
+            if wanted is given
+            else (kl_divergence(wanted, given), top1_agreement(wanted, given).to(entropy))
+        )
+        columns.append(torch.stack([kl, entropy, agreement]).cpu())
+    return Measurement.of_tokens(torch.cat(columns, dim=1).double().numpy(), units)
 
 
 def _chunks(logits: Float[Tensor, "tokens vocabulary"]) -> Iterator[slice]:

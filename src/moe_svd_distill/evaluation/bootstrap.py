@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from moe_svd_distill.evaluation.figures import Figures, FloatArray, Interval, Measurement
+from moe_svd_distill.algebra.figures import Figures, FloatArray, Interval, Measurement
 
 RESAMPLES = 2000
 _PERCENT = (2.5, 97.5)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_svd_distill.evaluation.figures import Measurement
+from moe_svd_distill.algebra.figures import Measurement
 
 FloatArray = NDArray[np.float64]
 

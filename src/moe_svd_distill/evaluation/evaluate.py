@@ -13,12 +13,12 @@ import numpy as np
 
 from moe_svd_distill.adapter.load_check import check_loads
 from moe_svd_distill.adapter.random_control import write_random_control
+from moe_svd_distill.algebra.figures import Measurement, halves
 from moe_svd_distill.calibration.domain import DomainDistance, domain_distance
 from moe_svd_distill.calibration.paired import VocabularyMode
 from moe_svd_distill.calibration.text import Document
 from moe_svd_distill.evaluation.bootstrap import Bootstrap
-from moe_svd_distill.evaluation.figures import Measurement, halves
-from moe_svd_distill.evaluation.from_states import Progress, Reader, Record, compare
+from moe_svd_distill.evaluation.from_states import Progress, Reader, TeacherRecord, compare
 from moe_svd_distill.evaluation.loading import load_model
 from moe_svd_distill.evaluation.resident import ResidentStudent
 from moe_svd_distill.evaluation.result import (
@@ -155,12 +155,12 @@ def random_controls(
 
 def evaluate_student(
     source: StudentSource,
-    record: Record,
+    record: TeacherRecord,
     adapter_folder: str | Path,
     *,
     seed: int = 0,
     controls: Mapping[int, Path] | None = None,
-    fit: Record | None = None,
+    fit: TeacherRecord | None = None,
     domain: DomainDistance | None = None,
     on_progress: Progress | None = None,
 ) -> Evaluation:
@@ -232,7 +232,7 @@ def evaluate_student(
 
 def _measured(
     source: StudentSource,
-    record: Record,
+    record: TeacherRecord,
     adapter: Path | None,
     name: str,
     on_progress: Progress | None,
@@ -243,7 +243,7 @@ def _measured(
 
 
 def _temperature_curve(
-    source: StudentSource, record: Record, name: str, on_progress: Progress | None
+    source: StudentSource, record: TeacherRecord, name: str, on_progress: Progress | None
 ) -> TemperatureCurve:
     """Measure the untouched student, and what it would be at other temperatures, in one pass."""
     reader = TemperatureReader(record.units)

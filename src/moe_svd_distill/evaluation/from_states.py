@@ -2,23 +2,30 @@
 
 The logits of more than a few hundred tokens never exist: states and heads are kept, and both models' exact
 distributions are computed again from these, chunk by chunk.
+
+With different tokenizers each model reads its own tokens, and they are compared at the places where both have read the
+same characters. Distributions are then taken over the tokens that both have and each is made to sum to 1 there, so a
+figure says nothing about what a model puts on tokens of its own; how much that is for the teacher is measured too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moe_svd_distill.algebra.distribution import cross_entropy, kl_divergence, top1_agreement
+from moe_svd_distill.algebra.distribution import measure_tokens
+from moe_svd_distill.algebra.figures import Measurement
+from moe_svd_distill.calibration.paired import PairedText
 from moe_svd_distill.calibration.text import IntArray, TokenizedText
 from moe_svd_distill.errors import BadDataError, IncompatiblePairError
-from moe_svd_distill.evaluation.figures import FloatArray, Measurement
 from moe_svd_distill.evaluation.result import Aligned
+from moe_svd_distill.fitting.check import Places, predicting_places
+from moe_svd_distill.streaming import Head, head_over_common_tokens
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with the name of a pass, the tokens done and the tokens to do."""
@@ -28,6 +35,9 @@ Block: TypeAlias = tuple[slice, Tensor]
 
 Logits: TypeAlias = Callable[[Tensor], Tensor]
 """From states, (tokens, d), to logits, (tokens, vocabulary)."""
+
+Chunk: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""Logits of teacher and student over the common tokens, (tokens, common), and the tokens that follow, (tokens,)."""
 
 LOGIT_BYTES = 64 << 20  # of one model's logits, float32, at a time
 BLOCK_TOKENS = 2048
@@ -51,35 +61,41 @@ class Reader(Protocol):
         """Logits of teacher and student, (tokens, vocabulary), and the tokens that follow, (tokens,); on one device."""
 
 
-class Record(Protocol):
-    """All that is kept of the teacher after its one pass, and at which tokens a student is held against it."""
+@dataclass(frozen=True, eq=False)
+class TeacherRecord:
+    """All that is kept of the teacher after its one pass, and the places at which a student is held against it.
 
-    @property
-    def hidden(self) -> Hidden:
-        """The teacher's states."""
+    Attributes:
+        hidden: Its states after the last norm, of its own reading of the text, (n, length-1, d_teacher): a tensor on
+            the CPU, which may be mapped from a file, or anything that reads like one.
+        head: Its head over the common tokens, float32.
+        places: Where the two are compared.
+        student_ids: The common tokens as the student numbers them, (common,), ascending.
+        measurement: The teacher's own figures at these places (KL 0, agreement 1).
+        text: The text as the student reads it.
+        aligned: How much is compared; None where both models number their tokens alike, so that all of it is.
+    """
+
+    hidden: Hidden
+    head: Head
+    places: Places
+    student_ids: IntArray
+    measurement: Measurement
+    text: TokenizedText
+    aligned: Aligned | None
 
     @property
     def vocabulary(self) -> int:
-        """Tokens the distributions are taken over."""
-
-    @property
-    def measurement(self) -> Measurement:
-        """The teacher's own figures."""
-
-    @property
-    def text(self) -> TokenizedText:
-        """The text as the student reads it."""
+        """How many tokens the distributions are taken over."""
+        return len(self.student_ids)
 
     @property
     def units(self) -> IntArray:
-        """The independent unit of every token that is compared, in the order of the text, or -1 for padding; flat."""
+        """The independent unit of every place, in the order of the text."""
+        return self.places.unit
 
-    @property
-    def aligned(self) -> Aligned | None:
-        """What of both models is compared; None where they number their tokens alike."""
-
-    def chunks(self, rows: slice, states: Tensor, logits: Logits) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Teacher's and student's logits, (tokens, vocabulary), and the tokens that follow, (tokens,), a few at a time.
+    def chunks(self, rows: slice, states: Tensor, logits: Logits) -> Iterator[Chunk]:
+        """Teacher's and student's logits and the tokens that follow at the places of some rows, a few at a time.
 
         Args:
             rows: Rows of the text.
@@ -89,88 +105,69 @@ class Record(Protocol):
         Raises:
             IncompatiblePairError: The student's head has fewer tokens than are compared.
         """
+        mine, theirs = states.flatten(0, 1), self.hidden[rows].flatten(0, 1)
+        _require_states(rows, self.text.length, mine, theirs)
+        ids, most = torch.from_numpy(self.student_ids), int(self.student_ids[-1]) + 1
+        for part in _parts(self.places, rows, self.text.length, _chunk_tokens(most)):
+            given = logits(mine[part.student.to(mine.device)])
+            if given.shape[-1] < most:
+                raise IncompatiblePairError(
+                    f"The student's head has {given.shape[-1]} tokens, fewer than the {most} to compare",
+                    "Compare only the tokens both models have",
+                )
+            given = (given[:, :most] if most == len(ids) else given[:, ids.to(given.device)]).float()
+            wanted = self.head.logits(theirs[part.teacher.to(theirs.device)])
+            yield wanted.to(given.device), given, part.target.to(given.device)
 
 
-@dataclass(frozen=True, eq=False)
-class TeacherStates:
-    """A teacher's final states of a text and its whole head.
+def record_states(hidden: Hidden, head: Head, text: PairedText, on_progress: Progress | None = None) -> TeacherRecord:
+    """Measure the teacher at the places where a student can be held against it, and keep what that takes.
 
-    Attributes:
-        hidden: States after the last norm, (n, length-1, d).
-        weight: The head, float32, (V, d).
-        bias: The head's bias, float32, (V,), or None.
-        transform: What follows the head.
+    Args:
+        hidden: Its states of `text.teacher`.
+        head: Its whole head, float32; of tokens that are numbered alike, those beyond it are not compared.
+        text: The text as both read it.
+        on_progress: Told about every batch.
+
+    Raises:
+        BadDataError: There is no such place.
     """
+    if text.identical and len(head.weight) < len(text.teacher_ids):
+        ids = text.teacher_ids[: len(head.weight)]
+        text = replace(text, student_ids=ids, teacher_ids=ids)
+    places = _predicting(text)
+    if not len(places.target):
+        raise BadDataError(
+            "At no place of the text have both models read the same characters before a token that both have",
+            "Give more text, or another pair",
+        )
+    common_head, length, mass = head_over_common_tokens(head, text.teacher_ids), text.teacher.length, 0.0
+    ids_of_head = torch.from_numpy(text.teacher_ids).to(head.weight.device)
 
-    hidden: Hidden
-    weight: Tensor
-    bias: Tensor | None
-    transform: Logits
+    def chunks() -> Iterator[Chunk]:
+        nonlocal mass
+        for rows, states in blocks_of(hidden, "teacher's head", on_progress):
+            flat = states.flatten(0, 1)
+            _require_states(rows, length, flat)
+            for part in _parts(places, rows, length, _chunk_tokens(len(head.weight))):
+                chosen = flat[part.teacher.to(flat.device)]
+                if text.identical:
+                    common = common_head.logits(chosen)
+                else:
+                    whole = head.logits(chosen)
+                    common = whole[:, ids_of_head]
+                    mass += float((common.logsumexp(-1) - whole.logsumexp(-1)).exp().double().sum())
+                yield common, common, part.target.to(common.device)
 
-
-@dataclass(frozen=True, eq=False)
-class TeacherRecord:
-    """The record of a teacher that numbers its tokens as the student does.
-
-    Attributes:
-        hidden: Final hidden states after the last norm, (n, length-1, d): a tensor on the CPU, which may be mapped
-            from a file, or anything that reads like one.
-        weight: The head, float32, (V, d).
-        bias: The head's bias, float32, (V,), or None.
-        transform: What follows the head.
-        vocabulary: Tokens the distributions are taken over; the first this many.
-        measurement: The teacher's own figures on the text (KL 0, agreement 1).
-        text: The text it read.
-    """
-
-    hidden: Hidden
-    weight: Tensor
-    bias: Tensor | None
-    transform: Logits
-    vocabulary: int
-    measurement: Measurement
-    text: TokenizedText
-    aligned: None = None
-
-    @property
-    def units(self) -> IntArray:
-        """The independent unit of every token that has a predecessor; flat."""
-        return units_of(self.text)
-
-    def chunks(self, rows: slice, states: Tensor, logits: Logits) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Logits at every token that has a predecessor."""
-        for part, recorded, targets in _chunks(states, self.hidden[rows], self.text, rows, self.vocabulary):
-            given = logits(part)
-            require_tokens(given, self.vocabulary)
-            given = given[:, : self.vocabulary].float()
-            yield self.logits(recorded).to(given.device), given, targets.to(given.device)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The teacher's logits from its hidden states, (tokens, d) to (tokens, vocabulary), on the head's device."""
-        return linear_logits(hidden, self.weight, self.bias, self.transform, self.vocabulary)
-
-
-def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Logits, vocabulary: int) -> Tensor:
-    """Logits of the first `vocabulary` tokens in float32, (tokens, d) to (tokens, vocabulary), on the head's device."""
-    states = hidden.to(weight.device, torch.float32)
-    offset = None if bias is None else bias[:vocabulary]
-    return transform(torch.nn.functional.linear(states, weight[:vocabulary], offset))
-
-
-@torch.no_grad()
-def own_figures(blocks: Iterable[Block], logits: Logits, text: TokenizedText, vocabulary: int) -> Measurement:
-    """The teacher's own figures: its cross-entropy, with a KL of 0 and an agreement of 1."""
-    sums = Sums(units_of(text))
-    for rows, states in blocks:
-        for part, _, targets in _chunks(states, None, text, rows, vocabulary):
-            given = logits(part)
-            sums.add(given, given, targets.to(given.device), itself=True)
-    return sums.measurement()
+    measurement, count = measure_tokens(chunks(), places.unit), len(places.target)
+    compared = Aligned(len(text.teacher_ids), count, count / text.student.predicted, mass / count)
+    aligned = None if text.identical else compared
+    return TeacherRecord(hidden, common_head, places, text.student_ids, measurement, text.student, aligned)
 
 
 @torch.no_grad()
 def compare(
-    blocks: Iterable[Block], logits: Logits, teacher: Record, name: str, readers: Sequence[Reader] = ()
+    blocks: Iterable[Block], logits: Logits, teacher: TeacherRecord, name: str, readers: Sequence[Reader] = ()
 ) -> Measurement:
     """Measure a student by its states on the text the teacher has read.
 
@@ -185,13 +182,15 @@ def compare(
         IncompatiblePairError: The student's head has fewer tokens than are compared.
         BadDataError: The figures are not finite.
     """
-    sums = Sums(teacher.units)
-    everyone: tuple[Reader, ...] = (sums, *readers)
-    for rows, states in blocks:
-        for wanted, given, targets in teacher.chunks(rows, states, logits):
-            for reader in everyone:
-                reader.add(wanted, given, targets)
-    measurement = sums.measurement()
+
+    def chunks() -> Iterator[Chunk]:
+        for rows, states in blocks:
+            for chunk in teacher.chunks(rows, states, logits):
+                for reader in readers:
+                    reader.add(*chunk)
+                yield chunk
+
+    measurement = measure_tokens(chunks(), teacher.units)
     if not np.isfinite(measurement.kl).all() or not np.isfinite(measurement.cross_entropy).all():
         raise BadDataError(
             f"The figures of the {name} are not finite", "Check the adapter for NaN: moe-svd-distill verify"
@@ -212,71 +211,55 @@ def blocks_of(hidden: Hidden, name: str, on_progress: Progress | None = None) ->
             on_progress(name, block.stop * length, rows * length)
 
 
-class Sums:
-    """Adds up figures by document, token after token in the order of the text."""
-
-    def __init__(self, units: IntArray) -> None:
-        self.units = units
-        self.values: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def add(self, wanted: Tensor, logits: Tensor, targets: Tensor, *, itself: bool = False) -> None:
-        """Take KL, cross-entropy and agreement of every token; `itself` spares the comparison of equal logits."""
-        entropy = cross_entropy(logits, targets).cpu()
-        if itself:
-            zeros = torch.zeros_like(entropy)
-            self.values.append((zeros, entropy, zeros + 1))
-        else:
-            self.values.append(
-                (kl_divergence(wanted, logits).cpu(), entropy, top1_agreement(wanted, logits).float().cpu())
-            )
-
-    def measurement(self) -> Measurement:
-        """The sums of every document."""
-        kl, entropy, agreement = (self._by_document(column) for column in zip(*self.values, strict=True))
-        return Measurement(kl, entropy, agreement, np.bincount(self.units[self.units >= 0]).astype(np.float64))
-
-    def _by_document(self, parts: Sequence[Tensor]) -> FloatArray:
-        values, real = torch.cat(list(parts)).double().numpy(), self.units >= 0
-        return np.bincount(self.units[real], weights=values[real]).astype(np.float64)
-
-
-def units_of(text: TokenizedText) -> IntArray:
-    """The independent unit of every token that has a predecessor, numbered without gaps, or -1 for padding, flat."""
-    units = np.array(text.units()[:, 1:], dtype=np.int64).reshape(-1)
-    real = text.document_of_token[:, 1:].reshape(-1) >= 0
-    units[~real] = -1
-    _, units[real] = np.unique(units[real], return_inverse=True)
-    return units
-
-
-def require_tokens(logits: Tensor, count: int) -> None:
-    """Refuse a student's logits, (tokens, V), of fewer tokens than are compared.
-
-    Raises:
-        IncompatiblePairError: V is below `count`.
-    """
-    if logits.shape[-1] < count:
-        raise IncompatiblePairError(
-            f"The student's head has {logits.shape[-1]} tokens, fewer than the {count} to compare",
-            "Compare only the tokens both models have",
-        )
-
-
-def chunk_tokens(vocabulary: int) -> int:
+def _chunk_tokens(vocabulary: int) -> int:
     """How many tokens' logits may exist at a time."""
     return max(1, LOGIT_BYTES // (4 * vocabulary))
 
 
-def _chunks(
-    states: Tensor, recorded: Tensor | None, text: TokenizedText, rows: slice, vocabulary: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield states of student and teacher, (tokens, d), and the tokens that follow, (tokens,), a chunk at a time."""
-    targets = torch.from_numpy(np.ascontiguousarray(text.sequences[rows, 1:])).flatten()
-    flat = states.flatten(0, 1)
-    other = flat if recorded is None else recorded.flatten(0, 1)
-    if not len(flat) == len(other) == len(targets):
-        raise ValueError(f"{len(flat)} and {len(other)} states for {len(targets)} predicted tokens")
-    step = chunk_tokens(vocabulary)
-    for begin in range(0, len(flat), step):
-        chunk = slice(begin, begin + step)
-        yield flat[chunk], other[chunk], targets[chunk]
+def _require_states(rows: slice, length: int, *flat: Tensor) -> None:
+    predicting = (rows.stop - rows.start) * (length - 1)
+    if any(len(states) != predicting for states in flat):
+        raise ValueError(f"{' and '.join(str(len(states)) for states in flat)} states for {predicting} positions")
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Where the states of some places lie in a block of rows, and the tokens that follow; each (places,)."""
+
+    student: Tensor
+    teacher: Tensor
+    target: Tensor
+
+
+def _parts(places: Places, rows: slice, length: int, step: int) -> Iterator[_Part]:
+    """The places of a block of rows, `step` at a time. Row i of both models holds the same text."""
+    first, last = np.searchsorted(places.student_position, [rows.start * length, rows.stop * length])
+    for begin in range(int(first), int(last), step):
+        part = slice(begin, min(begin + step, int(last)))
+        yield _Part(
+            _predictor(places.student_position[part], rows.start, length),
+            _predictor(places.teacher_position[part], rows.start, length),
+            torch.from_numpy(places.target[part]),
+        )
+
+
+def _predictor(position: IntArray, row: int, length: int) -> Tensor:
+    """From flat positions in a text to places among the states of its rows from `row` on, the last of each left out."""
+    return torch.from_numpy((position // length - row) * (length - 1) + position % length)
+
+
+def _predicting(text: PairedText) -> Places:
+    """The places at which both models have another token to predict in their row."""
+    places = predicting_places(text)
+    length = text.teacher.length
+    inside = places.teacher_position % length < length - 1
+    if inside.all():
+        return places
+    _, unit = np.unique(places.unit[inside], return_inverse=True)
+    return replace(
+        places,
+        student_position=places.student_position[inside],
+        teacher_position=places.teacher_position[inside],
+        target=places.target[inside],
+        unit=unit.astype(np.int64),
+    )

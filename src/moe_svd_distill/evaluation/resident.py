@@ -14,34 +14,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_svd_distill.algebra.logits import LogitTransform
+from moe_svd_distill.algebra.figures import Measurement
 from moe_svd_distill.architecture.building import find_decoder
-from moe_svd_distill.architecture.head import check_is_linear, measure_head
+from moe_svd_distill.architecture.head import measure_head
+from moe_svd_distill.calibration.paired import PairedText
 from moe_svd_distill.calibration.text import TokenizedText
 from moe_svd_distill.evaluation.adapted import AdaptedStudent
-from moe_svd_distill.evaluation.figures import Measurement
 from moe_svd_distill.evaluation.from_states import (
     BLOCK_TOKENS,
     Block,
     Logits,
     Progress,
     Reader,
-    Record,
     TeacherRecord,
-    TeacherStates,
     compare,
-    linear_logits,
-    own_figures,
+    record_states,
 )
+from moe_svd_distill.streaming import Head, head_of
 
-__all__ = ["LogitTransform", "Progress", "ResidentStudent", "TeacherRecord", "measure", "record_teacher"]
+__all__ = ["Progress", "ResidentStudent", "TeacherRecord", "measure", "record_teacher"]
 
 
-@torch.no_grad()
 def record_teacher(
     model: Any, text: TokenizedText, *, vocabulary: int | None = None, on_progress: Progress | None = None
 ) -> TeacherRecord:
-    """Run the teacher over the text once. The model can be deleted afterwards; its head lives on in the record.
+    """Run the teacher over a text that the student reads in the same tokens; its head lives on in the record.
 
     Args:
         model: A transformers causal language model.
@@ -49,40 +46,32 @@ def record_teacher(
         vocabulary: Compare only the first this many tokens; by default all the head has.
         on_progress: Told about every batch.
     """
-    weight, bias, transform = _head_weights(model)
-    size = weight.shape[0] if vocabulary is None else min(vocabulary, weight.shape[0])
-    kept: list[Tensor] = []
-
-    def keeping() -> Iterator[Block]:
-        for rows, states in _blocks(model, text, "teacher", on_progress):
-            kept.append(states.cpu())
-            yield rows, states
-
-    def logits(states: Tensor) -> Tensor:
-        return linear_logits(states, weight, bias, transform, size)
-
-    measurement = own_figures(keeping(), logits, text, size)
-    return TeacherRecord(torch.cat(kept), weight, bias, transform, size, measurement, text)
+    hidden, head = teacher_states(model, text, on_progress)
+    tokens = len(head.weight) if vocabulary is None else vocabulary
+    return record_states(hidden, head, PairedText.read_alike(text, tokens))
 
 
 @torch.no_grad()
-def teacher_states(model: Any, text: TokenizedText, on_progress: Progress | None = None) -> TeacherStates:
-    """Run the teacher over its own reading of a text, and leave the figures to others.
+def teacher_states(model: Any, text: TokenizedText, on_progress: Progress | None = None) -> tuple[Tensor, Head]:
+    """Run the teacher over its own reading of a text once; the model can be deleted afterwards.
 
     Args:
         model: A transformers causal language model.
         text: What to read.
         on_progress: Told about every batch.
+
+    Returns:
+        Its states at every position that predicts, (n, length-1, d), on the CPU, and its head, float32 on its device.
     """
-    head = _head_weights(model)
-    kept = [states.cpu() for _, states in _blocks(model, text, "teacher", on_progress)]
-    return TeacherStates(torch.cat(kept), *head)
+    module = model.get_output_embeddings()
+    head = head_of(module, measure_head(model), module.weight.device)
+    return torch.cat([states.cpu() for _, states in _blocks(model, text, "teacher", on_progress)]), head
 
 
 @torch.no_grad()
 def measure(
     model: Any,
-    teacher: Record,
+    teacher: TeacherRecord,
     *,
     name: str = "student",
     on_progress: Progress | None = None,
@@ -144,12 +133,3 @@ def _blocks(model: Any, text: TokenizedText, name: str, on_progress: Progress | 
         yield rows, decoder(input_ids=batch, use_cache=False).last_hidden_state[:, :-1]
         if on_progress:
             on_progress(name, begin * text.length + batch.numel(), text.sequences.size)
-
-
-@torch.no_grad()
-def _head_weights(model: Any) -> tuple[Tensor, Tensor | None, LogitTransform]:
-    """The head's weight and bias in float32, without rows that pad it, and what follows it."""
-    head, measured = model.get_output_embeddings(), measure_head(model)
-    check_is_linear(head)
-    bias = None if getattr(head, "bias", None) is None else head.bias.detach()[: measured.tokens].float()
-    return head.weight.detach()[: measured.tokens].float(), bias, measured.transform

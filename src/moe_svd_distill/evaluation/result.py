@@ -8,9 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from moe_svd_distill.calibration.domain import DomainDistance
-from moe_svd_distill.evaluation.bootstrap import Bootstrap
-from moe_svd_distill.evaluation.figures import (
+from moe_svd_distill.algebra.figures import (
     Figures,
     Interval,
     Measurement,
@@ -18,6 +16,8 @@ from moe_svd_distill.evaluation.figures import (
     kl_gap_closed,
     plain,
 )
+from moe_svd_distill.calibration.domain import DomainDistance
+from moe_svd_distill.evaluation.bootstrap import Bootstrap
 from moe_svd_distill.evaluation.verdict import Effect
 
 Place: TypeAlias = Literal["resident", "streamed"]

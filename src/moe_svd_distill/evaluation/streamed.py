@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -21,16 +20,7 @@ from torch import Tensor
 
 from moe_svd_distill.calibration.text import IntArray, TokenizedText
 from moe_svd_distill.checkpoints import open_checkpoint
-from moe_svd_distill.evaluation.from_states import (
-    Block,
-    Logits,
-    Progress,
-    TeacherRecord,
-    TeacherStates,
-    blocks_of,
-    linear_logits,
-    own_figures,
-)
+from moe_svd_distill.evaluation.from_states import Block, Logits, Progress, blocks_of
 from moe_svd_distill.streaming import Head, PassSettings, StreamedStates, load_head, stream_states
 
 
@@ -64,42 +54,13 @@ class PredictingRows:
         return torch.cat([self[int(row) : int(row) + 1] for row in rows])
 
 
-def record_teacher_streamed(
-    folder: str | Path,
-    texts: Sequence[TokenizedText],
-    cache: Path,
-    *,
-    vocabulary: int,
-    device: str = "cpu",
-    on_progress: Progress | None = None,
-) -> list[TeacherRecord]:
-    """Run a teacher of any size over several texts at once; its states stay in the cache.
-
-    Args:
-        folder: Local folder of the teacher.
-        texts: What to read, all in sequences of one length.
-        cache: Where the states lie.
-        vocabulary: Compare only the first this many tokens.
-        device: Where it runs.
-        on_progress: Told about every layer and, of the head, about every batch.
-    """
-    records = []
-    for text, states in zip(texts, stream_teacher(folder, texts, cache, device, on_progress), strict=True):
-        weight, bias, transform = states.weight, states.bias, states.transform
-        size = min(vocabulary, len(weight))
-        head = partial(linear_logits, weight=weight, bias=bias, transform=transform, vocabulary=size)
-        measurement = own_figures(blocks_of(states.hidden, "teacher's head", on_progress), head, text, size)
-        records.append(TeacherRecord(states.hidden, weight, bias, transform, size, measurement, text))
-    return records
-
-
 def stream_teacher(
     folder: str | Path,
     texts: Sequence[TokenizedText],
     cache: Path,
     device: str = "cpu",
     on_progress: Progress | None = None,
-) -> list[TeacherStates]:
+) -> tuple[list[PredictingRows], Head]:
     """A teacher's states of several texts, which it reads at once, and its head; the states stay in the cache."""
     with open_checkpoint(folder) as checkpoint:
         states = stream_states(
@@ -110,7 +71,7 @@ def stream_teacher(
             on_progress=_by_layer(on_progress, "teacher", texts),
         )
         head = load_head(checkpoint, device, torch.float32)
-    return [TeacherStates(hidden, head.weight, head.bias, head.transform) for hidden in _divided(states, texts)]
+    return _divided(states, texts), head
 
 
 class StreamedStudent:

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moe_svd_distill.algebra.figures import FloatArray, Measurement
 from moe_svd_distill.calibration.text import IntArray
-from moe_svd_distill.evaluation.figures import FloatArray, Measurement
 
 LOWEST, HIGHEST = 0.25, 4.0  # temperatures to search between
 _STEPS_PER_OCTAVE = 3
@@ -74,7 +74,7 @@ class TemperatureReader:
     """Takes from a pass of the untouched student what a temperature curve needs.
 
     Args:
-        units: The document of every token that is compared (see `Record`).
+        units: The document of every token that is compared (see `TeacherRecord`).
     """
 
     def __init__(self, units: IntArray) -> None:
@@ -91,9 +91,6 @@ class TemperatureReader:
         """Take the sums of a chunk of tokens."""
         documents = self.units[self.read : self.read + len(targets)]
         self.read += len(targets)
-        if (documents < 0).any():  # padding
-            real = (documents >= 0).to(logits.device)
-            wanted, logits, targets, documents = wanted[real], logits[real], targets[real], documents[documents >= 0]
         scores = torch.log_softmax(wanted.float(), dim=-1)
         probability = scores.exp()
         possible = probability > 0

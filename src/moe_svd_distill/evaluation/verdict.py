@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
+from moe_svd_distill.algebra.figures import Figures, Interval, Measurement
 from moe_svd_distill.evaluation.change import cross_entropy_change, kl_change
-from moe_svd_distill.evaluation.figures import Figures, Interval, Measurement
 
 Effect: TypeAlias = Literal["helps", "recalibrates", "mixed", "harms", "none", "unproven"]
 

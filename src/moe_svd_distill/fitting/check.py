@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,12 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe_svd_distill.algebra.distribution import cross_entropy, kl_divergence, top1_agreement
+from moe_svd_distill.algebra.distribution import kl_divergence, measure_tokens
+from moe_svd_distill.algebra.figures import Measurement
 from moe_svd_distill.calibration.paired import PairedText
-from moe_svd_distill.fitting.pairs import HeadWeights, StatePairs
+from moe_svd_distill.fitting.pairs import StatePairs
+from moe_svd_distill.streaming import Head
 
 IntArray = NDArray[np.int64]
-_LOGIT_BYTES = 64 << 20
+_LOGIT_BYTES, _MOST_PLACES = 256 << 20, 4096
 
 
 @dataclass(frozen=True)
@@ -34,16 +37,6 @@ class Places:
     unit: IntArray
 
 
-@dataclass(frozen=True, eq=False)
-class DocumentSums:
-    """KL, cross-entropy, agreement and tokens of each document, each (documents,)."""
-
-    kl: NDArray[np.float64]
-    cross_entropy: NDArray[np.float64]
-    agreement: NDArray[np.float64]
-    tokens: NDArray[np.float64]
-
-
 def predicting_places(text: PairedText) -> Places:
     """The places of a text whose next token lies in the same sequence and is one of the common tokens."""
     sequences = text.student.sequences
@@ -59,9 +52,8 @@ def predicting_places(text: PairedText) -> Places:
     return Places(student[real], teacher[real], target[real], unit.astype(np.int64))
 
 
-@torch.no_grad()
-def figures_by_document(pairs: StatePairs, places: Places, student: HeadWeights, teacher: HeadWeights) -> DocumentSums:
-    """Figures over the common tokens, summed for each document.
+def measure_states(pairs: StatePairs, places: Places, student: Head, teacher: Head) -> Measurement:
+    """Figures over the common tokens.
 
     Args:
         pairs: States at exactly these places, in this order.
@@ -69,36 +61,28 @@ def figures_by_document(pairs: StatePairs, places: Places, student: HeadWeights,
         student: The student's head over the common tokens.
         teacher: The teacher's.
     """
-    device = student.weight.device
-    step = max(1, _LOGIT_BYTES // (4 * len(student.weight)))
-    columns: list[Tensor] = []
-    begin = 0
-    for mine, theirs in pairs.in_order(step, device):
-        wanted, found = teacher.logits(theirs), student.logits(mine)
-        target = torch.from_numpy(places.target[begin : begin + len(mine)]).to(device)
-        begin += len(mine)
-        columns.append(
-            torch.stack(
-                [
-                    kl_divergence(wanted, found).double(),
-                    cross_entropy(found, target).double(),
-                    top1_agreement(wanted, found).double(),
-                ]
-            ).cpu()
-        )
-    return summed(torch.cat(columns, dim=1), places)
+
+    def chunks() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        begin = 0
+        for wanted, found in _logits(pairs, student, teacher):
+            target = torch.from_numpy(places.target[begin : begin + len(found)]).to(found.device)
+            begin += len(found)
+            yield wanted, found, target
+
+    return measure_tokens(chunks(), places.unit)
 
 
-def summed(columns: Tensor, places: Places) -> DocumentSums:
-    """Figures of single places, summed for each document.
-
-    Args:
-        columns: KL, cross-entropy and agreement of every place, (3, n).
-        places: Whose documents.
-    """
-    kl, entropy, agreement = (_by_document(column, places.unit) for column in columns.double().numpy())
-    return DocumentSums(kl, entropy, agreement, _by_document(np.ones(len(places.unit)), places.unit))
+def mean_kl(pairs: StatePairs, student: Head, teacher: Head) -> float:
+    """Mean KL(teacher ‖ student) over the common tokens, in nats per place."""
+    total = 0.0
+    for wanted, found in _logits(pairs, student, teacher):
+        total += float(kl_divergence(wanted, found).double().sum())
+    return total / len(pairs)
 
 
-def _by_document(values: NDArray[np.float64], unit: IntArray) -> NDArray[np.float64]:
-    return np.bincount(unit, weights=values).astype(np.float64)
+@torch.no_grad()
+def _logits(pairs: StatePairs, student: Head, teacher: Head) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits of teacher and student, some places at a time, in order."""
+    step = min(max(1, _LOGIT_BYTES // (4 * len(student.weight))), _MOST_PLACES)
+    for mine, theirs in pairs.in_order(step, student.weight.device):
+        yield teacher.logits(theirs), student.logits(mine)

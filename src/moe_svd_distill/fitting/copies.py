@@ -15,8 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe_svd_distill.fitting.pairs import HeadWeights
-from moe_svd_distill.streaming import StreamedStates
+from moe_svd_distill.streaming import Head, StreamedStates
 
 SHARES = (0.3, 0.6)
 _FEW = 3
@@ -45,7 +44,7 @@ def random_sequences(count: int, length: int, tokens: int, seed: int) -> NDArray
 
 
 @torch.no_grad()
-def drawn_anew(sequences: NDArray[np.int64], states: StreamedStates, head: HeadWeights, seed: int) -> NDArray[np.int64]:
+def drawn_anew(sequences: NDArray[np.int64], states: StreamedStates, head: Head, seed: int) -> NDArray[np.int64]:
     """Every token but the first drawn from the student's prediction before it.
 
     Args:
@@ -76,7 +75,7 @@ def _one_each(expected: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def perturbed_copies(
-    sequences: NDArray[np.int64], states: StreamedStates, head: HeadWeights, copies: int, seed: int
+    sequences: NDArray[np.int64], states: StreamedStates, head: Head, copies: int, seed: int
 ) -> NDArray[np.int64]:
     """Copies of sequences with 30 or 60 % of their tokens drawn from the student's prediction before them.
 
@@ -109,10 +108,10 @@ def perturbed_copies(
     return result.reshape(copies * count, length)
 
 
-def _expectations(states: StreamedStates, head: HeadWeights, row: int) -> Iterator[tuple[slice, Tensor]]:
+def _expectations(states: StreamedStates, head: Head, row: int) -> Iterator[tuple[slice, Tensor]]:
     """Places of a sequence and the student's probabilities for the tokens there, (places, v), piece by piece."""
     hidden = states.rows(slice(row, row + 1))[0, :-1]
     step = max(1, _LOGIT_BYTES // (4 * len(head.weight)))
     for begin in range(0, len(hidden), step):
-        part = hidden[begin : begin + step].to(head.weight.device, torch.float32)
+        part = hidden[begin : begin + step]
         yield slice(begin + 1, begin + 1 + len(part)), torch.softmax(head.logits(part), dim=-1).cpu()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +30,12 @@ from moe_svd_distill.execution.parts import (
     reject_part,
     write_part,
 )
-from moe_svd_distill.fitting.pairs import HeadWeights, StatePairs
+from moe_svd_distill.fitting.check import mean_kl
 from moe_svd_distill.fitting.source import Source
+from moe_svd_distill.streaming import Head
 
 _MOST_RESTARTS = 4
 _STEPS, _FEWEST_PASSES, _MOST_PASSES = 2048, 4, 16
-_CHECK_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def passes_of_fit(asked: int | None, batches: int) -> int:
 
 def fit_head(
     source: Source,
-    student: HeadWeights,
-    teacher: HeadWeights,
+    student: Head,
+    teacher: Head,
     settings: HeadFitSettings,
     folder: Path,
     key: str,
@@ -113,24 +113,12 @@ def fit_head(
     return _Fit(source, student, teacher, settings, folder, key, start).complete(on_progress or (lambda fraction: None))
 
 
-@torch.no_grad()
-def mean_kl(pairs: StatePairs, student: HeadWeights, teacher: HeadWeights) -> float:
-    """Mean KL(teacher ‖ student) over the common tokens, in nats per place."""
-    device, size = student.weight.device, max(1, _CHECK_BYTES // (4 * len(student.weight)))
-    total = 0.0
-    for mine, theirs in pairs.in_order(min(size, 4096), device):
-        wanted = torch.log_softmax(teacher.logits(theirs), dim=-1)
-        found = torch.log_softmax(student.logits(mine), dim=-1)
-        total += float((wanted.exp() * (wanted - found)).sum(dim=-1).double().sum())
-    return total / len(pairs)
-
-
 class _Fit:
     def __init__(
         self,
         source: Source,
-        student: HeadWeights,
-        teacher: HeadWeights,
+        student: Head,
+        teacher: Head,
         settings: HeadFitSettings,
         folder: Path,
         key: str,
@@ -193,12 +181,12 @@ class _Fit:
 
     def error(self, inputs: Tensor, theirs: Tensor) -> Tensor:
         """Gradient of the mean KL by the output of the head, (b, v), from whitened states."""
-        logits = HeadWeights(self.weights, self.student.bias, self.student.transform).logits(inputs)
+        logits = replace(self.student, weight=self.weights).logits(inputs)
         error = torch.softmax(logits, dim=-1).sub_(torch.softmax(self.teacher.logits(theirs), dim=-1))
         return self.student.transform.pull_back(error, logits).div_(len(inputs))
 
     def check_kl(self, weights: Tensor) -> float:
-        head = HeadWeights(weights @ self.metric.inverse, self.student.bias, self.student.transform)
+        head = replace(self.student, weight=weights @ self.metric.inverse)
         return mean_kl(self.source.check(), head, self.teacher)
 
     def restart(self) -> None:

@@ -10,9 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe_svd_distill.algebra.logits import LogitTransform
-from moe_svd_distill.streaming import Head
-
 
 @dataclass(frozen=True, eq=False)
 class Segment:
@@ -64,33 +61,6 @@ class StatePairs:
         """All states, ``size`` places at a time."""
         for begin in range(0, len(self), size):
             yield self.gather(np.arange(begin, min(begin + size, len(self))), device)
-
-
-@dataclass(frozen=True, eq=False)
-class HeadWeights:
-    """A head over the tokens that both models have.
-
-    Attributes:
-        weight: Float32, (v, d).
-        bias: (v,), or None.
-        transform: What the architecture does after it.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    transform: LogitTransform
-
-    def logits(self, states: Tensor) -> Tensor:
-        """States (n, d) to logits (n, v)."""
-        return self.transform(torch.nn.functional.linear(states, self.weight, self.bias))
-
-
-def common_rows(head: Head, ids: NDArray[np.int64]) -> HeadWeights:
-    """The rows of a head for some tokens, in their order."""
-    rows = torch.from_numpy(ids).to(head.weight.device)
-    return HeadWeights(
-        head.weight[rows].float(), None if head.bias is None else head.bias[rows].float(), head.transform
-    )
 
 
 def second_moment(pairs: StatePairs, device: torch.device) -> Tensor:

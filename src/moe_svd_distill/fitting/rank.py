@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from moe_svd_distill.algebra.whitening import Whitening, truncated_in_metric
-from moe_svd_distill.fitting.head import mean_kl
-from moe_svd_distill.fitting.pairs import HeadWeights, StatePairs
+from moe_svd_distill.fitting.check import mean_kl
+from moe_svd_distill.fitting.pairs import StatePairs
+from moe_svd_distill.streaming import Head
 
 SERVED_RANKS = (16, 32, 64, 128, 256, 320, 512)
 """The ranks vLLM has kernels for, from the smallest that is worth having for a head."""
@@ -48,8 +49,8 @@ def choose_rank(
     metric: Whitening,
     asked: HeadRank,
     check: StatePairs,
-    student: HeadWeights,
-    teacher: HeadWeights,
+    student: Head,
+    teacher: Head,
     untouched_kl: float,
     dtype: torch.dtype,
 ) -> RankChoice:
@@ -71,7 +72,7 @@ def choose_rank(
         rank = width if asked == "full" else int(asked)
         return RankChoice(rank, (_trial(rank, delta, metric, check, student, teacher, untouched_kl, None, dtype),))
     candidates = [rank for rank in SERVED_RANKS if rank < width] + ([width] if width <= SERVED_RANKS[-1] else [])
-    whole = mean_kl(check, _changed(student, delta), teacher)
+    whole = mean_kl(check, student.plus(delta), teacher)
     trials = []
     for rank in candidates:
         trials.append(_trial(rank, delta, metric, check, student, teacher, untouched_kl, whole, dtype))
@@ -90,22 +91,18 @@ def head_factors(delta: Tensor, metric: Whitening, rank: int, dtype: torch.dtype
     return b.to(dtype), a.to(dtype)
 
 
-def _changed(student: HeadWeights, delta: Tensor) -> HeadWeights:
-    return HeadWeights(student.weight + delta, student.bias, student.transform)
-
-
 def _trial(
     rank: int,
     delta: Tensor,
     metric: Whitening,
     check: StatePairs,
-    student: HeadWeights,
-    teacher: HeadWeights,
+    student: Head,
+    teacher: Head,
     untouched_kl: float,
     whole_kl: float | None,
     dtype: torch.dtype,
 ) -> RankTrial:
     b, a = head_factors(delta, metric, rank, dtype)
-    kl = mean_kl(check, _changed(student, b.float() @ a.float()), teacher)
-    best = mean_kl(check, _changed(student, delta), teacher) if whole_kl is None else whole_kl
+    kl = mean_kl(check, student.plus(b.float() @ a.float()), teacher)
+    best = mean_kl(check, student.plus(delta), teacher) if whole_kl is None else whole_kl
     return RankTrial(rank, kl, 1 - (kl - best) / max(untouched_kl - best, best / 10, _TINY))

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_svd_distill.fitting.check import figures_by_document
+from moe_svd_distill.fitting.check import measure_states
 from moe_svd_distill.fitting.head import HeadFit, HeadFitSettings, fit_head
 from moe_svd_distill.fitting.last_layers import LayerSource
-from moe_svd_distill.fitting.pairs import HeadWeights, common_rows, second_moment
+from moe_svd_distill.fitting.pairs import second_moment
 from moe_svd_distill.fitting.rank import RankChoice, choose_rank, head_factors
 from moe_svd_distill.fitting.source import StateSource
 from moe_svd_distill.pipeline.assembly import asked_head_rank
@@ -25,15 +25,17 @@ from moe_svd_distill.pipeline.fitted import Fitted, HeadChange
 from moe_svd_distill.pipeline.preparation import available_cores, digest_of, library_versions
 from moe_svd_distill.pipeline.ranks import trained_ranks
 from moe_svd_distill.pipeline.states import Body, MeasuredText, Report, StateReader
-from moe_svd_distill.streaming import Decoder, PassSettings, load_head
+from moe_svd_distill.streaming import Decoder, PassSettings, head_over_common_tokens, load_head
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe_svd_distill.algebra.figures import Measurement
     from moe_svd_distill.evaluation.scale_search import ScaleSearch
     from moe_svd_distill.pipeline.pair import ModelPair
     from moe_svd_distill.pipeline.texts import RunText
     from moe_svd_distill.recipe import Recipe
+    from moe_svd_distill.streaming import Head
 
 GROUP = "calibrated"
 ALGORITHM = 5  # raise whenever the same input would give another head
@@ -123,20 +125,20 @@ class _Calibration:
     def load_heads(self) -> None:
         device = str(self.device)
         self.student_head = load_head(self.pair.student.checkpoint, device, torch.float32)
-        teacher = load_head(self.pair.teacher.checkpoint, device, torch.float32)
         self.student_ids = torch.from_numpy(self.fit_text.student_ids).to(self.device)
-        self.student = common_rows(self.student_head, self.fit_text.student_ids)
-        self.teacher = common_rows(teacher, self.fit_text.teacher_ids)
+        self.student = head_over_common_tokens(self.student_head, self.fit_text.student_ids)
+        self.teacher = load_head(self.pair.teacher.checkpoint, device, torch.float32, tokens=self.fit_text.teacher_ids)
         self.start: Tensor | None = None
         if self.body is not None and any(self.body.scales.values()):
             changed = load_head(
                 self.pair.student.checkpoint,
                 device,
                 torch.float32,
+                tokens=self.fit_text.student_ids,
                 adapter=self.body.folder,
                 scales=dict(self.body.scales),
             )
-            self.start = changed.weight[self.student_ids] - self.student.weight
+            self.start = changed.weight - self.student.weight
 
     def source(self) -> StateSource | LayerSource:
         """The states to fit on: from files, or through the last layers."""
@@ -170,10 +172,8 @@ class _Calibration:
             self.recipe.seed,
         )
 
-    def with_start(self) -> HeadWeights:
-        if self.start is None:
-            return self.student
-        return HeadWeights(self.student.weight + self.start, self.student.bias, self.student.transform)
+    def with_start(self) -> Head:
+        return self.student if self.start is None else self.student.plus(self.start)
 
     def fit(self, source: StateSource | LayerSource) -> HeadFit:
         """The fit, or that of an earlier run: it depends on its own text and the checking text, not the search text."""
@@ -212,7 +212,6 @@ class _Calibration:
         self, source: StateSource | LayerSource, fitted: HeadFit, rank: int, text: MeasuredText
     ) -> ScaleSearch:
         """How far to go from what was there before to the fit; nothing is a valid answer."""
-        from moe_svd_distill.evaluation.figures import Measurement
         from moe_svd_distill.evaluation.scale_search import search_scale
 
         def at(scales: Mapping[str, float]) -> Measurement:
@@ -220,13 +219,11 @@ class _Calibration:
             head = self.with_start()  # at 0 nothing of the fit is kept: what was there before, at its own rank
             if scale != 0.0:
                 left, right = self.factors(fitted, rank, scale)
-                weight = self.student.weight + left.float() @ right.float()
-                head = HeadWeights(weight, self.student.bias, self.student.transform)
+                head = self.student.plus(left.float() @ right.float())
             states = text.states
             if scale != 0.0 and isinstance(source, LayerSource) and text.rows is not None:
                 states = source.states_of(text.rows, scale)
-            sums = figures_by_document(states, text.places, head, self.teacher)
-            return Measurement(sums.kl, sums.cross_entropy, sums.agreement, sums.tokens)
+            return measure_states(states, text.places, head, self.teacher)
 
         return search_scale(at, (GROUP,))
 

@@ -21,9 +21,8 @@ from moe_svd_distill.fitting.copies import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from moe_svd_distill.fitting.pairs import HeadWeights
     from moe_svd_distill.recipe import Recipe
-    from moe_svd_distill.streaming import StreamedStates
+    from moe_svd_distill.streaming import Head, StreamedStates
 
 MUCH_TEXT = 65_536
 """Tokens above which training needs no copies; some text of the student's own is read all the same."""
@@ -90,7 +89,7 @@ def draw(
     sequences: NDArray[np.int64],
     copying: Copying,
     read: ReadStudent,
-    head: HeadWeights,
+    head: Head,
     seed: int,
     states: StreamedStates | None = None,
 ) -> NDArray[np.int64]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from moe_svd_distill.fitting.check import DocumentSums, Places, figures_by_document
-from moe_svd_distill.fitting.pairs import HeadWeights, Segment, StatePairs
+from moe_svd_distill.fitting.check import Places, measure_states
+from moe_svd_distill.fitting.pairs import Segment, StatePairs
 from moe_svd_distill.fitting.rank import choose_rank, head_factors
 from moe_svd_distill.pipeline.assembly import asked_head_rank
 from moe_svd_distill.pipeline.fitted import HeadChange
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from moe_svd_distill.algebra.figures import Measurement
     from moe_svd_distill.pipeline.pair import ModelPair
     from moe_svd_distill.recipe import Recipe
     from moe_svd_distill.training.head import TrainedHead
@@ -61,12 +62,11 @@ class MovingHead:
             self._dtype,
         )
 
-    def figures(self, scale: float, text: TrainingText, places: Places) -> DocumentSums:
+    def figures(self, scale: float, text: TrainingText, places: Places) -> Measurement:
         """Of the student with this share of the adapter, on a text."""
         trainee, (left, right) = self._trainee, self._factors(scale)
-        weight = trainee.student.weight + left.float() @ right.float()
-        head = HeadWeights(weight, trainee.student.bias, trainee.student.transform)
-        return figures_by_document(self._pairs(text, scale), places, head, trainee.teacher)
+        head = trainee.student.plus(left.float() @ right.float())
+        return measure_states(self._pairs(text, scale), places, head, trainee.teacher)
 
     def change(self, scale: float) -> HeadChange:
         """This share of it, over all rows of the head."""

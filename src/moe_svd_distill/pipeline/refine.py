@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from moe_svd_distill.algebra.figures import Measurement
 from moe_svd_distill.files.names import CURVE_FILE
 from moe_svd_distill.files.writing import write_json
-from moe_svd_distill.fitting.check import predicting_places, summed
-from moe_svd_distill.fitting.pairs import common_rows
+from moe_svd_distill.fitting.check import predicting_places
 from moe_svd_distill.pipeline.copying import for_training
 from moe_svd_distill.pipeline.fitted import Fitted
 from moe_svd_distill.pipeline.moving_head import MovingHead
@@ -231,7 +231,6 @@ class _Refinement:
 
     def search_scale(self, trainee: Trainee, moving: MovingHead | None, text: TrainingText) -> ScaleSearch:
         """How much of it all to keep; nothing is a valid answer."""
-        from moe_svd_distill.evaluation.figures import Measurement
         from moe_svd_distill.evaluation.scale_search import search_scale
 
         places = predicting_places(self.text.search)
@@ -244,20 +243,19 @@ class _Refinement:
                 scale = scales[GROUP]
                 if standing is None:
                     assert moving is not None
-                    sums = moving.figures(scale, text, places)
-                else:
-                    assert isinstance(head, FixedHead)
-                    states, target = trainee.states_of(text, scale), torch.from_numpy(places.target)
-                    sums = summed(head.figures(states, standing.text.teacher, standing.best, target), places)
-                return Measurement(sums.kl, sums.cross_entropy, sums.agreement, sums.tokens)
+                    return moving.figures(scale, text, places)
+                assert isinstance(head, FixedHead)
+                states, target = trainee.states_of(text, scale), torch.from_numpy(places.target)
+                columns = head.figures(states, standing.text.teacher, standing.best, target)
+                return Measurement.of_tokens(columns.double().numpy(), places.unit)
 
             return search_scale(at, (GROUP,), global_scales=(0.25, 0.5, 1.0))
 
     def standing_head(self, head: FixedHead, text: TrainingText) -> AbstractContextManager[ExpectedText]:
         """What the scale search needs of the teacher for a head that stands still."""
         self.report("working out what the scale search needs of the teacher", None)
-        theirs = load_head(self.pair.teacher.checkpoint, str(self.device), torch.float32)
-        teacher = common_rows(theirs, self.fit_text.teacher_ids)
+        checkpoint, tokens = self.pair.teacher.checkpoint, self.fit_text.teacher_ids
+        teacher = load_head(checkpoint, str(self.device), torch.float32, tokens=tokens)
         return with_expected_rows(text, teacher, head.weights, 0.0, self.folder, "search", head.products.dtype)
 
     def facts(

@@ -14,8 +14,8 @@ from moe_svd_distill.evaluation.loading import fits, load_model
 from moe_svd_distill.streaming.groups import GROUPS, group_of
 
 if TYPE_CHECKING:
+    from moe_svd_distill.algebra.figures import Measurement
     from moe_svd_distill.calibration.paired import PairedText
-    from moe_svd_distill.evaluation.figures import Measurement
     from moe_svd_distill.evaluation.guard import Kind
     from moe_svd_distill.evaluation.scale_search import ScaleSearch
     from moe_svd_distill.pipeline.fitted import Fitted
@@ -158,13 +158,12 @@ def _streamed(
 ) -> Iterator[tuple[At, tuple[str, ...]]]:
     import torch
 
-    from moe_svd_distill.evaluation.figures import Measurement
-    from moe_svd_distill.fitting.check import figures_by_document, predicting_places
-    from moe_svd_distill.fitting.pairs import Segment, StatePairs, common_rows
+    from moe_svd_distill.fitting.check import measure_states, predicting_places
+    from moe_svd_distill.fitting.pairs import Segment, StatePairs
     from moe_svd_distill.streaming import PassSettings, load_head, stream_states
 
     settings, places = PassSettings((device,)), predicting_places(text)
-    teacher = common_rows(load_head(pair.teacher.checkpoint, device, torch.float32), text.teacher_ids)
+    teacher = load_head(pair.teacher.checkpoint, device, torch.float32, tokens=text.teacher_ids)
     pairs = LowRankPairs(adapter_folder, pair.student.architecture)
     present = set(map(group_of, pairs.parameter_ranks())) | ({"head"} if pairs.head else set())
     groups = tuple(group for group in GROUPS if group in present)
@@ -174,7 +173,7 @@ def _streamed(
             student = pair.student.checkpoint
             acting = any(scales.values())
             given: Any = {"adapter": adapter_folder, "scales": dict(scales)} if acting else {}
-            head = common_rows(load_head(student, device, torch.float32, **given), text.student_ids)
+            head = load_head(student, device, torch.float32, tokens=text.student_ids, **given)
             with stream_states(student, text.student.sequences, cache, settings, keep=not acting, **given) as mine:
                 segment = Segment(
                     mine.rows(slice(None)).flatten(0, 1),
@@ -182,7 +181,6 @@ def _streamed(
                     places.student_position,
                     places.teacher_position,
                 )
-                sums = figures_by_document(StatePairs([segment]), places, head, teacher)
-            return Measurement(sums.kl, sums.cross_entropy, sums.agreement, sums.tokens)
+                return measure_states(StatePairs([segment]), places, head, teacher)
 
         yield at, groups

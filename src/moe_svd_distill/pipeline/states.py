@@ -15,9 +15,9 @@ import numpy as np
 
 from moe_svd_distill.fitting.check import Places, predicting_places
 from moe_svd_distill.fitting.last_layers import RowSegment
-from moe_svd_distill.fitting.pairs import HeadWeights, Segment, StatePairs
+from moe_svd_distill.fitting.pairs import Segment, StatePairs
 from moe_svd_distill.pipeline.copying import Copying, draw, for_fit
-from moe_svd_distill.streaming import PassSettings, StreamedStates, stream_states
+from moe_svd_distill.streaming import Head, PassSettings, StreamedStates, stream_states
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -110,7 +110,7 @@ class StateReader:
         self._report, self._stack = report, stack
         self.passes: dict[str, dict[str, Any]] = {}
 
-    def read(self, head: HeadWeights) -> TextStates:
+    def read(self, head: Head) -> TextStates:
         """Stream the student, draw the copies from what it expects, stream the teacher, and the student once more.
 
         Of the search text nothing is read.

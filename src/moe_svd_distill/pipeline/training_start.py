@@ -103,8 +103,9 @@ def _within_full_rank(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 def _head_change(pair: ModelPair, body: Body, student_ids: NDArray[np.int64]) -> Tensor | None:
     """What the start changes about the head, over the common tokens."""
     student = pair.student.checkpoint
-    plain = load_head(student, "cpu", torch.float32)
-    changed = load_head(student, "cpu", torch.float32, adapter=body.folder, scales=dict(body.scales))
-    rows = torch.from_numpy(student_ids)
-    change = changed.weight[rows] - plain.weight[rows]
+    plain = load_head(student, "cpu", torch.float32, tokens=student_ids)
+    changed = load_head(
+        student, "cpu", torch.float32, tokens=student_ids, adapter=body.folder, scales=dict(body.scales)
+    )
+    change = changed.weight - plain.weight
     return change if bool(change.any()) else None

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from moe_svd_distill.fitting.check import predicting_places
-from moe_svd_distill.fitting.pairs import common_rows
 from moe_svd_distill.pipeline.copying import Copying, draw
 from moe_svd_distill.streaming import StreamedStates, load_head
 from moe_svd_distill.training.job import TextFile
@@ -45,7 +44,7 @@ def training_texts(
     assert fit is not None
     assert check is not None
     count = len(fit.student.sequences)
-    head = common_rows(load_head(pair.student.checkpoint, "cpu", torch.float32), fit.student_ids)
+    head = load_head(pair.student.checkpoint, "cpu", torch.float32, tokens=fit.student_ids)
     copied = draw(fit.student.sequences, copying, lambda name, rows: read(name, pair.student, rows), head, recipe.seed)
     everything = np.concatenate([fit.teacher.sequences, check.teacher.sequences, copied])
     theirs = read("teacher", pair.teacher, everything)

@@ -7,7 +7,7 @@ layers. Nothing here is imported before it is needed by `--help` or `inspect`: i
 from moe_svd_distill.architecture.matrices import Matrix
 from moe_svd_distill.streaming.decoder import Decoder
 from moe_svd_distill.streaming.groups import GROUPS, Scales, group_of
-from moe_svd_distill.streaming.head import Head, load_head
+from moe_svd_distill.streaming.head import Head, head_of, head_over_common_tokens, load_head
 from moe_svd_distill.streaming.result import LayerInputs, StreamedStates
 from moe_svd_distill.streaming.settings import PassRecord, PassSettings
 from moe_svd_distill.streaming.stream import stream_states
@@ -26,6 +26,8 @@ __all__ = [
     "StreamedStates",
     "Visit",
     "group_of",
+    "head_of",
+    "head_over_common_tokens",
     "load_head",
     "stream_states",
 ]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moe_svd_distill.algebra.logits import LogitTransform
-from moe_svd_distill.architecture.head import check_is_linear, measure_head
+from moe_svd_distill.architecture.head import MeasuredHead, check_is_linear, measure_head
 from moe_svd_distill.architecture.skeleton import HEAD, build_skeleton
 from moe_svd_distill.architecture.stored import CheckpointMap
 from moe_svd_distill.checkpoints import Checkpoint
@@ -34,9 +36,35 @@ class Head:
     bias: Tensor | None
     transform: LogitTransform
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, states: Tensor) -> Tensor:
         """Final hidden states (…, d) to logits (…, V), in the head's type and on its device."""
-        return self.transform(nn.functional.linear(hidden.to(self.weight), self.weight, self.bias))
+        return self.transform(nn.functional.linear(states.to(self.weight), self.weight, self.bias))
+
+    def plus(self, delta: Tensor) -> Head:
+        """With a change of its weight, (V, d)."""
+        return replace(self, weight=self.weight + delta)
+
+
+def head_over_common_tokens(head: Head, ids: NDArray[np.int64]) -> Head:
+    """The rows of a head for some tokens, in their order; they share its memory where they are the first of it."""
+    first = len(ids) <= len(head.weight) and np.array_equal(ids, np.arange(len(ids)))
+    rows = slice(len(ids)) if first else torch.from_numpy(ids).to(head.weight.device)
+    return replace(head, weight=head.weight[rows], bias=None if head.bias is None else head.bias[rows])
+
+
+def head_of(module: Any, measured: MeasuredHead, device: torch.device, dtype: torch.dtype = torch.float32) -> Head:
+    """The head that a module of a model is, without rows that pad it.
+
+    Raises:
+        IncompatiblePairError: It does something else than to multiply by its weight.
+    """
+    check_is_linear(module)
+    rows, bias = slice(measured.tokens), getattr(module, "bias", None)
+    return Head(
+        module.weight.detach()[rows].to(device, dtype),
+        None if bias is None else bias.detach()[rows].to(device, dtype),
+        measured.transform,
+    )
 
 
 def load_head(
@@ -44,6 +72,7 @@ def load_head(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     *,
+    tokens: NDArray[np.int64] | None = None,
     adapter: Path | None = None,
     scales: Scales = 1.0,
 ) -> Head:
@@ -54,6 +83,7 @@ def load_head(
         device: Where to.
         dtype: Type of the head; by default float32 on the CPU and bfloat16 elsewhere. An adapter is added in float32
             before the weight is rounded to it.
+        tokens: Those it has in common with another model; None for all.
         adapter: Folder of a LoRA adapter.
         scales: Factor on the adapter, or one for each group of its weights.
 
@@ -69,8 +99,5 @@ def load_head(
     overlay = None if adapter is None else AdapterOverlay(skeleton, adapter, scales, checkpoint.config)
     weights = Weights(checkpoint, skeleton, sources, overlay, torch.device("cpu") if adapter else place)
     weights.attach(HEAD, weights.read(HEAD))
-    head: Any = skeleton.head if overlay is None else overlay.merged_head()
-    check_is_linear(head)
-    rows = slice(measured.tokens)
-    bias = None if getattr(head, "bias", None) is None else head.bias.detach()[rows].to(place, kind)
-    return Head(head.weight.detach()[rows].to(place, kind), bias, measured.transform)
+    head = head_of(skeleton.head if overlay is None else overlay.merged_head(), measured, place, kind)
+    return head if tokens is None else head_over_common_tokens(head, tokens)

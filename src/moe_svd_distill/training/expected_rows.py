@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_svd_distill.fitting.pairs import HeadWeights
+from moe_svd_distill.streaming import Head
 from moe_svd_distill.training.head import LOGIT_BYTES
 from moe_svd_distill.training.text import TrainingText
 
@@ -37,7 +37,7 @@ class ExpectedText:
 
 
 def expected_rows(
-    logits: Tensor, following: Tensor, student_head: HeadWeights, share: float, products: Tensor | None = None
+    logits: Tensor, following: Tensor, student_head: Head, share: float, products: Tensor | None = None
 ) -> Tensor:
     """The rows of some places.
 
@@ -68,8 +68,8 @@ def expected_rows(
 @contextmanager
 def with_expected_rows(
     text: TrainingText,
-    teacher_head: HeadWeights,
-    student_head: HeadWeights,
+    teacher_head: Head,
+    student_head: Head,
     share: float,
     folder: Path,
     name: str,

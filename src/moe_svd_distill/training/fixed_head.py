@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_svd_distill.algebra.dtypes import matmul_dtype
-from moe_svd_distill.fitting.pairs import HeadWeights
+from moe_svd_distill.streaming import Head
 from moe_svd_distill.training.head import LOGIT_BYTES
 from moe_svd_distill.training.text import Batch
 
@@ -26,7 +26,7 @@ class FixedHead:
         loss: As of `TrainedHead`.
     """
 
-    def __init__(self, student: HeadWeights) -> None:
+    def __init__(self, student: Head) -> None:
         """The head over the common tokens; where its weight lies is where this computes."""
         self.weights = student
         weight = student.weight
@@ -38,7 +38,7 @@ class FixedHead:
     def forget(self) -> None:
         """Nothing: the head stays."""
 
-    def head(self) -> HeadWeights:
+    def head(self) -> Head:
         """The head."""
         return self.weights
 

@@ -6,14 +6,16 @@ Where it does and the divergence allows it, `fixed_head` takes the place of this
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from moe_svd_distill.algebra.distribution import kl_divergence
 from moe_svd_distill.algebra.divergence import Divergence, divergence_and_gradient
 from moe_svd_distill.algebra.whitening import Whitening
-from moe_svd_distill.fitting.pairs import HeadWeights
+from moe_svd_distill.streaming import Head
 from moe_svd_distill.training.text import Batch
 
 HeadTraining: TypeAlias = Literal["whole", "fixed"]
@@ -32,8 +34,8 @@ class TrainedHead:
 
     def __init__(
         self,
-        student: HeadWeights,
-        teacher: HeadWeights,
+        student: Head,
+        teacher: Head,
         metric: Whitening,
         start: Tensor | None,
         training: HeadTraining,
@@ -73,9 +75,9 @@ class TrainedHead:
         if self._moves:
             self._weights.copy_(self._origin)
 
-    def head(self) -> HeadWeights:
+    def head(self) -> Head:
         """The head as it is now."""
-        return HeadWeights(self._weights @ self._metric.inverse, self._student.bias, self._student.transform)
+        return replace(self._student, weight=self._weights @ self._metric.inverse)
 
     @torch.no_grad()
     def divergence(self, states: Tensor, batch: Batch) -> Tensor:
@@ -88,9 +90,8 @@ class TrainedHead:
         head, total = self.head(), torch.zeros((), dtype=torch.float64, device=states.device)
         for begin in range(0, len(states), _MEASURED):
             part = slice(begin, begin + _MEASURED)
-            wanted = torch.log_softmax(self._teacher.logits(batch.teacher[part].float()), dim=-1)
-            found = torch.log_softmax(head.logits(states[part].float()), dim=-1)
-            total += (wanted.exp() * (wanted - found)).sum(dim=-1).double().sum()
+            wanted, found = self._teacher.logits(batch.teacher[part]), head.logits(states[part])
+            total += kl_divergence(wanted, found).double().sum()
         return total
 
     @torch.no_grad()
@@ -107,10 +108,10 @@ class TrainedHead:
         for begin in range(0, len(states), step):
             part = slice(begin, begin + step)
             inputs = states[part].float() @ self._metric.inverse
-            head = HeadWeights(self._weights, self._student.bias, self._student.transform)
+            head = replace(self._student, weight=self._weights)
             logits = head.logits(inputs)
             loss, error = divergence_and_gradient(
-                self._teacher.logits(batch.teacher[part].float()),
+                self._teacher.logits(batch.teacher[part]),
                 logits,
                 self._divergence,
                 batch.following[part],

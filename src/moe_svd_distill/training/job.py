@@ -15,8 +15,7 @@ from torch import Tensor
 from moe_svd_distill.algebra.whitening import Whitening, whitening
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.execution.parts import PartContent, open_part, part_path, read_record, verify_part, write_part
-from moe_svd_distill.fitting.pairs import HeadWeights, common_rows
-from moe_svd_distill.streaming import Decoder, load_head
+from moe_svd_distill.streaming import Decoder, Head, load_head
 from moe_svd_distill.streaming.states_file import StatesFile
 from moe_svd_distill.streaming.tables import EmbeddingChange
 from moe_svd_distill.training.engine import Engine, ResidentEngine, StreamedEngine
@@ -140,7 +139,7 @@ class Trainee:
     """
 
     metric: Whitening
-    teacher: HeadWeights
+    teacher: Head
 
     def __init__(self, job: TrainingJob, peers: Peers) -> None:
         """Read it, and begin with the job's start.
@@ -171,9 +170,9 @@ class Trainee:
             else StreamedEngine(self.decoder, self.bank, job.folder)
         )
         device = str(self.device)
-        self.student = common_rows(load_head(job.student, device, torch.float32), job.student_ids)
+        self.student = load_head(job.student, device, torch.float32, tokens=job.student_ids)
         self._closing = ExitStack()
-        teacher = common_rows(load_head(job.teacher, device, torch.float32), job.teacher_ids)
+        teacher = load_head(job.teacher, device, torch.float32, tokens=job.teacher_ids)
         self.head = self._head(tensors.get(HEAD), teacher)
         self._first = [values.clone() for values in (self.bank.values, self.head.values)] if job.tried else []
         self._started = bool(pairs) or HEAD in tensors
@@ -243,7 +242,7 @@ class Trainee:
         self._closing.close()
         self.decoder.close()
 
-    def _head(self, start: Tensor | None, teacher: HeadWeights) -> TrainedHead | FixedHead:
+    def _head(self, start: Tensor | None, teacher: Head) -> TrainedHead | FixedHead:
         """The head; where it stays what it is, the texts are made short at once, without the teacher from then on."""
         job, settings = self._job, self._job.settings
         short = needs_rows(settings.head == "fixed", settings.divergence) and self.student.transform.cap is None

@@ -6,13 +6,10 @@ Everything is in nats per predicted token. Standard errors and intervals treat d
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 FloatArray: TypeAlias = NDArray[np.float64]
 
@@ -72,6 +69,17 @@ class Measurement:
     agreement: FloatArray
     tokens: FloatArray
 
+    @classmethod
+    def of_tokens(cls, columns: FloatArray, units: NDArray[np.int64]) -> Measurement:
+        """Sum up single tokens.
+
+        Args:
+            columns: KL, cross-entropy and agreement of each, (3, tokens).
+            units: The document of each, (tokens,), numbered without gaps.
+        """
+        kl, cross_entropy, agreement = (np.bincount(units, column).astype(np.float64) for column in columns)
+        return cls(kl, cross_entropy, agreement, np.bincount(units).astype(np.float64))
+
     @property
     def figures(self) -> Figures:
         """Means and standard errors."""
@@ -96,7 +104,7 @@ class Measurement:
         )
 
 
-def plain(record: DataclassInstance) -> dict[str, Any]:
+def plain(record: Any) -> dict[str, Any]:
     """A dataclass as JSON values; what is not a number becomes None."""
 
     def finite(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
