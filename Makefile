@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint format bench soak real-pair lab clean
+.PHONY: help setup demo test test-gpu lint format count bench soak real-pair lab clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 12
@@ -40,6 +40,9 @@ lint: $(READY)  ## formatting, lint, types, and the one-way imports
 format: $(READY)  ## format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+count:  ## count lines, files, dataclasses and long signatures of src/
+	$(PYTHON) -m benchmarks.count
 
 bench: $(READY)  ## measure the kernels, k-means and a whole run against plain methods (about 25 minutes)
 	$(BIN)/python -m benchmarks
