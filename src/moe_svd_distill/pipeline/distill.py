@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,9 @@ from moe_svd_distill.report.card import adapter_card
 from moe_svd_distill.streaming.groups import GROUPS
 
 if TYPE_CHECKING:
+    from moe_svd_distill.pipeline.course import Course, Given
     from moe_svd_distill.pipeline.fitted import Fitted
+    from moe_svd_distill.pipeline.stage_text import ScaledAdapter
 
 __all__ = ["Adapter", "Listener", "distill", "load_adapter"]
 
@@ -177,46 +179,62 @@ class _Run:
 
     def calibrate(self, on_top: bool, decision: ScaleDecision) -> tuple[Fitted, Path | None]:
         """The calibrated stage; no part where nothing of it is kept."""
-        from moe_svd_distill.pipeline.calibrate import calibrate
-        from moe_svd_distill.pipeline.states import Body
+        from moe_svd_distill.pipeline.course import calibrated_course
 
-        assert self.text is not None
-        acting = on_top and any(decision.scales.values())
-        body = Body(self.output.staged(ADAPTER_FILE).parent, dict(decision.scales)) if acting else None
         text = self.text
+        assert text is not None
         if self.stages.refined and text.fit is not None:
             text = replace(text, fit=text.fit.beginning(self.recipe.training.start_tokens))
-        fitted = calibrate(
-            self.recipe, self.pair, text, self.output.parts, self.settings.devices, body, self.listener.on_stage
-        )
+        acting = on_top and any(decision.scales.values())
+        given = self.given(text, self.staged_adapter(decision.scales) if acting else None)
+        fitted = self.distil_on_text(given, calibrated_course(given))
         if on_top and not fitted.search.accepted:
             return fitted, None
         return fitted, write_head_part(self.output.parts, self.pair, self.recipe, fitted, alone=not on_top)
 
-    def refine(self, start: Ingredients) -> tuple[Fitted, Path]:
+    def refine(self, made_of: Ingredients) -> tuple[Fitted, Path]:
         """The refined stage, from what the stages before have made, or from an adapter that was named."""
-        from moe_svd_distill.pipeline.refine import Given, refine
-        from moe_svd_distill.pipeline.states import Body
+        from moe_svd_distill.pipeline.course import refined_course
+        from moe_svd_distill.pipeline.stage_text import ScaledAdapter
 
         assert self.text is not None
-        body = None
+        start = None
         if self.stages.start is not None:
-            body = Body(self.stages.start, dict.fromkeys(GROUPS, 1.0))
-        elif start.parts or start.head:
-            self.stage(start)
-            body = Body(self.output.staged(ADAPTER_FILE).parent, dict.fromkeys(GROUPS, 1.0))
-        given = Given(
+            start = ScaledAdapter(self.stages.start, dict.fromkeys(GROUPS, 1.0))
+        elif made_of.parts or made_of.head:
+            self.stage(made_of)
+            start = self.staged_adapter(dict.fromkeys(GROUPS, 1.0))
+        given = self.given(self.text, start)
+        refined = self.distil_on_text(given, refined_course(given))
+        return refined, write_head_part(self.output.parts, self.pair, self.recipe, refined, alone=True)
+
+    def given(self, text: RunText, start: ScaledAdapter | None) -> Given:
+        """What a stage on text works with."""
+        from moe_svd_distill.pipeline.course import Given
+
+        settings = self.settings
+        return Given(
             self.recipe,
             self.pair,
             self.stages.names,
-            self.text,
+            text,
             self.output.parts,
-            self.settings.devices,
-            self.settings.workers,
-            body,
+            settings.devices,
+            settings.workers,
+            start,
         )
-        refined = refine(given, self.listener.on_stage, self.listener.on_note)
-        return refined, write_head_part(self.output.parts, self.pair, self.recipe, refined, alone=True)
+
+    def staged_adapter(self, scales: Mapping[str, float]) -> ScaledAdapter:
+        """The adapter as it stands."""
+        from moe_svd_distill.pipeline.stage_text import ScaledAdapter
+
+        return ScaledAdapter(self.output.staged(ADAPTER_FILE).parent, dict(scales))
+
+    def distil_on_text(self, given: Given, course: Course) -> Fitted:
+        """A stage on text."""
+        from moe_svd_distill.pipeline.text_stage import distil_on_text
+
+        return distil_on_text(given, course, self.listener.on_stage, self.listener.on_note)
 
     def record(
         self,

@@ -14,47 +14,43 @@ from moe_svd_distill.pipeline.assembly import asked_head_rank
 from moe_svd_distill.pipeline.fitted import HeadChange
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from moe_svd_distill.algebra.figures import Measurement
-    from moe_svd_distill.pipeline.pair import ModelPair
-    from moe_svd_distill.recipe import Recipe
+    from moe_svd_distill.pipeline.course import Given
     from moe_svd_distill.training.head import TrainedHead
     from moe_svd_distill.training.job import Trainee
     from moe_svd_distill.training.text import TrainingText
 
 
 class MovingHead:
-    """The change of a trained head at a rank that keeps what it is worth."""
+    """The change of a trained head at a rank that keeps what it is worth.
+
+    Attributes:
+        choice: The rank.
+    """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        pair: ModelPair,
-        student_ids: NDArray[np.int64],
-        trainee: Trainee,
-        head: TrainedHead,
-        kl_before: float,
+        self, given: Given, trainee: Trainee, head: TrainedHead, kl_before: float, origin: Tensor | None
     ) -> None:
         """Choose the rank on the checking text.
 
         Args:
-            recipe: What is asked for.
-            pair: Teacher and student.
-            student_ids: Rows of the student's head that stand for the common tokens.
+            given: What the stage works with.
             trainee: The trained student.
             head: Its head.
             kl_before: On the checking text, before training.
+            origin: The change that is left at scale 0, (v, d), at its own rank; None for none.
         """
-        self._trainee, self._head = trainee, head
+        recipe, student = given.recipe, given.pair.student
+        self._trainee, self._head, self._origin = trainee, head, origin
         self._dtype: torch.dtype = getattr(torch, recipe.dtype)
-        self._rows = torch.from_numpy(student_ids)
-        self._vocabulary = pair.student.architecture.head_slot.shape[0]
+        self._rows = torch.from_numpy(given.fit_text.student_ids)
+        self._vocabulary = student.architecture.head_slot.shape[0]
         self.choice = choose_rank(
             head.delta,
             trainee.metric,
-            asked_head_rank(recipe, pair.student.architecture.head),
+            asked_head_rank(recipe, student.architecture.head),
             self._pairs(trainee.check, 1.0),
             trainee.student,
             trainee.teacher,
@@ -64,8 +60,12 @@ class MovingHead:
 
     def figures(self, scale: float, text: TrainingText, places: Places) -> Measurement:
         """Of the student with this share of the adapter, on a text."""
-        trainee, (left, right) = self._trainee, self._factors(scale)
-        head = trainee.student.plus(left.float() @ right.float())
+        trainee = self._trainee
+        if scale == 0.0 and self._origin is not None:
+            head = trainee.student.plus(self._origin.to(trainee.student.weight))
+        else:
+            left, right = self._factors(scale)
+            head = trainee.student.plus(left.float() @ right.float())
         return measure_states(self._pairs(text, scale), places, head, trainee.teacher)
 
     def change(self, scale: float) -> HeadChange:
@@ -83,5 +83,9 @@ class MovingHead:
         return StatePairs([Segment(mine, text.teacher, np.arange(len(mine)), text.teacher_position)])
 
     def _factors(self, scale: float) -> tuple[Tensor, Tensor]:
-        left, right = head_factors(self._head.delta, self._trainee.metric, self.choice.rank, torch.float32)
+        delta, metric = self._head.delta, self._trainee.metric
+        if self._origin is not None:
+            origin = self._origin.to(delta)
+            return head_factors(origin + scale * (delta - origin), metric, self.choice.rank, self._dtype)
+        left, right = head_factors(delta, metric, self.choice.rank, torch.float32)
         return (left * scale).to(self._dtype), right.to(self._dtype)

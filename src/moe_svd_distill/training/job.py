@@ -15,10 +15,10 @@ from torch import Tensor
 from moe_svd_distill.algebra.whitening import Whitening, whitening
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.execution.parts import PartContent, open_part, part_path, read_record, verify_part, write_part
-from moe_svd_distill.streaming import Decoder, Head, load_head
+from moe_svd_distill.streaming import Decoder, Head, LayerInputs, load_head
 from moe_svd_distill.streaming.states_file import StatesFile
 from moe_svd_distill.streaming.tables import EmbeddingChange
-from moe_svd_distill.training.engine import Engine, ResidentEngine, StreamedEngine
+from moe_svd_distill.training.engine import Engine, HeadEngine, ResidentEngine, StreamedEngine
 from moe_svd_distill.training.expected_rows import with_expected_rows
 from moe_svd_distill.training.factors import FactorBank
 from moe_svd_distill.training.fixed_head import FixedHead
@@ -28,7 +28,7 @@ from moe_svd_distill.training.peers import Peers
 from moe_svd_distill.training.saves import Saves
 from moe_svd_distill.training.settings import TrainingSettings, needs_rows
 from moe_svd_distill.training.stacks import Pair
-from moe_svd_distill.training.text import IntArray, TrainingText
+from moe_svd_distill.training.text import IntArray, Recorded, TrainingText
 from moe_svd_distill.training.trials import (
     MULTIPLES,
     NEARLY_THERE,
@@ -40,25 +40,56 @@ from moe_svd_distill.training.trials import (
 )
 
 HEAD, EMBEDDING = "head", "embedding"
-_MOMENT_ROWS = 64
+_MOMENT_TOKENS = 32_768
 
 Listener = Callable[[Progress, int], None]
 
 
 @dataclass(frozen=True, eq=False)
+class InputsFile:
+    """What a pass has recorded of a text at the layer that training begins at; behind the last, final states.
+
+    Attributes:
+        path: Of the file.
+        layer: Number of the layer; None for final states.
+        numbers: Which of the file's sequences these are, or of final states which of its places, in order.
+    """
+
+    path: Path
+    layer: int | None
+    numbers: IntArray
+
+    def open(self, dtype: torch.dtype) -> Recorded:
+        """Mapped into memory; what is not whole numbers is handed out in a type."""
+        if self.layer is None:
+            states = StatesFile(self.path).rows(slice(None)).flatten(0, 1)
+            return lambda rows: [states[torch.from_numpy(self.numbers[rows])][:, None].to(dtype)]
+        inputs = LayerInputs(self.layer, self.path)
+
+        def recorded(rows: IntArray) -> list[Tensor]:
+            each = [inputs.rows(slice(number, number + 1)) for number in self.numbers[rows].tolist()]
+            found = [torch.cat(tensors) for tensors in zip(*each, strict=True)]
+            return [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in found]
+
+        return recorded
+
+
+@dataclass(frozen=True, eq=False)
 class TextFile:
-    """A `TrainingText` whose teacher states lie in a file of `streaming`."""
+    """A `TrainingText` whose states lie in files of `streaming`."""
 
     ids: IntArray
     position: IntArray
     teacher_position: IntArray
     following: IntArray
     states: Path
+    inputs: InputsFile | None = None
 
-    def open(self) -> TrainingText:
-        """With the states mapped into memory."""
+    def open(self, dtype: torch.dtype = torch.float32) -> TrainingText:
+        """With the states mapped into memory, and what layers are given in the type they compute in."""
         states = StatesFile(self.states).rows(slice(None)).flatten(0, 1)
-        return TrainingText(self.ids, self.position, self.teacher_position, self.following, states)
+        inputs = None if self.inputs is None else self.inputs.open(dtype)
+        return TrainingText(self.ids, self.position, self.teacher_position, self.following, states, inputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +103,7 @@ class TrainingJob:
         student_ids: Those of the student's, (v,).
         text: To train on.
         check: To measure on.
+        first: The layer that training begins at; the number of layers for the head alone.
         ranks: Hub name to rank of every pair that is trained.
         start: A part with the pairs to begin with, as ``name#A`` and ``name#B``, the head's change over the common
             tokens as ``head``, and what is added to the embeddings as ``embedding#A`` and ``embedding#B``.
@@ -92,6 +124,7 @@ class TrainingJob:
     student_ids: IntArray
     text: TextFile
     check: TextFile
+    first: int
     ranks: Mapping[str, int]
     start: Path
     settings: TrainingSettings
@@ -150,8 +183,8 @@ class Trainee:
         """
         self._job, self._peers = job, peers
         self.device = torch.device(job.devices[peers.number])
-        self.check = job.check.open()
-        self.text = job.text.open()
+        self.check = job.check.open(job.dtype)
+        self.text = job.text.open(job.dtype)
         with open_part(job.start) as start:
             tensors = {name: start[name].clone() for name in start}
         change = _embedding_change(tensors)
@@ -162,13 +195,7 @@ class Trainee:
             if name.endswith("#A") and not name.startswith(EMBEDDING)
         }
         self.bank = FactorBank(self.decoder.matrices.of_layer, job.ranks, self.device, pairs, job.settings.seed)
-        if job.resident:  # after the bank, whose pairs act in copies that are made of the layers
-            self.decoder.enter_all()
-        self.engine: Engine = (
-            ResidentEngine(self.decoder, self.bank)
-            if job.resident
-            else StreamedEngine(self.decoder, self.bank, job.folder)
-        )
+        self.engine = self._engine()
         device = str(self.device)
         self.student = load_head(job.student, device, torch.float32, tokens=job.student_ids)
         self._closing = ExitStack()
@@ -176,6 +203,18 @@ class Trainee:
         self.head = self._head(tensors.get(HEAD), teacher)
         self._first = [values.clone() for values in (self.bank.values, self.head.values)] if job.tried else []
         self._started = bool(pairs) or HEAD in tensors
+
+    def _engine(self) -> Engine:
+        """What runs the layers that are trained, and those behind them; after the bank, whose pairs act in them."""
+        job, decoder = self._job, self.decoder
+        if job.first == decoder.layers:
+            return HeadEngine()
+        if job.text.inputs is not None:
+            decoder.knows_inputs(LayerInputs(job.first, job.text.inputs.path))
+        if not job.resident:
+            return StreamedEngine(decoder, self.bank, job.folder, first=job.first)
+        decoder.enter_all(job.first)
+        return ResidentEngine(decoder, self.bank, job.first)
 
     def train(self, on_progress: Listener) -> Trained:
         """Train, or go on with it; the best state is then in the bank and the head."""
@@ -275,7 +314,10 @@ class Trainee:
 
     def _metric(self) -> Whitening:
         """Second moment of the student's states on some of the text, as it begins."""
-        rows, together = np.arange(min(len(self.text), _MOMENT_ROWS)), self._together(self.text)
+        rows, together = (
+            np.arange(min(len(self.text), max(1, _MOMENT_TOKENS // self.text.length))),
+            self._together(self.text),
+        )
         batches = [
             self.text.take(rows[begin : begin + together], self.device) for begin in range(0, len(rows), together)
         ]
