@@ -11,16 +11,15 @@ import torch
 
 from moe_svd_distill.algebra.logits import LogitTransform
 from moe_svd_distill.algebra.whitening import whitening
-from moe_svd_distill.fitting.check import mean_kl
-from moe_svd_distill.fitting.pairs import StatePairs, second_moment
 from moe_svd_distill.training.engine import HeadEngine
 from moe_svd_distill.training.factors import FactorBank
 from moe_svd_distill.training.head import TrainedHead
 from moe_svd_distill.training.loop import Outcome, Progress, Training
+from moe_svd_distill.training.measuring import StatePairs, mean_kl
 from moe_svd_distill.training.saves import Saves
 from moe_svd_distill.training.settings import TrainingSettings
 from moe_svd_distill.training.text import Batch, TrainingText
-from tests.fitting.problems import Problem, reachable, state_pairs
+from tests.support.head_problems import Problem, all_states, reachable, second_moment, state_pairs
 
 CPU = torch.device("cpu")
 CAPPED = LogitTransform(0.7, 4.0)
@@ -35,14 +34,14 @@ class KilledError(Exception):
 
 def _text(pairs: StatePairs) -> TrainingText:
     """All places of a problem, each a sequence of its own."""
-    mine, theirs = pairs.gather(np.arange(len(pairs)), CPU)
+    mine, theirs = all_states(pairs)
     places = np.arange(len(mine))
     ids, unknown = np.zeros((len(mine), 1), dtype=np.int64), np.full(len(mine), -1, dtype=np.int64)
     return TrainingText(ids, places, places, unknown, theirs, lambda rows: [mine[torch.from_numpy(rows)][:, None]])
 
 
 def _head(problem: Problem, start: torch.Tensor | None = None) -> TrainedHead:
-    metric = whitening(second_moment(problem.fit, CPU))
+    metric = whitening(second_moment(problem.fit))
     return TrainedHead(problem.student, problem.teacher, metric, start, "whole", "forward", 0.0)
 
 
@@ -67,11 +66,11 @@ def test_the_gradient_is_what_autograd_says_in_float64(transform: LogitTransform
     problem = reachable(fit=64, check=16, tokens=11, width=7, bias=bias, transform=transform)
     head = _head(problem)
     head.values += 0.3 * torch.randn(head.values.shape, generator=torch.Generator().manual_seed(1))
-    mine, theirs = (states.double() for states in problem.fit.gather(np.array([41, 3, 17, 30, 59, 0]), CPU))
+    mine, theirs = (states[[41, 3, 17, 30, 59, 0]].double() for states in all_states(problem.fit))
     mine.requires_grad_()
     weights = head.values.view(11, 7).double().requires_grad_()
     offset = None if problem.student.bias is None else problem.student.bias.double()
-    inverse = whitening(second_moment(problem.fit, CPU)).inverse.double()
+    inverse = whitening(second_moment(problem.fit)).inverse.double()
     found = torch.log_softmax(transform(torch.nn.functional.linear(mine @ inverse, weights, offset)), dim=-1)
     linear = torch.nn.functional.linear(theirs, problem.teacher.weight.double(), offset)
     wanted = torch.log_softmax(transform(linear), dim=-1)
@@ -86,7 +85,7 @@ def test_the_gradient_is_what_autograd_says_in_float64(transform: LogitTransform
 
 def test_mean_kl_is_the_mean_over_all_places_and_zero_for_the_teacher_itself() -> None:
     problem = reachable(fit=50, check=333, bias=True, transform=CAPPED)
-    mine, theirs = problem.check.gather(np.arange(333), CPU)
+    mine, theirs = all_states(problem.check)
     wanted = torch.log_softmax(problem.teacher.logits(theirs).double(), -1)
     found = torch.log_softmax(problem.student.logits(mine).double(), -1)
     kl = float((wanted.exp() * (wanted - found)).sum(-1).mean())
@@ -149,7 +148,7 @@ def test_where_every_check_is_worse_the_untouched_head_is_the_answer() -> None:
 def test_the_best_check_counts_not_the_last() -> None:
     generator = torch.Generator().manual_seed(5)
     problem = reachable(fit=128, check=1024, width=24, tokens=60, size=0.3)
-    mine, _ = problem.fit.gather(np.arange(128), CPU)
+    mine, _ = all_states(problem.fit)
     noisy = mine + 1.5 * torch.randn(mine.shape, generator=generator)  # the little text misleads: overfitting harms
     overfitted = Problem(state_pairs(mine, noisy), problem.check, problem.student, problem.teacher)
     head = _head(overfitted)

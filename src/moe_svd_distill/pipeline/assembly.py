@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_svd_distill.adapter.fused import Factors
-    from moe_svd_distill.fitting.rank import HeadRank
-    from moe_svd_distill.pipeline.fitted import Fitted
+    from moe_svd_distill.pipeline.text_stage import StageResult
+    from moe_svd_distill.training.head_rank import HeadRank
 
 _WHOLE = "whole"
 
@@ -174,7 +174,7 @@ def _padded(factor: Tensor, dimension: int, rank: int) -> Tensor:
     return torch.nn.functional.pad(factor, (0, lacking) if dimension == 1 else (0, 0, 0, lacking))
 
 
-def write_head_part(folder: Path, pair: ModelPair, recipe: Recipe, fitted: Fitted, alone: bool) -> Path:
+def write_head_part(folder: Path, pair: ModelPair, recipe: Recipe, fitted: StageResult, alone: bool) -> Path:
     """The part of what was fitted: pairs of the layers, and the head as a LoRA pair or whole.
 
     Args:

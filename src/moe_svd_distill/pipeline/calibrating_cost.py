@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_svd_distill.pipeline.copying import for_fit
 from moe_svd_distill.pipeline.cost import Rows, readable, state_bytes
+from moe_svd_distill.pipeline.extra_text import for_fit
 from moe_svd_distill.pipeline.pair import ModelPair
 from moe_svd_distill.pipeline.placement import LIBRARIES_BYTES
 from moe_svd_distill.pipeline.texts import check_tokens
@@ -85,8 +85,8 @@ def cost_of_calibrating(recipe: Recipe, pair: ModelPair, *, as_start: bool) -> C
         as_start: Whether the refined stage follows, for which it is fitted on less text.
     """
     text = min(recipe.tokens, recipe.training.start_tokens) if as_start else recipe.tokens
-    copying = for_fit(recipe, text, 1, identical=recipe.vocabulary == "equal")
-    copies = copying.sequences(1)
+    extra = for_fit(recipe, text, 1, identical=recipe.vocabulary == "equal")
+    copies = extra.sequences(1)
     check, search = check_tokens(recipe), recipe.scale_search_tokens
     teacher, student = pair.teacher, pair.student
     states = state_bytes(recipe, teacher) + state_bytes(recipe, student) * (2 if recipe.last_layers else 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from moe_svd_distill.evaluation.scale_search import GLOBAL_SCALES
-from moe_svd_distill.pipeline.copying import Copying, for_fit, for_training
+from moe_svd_distill.pipeline.extra_text import ExtraText, for_fit, for_training
 from moe_svd_distill.pipeline.placement import Placement, TrainedParts, place_training, tokens_at_once
 from moe_svd_distill.pipeline.ranks import trained_ranks
 from moe_svd_distill.pipeline.stage_text import Beginning, ScaledAdapter
@@ -74,7 +74,7 @@ class Course:
         beginning: The layer that training begins at.
         keeps_start: Whether the start stays as it is beneath what is trained, or is trained on itself.
         ranks: Hub name to rank of every matrix that is trained.
-        copying: What is read beside the text.
+        extra: What is read beside the text.
         settings: Of the training.
         tries_rates: Whether its learning rates are a guess to be tried.
         scales: That the result is tried at.
@@ -85,7 +85,7 @@ class Course:
     beginning: Beginning
     keeps_start: bool
     ranks: Mapping[str, int]
-    copying: Copying
+    extra: ExtraText
     settings: TrainingSettings
     tries_rates: bool
     scales: tuple[float, ...]
@@ -99,8 +99,8 @@ def calibrated_course(given: Given) -> Course:
     beginning = Beginning(layers - (0 if given.start is not None else min(recipe.last_layers, layers)), layers)
     ranks = trained_ranks(recipe, pair.student, range(beginning.layer, layers))
     count = len(text.sequences)
-    copying = for_fit(recipe, text.tokens, count, given.fit_text.identical)
-    rows, length = count + copying.sequences(count), text.length
+    extra = for_fit(recipe, text.tokens, count, given.fit_text.identical)
+    rows, length = count + extra.sequences(count), text.length
     step_tokens = step_over_little(rows * length, head_alone=beginning.leaves_head_alone)
     if not beginning.leaves_head_alone:
         step_tokens = max(1, step_tokens // length) * length
@@ -122,7 +122,7 @@ def calibrated_course(given: Given) -> Course:
         halvings=_MOST_HALVINGS,
         seed=recipe.seed,
     )
-    return Course("calibrated", beginning, True, ranks, copying, settings, False, GLOBAL_SCALES, placement)
+    return Course("calibrated", beginning, True, ranks, extra, settings, False, GLOBAL_SCALES, placement)
 
 
 def refined_course(given: Given) -> Course:
@@ -131,9 +131,9 @@ def refined_course(given: Given) -> Course:
     assert given.text.check is not None
     ranks, count = trained_ranks(recipe, pair.student), len(text.sequences)
     head_moves = trains_head(recipe, len(given.fit_text.student_ids))
-    copying = for_training(recipe, text.tokens, count, given.fit_text.identical, head_moves)
+    extra = for_training(recipe, text.tokens, count, given.fit_text.identical, head_moves)
     passes = epochs(recipe, given.stages, head_moves)
-    tokens = (count + copying.sequences(count)) * text.length
+    tokens = (count + extra.sequences(count)) * text.length
     steps, step_tokens = optimiser_steps(recipe, passes, tokens, text.length)
     trained = TrainedParts(ranks, head_moves, step_tokens // text.length, step_tokens)
     placement = place_training(recipe, pair, given.devices, given.workers, trained)
@@ -156,4 +156,4 @@ def refined_course(given: Given) -> Course:
     )
     tries = asked.learning_rate == "auto" and worth_trying(steps)
     beginning = Beginning(0, pair.student.architecture.layers)
-    return Course("refined", beginning, False, ranks, copying, settings, tries, _SCALES_OF_A_LONG_RUN, placement)
+    return Course("refined", beginning, False, ranks, extra, settings, tries, _SCALES_OF_A_LONG_RUN, placement)

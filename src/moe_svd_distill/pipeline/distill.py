@@ -37,8 +37,8 @@ from moe_svd_distill.streaming.groups import GROUPS
 
 if TYPE_CHECKING:
     from moe_svd_distill.pipeline.course import Course, Given
-    from moe_svd_distill.pipeline.fitted import Fitted
     from moe_svd_distill.pipeline.stage_text import ScaledAdapter
+    from moe_svd_distill.pipeline.text_stage import StageResult
 
 __all__ = ["Adapter", "Listener", "distill", "load_adapter"]
 
@@ -177,7 +177,7 @@ class _Run:
         report = partial(self.listener.on_stage, step)
         return decide_scale(staged, self.pair, self.text.search, self.device, self.cache, report)
 
-    def calibrate(self, on_top: bool, decision: ScaleDecision) -> tuple[Fitted, Path | None]:
+    def calibrate(self, on_top: bool, decision: ScaleDecision) -> tuple[StageResult, Path | None]:
         """The calibrated stage; no part where nothing of it is kept."""
         from moe_svd_distill.pipeline.course import calibrated_course
 
@@ -192,7 +192,7 @@ class _Run:
             return fitted, None
         return fitted, write_head_part(self.output.parts, self.pair, self.recipe, fitted, alone=not on_top)
 
-    def refine(self, made_of: Ingredients) -> tuple[Fitted, Path]:
+    def refine(self, made_of: Ingredients) -> tuple[StageResult, Path]:
         """The refined stage, from what the stages before have made, or from an adapter that was named."""
         from moe_svd_distill.pipeline.course import refined_course
         from moe_svd_distill.pipeline.stage_text import ScaledAdapter
@@ -230,7 +230,7 @@ class _Run:
 
         return ScaledAdapter(self.output.staged(ADAPTER_FILE).parent, dict(scales))
 
-    def distil_on_text(self, given: Given, course: Course) -> Fitted:
+    def distil_on_text(self, given: Given, course: Course) -> StageResult:
         """A stage on text."""
         from moe_svd_distill.pipeline.text_stage import distil_on_text
 
@@ -241,8 +241,8 @@ class _Run:
         plan: Plan | None,
         units: list[dict[str, Any]],
         summary: ExecutionSummary | None,
-        calibrated: Fitted | None,
-        refined: Fitted | None,
+        calibrated: StageResult | None,
+        refined: StageResult | None,
     ) -> dict[str, Any]:
         """Everything about the run but the figures."""
         tensors = tensor_records(units)

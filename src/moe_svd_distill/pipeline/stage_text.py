@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
-from moe_svd_distill.fitting.check import predicting_places
-from moe_svd_distill.pipeline.copying import Copying, draw
+from moe_svd_distill.pipeline.extra_text import ExtraText, draw
 from moe_svd_distill.streaming import PassSettings, StreamedStates, load_head, stream_states
 from moe_svd_distill.training.job import InputsFile, TextFile
+from moe_svd_distill.training.measuring import predicting_places
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -135,13 +135,13 @@ class Beginning:
 
 
 def stage_texts(
-    text: RunText, copying: Copying, beginning: Beginning, passes: Passes, head: Head, seed: int
+    text: RunText, extra: ExtraText, beginning: Beginning, passes: Passes, head: Head, seed: int
 ) -> tuple[TextFile, TextFile]:
     """Draw what is read beside the text, and let the models read it all, the search text excepted.
 
     Args:
         text: From ``read_run_text``, with a part to train on.
-        copying: What is read beside it.
+        extra: What is read beside it.
         beginning: Where training begins.
         passes: Reads.
         head: The student's over the common tokens, as it is when training begins.
@@ -154,7 +154,7 @@ def stage_texts(
     assert fit is not None
     assert check is not None
     count = len(fit.student.sequences)
-    copied = draw(fit.student.sequences, copying, passes.student, head, seed)
+    copied = draw(fit.student.sequences, extra, passes.student, head, seed)
     theirs = passes.teacher("teacher", np.concatenate([fit.teacher.sequences, check.teacher.sequences, copied]))
     ids = np.concatenate([fit.student.sequences, copied])
     offset = (count + len(check.teacher.sequences)) * fit.teacher.length

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,10 +18,8 @@ import torch
 from moe_svd_distill.algebra.figures import Measurement
 from moe_svd_distill.files.names import CURVE_FILE
 from moe_svd_distill.files.writing import write_json
-from moe_svd_distill.fitting.check import predicting_places
 from moe_svd_distill.pipeline.course import Course, Given
-from moe_svd_distill.pipeline.fitted import Fitted
-from moe_svd_distill.pipeline.moving_head import MovingHead
+from moe_svd_distill.pipeline.head_change import HeadChange, MovingHead
 from moe_svd_distill.pipeline.preparation import digest_of, library_versions
 from moe_svd_distill.pipeline.stage_text import Passes, Report, search_text, stage_texts, student_head
 from moe_svd_distill.pipeline.training_start import Start, read_start
@@ -32,6 +30,7 @@ from moe_svd_distill.training.fixed_head import FixedHead
 from moe_svd_distill.training.head import TrainedHead
 from moe_svd_distill.training.job import Trained, Trainee, TrainingJob
 from moe_svd_distill.training.loop import Progress
+from moe_svd_distill.training.measuring import predicting_places
 from moe_svd_distill.training.text import TrainingText
 
 if TYPE_CHECKING:
@@ -42,7 +41,24 @@ if TYPE_CHECKING:
 ALGORITHM = 7  # raise whenever the same input would give another adapter
 
 
-def distil_on_text(given: Given, course: Course, report: Report, note: Callable[[str], None]) -> Fitted:
+@dataclass(frozen=True, eq=False)
+class StageResult:
+    """What a stage on text has made, and how it came about.
+
+    Attributes:
+        head: What has become of the head; None where it stands still.
+        pairs: Hub name to ``(B, A)`` as stored, for every other matrix that was trained.
+        search: The scale search on top of what was there before.
+        record: Facts for run.json.
+    """
+
+    head: HeadChange | None
+    pairs: Mapping[str, tuple[Tensor, Tensor]]
+    search: ScaleSearch
+    record: dict[str, Any]
+
+
+def distil_on_text(given: Given, course: Course, report: Report, note: Callable[[str], None]) -> StageResult:
     """Train the student's pairs and its head, choose the head's rank and the scale of it all.
 
     Args:
@@ -69,7 +85,7 @@ class _TextStage:
         fitting = "fitting the head" if course.beginning.leaves_head_alone else "fitting the head and the last layers"
         self.step, self.points = fitting if course.stage == "calibrated" else "training", 0
 
-    def run(self) -> Fitted:
+    def run(self) -> StageResult:
         begin, course = time.monotonic(), self.course
         start = read_start(self.given, course)
         job = self.job(start)
@@ -90,13 +106,13 @@ class _TextStage:
         record = facts(job, run, start) | {"scale": scale} | (asdict(choice) if choice else {})
         record |= {
             "common_tokens": len(job.student_ids),
-            "copies_of_the_text": course.copying.copies,
-            "own_text_sequences": course.copying.own,
+            "copies_of_the_text": course.extra.copies,
+            "own_text_sequences": course.extra.generated,
             "full_rank": min(len(job.student_ids), self.pair.student.architecture.head_slot.shape[1]),
             "streamed": self.passes.facts,
             "seconds": round(time.monotonic() - begin, 2),
         }
-        return Fitted(change, pairs, search, record)
+        return StageResult(change, pairs, search, record)
 
     def told(self, progress: Progress, steps: int) -> None:
         """Pass on where training stands; of a training of all layers the output folder holds its curve."""
@@ -119,7 +135,7 @@ class _TextStage:
         fit, course, placement = self.fit_text, self.course, self.course.placement
         head = student_head(self.pair, self.given.start if course.keeps_start else None, fit.student_ids, "cpu")
         beginning, seed = course.beginning, self.recipe.seed
-        text, check = stage_texts(self.given.text, course.copying, beginning, self.passes, head, seed)
+        text, check = stage_texts(self.given.text, course.extra, beginning, self.passes, head, seed)
         identity = {
             "algorithm": ALGORITHM,
             "versions": library_versions(),

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from moe_svd_distill.fitting.check import Places, measure_states
-from moe_svd_distill.fitting.pairs import Segment, StatePairs
-from moe_svd_distill.fitting.rank import choose_rank, head_factors
 from moe_svd_distill.pipeline.assembly import asked_head_rank
-from moe_svd_distill.pipeline.fitted import HeadChange
+from moe_svd_distill.training.head_rank import choose_rank, head_factors
+from moe_svd_distill.training.measuring import Places, StatePairs, mean_kl, measure_states
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +20,19 @@ if TYPE_CHECKING:
     from moe_svd_distill.training.head import TrainedHead
     from moe_svd_distill.training.job import Trainee
     from moe_svd_distill.training.text import TrainingText
+
+
+@dataclass(frozen=True, eq=False)
+class HeadChange:
+    """A change of the head.
+
+    Attributes:
+        factors: ``(B, A)`` as stored, (V, r) and (r, d).
+        delta: Their product, float32, (V, d).
+    """
+
+    factors: tuple[Tensor, Tensor]
+    delta: Tensor
 
 
 class MovingHead:
@@ -47,16 +59,12 @@ class MovingHead:
         self._dtype: torch.dtype = getattr(torch, recipe.dtype)
         self._rows = torch.from_numpy(given.fit_text.student_ids)
         self._vocabulary = student.architecture.head_slot.shape[0]
-        self.choice = choose_rank(
-            head.delta,
-            trainee.metric,
-            asked_head_rank(recipe, student.architecture.head),
-            self._pairs(trainee.check, 1.0),
-            trainee.student,
-            trainee.teacher,
-            kl_before,
-            self._dtype,
-        )
+        asked, states = asked_head_rank(recipe, student.architecture.head), self._pairs(trainee.check, 1.0)
+
+        def kl_of(change: Tensor) -> float:
+            return mean_kl(states, trainee.student.plus(change), trainee.teacher)
+
+        self.choice = choose_rank(head.delta, trainee.metric, asked, kl_of, kl_before, self._dtype)
 
     def figures(self, scale: float, text: TrainingText, places: Places) -> Measurement:
         """Of the student with this share of the adapter, on a text."""
@@ -80,7 +88,7 @@ class MovingHead:
     def _pairs(self, text: TrainingText, scale: float) -> StatePairs:
         """States of a text that is measured on, in the order of its places."""
         mine = self._trainee.states_of(text, scale)
-        return StatePairs([Segment(mine, text.teacher, np.arange(len(mine)), text.teacher_position)])
+        return StatePairs(mine, text.teacher, np.arange(len(mine)), text.teacher_position)
 
     def _factors(self, scale: float) -> tuple[Tensor, Tensor]:
         delta, metric = self._head.delta, self._trainee.metric
