@@ -16,7 +16,7 @@ from moe_svd_distill.execution.supervisor import ExecutionSummary, Settings, exe
 from moe_svd_distill.files.names import ADAPTER_FILE, CARD_FILE, RECORD_FILE
 from moe_svd_distill.files.writing import write_json, write_text
 from moe_svd_distill.pairing.plan import Plan
-from moe_svd_distill.pipeline.assembly import Ingredients, head_is_whole, stage_adapter, write_head_part
+from moe_svd_distill.pipeline.assembly import AdapterChange, head_is_whole, stage_adapter, write_head_part
 from moe_svd_distill.pipeline.method import Stages, choose_stages
 from moe_svd_distill.pipeline.pair import ModelPair, open_pair
 from moe_svd_distill.pipeline.preparation import execution_settings, make_work, prepare
@@ -122,16 +122,18 @@ class _Run:
         summary, decision = None, ScaleDecision.keep()
         if plan is not None:
             summary, parts, units = self.weights(plan)
-            self.stage(Ingredients(parts, decision))
+            self.stage(AdapterChange(parts, decision))
             decision = self.scale()
         calibrated, head = None, None
         if self.stages.calibrated:
             calibrated, head = self.calibrate(plan is not None, decision)
         refined = None
         if self.stages.refined:
-            refined, head = self.refine(Ingredients(parts, decision, head))
+            refined, head = self.refine(AdapterChange(parts, decision, head))
             parts = ()
-        digest = self.stage(Ingredients(parts, decision, head))
+        digest = self.stage(AdapterChange(parts, decision, head))
+        self.listener.on_stage("checking that PEFT loads it", None)
+        check_loads(self.output.staged(ADAPTER_FILE).parent, self.pair.student.checkpoint.folder)
         record = self.record(plan, units, summary, calibrated, refined)
         scale = combined_decision(decision if plan is not None else None, calibrated, refined)
         record |= {
@@ -159,13 +161,10 @@ class _Run:
             )
         return summary, tuple(summary.parts[unit.key] for unit in plan.units), units
 
-    def stage(self, made_of: Ingredients) -> str:
-        """Write the adapter as it stands and make sure that PEFT loads it."""
+    def stage(self, change: AdapterChange) -> str:
+        """Write the adapter as it stands; returns its digest."""
         self.listener.on_stage("writing the adapter", None)
-        digest = stage_adapter(self.output, self.recipe, self.pair, made_of)
-        self.listener.on_stage("checking that PEFT loads it", None)
-        check_loads(self.output.staged(ADAPTER_FILE).parent, self.pair.student.checkpoint.folder)
-        return digest
+        return stage_adapter(self.output, self.recipe, self.pair, change)
 
     def scale(self) -> ScaleDecision:
         """Scales of the weights stage."""
@@ -192,7 +191,7 @@ class _Run:
             return fitted, None
         return fitted, write_head_part(self.output.parts, self.pair, self.recipe, fitted, alone=not on_top)
 
-    def refine(self, made_of: Ingredients) -> tuple[StageResult, Path]:
+    def refine(self, change: AdapterChange) -> tuple[StageResult, Path]:
         """The refined stage, from what the stages before have made, or from an adapter that was named."""
         from moe_svd_distill.pipeline.course import refined_course
         from moe_svd_distill.pipeline.stage_text import ScaledAdapter
@@ -201,8 +200,8 @@ class _Run:
         start = None
         if self.stages.start is not None:
             start = ScaledAdapter(self.stages.start, dict.fromkeys(GROUPS, 1.0))
-        elif made_of.parts or made_of.head:
-            self.stage(made_of)
+        elif change.parts or change.head:
+            self.stage(change)
             start = self.staged_adapter(dict.fromkeys(GROUPS, 1.0))
         given = self.given(self.text, start)
         refined = self.distil_on_text(given, refined_course(given))
