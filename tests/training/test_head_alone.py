@@ -12,9 +12,9 @@ import torch
 from moe_svd_distill.algebra.logits import LogitTransform
 from moe_svd_distill.algebra.whitening import whitening
 from moe_svd_distill.training.engine import HeadEngine
-from moe_svd_distill.training.factors import FactorBank
 from moe_svd_distill.training.head import TrainedHead
 from moe_svd_distill.training.loop import Outcome, Progress, Training
+from moe_svd_distill.training.lora_parameters import LoraParameters
 from moe_svd_distill.training.measuring import StatePairs, mean_kl
 from moe_svd_distill.training.saves import Saves
 from moe_svd_distill.training.settings import TrainingSettings
@@ -48,7 +48,7 @@ def _head(problem: Problem, start: torch.Tensor | None = None) -> TrainedHead:
 def _training(problem: Problem, head: TrainedHead, **values: float) -> Training:
     settings = replace(SETTINGS, **values)  # type: ignore[arg-type]
     return Training(
-        HeadEngine(), FactorBank({}, {}, CPU, {}, 0), head, _text(problem.fit), _text(problem.check), settings
+        HeadEngine(), LoraParameters({}, {}, CPU, {}, 0), head, _text(problem.fit), _text(problem.check), settings
     )
 
 
@@ -77,7 +77,7 @@ def test_the_gradient_is_what_autograd_says_in_float64(transform: LogitTransform
     kl = (wanted.exp() * (wanted - found)).sum(-1).mean()
     by_weights, by_states = torch.autograd.grad(kl, (weights, mine))
     unknown = torch.full((6,), -1)
-    given = head.learn(mine.detach().float(), Batch(unknown, unknown, theirs.float(), unknown), 6)
+    given = head.accumulate_gradients(mine.detach().float(), Batch(unknown, unknown, theirs.float(), unknown), 6)
     torch.testing.assert_close(head.gradient.view(11, 7).double(), by_weights, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(given.double(), by_states, rtol=1e-3, atol=1e-6)
     assert float(head.loss) == pytest.approx(float(kl.detach()), rel=1e-5)

@@ -223,7 +223,7 @@ def _trials(recipe: Recipe, steps: int) -> tuple[int, int]:
 
 
 def _rows_bytes(recipe: Recipe, tokens: int, student: Model) -> int:
-    """What one process keeps of the teacher for a head that stands still (`training.expected_rows`)."""
+    """What one process keeps of the teacher for a head that stands still (`training.fixed_head`)."""
     from moe_svd_distill.training.settings import needs_rows
 
     fixed = not trains_head(recipe, student.layout.geometry.vocabulary)

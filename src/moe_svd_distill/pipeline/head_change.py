@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moe_svd_distill.algebra.figures import Measurement
     from moe_svd_distill.pipeline.course import Given
     from moe_svd_distill.training.head import TrainedHead
-    from moe_svd_distill.training.job import Trainee
+    from moe_svd_distill.training.job import StudentInTraining
     from moe_svd_distill.training.text import TrainingText
 
 
@@ -43,7 +43,7 @@ class MovingHead:
     """
 
     def __init__(
-        self, given: Given, trainee: Trainee, head: TrainedHead, kl_before: float, origin: Tensor | None
+        self, given: Given, trainee: StudentInTraining, head: TrainedHead, kl_before: float, origin: Tensor | None
     ) -> None:
         """Choose the rank on the checking text.
 

@@ -24,13 +24,12 @@ from moe_svd_distill.pipeline.preparation import digest_of, library_versions
 from moe_svd_distill.pipeline.stage_text import Passes, Report, search_text, stage_texts, student_head
 from moe_svd_distill.pipeline.training_start import Start, read_start
 from moe_svd_distill.streaming import PassSettings, load_head
-from moe_svd_distill.training.crew import trained
-from moe_svd_distill.training.expected_rows import ExpectedText, with_expected_rows
-from moe_svd_distill.training.fixed_head import FixedHead
+from moe_svd_distill.training.fixed_head import ExpectedText, FixedHead, with_expected_rows
 from moe_svd_distill.training.head import TrainedHead
-from moe_svd_distill.training.job import Trained, Trainee, TrainingJob
+from moe_svd_distill.training.job import StudentInTraining, TrainingJob, TrainingReport
 from moe_svd_distill.training.loop import Progress
 from moe_svd_distill.training.measuring import predicting_places
+from moe_svd_distill.training.processes import run_training
 from moe_svd_distill.training.text import TrainingText
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ class _TextStage:
         start = read_start(self.given, course)
         job = self.job(start)
         self.report("preparing the student, and what the loss needs of the teacher", None)
-        with trained(job, self.told) as (trainee, run):
+        with run_training(job, self.on_progress) as (trainee, run):
             self.report("measuring the trained student", None)
             moving = None
             if isinstance(trainee.head, TrainedHead):
@@ -114,7 +113,7 @@ class _TextStage:
         }
         return StageResult(change, pairs, search, record)
 
-    def told(self, progress: Progress, steps: int) -> None:
+    def on_progress(self, progress: Progress, steps: int) -> None:
         """Pass on where training stands; of a training of all layers the output folder holds its curve."""
         self.report(self.step, progress.step / steps)
         if len(progress.curve) == self.points:
@@ -171,14 +170,14 @@ class _TextStage:
             save_seconds=self.recipe.training.save_seconds,
         )
 
-    def stored_pair(self, trainee: Trainee, name: str, scale: float) -> tuple[Tensor, Tensor]:
+    def stored_pair(self, trainee: StudentInTraining, name: str, scale: float) -> tuple[Tensor, Tensor]:
         """``(B, A)`` of a matrix as stored, with zeros up to the rank that was asked for, so that all are alike."""
         left, right = trainee.pair(name)
         lacking, dtype = self.course.ranks[name] - len(right), getattr(torch, self.recipe.dtype)
         left = torch.nn.functional.pad(scale * left, (0, lacking))
         return left.to("cpu", dtype), torch.nn.functional.pad(right, (0, 0, 0, lacking)).to("cpu", dtype)
 
-    def search_scale(self, trainee: Trainee, moving: MovingHead | None) -> ScaleSearch:
+    def search_scale(self, trainee: StudentInTraining, moving: MovingHead | None) -> ScaleSearch:
         """How much of it all to keep; nothing is a valid answer."""
         from moe_svd_distill.evaluation.scale_search import search_scale
 
@@ -209,7 +208,7 @@ class _TextStage:
         teacher = load_head(checkpoint, self.given.devices[0], torch.float32, tokens=tokens)
         return with_expected_rows(text, teacher, head.weights, 0.0, self.given.folder, "search", head.products.dtype)
 
-    def facts_of_fit(self, job: TrainingJob, run: Trained, start: Start) -> dict[str, Any]:
+    def facts_of_fit(self, job: TrainingJob, run: TrainingReport, start: Start) -> dict[str, Any]:
         """For run.json, of the calibrated stage."""
         outcome, settings, beginning = run.outcome, run.settings, self.course.beginning
         last, halved = beginning.layers - beginning.layer, 2**outcome.halvings
@@ -229,7 +228,7 @@ class _TextStage:
             "last_layers_matrices": len(self.course.ranks),
         }
 
-    def facts_of_training(self, job: TrainingJob, run: Trained, start: Start) -> dict[str, Any]:
+    def facts_of_training(self, job: TrainingJob, run: TrainingReport, start: Start) -> dict[str, Any]:
         """For run.json, of the refined stage."""
         outcome = run.outcome
         return {

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from moe_svd_distill.pipeline.course import Course, Given
     from moe_svd_distill.pipeline.pair import ModelPair
-    from moe_svd_distill.training.stacks import Pair
+    from moe_svd_distill.training.lora_pairs import Pair
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,16 +18,16 @@ from torch import Tensor
 
 from moe_svd_distill.streaming.budget import activation_budget
 from moe_svd_distill.streaming.decoder import Decoder
-from moe_svd_distill.training.factors import FactorBank
 from moe_svd_distill.training.fixed_head import FixedHead
 from moe_svd_distill.training.head import TrainedHead
+from moe_svd_distill.training.lora_parameters import LoraParameters
 from moe_svd_distill.training.text import Batch
 
 
 class Engine(Protocol):
     """Runs the student as it is now."""
 
-    def learn(self, batches: Sequence[Batch], head: TrainedHead | FixedHead, places: int) -> None:
+    def accumulate_gradients(self, batches: Sequence[Batch], head: TrainedHead | FixedHead, places: int) -> None:
         """Add the gradients of a step to those in the factors' bank and in the head.
 
         Args:
@@ -43,10 +43,10 @@ class Engine(Protocol):
 class HeadEngine:
     """An `Engine` without layers: what was recorded are the final states."""
 
-    def learn(self, batches: Sequence[Batch], head: TrainedHead | FixedHead, places: int) -> None:
+    def accumulate_gradients(self, batches: Sequence[Batch], head: TrainedHead | FixedHead, places: int) -> None:
         """As `Engine`."""
         for batch, states in zip(batches, self.states(batches), strict=True):
-            head.learn(states, batch, places)
+            head.accumulate_gradients(states, batch, places)
 
     def states(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
         """As `Engine`."""
@@ -57,19 +57,19 @@ class HeadEngine:
 class ResidentEngine:
     """An `Engine` for a decoder whose layers from one on are in memory."""
 
-    def __init__(self, decoder: Decoder, bank: FactorBank, first: int = 0) -> None:
+    def __init__(self, decoder: Decoder, bank: LoraParameters, first: int = 0) -> None:
         self._decoder, self._bank, self._first = decoder, bank, first
         self._bases = {layer: bank.bases(layer) for layer in range(first, decoder.layers)}
         for layer in self._bases:
-            bank.collect(layer)
+            bank.hook_gradients(layer)
 
-    def learn(self, batches: Sequence[Batch], head: TrainedHead | FixedHead, places: int) -> None:
+    def accumulate_gradients(self, batches: Sequence[Batch], head: TrainedHead | FixedHead, places: int) -> None:
         """As `Engine`."""
         self._compose()
         for batch in batches:
             with torch.enable_grad():
                 states = self._states(batch)
-            torch.autograd.backward(states, head.learn(states.detach(), batch, places).to(states.dtype))
+            torch.autograd.backward(states, head.accumulate_gradients(states.detach(), batch, places).to(states.dtype))
 
     @torch.no_grad()
     def states(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
@@ -90,7 +90,7 @@ class StreamedEngine:
     """An `Engine` for a decoder of which a layer is in memory at a time."""
 
     def __init__(
-        self, decoder: Decoder, bank: FactorBank, folder: Path, budget: int | None = None, first: int = 0
+        self, decoder: Decoder, bank: LoraParameters, folder: Path, budget: int | None = None, first: int = 0
     ) -> None:
         """Nothing is read yet.
 
@@ -105,7 +105,7 @@ class StreamedEngine:
         self._decoder, self._bank, self._folder, self._budget = decoder, bank, folder, budget
         self._first = first
 
-    def learn(self, batches: Sequence[Batch], head: TrainedHead | FixedHead, places: int) -> None:
+    def accumulate_gradients(self, batches: Sequence[Batch], head: TrainedHead | FixedHead, places: int) -> None:
         """As `Engine`."""
         decoder = self._decoder
         with _Inputs(self._folder, decoder.device, self._budget) as kept:
@@ -113,7 +113,7 @@ class StreamedEngine:
             slopes: list[list[Tensor | None]] = [[] for _ in batches]
             for layer in range(decoder.layers - 1, self._first - 1, -1):
                 self._enter(layer, layer - 1 if layer > self._first else None)
-                self._bank.collect(layer)
+                self._bank.hook_gradients(layer)
                 for number, batch in enumerate(batches):
                     before = [
                         tensor.to(decoder.device).detach().requires_grad_(tensor.is_floating_point())
@@ -125,7 +125,9 @@ class StreamedEngine:
                             after = decoder.step(layer, batch.ids, given)
                         else:
                             after = [decoder.states(batch.ids, layer, given).flatten(0, 1)[batch.position]]
-                            slopes[number] = [head.learn(after[0].detach(), batch, places).to(after[0].dtype)]
+                            slopes[number] = [
+                                head.accumulate_gradients(after[0].detach(), batch, places).to(after[0].dtype)
+                            ]
                     pairs = zip(after, slopes[number], strict=True)
                     wanted = [(value, slope) for value, slope in pairs if slope is not None and value.requires_grad]
                     torch.autograd.backward([value for value, _ in wanted], [slope for _, slope in wanted])

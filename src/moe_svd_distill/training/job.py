@@ -19,15 +19,14 @@ from moe_svd_distill.streaming import Decoder, Head, LayerInputs, load_head
 from moe_svd_distill.streaming.states_file import StatesFile
 from moe_svd_distill.streaming.tables import EmbeddingChange
 from moe_svd_distill.training.engine import Engine, HeadEngine, ResidentEngine, StreamedEngine
-from moe_svd_distill.training.expected_rows import with_expected_rows
-from moe_svd_distill.training.factors import FactorBank
-from moe_svd_distill.training.fixed_head import FixedHead
+from moe_svd_distill.training.fixed_head import FixedHead, with_expected_rows
 from moe_svd_distill.training.head import TrainedHead
 from moe_svd_distill.training.loop import Outcome, Progress, Training
-from moe_svd_distill.training.peers import Peers
+from moe_svd_distill.training.lora_pairs import Pair
+from moe_svd_distill.training.lora_parameters import LoraParameters
+from moe_svd_distill.training.process_group import ProcessGroup
 from moe_svd_distill.training.saves import Saves
 from moe_svd_distill.training.settings import TrainingSettings, needs_rows
-from moe_svd_distill.training.stacks import Pair
 from moe_svd_distill.training.text import IntArray, Recorded, TrainingText
 from moe_svd_distill.training.trials import (
     MULTIPLES,
@@ -139,7 +138,7 @@ class TrainingJob:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingReport:
     """How training went.
 
     Attributes:
@@ -163,7 +162,7 @@ class Trained:
     peak_device_bytes: int
 
 
-class Trainee:
+class StudentInTraining:
     """The student of a job in one process.
 
     Attributes:
@@ -174,15 +173,15 @@ class Trainee:
     metric: Whitening
     teacher: Head
 
-    def __init__(self, job: TrainingJob, peers: Peers) -> None:
+    def __init__(self, job: TrainingJob, group: ProcessGroup) -> None:
         """Read it, and begin with the job's start.
 
         Args:
             job: The run.
-            peers: Its processes.
+            group: Its processes.
         """
-        self._job, self._peers = job, peers
-        self.device = torch.device(job.devices[peers.number])
+        self._job, self._group = job, group
+        self.device = torch.device(job.devices[group.number])
         self.check = job.check.open(job.dtype)
         self.text = job.text.open(job.dtype)
         with open_part(job.start) as start:
@@ -194,7 +193,7 @@ class Trainee:
             for name in tensors
             if name.endswith("#A") and not name.startswith(EMBEDDING)
         }
-        self.bank = FactorBank(self.decoder.matrices.of_layer, job.ranks, self.device, pairs, job.settings.seed)
+        self.bank = LoraParameters(self.decoder.matrices.of_layer, job.ranks, self.device, pairs, job.settings.seed)
         self.engine = self._engine()
         device = str(self.device)
         self.student = load_head(job.student, device, torch.float32, tokens=job.student_ids)
@@ -216,9 +215,9 @@ class Trainee:
         decoder.enter_all(job.first)
         return ResidentEngine(decoder, self.bank, job.first)
 
-    def train(self, on_progress: Listener) -> Trained:
+    def train(self, on_progress: Listener) -> TrainingReport:
         """Train, or go on with it; the best state is then in the bank and the head."""
-        saves = Saves(self._job.folder, self._job.key, self._peers.number == 0, self._job.save_seconds)
+        saves = Saves(self._job.folder, self._job.key, self._group.number == 0, self._job.save_seconds)
         choice = self._choice()
         settings = self._job.settings if choice is None else with_best(self._job.settings, choice.trials)
         before = self._reading()
@@ -229,7 +228,7 @@ class Trainee:
         read, reading, waiting = (now - then for now, then in zip(self._reading(), before, strict=True))
         on_device = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
         anonymous = self.decoder.watch.look()
-        return Trained(outcome, settings, choice, int(read), reading, waiting, anonymous, on_device)
+        return TrainingReport(outcome, settings, choice, int(read), reading, waiting, anonymous, on_device)
 
     def _reading(self) -> tuple[float, float, float]:
         """Bytes read so far, seconds of reading, seconds of waiting for it."""
@@ -241,9 +240,9 @@ class Trainee:
         for values, first in zip((self.bank.values, self.head.values), self._first, strict=False):
             values.copy_(first)
         if untouched:
-            self.bank.forget()
-            self.head.forget()
-        return Training(self.engine, self.bank, self.head, self.text, self.check, settings, self._peers)
+            self.bank.reset_to_zero()
+            self.head.reset_to_zero()
+        return Training(self.engine, self.bank, self.head, self.text, self.check, settings, self._group)
 
     def _choice(self) -> RateChoice | None:
         """The trials of the learning rate, made once in the life of a run."""
@@ -262,7 +261,7 @@ class Trainee:
         begin = partial(self._run, untouched=not polishing)
         before, multiples = (start_kl, POLISHING) if polishing else (untouched, MULTIPLES)
         choice = RateChoice(choose_rate(begin, job.settings, before, multiples), start_kl, polishing)
-        if self._peers.number == 0:
+        if self._group.number == 0:
             write_part(job.folder, key, PartContent({}, asdict(choice)))
         return choice
 
@@ -300,7 +299,7 @@ class Trainee:
 
         def short_of(text: TrainingText, share: float, name: str) -> TrainingText:
             rows = with_expected_rows(
-                text, teacher, self.student, share, job.folder, f"{self._peers.number}-{name}", head.products.dtype
+                text, teacher, self.student, share, job.folder, f"{self._group.number}-{name}", head.products.dtype
             )
             return self._closing.enter_context(rows).text
 

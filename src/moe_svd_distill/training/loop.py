@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_svd_distill.training.engine import Engine
-from moe_svd_distill.training.factors import FactorBank
 from moe_svd_distill.training.fixed_head import FixedHead
 from moe_svd_distill.training.head import TrainedHead
+from moe_svd_distill.training.lora_parameters import LoraParameters
 from moe_svd_distill.training.optimiser import AdamW, Muon, Optimiser
-from moe_svd_distill.training.peers import Alone, Peers
+from moe_svd_distill.training.process_group import ProcessGroup, SingleProcess
 from moe_svd_distill.training.saves import Saves
 from moe_svd_distill.training.settings import TrainingSettings
 from moe_svd_distill.training.text import Batch, TrainingText
@@ -105,12 +105,12 @@ class Training:
     def __init__(
         self,
         engine: Engine,
-        bank: FactorBank,
+        bank: LoraParameters,
         head: TrainedHead | FixedHead,
         text: TrainingText,
         check: TrainingText,
         settings: TrainingSettings,
-        peers: Peers | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         """Nothing runs yet.
 
@@ -121,10 +121,10 @@ class Training:
             text: To train on.
             check: To measure on.
             settings: How.
-            peers: The processes that share the work.
+            group: The processes that share the work.
         """
         self.engine, self.bank, self.head, self.text, self.check = engine, bank, head, text, check
-        self.settings, self.peers = settings, peers or Alone()
+        self.settings, self.group = settings, group or SingleProcess()
         self.device = bank.values.device
         self.rows = max(1, settings.step_tokens // text.length)
         self.steps_in_epoch = max(1, len(text) // self.rows)
@@ -198,12 +198,12 @@ class Training:
     def measure(self) -> float:
         """Mean KL on the checking text, in nats per place."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        mine = np.arange(len(self.check))[self.peers.number :: self.peers.count]
+        mine = np.arange(len(self.check))[self.group.number :: self.group.count]
         batches = self._batches(self.check, mine)
         for batch, states in zip(batches, self.engine.states(batches), strict=True):
             sums[0] += self.head.divergence(states, batch)
             sums[1] += len(states)
-        self.peers.add_up(sums)
+        self.group.add_up(sums)
         return float(sums[0] / sums[1])
 
     def _optimisers(self, settings: TrainingSettings) -> dict[str, tuple[Optimiser, float]]:
@@ -212,7 +212,7 @@ class Training:
         if bank.values.numel():
             decay = settings.weight_decay
             factors: Optimiser = (
-                Muon(bank, settings.momentum, decay, self.peers)
+                Muon(bank, settings.momentum, decay, self.group)
                 if settings.optimiser == "muon"
                 else AdamW(bank.values, bank.gradient, settings.betas, decay, bank.blocks)
             )
@@ -241,8 +241,10 @@ class Training:
         self.head.gradient.zero_()
         self.head.loss.zero_()
         places = self.text.places(rows)
-        self.engine.learn(self._batches(self.text, rows[self.peers.number :: self.peers.count]), self.head, places)
-        self.peers.add_up(self.bank.gradient, self.head.gradient, self.head.loss)
+        self.engine.accumulate_gradients(
+            self._batches(self.text, rows[self.group.number :: self.group.count]), self.head, places
+        )
+        self.group.add_up(self.bank.gradient, self.head.gradient, self.head.loss)
         for gradient in (self.bank.gradient, self.head.gradient):
             norm = float(gradient.norm()) if gradient.numel() else 0.0
             if norm > self.settings.clip:
@@ -284,10 +286,10 @@ class Training:
 
     def _together(self, value: bool) -> bool:
         """Whether the first process says so: its clock counts."""
-        if self.peers.count == 1:
+        if self.group.count == 1:
             return value
-        flag = torch.tensor([float(value and self.peers.number == 0)], device=self.device)
-        self.peers.add_up(flag)
+        flag = torch.tensor([float(value and self.group.number == 0)], device=self.device)
+        self.group.add_up(flag)
         return bool(flag.item())
 
     def _values(self) -> list[Tensor]:
