@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_svd_distill.training import factors
+from moe_svd_distill.training import lora_parameters
 from moe_svd_distill.training.lora_pairs import LoraPairs, LoraPairsBeside, add_product
 from tests.support.models import saved
 from tests.training.setting import Setting, disturb, made_up_text, setting
@@ -48,7 +48,7 @@ def test_beside_and_inside_give_the_same_states_and_gradients(
 ) -> None:
     model = saved(kind, tmp_path / "model", dtype=torch.float32)
     beside = setting(model, tmp_path, rank=1, streamed=streamed)
-    monkeypatch.setattr(factors, "acts_beside", lambda matrix, rank: False)
+    monkeypatch.setattr(lora_parameters, "acts_beside", lambda matrix, rank: False)
     inside = setting(model, tmp_path, rank=1, streamed=streamed)
     assert any(isinstance(stack, LoraPairsBeside) for layer in range(2) for stack in beside.bank.stacks(layer))
     assert all(type(stack) is not LoraPairsBeside for layer in range(2) for stack in inside.bank.stacks(layer))
