@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.errors import IncompatiblePairError
 from moe_svd_distill.streaming import Decoder
-from moe_svd_distill.streaming.gates import Shell
+from moe_svd_distill.streaming.carried import changed, flatten, put, unflatten
+from moe_svd_distill.streaming.gates import GatedDecoder
 from moe_svd_distill.streaming.layout import Layout
-from moe_svd_distill.streaming.tables import Rows, StoredTable
-from moe_svd_distill.streaming.trees import changed, flatten, put, unflatten
+from moe_svd_distill.streaming.weights import StoredTable, TableRows
 from tests.support.models import load, saved
 
 CPU = torch.device("cpu")
@@ -108,37 +108,37 @@ def with_a_memory_of_its_own(layers: nn.ModuleList, hidden: Tensor) -> Tensor:
     return hidden
 
 
-def shell_of(between: Between) -> tuple[Toy, Shell]:
+def gated(between: Between) -> tuple[Toy, GatedDecoder]:
     toy = Toy(between)
-    shell = Shell(SimpleNamespace(decoder=toy, originals=tuple(toy.layers)), CPU)  # type: ignore[arg-type]
-    shell.layers = dict(enumerate(toy.layers))
-    return toy, shell
+    decoder = GatedDecoder(SimpleNamespace(decoder=toy, originals=tuple(toy.layers)), CPU)  # type: ignore[arg-type]
+    decoder.layers = dict(enumerate(toy.layers))
+    return toy, decoder
 
 
 @pytest.mark.parametrize("between", [plain, with_container, with_tokens])
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_layer_after_layer_gives_what_the_decoder_gives(between: Between, cut: int) -> None:
     """In batches of two and one to the cut, in another process's place and other batches from there."""
-    toy, shell = shell_of(between)
+    toy, decoder = gated(between)
     layout, batches = Layout("Toy", LAYERS), [slice(0, 2), slice(2, 3)]
     recorded: list[list[Tensor]] = [[], []]
     for index in range(cut):
         recorded = [
-            layout.step(shell, IDS[rows], index, given, learn=rows.start == 0)
+            layout.step(decoder, IDS[rows], index, given, learn=rows.start == 0)
             for rows, given in zip(batches, recorded, strict=True)
         ]
     packed = torch.cat([layout.gate(cut).pack(each) for each in recorded])
     later = Layout("Toy", LAYERS)
     later.decode(cut, json.loads(json.dumps(layout.encode(cut))))
     for rows in (slice(0, 1), slice(1, 3)):
-        found = later.states(shell, IDS[rows], cut, later.gate(cut).unpack(packed[rows]))
+        found = later.states(decoder, IDS[rows], cut, later.gate(cut).unpack(packed[rows]))
         torch.testing.assert_close(found, toy(IDS[rows], use_cache=False).last_hidden_state)
 
 
 def test_what_follows_from_the_tokens_is_not_carried() -> None:
-    _, shell = shell_of(with_tokens)
+    _, decoder = gated(with_tokens)
     layout = Layout("Toy", LAYERS)
-    (hidden,) = layout.step(shell, IDS, 0, [], learn=True)
+    (hidden,) = layout.step(decoder, IDS, 0, [], learn=True)
     assert layout.gate(1).paths == ((0, 0),)
     assert hidden.shape == (3, 1, LENGTH, WIDTH)  # sequence by sequence, though they are the second dimension there
 
@@ -153,32 +153,32 @@ def test_what_follows_from_the_tokens_is_not_carried() -> None:
     ],
 )
 def test_what_cannot_be_carried_is_refused(between: Between, message: str) -> None:
-    _, shell = shell_of(between)
+    _, decoder = gated(between)
     layout, given = Layout("Toy", LAYERS), []
     with pytest.raises(IncompatiblePairError, match=message):  # noqa: PT012
         for index in range(LAYERS - 1):
-            given = layout.step(shell, IDS, index, given, learn=True)
-        layout.states(shell, IDS, LAYERS - 1, given)
+            given = layout.step(decoder, IDS, index, given, learn=True)
+        layout.states(decoder, IDS, LAYERS - 1, given)
 
 
 def test_placeholders_take_no_memory() -> None:
     """Those of all layers before the one that runs would otherwise be as large as a layer or larger."""
-    _, shell = shell_of(plain)
+    _, decoder = gated(plain)
     layout = Layout("Toy", LAYERS)
-    given = layout.step(shell, IDS, 0, [], learn=True)
-    layout.step(shell, IDS, 1, given, learn=True)
+    given = layout.step(decoder, IDS, 0, [], learn=True)
+    layout.step(decoder, IDS, 1, given, learn=True)
     value = layout._placeholder(torch.zeros(1000, LENGTH))(0)
     assert value.shape == (1000, LENGTH, WIDTH)
     assert value.untyped_storage().nbytes() == 4
 
 
 def test_a_batch_leaves_nothing_behind() -> None:
-    toy, shell = shell_of(plain)
+    toy, decoder = gated(plain)
     seen: list[weakref.ref[Tensor]] = []
     for layer in toy.layers:
         layer.register_forward_hook(lambda _, given, output: seen.extend(map(weakref.ref, (*given, output))))
     layout = Layout("Toy", LAYERS)
-    layout.step(shell, IDS, 1, layout.step(shell, IDS, 0, [], learn=True), learn=True)
+    layout.step(decoder, IDS, 1, layout.step(decoder, IDS, 0, [], learn=True), learn=True)
     assert len(seen) >= 4
     assert not any(each() is not None for each in seen)
 
@@ -198,10 +198,10 @@ def test_trees() -> None:
         flatten(object())
 
 
-def table(folder: Any) -> tuple[Rows, Tensor]:
+def table(folder: Any) -> tuple[TableRows, Tensor]:
     checkpoint = open_checkpoint(saved("llama", folder / "model"))
     name = "model.embed_tokens.weight"
-    return Rows(checkpoint, name, torch.float32, None), checkpoint.read(name).float()
+    return TableRows(checkpoint, name, torch.float32, None), checkpoint.read(name).float()
 
 
 def test_a_table_is_looked_up_in_its_file(tmp_path: Any) -> None:

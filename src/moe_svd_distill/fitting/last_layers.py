@@ -18,7 +18,7 @@ from torch import Tensor
 from moe_svd_distill.algebra.adam import adam_step
 from moe_svd_distill.fitting.pairs import Segment, StatePairs
 from moe_svd_distill.streaming import Decoder, LayerInputs, Matrix
-from moe_svd_distill.streaming.states import slices
+from moe_svd_distill.streaming.states_file import slices
 
 STEP_TOKENS = 512
 BODY_RATE = 0.6  # over the width of the states: 5e-3 at 128, 3e-4 at 2048, where LoRA training commonly is

@@ -25,7 +25,7 @@ from moe_svd_distill.pipeline.fitted import Fitted, HeadChange
 from moe_svd_distill.pipeline.preparation import available_cores, digest_of, library_versions
 from moe_svd_distill.pipeline.ranks import trained_ranks
 from moe_svd_distill.pipeline.states import Body, MeasuredText, Report, StateReader
-from moe_svd_distill.streaming import Decoder, PassSettings, head_over_common_tokens, load_head
+from moe_svd_distill.streaming import Decoder, PassSettings, ScaledAdapter, head_over_common_tokens, load_head
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,8 +135,7 @@ class _Calibration:
                 device,
                 torch.float32,
                 tokens=self.fit_text.student_ids,
-                adapter=self.body.folder,
-                scales=dict(self.body.scales),
+                adapter=ScaledAdapter(self.body.folder, self.body.scales),
             )
             self.start = changed.weight - self.student.weight
 
@@ -157,7 +156,7 @@ class _Calibration:
         check_rows = self.states.check.rows
         assert check_rows is not None
         decoder = Decoder(student.checkpoint, (self.device,), gradients=True)
-        decoder.begin_at(check_rows.inputs)
+        decoder.enter_all(check_rows.inputs)
         first, count = check_rows.inputs.layer, student.architecture.layers
         self.ranks = trained_ranks(self.recipe, student, range(first, count))
         states = self.states.fit

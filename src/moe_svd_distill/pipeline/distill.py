@@ -33,7 +33,7 @@ from moe_svd_distill.pipeline.scale import ScaleDecision, combined_decision, dec
 from moe_svd_distill.pipeline.texts import RunText, read_run_text
 from moe_svd_distill.recipe import Recipe
 from moe_svd_distill.report.card import adapter_card
-from moe_svd_distill.streaming.groups import GROUPS
+from moe_svd_distill.streaming import GROUPS
 
 if TYPE_CHECKING:
     from moe_svd_distill.pipeline.fitted import Fitted

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from moe_svd_distill.fitting.check import Places, predicting_places
 from moe_svd_distill.fitting.last_layers import RowSegment
 from moe_svd_distill.fitting.pairs import Segment, StatePairs
 from moe_svd_distill.pipeline.copying import Copying, draw, for_fit
-from moe_svd_distill.streaming import Head, PassSettings, StreamedStates, stream_states
+from moe_svd_distill.streaming import Head, PassSettings, ScaledAdapter, StreamedStates, stream_states
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -157,11 +157,10 @@ class StateReader:
 
     def _pass(self, name: str, sequences: NDArray[np.int64], record_at: int | None = None) -> StreamedStates:
         body, progress = self._body, self._progress(name)
-        given: dict[str, Any] = {} if body is None else {"adapter": body.folder, "scales": dict(body.scales)}
+        adapter = None if body is None else ScaledAdapter(body.folder, body.scales)
+        settings = replace(self._settings, record_at=record_at)
         student = self._pair.student.checkpoint
-        return stream_states(
-            student, sequences, self._cache, self._settings, record_at=record_at, on_progress=progress, **given
-        )
+        return stream_states(student, sequences, self._cache, settings, adapter=adapter, on_progress=progress)
 
     def _teacher(self, name: str, sequences: NDArray[np.int64]) -> StreamedStates:
         checkpoint, progress = self._pair.teacher.checkpoint, self._progress(name)

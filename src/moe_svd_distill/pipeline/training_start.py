@@ -14,8 +14,7 @@ from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.errors import IncompatiblePairError
 from moe_svd_distill.execution.parts import PartContent, write_part
 from moe_svd_distill.pipeline.states import Body
-from moe_svd_distill.streaming import load_head
-from moe_svd_distill.streaming.groups import group_of
+from moe_svd_distill.streaming import ScaledAdapter, group_of, load_head
 from moe_svd_distill.training.job import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ def _head_change(pair: ModelPair, body: Body, student_ids: NDArray[np.int64]) ->
     student = pair.student.checkpoint
     plain = load_head(student, "cpu", torch.float32, tokens=student_ids)
     changed = load_head(
-        student, "cpu", torch.float32, tokens=student_ids, adapter=body.folder, scales=dict(body.scales)
+        student, "cpu", torch.float32, tokens=student_ids, adapter=ScaledAdapter(body.folder, body.scales)
     )
     change = changed.weight - plain.weight
     return change if bool(change.any()) else None

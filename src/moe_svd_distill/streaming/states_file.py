@@ -1,4 +1,4 @@
-"""Values of all sequences in one safetensors file that can be written while they are computed.
+"""Values of all sequences: in one safetensors file that can be written while they are computed, and in memory.
 
 Final states are a tensor (n, length, d), what is recorded between two layers one of bytes (n, bytes of a sequence).
 
@@ -25,6 +25,7 @@ from moe_svd_distill.files.dtypes import FLOATS, dtype_code, tensor_bytes, torch
 from moe_svd_distill.files.header import Header, encode_header, lay_out, read_header
 from moe_svd_distill.files.reading import opened, read_at, read_pieces
 from moe_svd_distill.files.writing import durable_file
+from moe_svd_distill.streaming.carried import NOTHING, Gate
 
 _METADATA = "moe_svd_distill"
 _STATES, _BYTES, _DIGEST = "states", "recorded", "sha256"  # of tensors of one width the digest has to be the last
@@ -120,10 +121,93 @@ class StatesFile:
         """The values of some sequences, (rows, …), as a view on the file."""
         return self._states[rows]
 
-    def batches(self, step: int) -> Iterator[Tensor]:
-        """All of them, this many sequences at a time."""
-        for begin in range(0, self.shape[0], step):
-            yield self.rows(slice(begin, begin + step))
+
+class LayerInputs:
+    """What was recorded at a layer for all sequences of a pass: the layers from there on can be run again.
+
+    Attributes:
+        layer: Its number. Nothing is recorded at the first one: there everything follows from the token ids.
+        layout: What it takes to go on from there, for `Layout.decode`.
+    """
+
+    def __init__(self, layer: int, path: Path | None) -> None:
+        self.layer = layer
+        self._file = None if path is None else StatesFile(path)
+        self.layout = None if self._file is None else self._file.body["layout"]
+        self._gate: Gate = NOTHING if self._file is None else Gate.decode(self.layout)
+
+    def rows(self, rows: slice) -> list[Tensor]:
+        """Of some sequences, (rows, …), as private views on the file."""
+        return [] if self._file is None else self._gate.unpack(self._file.rows(rows))
+
+
+class Recorded:
+    """What was recorded, sequence by sequence, to read and to replace batch by batch.
+
+    In memory a layer's results take the place of its inputs as they come, because a sequence depends on no other one.
+    Where the next layer is given more or less, the inputs are read from the file meanwhile, if there is one.
+
+    Attributes:
+        spilled: Whether some of it stayed on the disk for want of memory.
+    """
+
+    def __init__(self, sequences: int, budget: int) -> None:
+        """Before the first layer: nothing.
+
+        Args:
+            sequences: Their number.
+            budget: Bytes that may lie in memory.
+        """
+        self._sequences, self._budget = sequences, budget
+        self._gate: Gate = NOTHING
+        self._path: Path | None = None
+        self._old = torch.empty(sequences, 0, dtype=torch.uint8)
+        self._new: Tensor | None = None
+        self._held = self.spilled = False
+
+    def rows(self, rows: slice) -> list[Tensor]:
+        """Of some sequences, (rows, …), as views."""
+        return self._gate.unpack(self._old[rows])
+
+    def begin(self, width: int) -> None:
+        """Results of so many bytes for a sequence are about to come."""
+        fits = self._sequences * width <= self._budget
+        self.spilled |= not fits
+        if fits and self._held and self._old.shape[1] == width:
+            self._new = self._old
+            return
+        if self._held and self._path is not None:
+            self._old = StatesFile(self._path).rows(slice(None))
+        self._new = torch.empty(self._sequences, width, dtype=torch.uint8) if fits else None
+
+    def take_in(self, rows: slice, packed: Tensor) -> None:
+        """Results of some sequences, (rows, bytes)."""
+        if self._new is not None:
+            self._new[rows] = packed
+
+    def turn_to(self, gate: Gate, path: Path | None) -> None:
+        """All results are there, and in this file too; None for those that lie in memory alone."""
+        self._held = self._new is not None
+        if self._new is not None:
+            self._old = self._new
+        else:
+            assert path is not None
+            self._old = StatesFile(path).rows(slice(None))
+        self._gate, self._path, self._new = gate, path, None
+
+    def load(self, gate: Gate, path: Path, batches: Iterable[slice]) -> None:
+        """Go on from a file, batch by batch."""
+        file = StatesFile(path)
+        self.begin(file.shape[1])
+        for rows in batches:
+            self.take_in(rows, file.rows(rows))
+        self.turn_to(gate, path)
+
+
+def slices(count: int, step: int) -> Iterator[slice]:
+    """Cut a number of sequences into batches."""
+    for begin in range(0, count, step):
+        yield slice(begin, min(begin + step, count))
 
 
 def _body(header: Header) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moe_svd_distill.streaming.budget import activation_budget
 from moe_svd_distill.streaming.decoder import Decoder
+from moe_svd_distill.streaming.devices import activation_budget
 from moe_svd_distill.training.factors import FactorBank
 from moe_svd_distill.training.fixed_head import FixedHead
 from moe_svd_distill.training.head import TrainedHead
