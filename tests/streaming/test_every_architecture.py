@@ -71,7 +71,8 @@ def test_the_last_layers_run_on_any_of_the_recorded_sequences(model: Path, tmp_p
         states = stream_states(checkpoint, IDS.numpy(), tmp_path, replace(SETTINGS, record_at=first))
         assert states.inputs is not None
         decoder = Decoder(checkpoint, (CPU,))
-        decoder.enter_all(states.inputs)
+        decoder.knows_inputs(states.inputs)
+        decoder.enter_all(first)
         for rows in (slice(1, 4), slice(4, 5), slice(0, 1)):
             with torch.no_grad():
                 found = decoder.states(IDS[rows], first, [tensor.clone() for tensor in states.inputs.rows(rows)])

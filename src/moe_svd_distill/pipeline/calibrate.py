@@ -156,7 +156,8 @@ class _Calibration:
         check_rows = self.states.check.rows
         assert check_rows is not None
         decoder = Decoder(student.checkpoint, (self.device,), gradients=True)
-        decoder.enter_all(check_rows.inputs)
+        decoder.knows_inputs(check_rows.inputs)
+        decoder.enter_all(check_rows.inputs.layer)
         first, count = check_rows.inputs.layer, student.architecture.layers
         self.ranks = trained_ranks(self.recipe, student, range(first, count))
         states = self.states.fit

@@ -110,19 +110,17 @@ class Decoder:
         if following is not None and following not in self._here:
             self.reader.prefetch(following)
 
-    def enter_all(self, inputs: LayerInputs | None = None) -> None:
-        """Have all layers in memory, for good.
-
-        Args:
-            inputs: What a pass has recorded at a layer: then that one and those behind it alone, to run them on it.
-        """
-        begin = inputs.layer if inputs else 0
-        if inputs and begin:
-            self.layout.decode(begin, inputs.layout)
+    def enter_all(self, begin: int = 0) -> None:
+        """Have all layers from one on in memory, for good."""
         for layer in range(begin, self.layers):
             self._attach(layer)
         for layer in range(begin, self.layers):  # not before all are there: some share modules
             self._place(layer)
+
+    def knows_inputs(self, inputs: LayerInputs) -> None:
+        """Learn from what a pass has recorded at a layer how to go on from there."""
+        if inputs.layer:
+            self.layout.decode(inputs.layer, inputs.layout)
 
     def leave(self, layer: int) -> None:
         """Let go of a layer's weights."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,7 +93,6 @@ def load_head(
     measured = measure_head(skeleton.model)
     stored = CheckpointMap(checkpoint, skeleton)
     overlay = None if adapter is None else AdapterOverlay(stored, adapter)
-    with closing(WeightReader(stored, place if adapter is None else torch.device("cpu"), overlay)) as reader:
-        reader.attach(HEAD)
+    WeightReader(stored, place if adapter is None else torch.device("cpu"), overlay).attach(HEAD, here=True)
     head = head_of(skeleton.head if overlay is None else overlay.merged_head(), measured, place, kind)
     return head if tokens is None else head_over_common_tokens(head, tokens)

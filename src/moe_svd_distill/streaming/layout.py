@@ -37,10 +37,6 @@ class Layout:
         """What passes a gate, once it is known."""
         return self._gates[index].result()
 
-    def knows(self, index: int) -> bool:
-        """Whether a gate is known."""
-        return self._gates[index].done()
-
     def states(self, decoder: GatedDecoder, ids: Tensor, begin: int, recorded: Sequence[Tensor]) -> Tensor:
         """Run all layers from a gate on; what was recorded there (rows, …) to final states (rows, length, d)."""
         gate = self.gate(begin)

@@ -127,11 +127,12 @@ class LayerInputs:
 
     Attributes:
         layer: Its number. Nothing is recorded at the first one: there everything follows from the token ids.
+        path: The file.
         layout: What it takes to go on from there, for `Layout.decode`.
     """
 
     def __init__(self, layer: int, path: Path | None) -> None:
-        self.layer = layer
+        self.layer, self.path = layer, path
         self._file = None if path is None else StatesFile(path)
         self.layout = None if self._file is None else self._file.body["layout"]
         self._gate: Gate = NOTHING if self._file is None else Gate.decode(self.layout)
@@ -142,66 +143,50 @@ class LayerInputs:
 
 
 class Recorded:
-    """What was recorded, sequence by sequence, to read and to replace batch by batch.
-
-    In memory a layer's results take the place of its inputs as they come, because a sequence depends on no other one.
-    Where the next layer is given more or less, the inputs are read from the file meanwhile, if there is one.
+    """What was recorded at a gate for all sequences, in memory or mapped from a file.
 
     Attributes:
-        spilled: Whether some of it stayed on the disk for want of memory.
+        in_memory: Whether it is.
     """
 
-    def __init__(self, sequences: int, budget: int) -> None:
-        """Before the first layer: nothing.
+    def __init__(self, gate: Gate, packed: Tensor | None, path: Path | None) -> None:
+        """Take what is there.
 
         Args:
-            sequences: Their number.
-            budget: Bytes that may lie in memory.
+            gate: What passes it.
+            packed: In memory, (n, bytes of a sequence); None where it is mapped from the file.
+            path: The file that holds it too, if there is one.
         """
-        self._sequences, self._budget = sequences, budget
-        self._gate: Gate = NOTHING
-        self._path: Path | None = None
-        self._old = torch.empty(sequences, 0, dtype=torch.uint8)
-        self._new: Tensor | None = None
-        self._held = self.spilled = False
+        self._gate, self._path = gate, path
+        self.in_memory = packed is not None
+        self._packed = self._mapped() if packed is None else packed
 
     def rows(self, rows: slice) -> list[Tensor]:
         """Of some sequences, (rows, …), as views."""
-        return self._gate.unpack(self._old[rows])
+        return self._gate.unpack(self._packed[rows])
 
-    def begin(self, width: int) -> None:
-        """Results of so many bytes for a sequence are about to come."""
-        fits = self._sequences * width <= self._budget
-        self.spilled |= not fits
-        if fits and self._held and self._old.shape[1] == width:
-            self._new = self._old
-            return
-        if self._held and self._path is not None:
-            self._old = StatesFile(self._path).rows(slice(None))
-        self._new = torch.empty(self._sequences, width, dtype=torch.uint8) if fits else None
+    def room_for(self, width: int, budget: int) -> Tensor | None:
+        """Where to put so many bytes for each sequence while this is read, (n, width); None beyond a budget of bytes.
 
-    def take_in(self, rows: slice, packed: Tensor) -> None:
-        """Results of some sequences, (rows, bytes)."""
-        if self._new is not None:
-            self._new[rows] = packed
+        What a layer gives takes the place of what it was given as it comes, because a sequence depends on no other one.
+        Where the one is wider than the other, this is read from its file from now on, if there is one.
+        """
+        fits = len(self._packed) * width <= budget
+        if fits and self.in_memory and self._packed.shape[1] == width:
+            return self._packed
+        if self.in_memory and self._path is not None:
+            self._packed, self.in_memory = self._mapped(), False
+        return torch.empty(len(self._packed), width, dtype=torch.uint8) if fits else None
 
-    def turn_to(self, gate: Gate, path: Path | None) -> None:
-        """All results are there, and in this file too; None for those that lie in memory alone."""
-        self._held = self._new is not None
-        if self._new is not None:
-            self._old = self._new
-        else:
-            assert path is not None
-            self._old = StatesFile(path).rows(slice(None))
-        self._gate, self._path, self._new = gate, path, None
+    def _mapped(self) -> Tensor:
+        assert self._path is not None
+        return StatesFile(self._path).rows(slice(None))
 
-    def load(self, gate: Gate, path: Path, batches: Iterable[slice]) -> None:
-        """Go on from a file, batch by batch."""
-        file = StatesFile(path)
-        self.begin(file.shape[1])
-        for rows in batches:
-            self.take_in(rows, file.rows(rows))
-        self.turn_to(gate, path)
+
+def recorded_in(path: Path, gate: Gate, budget: int) -> Recorded:
+    """What a file holds, in memory where it fits a budget of bytes."""
+    values = StatesFile(path).rows(slice(None))
+    return Recorded(gate, values.clone() if values.numel() <= budget else None, path)
 
 
 def slices(count: int, step: int) -> Iterator[slice]:

@@ -20,12 +20,13 @@ from moe_svd_distill.architecture.building import parse_config
 from moe_svd_distill.architecture.skeleton import layer_count
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.errors import BadDataError, UsageError
+from moe_svd_distill.streaming.carried import NOTHING
 from moe_svd_distill.streaming.decoder import Decoder
 from moe_svd_distill.streaming.devices import DevicePool, activation_budget
 from moe_svd_distill.streaming.gates import GatedDecoder
 from moe_svd_distill.streaming.overlay import ScaledAdapter
 from moe_svd_distill.streaming.passes import PassFiles, PassRecord, PassSettings, StreamedStates, pass_key
-from moe_svd_distill.streaming.states_file import LayerInputs, Recorded, StatesFile, slices
+from moe_svd_distill.streaming.states_file import LayerInputs, Recorded, recorded_in, slices
 
 JOURNAL_SECONDS = 10.0  # between two layers whose results go to the disk so that a killed pass goes on from there
 _STATES_OF_A_BATCH = 32  # what a layer holds at once while it computes a batch, as multiples of the batch's states
@@ -96,19 +97,14 @@ def _run(
         closing(DevicePool(devices, threads)) as pool,
     ):
         _check_vocabulary(ids, decoder.skeleton.vocabulary)
-        begin, recorded = files.newest(), Recorded(len(ids), budget)
-        if begin:
-            path = files.layer_path(begin)
-            decoder.layout.decode(begin, StatesFile(path).body["layout"])
-            recorded.load(decoder.layout.gate(begin), path, batches)
-        running = _Pass(decoder, pool, files, ids, batches, recorded)
+        running = _Pass(decoder, pool, files, ids, batches, budget)
+        begin = running.resume()
         if on_progress:
             on_progress(begin, decoder.layers)
         for layer in range(begin, decoder.layers):
             running.layer(layer)
             if on_progress:
                 on_progress(layer + 1, decoder.layers)
-        reader = decoder.reader
         return PassRecord(
             files.key,
             decoder.layers,
@@ -116,10 +112,10 @@ def _run(
             layers_reused=begin,
             bytes_needed=decoder.bytes_needed,
             bytes_read=decoder.bytes_read,
-            spilled=recorded.spilled,
-            seconds_reading=reader.seconds_reading,
+            spilled=running.spilled,
+            seconds_reading=decoder.reader.seconds_reading,
             seconds_computing=running.seconds,
-            seconds_waiting=reader.seconds_waiting,
+            seconds_waiting=decoder.reader.seconds_waiting,
             peak_anonymous_bytes=decoder.watch.look(),
             unused=decoder.stored.unused,
             rejected=tuple(files.rejected),
@@ -130,51 +126,65 @@ class _Pass:
     """All batches through one layer after the other.
 
     Attributes:
+        spilled: Whether what was recorded has stayed on the disk at some layer.
         seconds: Of computing so far.
     """
 
     def __init__(
-        self,
-        decoder: Decoder,
-        pool: DevicePool,
-        files: PassFiles,
-        ids: Tensor,
-        batches: list[slice],
-        recorded: Recorded,
+        self, decoder: Decoder, pool: DevicePool, files: PassFiles, ids: Tensor, batches: list[slice], budget: int
     ) -> None:
         self._decoder, self._pool, self._files = decoder, pool, files
-        self._ids, self._batches, self._recorded = ids, batches, recorded
+        self._ids, self._batches, self._budget = ids, batches, budget
+        self._recorded = Recorded(NOTHING, torch.empty(len(ids), 0, dtype=torch.uint8), None)
         self._written = time.perf_counter()
+        self.spilled = False
         self.seconds = 0.0
+
+    def resume(self) -> int:
+        """Go on from the newest file; returns how many layers are done."""
+        if done := self._files.newest():
+            path = self._files.layer_path(done)
+            self._decoder.knows_inputs(LayerInputs(done, path))
+            self._recorded = recorded_in(path, self._decoder.layout.gate(done), self._budget)
+            self.spilled = not self._recorded.in_memory
+        return done
 
     def layer(self, layer: int) -> None:
         """Read, compute and forget one layer."""
-        decoder, recorded = self._decoder, self._recorded
-        following = layer + 1 if layer + 1 < decoder.layers else None
-        decoder.enter(layer, following)
+        decoder, following = self._decoder, layer + 1
+        decoder.enter(layer, following if following < decoder.layers else None)
         begin = time.perf_counter()
         work = [partial(self._compute, replica, layer) for replica in decoder.replicas]
         results = self._watched(self._pool.map(work, self._batches))
-        if following is None:
+        if following == decoder.layers:
             self._files.finish(len(self._ids), (output for _, output in results))
         else:
-            first = next(results)
-            recorded.begin(first[1].shape[1])
-            packed = self._taken(chain([first], results))
-            path = None
-            if self._due(following):
-                path = self._files.write(following, decoder.layout.encode(following), len(self._ids), packed)
-                self._written = time.perf_counter()
-            else:
-                deque(packed, maxlen=0)
-            recorded.turn_to(decoder.layout.gate(following), path)
+            self._recorded = self._kept(following, results)
         decoder.leave(layer)
         self.seconds += time.perf_counter() - begin
 
+    def _kept(self, following: int, results: Iterator[tuple[slice, Tensor]]) -> Recorded:
+        """What a layer is given, in memory as far as the budget goes, and on the disk if need be or if it is time."""
+        first = next(results)
+        room = self._recorded.room_for(first[1].shape[1], self._budget)
+        self.spilled |= room is None
+
+        def packed() -> Iterator[Tensor]:
+            for rows, values in chain([first], results):
+                if room is not None:
+                    room[rows] = values
+                yield values
+
+        path, layout = None, self._decoder.layout
+        if self._due(following):
+            path = self._files.write(following, layout.encode(following), len(self._ids), packed())
+            self._written = time.perf_counter()
+        else:
+            deque(packed(), maxlen=0)
+        return Recorded(layout.gate(following), room, path)
+
     def _due(self, following: int) -> bool:
-        """Whether what the next layer is given goes to the disk: if need be, and otherwise not all the time."""
-        needed = self._recorded.spilled or self._files.keeps(following)
-        return needed or time.perf_counter() - self._written >= JOURNAL_SECONDS
+        return self.spilled or self._files.keeps(following) or time.perf_counter() - self._written >= JOURNAL_SECONDS
 
     def _compute(self, replica: GatedDecoder, layer: int, rows: slice) -> Tensor:
         """A layer on a batch: what the next one is given as bytes, (rows, bytes), or final states."""
@@ -189,11 +199,6 @@ class _Pass:
         for result in results:
             self._decoder.watch.look()
             yield result
-
-    def _taken(self, results: Iterator[tuple[slice, Tensor]]) -> Iterator[Tensor]:
-        for rows, packed in results:
-            self._recorded.take_in(rows, packed)
-            yield packed
 
     def _finite(self, values: Tensor, layer: int) -> Tensor:
         if values.is_floating_point() and not bool(torch.isfinite(values).all()):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -161,15 +160,19 @@ class WeightReader:
         if self._coming is None:
             self._coming = (part, self._thread.submit(self._read, part))
 
-    def attach(self, part: Part) -> None:
+    def attach(self, part: Part, *, here: bool = False) -> None:
         """Put a part into the skeleton when it is there, with the adapter around it as PEFT puts it.
 
         Another part that is being read meanwhile is let go of.
 
+        Args:
+            part: Which.
+            here: Whether it is read by the caller's thread, on its own stream.
+
         Raises:
             BadDataError: A file was cut off or changed, or the adapter does not fit.
         """
-        loaded = self._take(part)
+        loaded = self._load(part) if here else self._take(part)
         if self._overlay is not None:
             self._overlay.load(part, loaded.adapter, self._device)
             loaded.adapter.clear()
@@ -210,30 +213,32 @@ class WeightReader:
         return loaded
 
     def _read(self, part: Part) -> _Loaded:
-        """Read a part into memory of its own on the device, converted to the type it is held in."""
+        """In the thread, and on a GPU on a stream of its own."""
         begin = time.perf_counter()
         try:
-            with ExitStack() as stack:
-                stack.enter_context(torch.no_grad())
-                if self._device.type == "cuda":
-                    if self._stream is None:
-                        # One for all layers, because memory is used again within a stream only. On the default stream
-                        # a copy would wait for the kernels of the layer before.
-                        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-                    stack.enter_context(torch.cuda.device(self._device))
-                    stack.enter_context(torch.cuda.stream(self._stream))
-                base: list[tuple[ParameterSlot, Tensor]] = []
-                for source in self._stored.of_part[part]:
-                    if (table := self._tables.get(source.slots[0])) is not None:
-                        base.append((source.slots[0], table))
-                    else:
-                        base += self._copied(source) if source.pieces else self._converted(source)
-                adapter = {} if self._overlay is None else self._overlay.read(part)
-                if self._stream is not None:
-                    self._stream.synchronize()
-                return _Loaded(base, adapter)
+            if self._device.type != "cuda":
+                return self._load(part)
+            if self._stream is None:
+                # One for all layers, because memory is used again within a stream only. On the default stream a copy
+                # would wait for the kernels of the layer before.
+                self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+                loaded = self._load(part)
+                self._stream.synchronize()
+            return loaded
         finally:
             self.seconds_reading += time.perf_counter() - begin
+
+    @torch.no_grad()
+    def _load(self, part: Part) -> _Loaded:
+        """Read a part into memory of its own on the device, converted to the type it is held in."""
+        base: list[tuple[ParameterSlot, Tensor]] = []
+        for source in self._stored.of_part[part]:
+            if (table := self._tables.get(source.slots[0])) is not None:
+                base.append((source.slots[0], table))
+            else:
+                base += self._copied(source) if source.pieces else self._converted(source)
+        return _Loaded(base, {} if self._overlay is None else self._overlay.read(part))
 
     def _copied(self, source: TensorSource) -> list[tuple[ParameterSlot, Tensor]]:
         """Copy stored tensors straight to where they belong: no second copy exists at any time."""
