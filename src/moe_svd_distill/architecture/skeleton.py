@@ -68,7 +68,7 @@ class Skeleton:
     def __init__(self, model: Any, dtype: torch.dtype, whole: Skeleton | None = None) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        self.model, self.dtype, self.whole = model, dtype, whole
+        self.model, self.whole = model, whole
         self.decoder, layers, list_name = find_decoder(model)
         self.originals: tuple[nn.Module, ...] = tuple(layers)
         names = {id(module): name for name, module in model.named_modules()}
