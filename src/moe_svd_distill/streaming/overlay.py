@@ -74,6 +74,15 @@ class ScaledAdapter:
     folder: Path
     scales: Scales = 1.0
 
+    @property
+    def acts(self) -> bool:
+        """Whether it changes anything."""
+        return any(self.scales.values()) if isinstance(self.scales, Mapping) else bool(self.scales)
+
+    def scale_of(self, name: str) -> float:
+        """Factor on a weight of this name; 1 where its group has none."""
+        return float(self.scales.get(group_of(name), 1.0) if isinstance(self.scales, Mapping) else self.scales)
+
 
 class AdapterOverlay:
     """The adapter's layers inside a skeleton; they hold values only for the parts that are attached."""

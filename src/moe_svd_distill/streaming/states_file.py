@@ -142,7 +142,7 @@ class LayerInputs:
         return [] if self._file is None else self._gate.unpack(self._file.rows(rows))
 
 
-class Recorded:
+class GateValues:
     """What was recorded at a gate for all sequences, in memory or mapped from a file.
 
     Attributes:
@@ -183,10 +183,10 @@ class Recorded:
         return StatesFile(self._path).rows(slice(None))
 
 
-def recorded_in(path: Path, gate: Gate, budget: int) -> Recorded:
+def gate_values_in(path: Path, gate: Gate, budget: int) -> GateValues:
     """What a file holds, in memory where it fits a budget of bytes."""
     values = StatesFile(path).rows(slice(None))
-    return Recorded(gate, values.clone() if values.numel() <= budget else None, path)
+    return GateValues(gate, values.clone() if values.numel() <= budget else None, path)
 
 
 def slices(count: int, step: int) -> Iterator[slice]:

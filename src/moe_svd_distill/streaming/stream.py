@@ -26,7 +26,7 @@ from moe_svd_distill.streaming.devices import DevicePool, activation_budget
 from moe_svd_distill.streaming.gates import GatedDecoder
 from moe_svd_distill.streaming.overlay import ScaledAdapter
 from moe_svd_distill.streaming.passes import PassFiles, PassRecord, PassSettings, StreamedStates, pass_key
-from moe_svd_distill.streaming.states_file import LayerInputs, Recorded, recorded_in, slices
+from moe_svd_distill.streaming.states_file import GateValues, LayerInputs, gate_values_in, slices
 
 JOURNAL_SECONDS = 10.0  # between two layers whose results go to the disk so that a killed pass goes on from there
 _STATES_OF_A_BATCH = 32  # what a layer holds at once while it computes a batch, as multiples of the batch's states
@@ -135,7 +135,7 @@ class _Pass:
     ) -> None:
         self._decoder, self._pool, self._files = decoder, pool, files
         self._ids, self._batches, self._budget = ids, batches, budget
-        self._recorded = Recorded(NOTHING, torch.empty(len(ids), 0, dtype=torch.uint8), None)
+        self._values = GateValues(NOTHING, torch.empty(len(ids), 0, dtype=torch.uint8), None)
         self._written = time.perf_counter()
         self.spilled = False
         self.seconds = 0.0
@@ -145,8 +145,8 @@ class _Pass:
         if done := self._files.newest():
             path = self._files.layer_path(done)
             self._decoder.knows_inputs(LayerInputs(done, path))
-            self._recorded = recorded_in(path, self._decoder.layout.gate(done), self._budget)
-            self.spilled = not self._recorded.in_memory
+            self._values = gate_values_in(path, self._decoder.layout.gate(done), self._budget)
+            self.spilled = not self._values.in_memory
         return done
 
     def layer(self, layer: int) -> None:
@@ -159,14 +159,14 @@ class _Pass:
         if following == decoder.layers:
             self._files.finish(len(self._ids), (output for _, output in results))
         else:
-            self._recorded = self._kept(following, results)
+            self._values = self._kept(following, results)
         decoder.leave(layer)
         self.seconds += time.perf_counter() - begin
 
-    def _kept(self, following: int, results: Iterator[tuple[slice, Tensor]]) -> Recorded:
+    def _kept(self, following: int, results: Iterator[tuple[slice, Tensor]]) -> GateValues:
         """What a layer is given, in memory as far as the budget goes, and on the disk if need be or if it is time."""
         first = next(results)
-        room = self._recorded.room_for(first[1].shape[1], self._budget)
+        room = self._values.room_for(first[1].shape[1], self._budget)
         self.spilled |= room is None
 
         def packed() -> Iterator[Tensor]:
@@ -181,7 +181,7 @@ class _Pass:
             self._written = time.perf_counter()
         else:
             deque(packed(), maxlen=0)
-        return Recorded(layout.gate(following), room, path)
+        return GateValues(layout.gate(following), room, path)
 
     def _due(self, following: int) -> bool:
         return self.spilled or self._files.keeps(following) or time.perf_counter() - self._written >= JOURNAL_SECONDS
@@ -189,7 +189,7 @@ class _Pass:
     def _compute(self, replica: GatedDecoder, layer: int, rows: slice) -> Tensor:
         """A layer on a batch: what the next one is given as bytes, (rows, bytes), or final states."""
         layout, ids = self._decoder.layout, self._ids[rows].to(replica.device)
-        given = [tensor.to(replica.device, copy=True) for tensor in self._recorded.rows(rows)]  # a layer may change it
+        given = [tensor.to(replica.device, copy=True) for tensor in self._values.rows(rows)]  # a layer may change it
         if layer + 1 == self._decoder.layers:
             return self._finite(layout.states(replica, ids, layer, given), layer)
         found = layout.step(replica, ids, layer, given, learn=rows.start == 0)
