@@ -108,7 +108,9 @@ def _child(model: Path, folder: Path, spill: bool, sequences: int) -> None:
 
     tiny = write_model(folder / "tiny", Sizes(1, 32, 2, 16, 2, 2, 16, 64), seed=0)
     ids = np.random.default_rng(0).integers(0, 64, (sequences, LENGTH))
-    stream_states(open_checkpoint(tiny), ids[:1], folder, keep=False).close()  # what libraries take when all is loaded
+    stream_states(
+        open_checkpoint(tiny), ids[:1], folder, PassSettings(keep=False)
+    ).close()  # what libraries take when all is loaded
     base = MemoryWatch().look()
     settings = PassSettings(batch_tokens=BATCH_TOKENS, activation_bytes=0 if spill else None)
     result = stream_states(open_checkpoint(model), ids, folder, settings)

@@ -22,7 +22,7 @@ from moe_svd_distill.errors import BadDataError, IncompatiblePairError
 from moe_svd_distill.evaluation import from_states
 from moe_svd_distill.evaluation.evaluate import evaluate
 from moe_svd_distill.evaluation.result import Evaluation
-from moe_svd_distill.streaming import load_head, stream_states
+from moe_svd_distill.streaming import ScaledAdapter, load_head, stream_states
 from moe_svd_distill.training.measuring import predicting_places
 from tests.adapter.tiny import random_pairs, save_adapter
 from tests.calibration.tokenizers_made import byte_level, sentencepiece
@@ -111,10 +111,11 @@ def test_figures_are_those_over_the_common_tokens(pair: Unequal, tmp_path: Path)
 def _expected(pair: Unequal, text: Any, cache: Path, adapter: Path | None) -> Measurement:
     """The plain formulas in float64, from streamed states."""
     places = predicting_places(text)
+    applied = None if adapter is None else ScaledAdapter(adapter)
     with open_checkpoint(pair.teacher) as teacher, open_checkpoint(pair.student) as student:
-        mine = stream_states(student, text.student.sequences, cache, adapter=adapter).rows(slice(None)).flatten(0, 1)
+        mine = stream_states(student, text.student.sequences, cache, adapter=applied).rows(slice(None)).flatten(0, 1)
         theirs = stream_states(teacher, text.teacher.sequences, cache).rows(slice(None)).flatten(0, 1)
-        found = load_head(student, dtype=torch.float64, adapter=adapter).logits(mine[places.student_position])
+        found = load_head(student, dtype=torch.float64, adapter=applied).logits(mine[places.student_position])
         wanted = load_head(teacher, dtype=torch.float64).logits(theirs[places.teacher_position])
     found, wanted = found[:, text.student_ids].log_softmax(-1), wanted[:, text.teacher_ids].log_softmax(-1)
     columns = [

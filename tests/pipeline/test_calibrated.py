@@ -24,7 +24,7 @@ from moe_svd_distill.pipeline.lab import lab_pair
 from moe_svd_distill.pipeline.pair import open_model, open_pair
 from moe_svd_distill.pipeline.texts import LONGEST_SEQUENCE, longest_sequence, read_run_text
 from moe_svd_distill.recipe import Recipe, recipe_yaml
-from moe_svd_distill.streaming.groups import group_of
+from moe_svd_distill.streaming import group_of
 from tests.pipeline.test_quantised import in_float8
 from tests.support.heads import TEXT, student_with_tokenizer, teacher_with_other_head, trained_tokenizer
 from tests.support.models import load

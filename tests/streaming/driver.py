@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_svd_distill.checkpoints import open_checkpoint
-from moe_svd_distill.streaming import PassSettings, stream_states
+from moe_svd_distill.streaming import PassSettings, ScaledAdapter, stream_states
 from tests.support.passes import one_thread_and_a_journal_of_every_layer
 
 
@@ -29,7 +29,12 @@ def main() -> None:
     settings = PassSettings(batch_tokens=2 * sequences.shape[1])
     with one_thread_and_a_journal_of_every_layer():
         stream_states(
-            open_checkpoint(model), sequences, Path(folder), settings, adapter=Path(adapter), on_progress=show
+            open_checkpoint(model),
+            sequences,
+            Path(folder),
+            settings,
+            adapter=ScaledAdapter(Path(adapter)),
+            on_progress=show,
         )
 
 

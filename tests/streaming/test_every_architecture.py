@@ -68,10 +68,11 @@ def test_the_last_layers_run_on_any_of_the_recorded_sequences(model: Path, tmp_p
     checkpoint = open_checkpoint(model)
     layers = Decoder(checkpoint, (CPU,)).layers
     for first in range(layers):
-        states = stream_states(checkpoint, IDS.numpy(), tmp_path, SETTINGS, record_at=first)
+        states = stream_states(checkpoint, IDS.numpy(), tmp_path, replace(SETTINGS, record_at=first))
         assert states.inputs is not None
         decoder = Decoder(checkpoint, (CPU,))
-        decoder.begin_at(states.inputs)
+        decoder.knows_inputs(states.inputs)
+        decoder.enter_all(first)
         for rows in (slice(1, 4), slice(4, 5), slice(0, 1)):
             with torch.no_grad():
                 found = decoder.states(IDS[rows], first, [tensor.clone() for tensor in states.inputs.rows(rows)])

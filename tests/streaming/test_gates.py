@@ -6,7 +6,6 @@ import json
 import weakref
 from collections import UserDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,14 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.errors import IncompatiblePairError
-from moe_svd_distill.streaming import Decoder
-from moe_svd_distill.streaming.gates import Shell
+from moe_svd_distill.streaming.carried import changed, flatten, put, unflatten
+from moe_svd_distill.streaming.gates import GatedDecoder
 from moe_svd_distill.streaming.layout import Layout
-from moe_svd_distill.streaming.tables import Rows, StoredTable
-from moe_svd_distill.streaming.trees import changed, flatten, put, unflatten
-from tests.support.models import load, saved
 
 CPU = torch.device("cpu")
 LAYERS, WIDTH, LENGTH = 4, 6, 5
@@ -108,37 +103,37 @@ def with_a_memory_of_its_own(layers: nn.ModuleList, hidden: Tensor) -> Tensor:
     return hidden
 
 
-def shell_of(between: Between) -> tuple[Toy, Shell]:
+def gated(between: Between) -> tuple[Toy, GatedDecoder]:
     toy = Toy(between)
-    shell = Shell(SimpleNamespace(decoder=toy, originals=tuple(toy.layers)), CPU)  # type: ignore[arg-type]
-    shell.layers = dict(enumerate(toy.layers))
-    return toy, shell
+    decoder = GatedDecoder(SimpleNamespace(decoder=toy, originals=tuple(toy.layers)), CPU)  # type: ignore[arg-type]
+    decoder.layers = dict(enumerate(toy.layers))
+    return toy, decoder
 
 
 @pytest.mark.parametrize("between", [plain, with_container, with_tokens])
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_layer_after_layer_gives_what_the_decoder_gives(between: Between, cut: int) -> None:
     """In batches of two and one to the cut, in another process's place and other batches from there."""
-    toy, shell = shell_of(between)
+    toy, decoder = gated(between)
     layout, batches = Layout("Toy", LAYERS), [slice(0, 2), slice(2, 3)]
     recorded: list[list[Tensor]] = [[], []]
     for index in range(cut):
         recorded = [
-            layout.step(shell, IDS[rows], index, given, learn=rows.start == 0)
+            layout.step(decoder, IDS[rows], index, given, learn=rows.start == 0)
             for rows, given in zip(batches, recorded, strict=True)
         ]
     packed = torch.cat([layout.gate(cut).pack(each) for each in recorded])
     later = Layout("Toy", LAYERS)
     later.decode(cut, json.loads(json.dumps(layout.encode(cut))))
     for rows in (slice(0, 1), slice(1, 3)):
-        found = later.states(shell, IDS[rows], cut, later.gate(cut).unpack(packed[rows]))
+        found = later.states(decoder, IDS[rows], cut, later.gate(cut).unpack(packed[rows]))
         torch.testing.assert_close(found, toy(IDS[rows], use_cache=False).last_hidden_state)
 
 
 def test_what_follows_from_the_tokens_is_not_carried() -> None:
-    _, shell = shell_of(with_tokens)
+    _, decoder = gated(with_tokens)
     layout = Layout("Toy", LAYERS)
-    (hidden,) = layout.step(shell, IDS, 0, [], learn=True)
+    (hidden,) = layout.step(decoder, IDS, 0, [], learn=True)
     assert layout.gate(1).paths == ((0, 0),)
     assert hidden.shape == (3, 1, LENGTH, WIDTH)  # sequence by sequence, though they are the second dimension there
 
@@ -153,32 +148,32 @@ def test_what_follows_from_the_tokens_is_not_carried() -> None:
     ],
 )
 def test_what_cannot_be_carried_is_refused(between: Between, message: str) -> None:
-    _, shell = shell_of(between)
+    _, decoder = gated(between)
     layout, given = Layout("Toy", LAYERS), []
     with pytest.raises(IncompatiblePairError, match=message):  # noqa: PT012
         for index in range(LAYERS - 1):
-            given = layout.step(shell, IDS, index, given, learn=True)
-        layout.states(shell, IDS, LAYERS - 1, given)
+            given = layout.step(decoder, IDS, index, given, learn=True)
+        layout.states(decoder, IDS, LAYERS - 1, given)
 
 
 def test_placeholders_take_no_memory() -> None:
     """Those of all layers before the one that runs would otherwise be as large as a layer or larger."""
-    _, shell = shell_of(plain)
+    _, decoder = gated(plain)
     layout = Layout("Toy", LAYERS)
-    given = layout.step(shell, IDS, 0, [], learn=True)
-    layout.step(shell, IDS, 1, given, learn=True)
+    given = layout.step(decoder, IDS, 0, [], learn=True)
+    layout.step(decoder, IDS, 1, given, learn=True)
     value = layout._placeholder(torch.zeros(1000, LENGTH))(0)
     assert value.shape == (1000, LENGTH, WIDTH)
     assert value.untyped_storage().nbytes() == 4
 
 
 def test_a_batch_leaves_nothing_behind() -> None:
-    toy, shell = shell_of(plain)
+    toy, decoder = gated(plain)
     seen: list[weakref.ref[Tensor]] = []
     for layer in toy.layers:
         layer.register_forward_hook(lambda _, given, output: seen.extend(map(weakref.ref, (*given, output))))
     layout = Layout("Toy", LAYERS)
-    layout.step(shell, IDS, 1, layout.step(shell, IDS, 0, [], learn=True), learn=True)
+    layout.step(decoder, IDS, 1, layout.step(decoder, IDS, 0, [], learn=True), learn=True)
     assert len(seen) >= 4
     assert not any(each() is not None for each in seen)
 
@@ -196,54 +191,3 @@ def test_trees() -> None:
     assert box == {"new": 3}
     with pytest.raises(IncompatiblePairError, match="returns a object"):
         flatten(object())
-
-
-def table(folder: Any) -> tuple[Rows, Tensor]:
-    checkpoint = open_checkpoint(saved("llama", folder / "model"))
-    name = "model.embed_tokens.weight"
-    return Rows(checkpoint, name, torch.float32, None), checkpoint.read(name).float()
-
-
-def test_a_table_is_looked_up_in_its_file(tmp_path: Any) -> None:
-    rows, whole = table(tmp_path)
-    embedding = nn.Embedding(*whole.shape, padding_idx=3)
-    embedding._parameters["weight"] = nn.Parameter(
-        StoredTable.of(rows, tuple(whole.shape), torch.float32, CPU), requires_grad=False
-    )
-    ids = torch.tensor([[3, 5, 5], [7, 3, 1]])
-    with ThreadPoolExecutor(4) as pool:
-        for found in pool.map(embedding, [ids] * 50):
-            assert torch.equal(found, whole[ids])
-    assert rows.bytes_read == 4 * rows.bytes // len(whole)
-    assert (embedding.weight.dtype, embedding.weight.device.type) == (torch.float32, "cpu")
-    assert embedding.weight.untyped_storage().nbytes() == 4
-
-
-def test_a_table_is_for_look_ups_only(tmp_path: Any) -> None:
-    rows, whole = table(tmp_path)
-    stored = StoredTable.of(rows, tuple(whole.shape), torch.float32, CPU)
-    with pytest.raises(IncompatiblePairError, match="something else than a look-up"):
-        torch.ones(1, whole.shape[0]) @ stored
-
-
-def test_a_decoder_holds_no_table(tmp_path: Any) -> None:
-    decoder = Decoder(open_checkpoint(saved("llama", tmp_path / "model")), (CPU,))
-    assert isinstance(decoder.skeleton.embedding.weight, StoredTable)
-    assert decoder.bytes_read == decoder.stored.bytes_of("ends")
-
-
-@pytest.mark.parametrize("on_disk", [True, False])
-def test_a_change_of_the_embeddings_takes_effect(tmp_path: Any, on_disk: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the table stays in its file, and where it has to be in memory."""
-    folder = saved("llama", tmp_path / "model", dtype=torch.float32)
-    checkpoint = open_checkpoint(folder)
-    added = torch.randn(checkpoint["model.embed_tokens.weight"].shape, generator=torch.Generator().manual_seed(1))
-    if not on_disk:
-        monkeypatch.setattr("moe_svd_distill.streaming.decoder.stored_tables", lambda *_: {})
-    decoder = Decoder(checkpoint, (CPU,), embedding_change=lambda ids: added[ids])
-    decoder.enter_all()
-    whole = load(folder)
-    with torch.no_grad():
-        whole.model.embed_tokens.weight.add_(added)
-        expected = whole.model(input_ids=IDS, use_cache=False).last_hidden_state
-        torch.testing.assert_close(decoder.states(IDS), expected, rtol=1e-4, atol=1e-5)

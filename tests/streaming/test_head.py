@@ -9,7 +9,7 @@ import torch
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeForCausalLM
 
 from moe_svd_distill.errors import IncompatiblePairError
-from moe_svd_distill.streaming import load_head
+from moe_svd_distill.streaming import ScaledAdapter, load_head
 from tests.adapter import tiny
 from tests.streaming.conftest import Case
 
@@ -18,7 +18,7 @@ def test_an_adapter_is_rounded_once(sparse: Case) -> None:
     """In bf16 a small delta must not be rounded away before it is added."""
     pairs = tiny.random_pairs(sparse.folder)
     exact = tiny.truth(sparse.folder, pairs)["lm_head.weight"]
-    head = load_head(sparse.checkpoint, dtype=torch.bfloat16, adapter=sparse.adapter)
+    head = load_head(sparse.checkpoint, dtype=torch.bfloat16, adapter=ScaledAdapter(sparse.adapter))
     assert torch.equal(head.weight, exact.bfloat16())
     assert head.bias is None
 

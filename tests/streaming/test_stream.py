@@ -15,13 +15,14 @@ from moe_svd_distill.adapter.digest import sha256_of
 from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.errors import BadDataError, UsageError
 from moe_svd_distill.evaluation.adapted import AdaptedStudent
-from moe_svd_distill.streaming import PassSettings, load_head, stream_states
+from moe_svd_distill.streaming import Decoder, PassSettings, ScaledAdapter, load_head, stream_states
 from tests.adapter import tiny
 from tests.streaming.conftest import LENGTH, Case, outcome, resident
 
 Ids = NDArray[np.int64]
 SETTINGS = PassSettings(batch_tokens=2 * LENGTH)
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
+CPU = torch.device("cpu")
 
 # Other architectures: alternating windows and soft caps, scaled embeddings and logits, positions that are learnt,
 # layers that return tuples, tied embeddings, state-space layers, interleaved experts, fused projections.
@@ -54,8 +55,8 @@ def test_equals_the_whole_model_with_its_adapter(case: Case, sequences: Ids, tmp
     states, logits = outcome(resident(case.folder, case.adapter), sequences)
     plain = outcome(resident(case.folder), sequences)[0]
     assert float((states - plain).abs().max()) > 0.1
-    result = stream_states(case.checkpoint, sequences, tmp_path, SETTINGS, adapter=case.adapter)
-    head = load_head(case.checkpoint, adapter=case.adapter)
+    result = stream_states(case.checkpoint, sequences, tmp_path, SETTINGS, adapter=ScaledAdapter(case.adapter))
+    head = load_head(case.checkpoint, adapter=ScaledAdapter(case.adapter))
     torch.testing.assert_close(result.rows(slice(None)), states, **ROUNDING)
     torch.testing.assert_close(head.logits(result.rows(slice(None))), logits, **ROUNDING)
 
@@ -65,8 +66,10 @@ def test_scales_by_group_as_live_layers_do(sparse: Case, sequences: Ids, tmp_pat
     scales = {group: 0.3 + 0.4 * number for number, group in enumerate(adapted.groups)}
     adapted.set_live(scales)
     states, logits = outcome(adapted.model, sequences)
-    result = stream_states(sparse.checkpoint, sequences, tmp_path, SETTINGS, adapter=sparse.adapter, scales=scales)
-    head = load_head(sparse.checkpoint, adapter=sparse.adapter, scales=scales)
+    result = stream_states(
+        sparse.checkpoint, sequences, tmp_path, SETTINGS, adapter=ScaledAdapter(sparse.adapter, scales)
+    )
+    head = load_head(sparse.checkpoint, adapter=ScaledAdapter(sparse.adapter, scales))
     torch.testing.assert_close(result.rows(slice(None)), states, **ROUNDING)
     torch.testing.assert_close(head.logits(result.rows(slice(None))), logits, **ROUNDING)
 
@@ -74,12 +77,12 @@ def test_scales_by_group_as_live_layers_do(sparse: Case, sequences: Ids, tmp_pat
 def test_every_group_needs_its_scale(sparse: Case, sequences: Ids, tmp_path: Path) -> None:
     scales = {"mlp": 1.0, "experts": 1.0, "head": 1.0}
     with pytest.raises(UsageError, match="No scale is given for attention"):
-        stream_states(sparse.checkpoint, sequences, tmp_path, adapter=sparse.adapter, scales=scales)
+        stream_states(sparse.checkpoint, sequences, tmp_path, adapter=ScaledAdapter(sparse.adapter, scales))
 
 
 def test_scale_zero_is_no_adapter(sparse: Case, sequences: Ids, tmp_path: Path) -> None:
     plain = stream_states(sparse.checkpoint, sequences, tmp_path, SETTINGS)
-    zero = stream_states(sparse.checkpoint, sequences, tmp_path, SETTINGS, adapter=sparse.adapter, scales=0.0)
+    zero = stream_states(sparse.checkpoint, sequences, tmp_path, SETTINGS, adapter=ScaledAdapter(sparse.adapter, 0.0))
     assert torch.equal(plain.rows(slice(None)), zero.rows(slice(None)))
 
 
@@ -94,11 +97,11 @@ def test_modules_saved_whole(tmp_path: Path, sequences: Ids, scale: float) -> No
     configuration = tiny.configure(student, pairs) | {"modules_to_save": ["lm_head"]}
     whole = pairs | {"base_model.model.lm_head.weight": new}
     adapter = tiny.save_adapter(tmp_path / "adapter", student, whole, configuration)
-    head = load_head(open_checkpoint(student), adapter=adapter, scales=scale)
+    head = load_head(open_checkpoint(student), adapter=ScaledAdapter(adapter, scale))
     torch.testing.assert_close(head.weight, old + scale * (new - old), **ROUNDING)
     if scale == 1.0:
         states, logits = outcome(resident(student, adapter), sequences)
-        result = stream_states(open_checkpoint(student), sequences, tmp_path, SETTINGS, adapter=adapter)
+        result = stream_states(open_checkpoint(student), sequences, tmp_path, SETTINGS, adapter=ScaledAdapter(adapter))
         torch.testing.assert_close(result.rows(slice(None)), states, **ROUNDING)
         torch.testing.assert_close(head.logits(states), logits, **ROUNDING)
 
@@ -116,8 +119,7 @@ def test_pairs_of_the_embeddings_leave_the_table_in_its_file(tmp_path: Path, seq
         sequences,
         tmp_path,
         SETTINGS,
-        adapter=adapter,
-        scales=dict.fromkeys(adapted.groups, scale),
+        adapter=ScaledAdapter(adapter, dict.fromkeys(adapted.groups, scale)),
     )
     torch.testing.assert_close(result.rows(slice(None)), states, **ROUNDING)
     table = open_checkpoint(student)["model.embed_tokens.weight"]
@@ -166,9 +168,11 @@ def test_any_batch_size(sparse: Case, sequences: Ids, tmp_path: Path, settings: 
 
 
 def test_devices_share_a_pass(sparse: Case, sequences: Ids, tmp_path: Path) -> None:
-    alone = stream_states(sparse.checkpoint, sequences, tmp_path / "1", SETTINGS, adapter=sparse.adapter)
+    alone = stream_states(sparse.checkpoint, sequences, tmp_path / "1", SETTINGS, adapter=ScaledAdapter(sparse.adapter))
     shared = PassSettings(("cpu", "cpu"), batch_tokens=SETTINGS.batch_tokens)
-    together = stream_states(sparse.checkpoint, sequences, tmp_path / "2", shared, adapter=sparse.adapter)
+    together = stream_states(
+        sparse.checkpoint, sequences, tmp_path / "2", shared, adapter=ScaledAdapter(sparse.adapter)
+    )
     assert sha256_of(together.path) == sha256_of(alone.path)
     assert together.record.bytes_read == alone.record.bytes_read
 
@@ -181,19 +185,26 @@ def test_spilled_states_give_the_same_bits(sparse: Case, sequences: Ids, tmp_pat
     assert sha256_of(spilled.path) == sha256_of(resting.path)
 
 
+def held(decoder: Decoder) -> dict[str, torch.Tensor]:
+    """What each layer holds in memory while it computes, by its name in the whole model."""
+    found = {}
+    for index in range(decoder.layers):
+        decoder.enter(index)
+        for name, value in decoder.replicas[0].layers[index].state_dict().items():
+            found[f"{decoder.skeleton.prefix}{index}.{name}"] = value.clone()
+        decoder.leave(index)
+    return found
+
+
 def test_bfloat16(sparse: Case, sequences: Ids, tmp_path: Path) -> None:
     """In bf16, the router's correction bias stays in float32 as transformers keeps it."""
     states, _ = outcome(resident(sparse.folder, dtype=torch.bfloat16), sequences)
     settings = PassSettings(dtype=torch.bfloat16, batch_tokens=SETTINGS.batch_tokens)
-    seen = {}
-
-    def visit(layer: Any) -> None:
-        seen.update({f"{layer.name}.{name}": tensor.dtype for name, tensor in layer.layer.state_dict().items()})
-
-    result = stream_states(sparse.checkpoint, sequences, tmp_path, settings, visit=visit)
+    result = stream_states(sparse.checkpoint, sequences, tmp_path, settings)
     assert result.dtype == torch.bfloat16
     torch.testing.assert_close(result.rows(slice(None)).float(), states.float(), rtol=0.1, atol=0.1)
     expected = resident(sparse.folder, dtype=torch.bfloat16).state_dict()
+    seen = {name: tensor.dtype for name, tensor in held(Decoder(sparse.checkpoint, (CPU,), torch.bfloat16)).items()}
     assert seen == {name: tensor.dtype for name, tensor in expected.items() if ".layers." in name}
     assert torch.float32 in seen.values()
 
@@ -221,7 +232,7 @@ def test_threads_share_the_batches_and_change_no_bit(case: Case, sequences: Ids,
         for threads in (1, 3):
             torch.set_num_threads(threads)
             with stream_states(
-                case.checkpoint, sequences, tmp_path / str(threads), SETTINGS, adapter=case.adapter
+                case.checkpoint, sequences, tmp_path / str(threads), SETTINGS, adapter=ScaledAdapter(case.adapter)
             ) as s:
                 found.append(s.rows(slice(None)).clone())
             assert torch.get_num_threads() == threads
@@ -241,15 +252,13 @@ def test_devices_of_two_kinds_are_refused(sparse: Case, sequences: Ids, tmp_path
 def test_on_a_gpu(case: Case, sequences: Ids, tmp_path: Path, devices: tuple[str, ...]) -> None:
     states, _ = outcome(resident(case.folder, case.adapter), sequences)
     settings = PassSettings(devices, torch.float32, SETTINGS.batch_tokens)
-    result = stream_states(case.checkpoint, sequences, tmp_path, settings, adapter=case.adapter)
+    result = stream_states(case.checkpoint, sequences, tmp_path, settings, adapter=ScaledAdapter(case.adapter))
     torch.testing.assert_close(result.rows(slice(None)), states, rtol=1e-2, atol=1e-2)
     assert load_head(case.checkpoint, devices[0]).weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-def test_factors_keep_the_type_that_users_get(
-    make_case: Any, sequences: Ids, tmp_path: Path, stored: torch.dtype
-) -> None:
+def test_factors_keep_the_type_that_users_get(make_case: Any, tmp_path: Path, stored: torch.dtype) -> None:
     """Beside a bf16 model PEFT keeps factors in float32, and so must a pass: rounded they would be others."""
     student = make_case("qwen3_moe").folder
     adapter = tiny.save_adapter(tmp_path / "adapter", student, tiny.random_pairs(student, dtype=stored))
@@ -258,15 +267,8 @@ def test_factors_keep_the_type_that_users_get(
         for name, value in resident(student, adapter, torch.bfloat16).state_dict().items()
         if ".lora_" in name
     }
-    seen = {}
-
-    def visit(layer: Any) -> None:
-        for name, value in layer.layer.state_dict().items():
-            if ".lora_" in name:
-                seen[f"{layer.name}.{name}"] = value.clone()
-
-    settings = PassSettings(dtype=torch.bfloat16)
-    stream_states(open_checkpoint(student), sequences, tmp_path, settings, adapter=adapter, visit=visit)
+    decoder = Decoder(open_checkpoint(student), (CPU,), torch.bfloat16, adapter=ScaledAdapter(adapter))
+    seen = {name: value for name, value in held(decoder).items() if ".lora_" in name}
     assert seen.keys() == {name for name in expected if ".layers." in name}
     for name, value in seen.items():
         assert (value.dtype, expected[name].dtype) == (torch.float32, torch.float32)

@@ -11,7 +11,7 @@ import torch
 
 from moe_svd_distill.adapter.verify import verify
 from moe_svd_distill.pipeline.distill import distill
-from moe_svd_distill.streaming.staging import Staging
+from moe_svd_distill.streaming.devices import Staging
 from moe_svd_distill.training.process_group import Distributed
 from moe_svd_distill.training.settings import TrainingSettings
 from tests.support.heads import TRAINED, student_with_tokenizer, teacher_with_other_head, trained_tokenizer

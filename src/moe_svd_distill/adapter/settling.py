@@ -20,8 +20,7 @@ from moe_svd_distill.adapter.keys import AdapterKeys, Target, entries
 from moe_svd_distill.adapter.peft_model import NAME, LoraTarget, hold_values, load, lora_targets, wrap
 from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.architecture.building import build_on_meta
-from moe_svd_distill.architecture.called import never_called
-from moe_svd_distill.architecture.matrices import Kind, Matrix
+from moe_svd_distill.architecture.matrices import Kind, Matrix, never_called
 from moe_svd_distill.errors import BadDataError
 
 _RANK = 2

@@ -137,3 +137,17 @@ def find_decoder(model: Any) -> tuple[Any, nn.ModuleList, str]:
 def embeddings_of(decoder: Any, model: Any) -> nn.Module:
     found = decoder.get_input_embeddings() if hasattr(decoder, "get_input_embeddings") else None
     return found if found is not None else model.get_input_embeddings()
+
+
+class ModuleProxy(nn.Module):
+    """Shows the attributes of the module it stands for: decoders ask their layers for their kind, for example."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "_original", original)  # not as a submodule
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_original"), name)

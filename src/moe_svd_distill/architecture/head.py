@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_svd_distill.algebra.logits import LogitTransform
-from moe_svd_distill.architecture.building import find_decoder
-from moe_svd_distill.architecture.proxy import ModuleProxy
+from moe_svd_distill.architecture.building import ModuleProxy, find_decoder
 from moe_svd_distill.errors import IncompatiblePairError
 
 _REPORT = "Report the architecture to the project"

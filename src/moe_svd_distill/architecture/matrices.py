@@ -7,14 +7,17 @@ routers and the like, and three-dimensional ones hold a matrix for each expert.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+import torch
 from torch import Tensor, nn
 
 from moe_svd_distill.architecture.skeleton import ParameterSlot, Part, Skeleton
 from moe_svd_distill.architecture.stored import CheckpointMap, StoredSlice, TensorSource
+
+_TOKENS, _VALUE = 8, 0.01
 
 
 class Kind(StrEnum):
@@ -174,3 +177,43 @@ def _matrices(kind: Kind, layer: int, slot: ParameterSlot, source: TensorSource,
         return
     for number in range(slot.shape[0]):
         yield Matrix(f"{name}[{number}]", kind, layer, slot, StoredSlice(name, number), transposed, stored=False)
+
+
+class _Enough(Exception):  # noqa: N818 - not an error: the layers that were asked about have run
+    pass
+
+
+@torch.no_grad()
+def never_called(skeleton: Skeleton, modules: Iterable[str], layers: int) -> set[str]:
+    """Which modules the first layers do not call: what reads a module's weight alone sees no pair around it unmerged.
+
+    They are run on a few tokens, and every weight is a constant that takes no memory.
+
+    Args:
+        skeleton: The model; nothing of it is in memory, before and after.
+        modules: Names of modules inside these layers.
+        layers: How many layers to run.
+    """
+    waiting = {name: skeleton.model.get_submodule(name) for name in modules}
+    called: set[int] = set()
+    hooks = [module.register_forward_pre_hook(lambda module, _: called.add(id(module))) for module in waiting.values()]
+    if layers < len(skeleton.originals):
+        hooks.append(skeleton.originals[layers].register_forward_pre_hook(_stop))
+    slots = list(skeleton.slots.values())
+    try:
+        for slot in slots:
+            value = torch.tensor(_VALUE if slot.dtype.is_floating_point else 1, dtype=slot.dtype)
+            slot.fill(value.expand(slot.shape))
+        skeleton.decoder(input_ids=torch.arange(_TOKENS)[None] % skeleton.vocabulary, use_cache=False)
+    except _Enough:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for slot in slots:
+            slot.clear()
+    return {name for name, module in waiting.items() if id(module) not in called}
+
+
+def _stop(module: nn.Module, arguments: object) -> None:
+    raise _Enough

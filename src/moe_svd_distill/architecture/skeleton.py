@@ -56,12 +56,11 @@ class Skeleton:
     Attributes:
         model: The causal language model.
         decoder: What turns token ids into final hidden states.
-        layers: The decoder's list of layers, and `list_name` its name in the decoder.
-        originals: The layers themselves.
+        originals: Its layers.
         prefix: Name of a layer in memory, up to its number.
         whole: The model of the checkpoint's own class, where this one takes the checkpoint's text alone.
         rules: transformers' renamings and operations between stored names and names in memory.
-        embedding: The module of the token embeddings, and `embedding_name` its name in the decoder.
+        embedding: The module of the token embeddings.
         head: The module of the output head, if there is one.
         slots: Name in memory to slot, for every parameter and every buffer that a checkpoint holds.
     """
@@ -69,16 +68,15 @@ class Skeleton:
     def __init__(self, model: Any, dtype: torch.dtype, whole: Skeleton | None = None) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        self.model, self.dtype, self.whole = model, dtype, whole
-        self.decoder, self.layers, self.list_name = find_decoder(model)
-        self.originals: tuple[nn.Module, ...] = tuple(self.layers)
+        self.model, self.whole = model, whole
+        self.decoder, layers, list_name = find_decoder(model)
+        self.originals: tuple[nn.Module, ...] = tuple(layers)
         names = {id(module): name for name, module in model.named_modules()}
         base = names[id(self.decoder)]
         self.base = f"{base}." if base else ""
-        self.prefix = f"{self.base}{self.list_name}."
+        self.prefix = f"{self.base}{list_name}."
         self.rules: list[Any] = get_model_conversion_mapping(model)
         self.embedding: nn.Module = embeddings_of(self.decoder, model)
-        self.embedding_name = next((name for name, m in self.decoder.named_modules() if m is self.embedding), None)
         self.head: nn.Module | None = model.get_output_embeddings()
         self.head_name = names.get(id(self.head))
         self.slots: dict[str, ParameterSlot] = {}

@@ -112,13 +112,15 @@ class CheckpointMap:
     """The sources of every part.
 
     Attributes:
+        checkpoint: Where they are stored.
+        skeleton: What is made of them.
         of_part: Part to its sources.
         unused: Stored tensors that have no place in the model, or none in its decoder or head.
         names: What transformers' operations may ask a model for.
     """
 
     def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton) -> None:
-        self._checkpoint, self._skeleton = checkpoint, skeleton
+        self.checkpoint, self.skeleton = checkpoint, skeleton
         self.names = SimpleNamespace(
             config=skeleton.model.config,
             get_parameter=lambda name: torch.empty(skeleton.slots[name].shape, device="meta"),
@@ -139,17 +141,17 @@ class CheckpointMap:
 
     def bytes_of(self, part: Part) -> int:
         """Stored bytes of a part."""
-        return sum(self._checkpoint[name].bytes for source in self.of_part[part] for _, name in source.hub_names)
+        return sum(self.checkpoint[name].bytes for source in self.of_part[part] for _, name in source.hub_names)
 
     def decoder_bytes(self) -> int:
         """Stored bytes of everything between token ids and final hidden states."""
-        return sum(self.bytes_of(part) for part in (EMBEDDING, ENDS, *range(len(self._skeleton.originals))))
+        return sum(self.bytes_of(part) for part in (EMBEDDING, ENDS, *range(len(self.skeleton.originals))))
 
     def _sources(self, unused: list[str]) -> list[TensorSource]:
-        ignored = _ignored(self._skeleton.model)
+        ignored = _ignored(self.skeleton.model)
         gathered: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
-        for hub_name, name, pattern, converter in in_memory(self._skeleton, self._checkpoint):
-            if name not in self._skeleton.slots:
+        for hub_name, name, pattern, converter in in_memory(self.skeleton, self.checkpoint):
+            if name not in self.skeleton.slots:
                 self._refuse_left_over(hub_name, name, ignored)
                 unused.append(hub_name)
                 continue
@@ -158,66 +160,66 @@ class CheckpointMap:
 
     def _refuse_left_over(self, hub_name: str, name: str, ignored: re.Pattern[str]) -> None:
         """What a decoder layer has and the model does not would be lost silently."""
-        part = self._skeleton.part_of_name(name)
-        inside = isinstance(part, int) and part < len(self._skeleton.originals)
+        part = self.skeleton.part_of_name(name)
+        inside = isinstance(part, int) and part < len(self.skeleton.originals)
         if inside and not ignored.search(hub_name) and not ignored.search(name):
-            kind = type(self._skeleton.model).__name__
-            raise BadDataError(f"{self._checkpoint.source}: tensor {hub_name} has no place in {kind}", _FETCH)
+            kind = type(self.skeleton.model).__name__
+            raise BadDataError(f"{self.checkpoint.source}: tensor {hub_name} has no place in {kind}", _FETCH)
 
     def _source(self, name: str, converter: Any, taken: list[tuple[str, str]]) -> TensorSource:
-        slot = self._skeleton.slots[name]
-        infos = [self._checkpoint[hub_name] for _, hub_name in taken]
+        slot = self.skeleton.slots[name]
+        infos = [self.checkpoint[hub_name] for _, hub_name in taken]
         if converter is None:
             if len(taken) > 1:
                 both = " and ".join(hub_name for _, hub_name in taken[:2])
-                raise BadDataError(f"{self._checkpoint.source}: {both} are both {name} in memory", _FETCH)
+                raise BadDataError(f"{self.checkpoint.source}: {both} are both {name} in memory", _FETCH)
             self._check_shape(name, infos[0].shape, slot.shape)
             return TensorSource((slot,), tuple(taken), (StoredSlice(taken[0][1]),))
         pieces = _pieces(converter, taken, infos, slot.shape)
         if pieces is not None:
             return TensorSource((slot,), tuple(taken), pieces)
         if missing := _missing_expert(converter, taken, slot.shape):
-            raise BadDataError(f"{self._checkpoint.source}: {missing} is missing, {name} needs it", _FETCH)
+            raise BadDataError(f"{self.checkpoint.source}: {missing} is missing, {name} needs it", _FETCH)
         trial = TensorSource((), tuple(taken), converter=converter, first_name=name)
         try:
             made = trial.convert((torch.empty(info.shape, device="meta") for info in infos), self.names)
         except Exception as error:
             raise BadDataError(
-                f"{self._checkpoint.source}: transformers cannot make {name} from {taken[0][1]}: {error}", _FETCH
+                f"{self.checkpoint.source}: transformers cannot make {name} from {taken[0][1]}: {error}", _FETCH
             ) from error
         for made_name, tensor in made.items():
-            if made_name not in self._skeleton.slots:
-                raise BadDataError(f"{self._checkpoint.source}: {made_name} has no place in the model", _FETCH)
-            self._check_shape(made_name, tuple(tensor.shape), self._skeleton.slots[made_name].shape)
-        targets = tuple(self._skeleton.slots[made_name] for made_name in made)
+            if made_name not in self.skeleton.slots:
+                raise BadDataError(f"{self.checkpoint.source}: {made_name} has no place in the model", _FETCH)
+            self._check_shape(made_name, tuple(tensor.shape), self.skeleton.slots[made_name].shape)
+        targets = tuple(self.skeleton.slots[made_name] for made_name in made)
         return TensorSource(targets, tuple(taken), converter=converter, first_name=name)
 
     def _check_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
         if tuple(found) != expected:
             sizes = ["×".join(map(str, shape)) for shape in (found, expected)]
-            raise BadDataError(f"{self._checkpoint.source}: {name} is {sizes[0]}, the config needs {sizes[1]}", _FETCH)
+            raise BadDataError(f"{self.checkpoint.source}: {name} is {sizes[0]}, the config needs {sizes[1]}", _FETCH)
 
     def _only_part(self, source: TensorSource) -> Part:
         parts = {slot.part for slot in source.slots}
         if len(parts) > 1:
             name = source.hub_names[0][1]
-            raise BadDataError(f"{self._checkpoint.source}: {name} holds weights of several layers", _FETCH)
+            raise BadDataError(f"{self.checkpoint.source}: {name} holds weights of several layers", _FETCH)
         return parts.pop()
 
     def _fill_tied(self, filled: Mapping[str, TensorSource]) -> None:
         """Give a parameter that is tied to another one the other's tensor; refuse what is missing after that."""
-        tied: dict[str, str] = getattr(self._skeleton.model, "all_tied_weights_keys", None) or {}
-        for name, slot in self._skeleton.slots.items():
+        tied: dict[str, str] = getattr(self.skeleton.model, "all_tied_weights_keys", None) or {}
+        for name, slot in self.skeleton.slots.items():
             if name in filled or slot.part == OUTSIDE:
                 continue
             root = tied.get(name, name)
             partners = [root, *(target for target, source in tied.items() if source == root)]
             partner = next((other for other in partners if other in filled), None) if name in {root, *tied} else None
             if partner is None:
-                raise BadDataError(f"{self._checkpoint.source}: {name} is missing", _FETCH)
+                raise BadDataError(f"{self.checkpoint.source}: {name} is missing", _FETCH)
             source = filled[partner]
             if not source.pieces:
-                raise BadDataError(f"{self._checkpoint.source}: {name} is tied to a converted tensor", _FETCH)
+                raise BadDataError(f"{self.checkpoint.source}: {name} is tied to a converted tensor", _FETCH)
             self.of_part[slot.part].append(TensorSource((slot,), source.hub_names, source.pieces))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moe_svd_distill.adapter.load_check import check_loads
 from moe_svd_distill.errors import BadDataError
-from moe_svd_distill.streaming.groups import GROUPS, Scales, by_group, group_of
+from moe_svd_distill.streaming import GROUPS, Scales, by_group, group_of
 
 _NAME = "default"
 

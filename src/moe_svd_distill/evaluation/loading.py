@@ -105,7 +105,7 @@ def available_bytes(device: str) -> int:
 
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(torch.device(device))[0])
-    from moe_svd_distill.streaming.budget import free_memory
+    from moe_svd_distill.streaming.devices import free_memory
 
     return free_memory()
 

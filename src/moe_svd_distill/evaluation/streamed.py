@@ -21,7 +21,7 @@ from torch import Tensor
 from moe_svd_distill.calibration.text import IntArray, TokenizedText
 from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.evaluation.from_states import Block, Logits, Progress, blocks_of
-from moe_svd_distill.streaming import Head, PassSettings, StreamedStates, load_head, stream_states
+from moe_svd_distill.streaming import Head, PassSettings, ScaledAdapter, StreamedStates, load_head, stream_states
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,17 +126,17 @@ class StreamedStudent:
     def _stream(
         self, texts: Sequence[TokenizedText], adapter: Path | None, name: str, on_progress: Progress | None
     ) -> tuple[StreamedStates, Head]:
+        applied = None if adapter is None else ScaledAdapter(adapter)
         states = stream_states(
             self._checkpoint,
             _together(texts),
             self._cache,
-            PassSettings((self._device,)),
-            adapter=adapter,
-            keep=adapter is None,
+            PassSettings((self._device,), keep=adapter is None),
+            adapter=applied,
             on_progress=_by_layer(on_progress, name, texts),
         )
         # In float32 everywhere: an adapter is added to the head's weight, and bfloat16 would round much of it away.
-        return states, load_head(self._checkpoint, self._device, torch.float32, adapter=adapter)
+        return states, load_head(self._checkpoint, self._device, torch.float32, adapter=applied)
 
 
 def _together(texts: Sequence[TokenizedText]) -> IntArray:

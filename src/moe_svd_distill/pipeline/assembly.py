@@ -24,7 +24,7 @@ from moe_svd_distill.files.writing import write_json
 from moe_svd_distill.pipeline.pair import Model, ModelPair
 from moe_svd_distill.pipeline.scale import ScaleDecision
 from moe_svd_distill.recipe import Recipe
-from moe_svd_distill.streaming.groups import group_of
+from moe_svd_distill.streaming import group_of
 
 if TYPE_CHECKING:
     import torch

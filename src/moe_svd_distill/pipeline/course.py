@@ -10,8 +10,9 @@ from moe_svd_distill.evaluation.scale_search import GLOBAL_SCALES
 from moe_svd_distill.pipeline.extra_text import ExtraText, for_fit, for_training
 from moe_svd_distill.pipeline.placement import Placement, TrainedParts, place_training, tokens_at_once
 from moe_svd_distill.pipeline.ranks import trained_ranks
-from moe_svd_distill.pipeline.stage_text import Beginning, ScaledAdapter
+from moe_svd_distill.pipeline.stage_text import Beginning
 from moe_svd_distill.pipeline.steps import checks, epochs, learning_rate, optimiser, optimiser_steps, trains_head
+from moe_svd_distill.streaming import ScaledAdapter
 from moe_svd_distill.training.settings import (
     HEAD_RATE,
     LAST_LAYERS_RATE,

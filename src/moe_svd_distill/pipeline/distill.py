@@ -33,12 +33,12 @@ from moe_svd_distill.pipeline.scale import ScaleDecision, combined_decision, dec
 from moe_svd_distill.pipeline.texts import RunText, read_run_text
 from moe_svd_distill.recipe import Recipe
 from moe_svd_distill.report.card import adapter_card
-from moe_svd_distill.streaming.groups import GROUPS
+from moe_svd_distill.streaming import GROUPS
 
 if TYPE_CHECKING:
     from moe_svd_distill.pipeline.course import Course, Given
-    from moe_svd_distill.pipeline.stage_text import ScaledAdapter
     from moe_svd_distill.pipeline.text_stage import StageResult
+    from moe_svd_distill.streaming import ScaledAdapter
 
 __all__ = ["Adapter", "Listener", "distill", "load_adapter"]
 
@@ -194,7 +194,7 @@ class _Run:
     def refine(self, change: AdapterChange) -> tuple[StageResult, Path]:
         """The refined stage, from what the stages before have made, or from an adapter that was named."""
         from moe_svd_distill.pipeline.course import refined_course
-        from moe_svd_distill.pipeline.stage_text import ScaledAdapter
+        from moe_svd_distill.streaming import ScaledAdapter
 
         assert self.text is not None
         start = None
@@ -225,7 +225,7 @@ class _Run:
 
     def staged_adapter(self, scales: Mapping[str, float]) -> ScaledAdapter:
         """The adapter as it stands."""
-        from moe_svd_distill.pipeline.stage_text import ScaledAdapter
+        from moe_svd_distill.streaming import ScaledAdapter
 
         return ScaledAdapter(self.output.staged(ADAPTER_FILE).parent, dict(scales))
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.evaluation.adapted import AdaptedStudent
 from moe_svd_distill.evaluation.loading import fits, load_model
-from moe_svd_distill.streaming.groups import GROUPS, group_of
+from moe_svd_distill.streaming import GROUPS, group_of
 
 if TYPE_CHECKING:
     from moe_svd_distill.algebra.figures import Measurement
@@ -158,7 +158,7 @@ def _streamed(
 ) -> Iterator[tuple[At, tuple[str, ...]]]:
     import torch
 
-    from moe_svd_distill.streaming import PassSettings, load_head, stream_states
+    from moe_svd_distill.streaming import PassSettings, ScaledAdapter, load_head, stream_states
     from moe_svd_distill.training.measuring import StatePairs, measure_states, predicting_places
 
     settings, places = PassSettings((device,)), predicting_places(text)
@@ -171,9 +171,10 @@ def _streamed(
         def at(scales: Mapping[str, float]) -> Measurement:
             student = pair.student.checkpoint
             acting = any(scales.values())
-            given: Any = {"adapter": adapter_folder, "scales": dict(scales)} if acting else {}
-            head = load_head(student, device, torch.float32, tokens=text.student_ids, **given)
-            with stream_states(student, text.student.sequences, cache, settings, keep=not acting, **given) as mine:
+            adapter = ScaledAdapter(adapter_folder, scales) if acting else None
+            head = load_head(student, device, torch.float32, tokens=text.student_ids, adapter=adapter)
+            leaving = replace(settings, keep=not acting)
+            with stream_states(student, text.student.sequences, cache, leaving, adapter=adapter) as mine:
                 states = StatePairs(
                     mine.rows(slice(None)).flatten(0, 1),
                     theirs.rows(slice(None)).flatten(0, 1),

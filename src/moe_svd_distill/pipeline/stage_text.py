@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from moe_svd_distill.pipeline.extra_text import ExtraText, draw
-from moe_svd_distill.streaming import PassSettings, StreamedStates, load_head, stream_states
+from moe_svd_distill.streaming import PassSettings, ScaledAdapter, StreamedStates, load_head, stream_states
 from moe_svd_distill.training.job import InputsFile, TextFile
 from moe_svd_distill.training.measuring import predicting_places
 
@@ -20,30 +20,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from moe_svd_distill.calibration.paired import PairedText
+    from moe_svd_distill.checkpoints import Checkpoint
     from moe_svd_distill.pipeline.pair import ModelPair
     from moe_svd_distill.pipeline.texts import RunText
     from moe_svd_distill.streaming import Head
 
 Report: TypeAlias = Callable[[str, float | None], None]
 """Told the name of a step and the fraction done."""
-
-
-@dataclass(frozen=True)
-class ScaledAdapter:
-    """An adapter that the student has when a stage begins.
-
-    Attributes:
-        folder: The adapter at scale 1.
-        scales: Its scales by group.
-    """
-
-    folder: Path
-    scales: Mapping[str, float]
-
-    @property
-    def acts(self) -> bool:
-        """Whether it changes anything."""
-        return any(self.scales.values())
 
 
 class Passes:
@@ -66,23 +49,31 @@ class Passes:
             report: Told the name of a pass and the fraction done.
         """
         self._pair, self._settings, self._cache, self._report = pair, settings, cache, report
-        self._given = {} if adapter is None else {"adapter": adapter.folder, "scales": dict(adapter.scales)}
+        self._adapter = adapter
         self._stack = ExitStack()
         self.facts: dict[str, dict[str, Any]] = {}
 
     def student(self, name: str, sequences: NDArray[np.int64], record_at: int | None = None) -> StreamedStates:
         """A pass of the student; what a layer is given is kept as well where one is named."""
-        return self._read(name, self._pair.student.checkpoint, sequences, record_at=record_at, **self._given)
+        settings = replace(self._settings, record_at=record_at)
+        return self._read(name, self._pair.student.checkpoint, sequences, settings, self._adapter)
 
     def teacher(self, name: str, sequences: NDArray[np.int64]) -> StreamedStates:
         """A pass of the teacher."""
-        return self._read(name, self._pair.teacher.checkpoint, sequences)
+        return self._read(name, self._pair.teacher.checkpoint, sequences, self._settings)
 
-    def _read(self, name: str, checkpoint: Any, sequences: NDArray[np.int64], **given: Any) -> StreamedStates:
+    def _read(
+        self,
+        name: str,
+        checkpoint: Checkpoint,
+        sequences: NDArray[np.int64],
+        settings: PassSettings,
+        adapter: ScaledAdapter | None = None,
+    ) -> StreamedStates:
         def progress(done: int, layers: int) -> None:
             self._report(f"reading the text: {name}", done / layers)
 
-        states = stream_states(checkpoint, sequences, self._cache, self._settings, on_progress=progress, **given)
+        states = stream_states(checkpoint, sequences, self._cache, settings, adapter=adapter, on_progress=progress)
         self._stack.enter_context(states)
         facts = {key: value for key, value in asdict(states.record).items() if key != "unused"}
         self.facts[name] = facts | {"tokens": int(sequences.size), "file": states.path.name}
@@ -185,10 +176,8 @@ def search_text(text: RunText, beginning: Beginning, passes: Passes) -> TextFile
 
 def student_head(pair: ModelPair, adapter: ScaledAdapter | None, tokens: NDArray[np.int64], device: str) -> Head:
     """The student's head over some tokens, float32, with what an adapter changes about it."""
-    given: dict[str, Any] = {}
-    if adapter is not None and adapter.acts:
-        given = {"adapter": adapter.folder, "scales": dict(adapter.scales)}
-    return load_head(pair.student.checkpoint, device, torch.float32, tokens=tokens, **given)
+    acting = adapter if adapter is not None and adapter.acts else None
+    return load_head(pair.student.checkpoint, device, torch.float32, tokens=tokens, adapter=acting)
 
 
 def _measured_on(text: PairedText, begin: int, theirs: StreamedStates) -> TextFile:

@@ -13,8 +13,8 @@ import torch
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.errors import IncompatiblePairError
 from moe_svd_distill.execution.parts import PartContent, write_part
-from moe_svd_distill.pipeline.stage_text import ScaledAdapter, student_head
-from moe_svd_distill.streaming.groups import group_of
+from moe_svd_distill.pipeline.stage_text import student_head
+from moe_svd_distill.streaming import ScaledAdapter
 from moe_svd_distill.training.job import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _pairs(
     tensors: dict[str, Tensor] = {}
     carried: dict[str, Pair] = {}
     for name in found:
-        scale = found.scale(name) * float(start.scales.get(group_of(found.parameter(name)), 1.0))
+        scale = found.scale(name) * start.scale_of(found.parameter(name))
         if name == architecture.head or scale == 0.0:
             continue
         left, right = found[name].left, found[name].right

@@ -6,25 +6,24 @@ layers. Nothing here is imported before it is needed by `--help` or `inspect`: i
 
 from moe_svd_distill.architecture.matrices import Matrix
 from moe_svd_distill.streaming.decoder import Decoder
-from moe_svd_distill.streaming.groups import GROUPS, Scales, group_of
 from moe_svd_distill.streaming.head import Head, head_of, head_over_common_tokens, load_head
-from moe_svd_distill.streaming.result import LayerInputs, StreamedStates
-from moe_svd_distill.streaming.settings import PassRecord, PassSettings
+from moe_svd_distill.streaming.overlay import GROUPS, ScaledAdapter, Scales, by_group, group_of
+from moe_svd_distill.streaming.passes import PassRecord, PassSettings, StreamedStates
+from moe_svd_distill.streaming.states_file import LayerInputs
 from moe_svd_distill.streaming.stream import stream_states
-from moe_svd_distill.streaming.visit import LayerVisit, Visit
 
 __all__ = [
     "GROUPS",
     "Decoder",
     "Head",
     "LayerInputs",
-    "LayerVisit",
     "Matrix",
     "PassRecord",
     "PassSettings",
+    "ScaledAdapter",
     "Scales",
     "StreamedStates",
-    "Visit",
+    "by_group",
     "group_of",
     "head_of",
     "head_over_common_tokens",

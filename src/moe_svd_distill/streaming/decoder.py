@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,15 +17,12 @@ from moe_svd_distill.architecture.matrices import LayerMatrices, find_matrices
 from moe_svd_distill.architecture.skeleton import EMBEDDING, ENDS, build_skeleton
 from moe_svd_distill.architecture.stored import CheckpointMap
 from moe_svd_distill.checkpoints import Checkpoint
-from moe_svd_distill.execution.memory import MemoryWatch, give_back
-from moe_svd_distill.streaming.gates import Shell
-from moe_svd_distill.streaming.groups import Scales
+from moe_svd_distill.execution.memory import give_back
+from moe_svd_distill.streaming.gates import GatedDecoder, replicate
 from moe_svd_distill.streaming.layout import Layout
-from moe_svd_distill.streaming.overlay import AdapterOverlay
-from moe_svd_distill.streaming.replicas import replicate
-from moe_svd_distill.streaming.result import LayerInputs
-from moe_svd_distill.streaming.tables import EmbeddingChange, stored_tables
-from moe_svd_distill.streaming.weights import Prefetcher, Weights
+from moe_svd_distill.streaming.overlay import AdapterOverlay, ScaledAdapter
+from moe_svd_distill.streaming.states_file import LayerInputs
+from moe_svd_distill.streaming.weights import EmbeddingChange, WeightReader, stored_tables
 
 
 class Decoder:
@@ -36,10 +32,10 @@ class Decoder:
         skeleton: Its modules; in an adapter's layers if there is one.
         stored: Where their values lie in the checkpoint.
         layers: Number of its layers.
-        shells: What runs, one for each worker.
-        layout: What passes from layer to layer.
         reader: Reads a layer while another one computes.
         watch: The largest memory seen while weights were read.
+        replicas: What runs, one for each worker.
+        layout: What passes from layer to layer.
     """
 
     def __init__(
@@ -49,8 +45,7 @@ class Decoder:
         dtype: torch.dtype = torch.float32,
         *,
         gradients: bool = False,
-        adapter: Path | None = None,
-        scales: Scales = 1.0,
+        adapter: ScaledAdapter | None = None,
         embedding_change: EmbeddingChange | None = None,
     ) -> None:
         """Read what lies around the layers.
@@ -60,8 +55,7 @@ class Decoder:
             devices: One for each worker; one of them may be named more than once.
             dtype: Type to compute in.
             gradients: Whether gradients by the layers' weights will be asked for.
-            adapter: Folder of a LoRA adapter to apply as PEFT does.
-            scales: Factor on the adapter, or one for each group of its weights.
+            adapter: Applied as PEFT does.
             embedding_change: What is added to the token embeddings.
 
         Raises:
@@ -73,20 +67,18 @@ class Decoder:
         self.skeleton = build_skeleton(checkpoint.config, checkpoint.source, dtype, kind, gradients=gradients)
         self.stored = CheckpointMap(checkpoint, self.skeleton)
         self.layers = len(self.skeleton.originals)
-        self.watch = MemoryWatch()
-        overlay = None if adapter is None else AdapterOverlay(self.skeleton, adapter, scales, checkpoint.config)
-        self._tables = stored_tables(checkpoint, self.skeleton, self.stored, self.device, embedding_change)
-        look = self.watch.look
-        self._weights = Weights(checkpoint, self.skeleton, self.stored, overlay, self.device, look, self._tables)
-        self.reader = Prefetcher(self._weights, self.device)
+        overlay = None if adapter is None else AdapterOverlay(self.stored, adapter)
+        self._tables = stored_tables(self.stored, self.device, embedding_change)
+        self.reader = WeightReader(self.stored, self.device, overlay, self._tables)
+        self.watch = self.reader.watch
         self._here: set[int] = set()
         for part in (EMBEDDING, ENDS):
-            self._weights.attach(part, self.reader.take(part))
+            self.reader.attach(part)
         if embedding_change is not None and not any(slot.part == EMBEDDING for slot in self._tables):
             weight: Any = self.skeleton.embedding.weight
             with torch.no_grad():
                 weight.add_(embedding_change(torch.arange(len(weight))).to(weight))
-        self.shells = [Shell(self.skeleton, device) for device in devices]
+        self.replicas = [GatedDecoder(self.skeleton, device) for device in devices]
         self.layout = Layout(type(self.skeleton.decoder).__name__, self.layers)
 
     @cached_property
@@ -97,7 +89,7 @@ class Decoder:
     @property
     def bytes_read(self) -> int:
         """Stored bytes of weights read so far; each row of an embedding table counts once."""
-        return self._weights.bytes_read + sum(table.rows.bytes_read for table in self._tables.values())
+        return self.reader.bytes_read + sum(table.rows.bytes_read for table in self._tables.values())
 
     @property
     def bytes_needed(self) -> int:
@@ -113,12 +105,10 @@ class Decoder:
             following: The layer wanted next, which is read meanwhile.
         """
         if layer not in self._here:
-            if self.reader.coming not in (None, layer):
-                self.reader.take(self.reader.coming)
             self._attach(layer)
             self._place(layer)
-        if following is not None and following not in self._here and self.reader.coming is None:
-            self.reader.start(following)
+        if following is not None and following not in self._here:
+            self.reader.prefetch(following)
 
     def enter_all(self, begin: int = 0) -> None:
         """Have all layers from one on in memory, for good."""
@@ -134,9 +124,9 @@ class Decoder:
 
     def leave(self, layer: int) -> None:
         """Let go of a layer's weights."""
-        for shell in self.shells:
-            shell.layers.pop(layer, None)
-        self._weights.release(layer)
+        for replica in self.replicas:
+            replica.layers.pop(layer, None)
+        self.reader.release(layer)
         self._here.discard(layer)
         give_back()
 
@@ -154,7 +144,7 @@ class Decoder:
         Raises:
             IncompatiblePairError: The architecture cannot be run layer by layer.
         """
-        return self.layout.step(self.shells[0], ids, layer, recorded, learn=not self.layout.knows(layer + 1))
+        return self.layout.step(self.replicas[0], ids, layer, recorded)
 
     def states(self, ids: Tensor, begin: int = 0, recorded: Sequence[Tensor] = ()) -> Tensor:
         """Final hidden states (rows, length, d) from a layer on, with gradients where they are enabled.
@@ -164,16 +154,7 @@ class Decoder:
             begin: The layer to begin at; it is in memory, and all behind it are.
             recorded: What was recorded at it for these sequences, (rows, …); nothing at the first layer.
         """
-        return self.layout.states(self.shells[0], ids, begin, recorded)
-
-    def _attach(self, layer: int) -> None:
-        self._weights.attach(layer, self.reader.take(layer))
-        self._here.add(layer)
-
-    def _place(self, layer: int) -> None:
-        module: nn.Module = self.skeleton.originals[layer]
-        for shell in self.shells:
-            module = shell.layers[layer] = replicate(module, shell.device)
+        return self.layout.states(self.replicas[0], ids, begin, recorded)
 
     def close(self) -> None:
         """Let go of everything."""
@@ -182,5 +163,14 @@ class Decoder:
             self.leave(layer)
         for part in (EMBEDDING, ENDS):
             self.skeleton.clear(part)
-        self.shells.clear()
+        self.replicas.clear()
         give_back()
+
+    def _attach(self, layer: int) -> None:
+        self.reader.attach(layer)
+        self._here.add(layer)
+
+    def _place(self, layer: int) -> None:
+        module: nn.Module = self.skeleton.originals[layer]
+        for replica in self.replicas:
+            module = replica.layers[layer] = replicate(module, replica.device)

@@ -7,16 +7,18 @@ them gets what was recorded there, and at the gate behind them the forward ends.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from moe_svd_distill.architecture.proxy import ModuleProxy
+from moe_svd_distill.architecture.building import ModuleProxy
 from moe_svd_distill.architecture.skeleton import Skeleton
 from moe_svd_distill.errors import IncompatiblePairError
-from moe_svd_distill.streaming.replicas import replicate
+from moe_svd_distill.streaming.weights import StoredTable
 
 _REPORT = "Report the architecture to the project"
 
@@ -36,8 +38,8 @@ class Reached(NamedTuple):
     output: Any
 
 
-class Shell:
-    """A decoder on one device, without its layers; for one thread at a time.
+class GatedDecoder:
+    """A decoder on one device, with a gate for each of its layers; for one thread at a time.
 
     Attributes:
         device: Where it computes.
@@ -112,13 +114,13 @@ def _no_layer(index: int, call: Call) -> Any:
 
 
 class _Gate(ModuleProxy):
-    def __init__(self, layer: nn.Module, index: int, shell: Shell) -> None:
+    def __init__(self, layer: nn.Module, index: int, decoder: GatedDecoder) -> None:
         super().__init__(layer)
-        object.__setattr__(self, "_place", (index, shell))
+        object.__setattr__(self, "_place", (index, decoder))
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        index, shell = object.__getattribute__(self, "_place")
-        return shell._act(index, (arguments, keywords))
+        index, decoder = object.__getattribute__(self, "_place")
+        return decoder._act(index, (arguments, keywords))
 
 
 class _ReachedError(Exception):
@@ -127,3 +129,31 @@ class _ReachedError(Exception):
     def __init__(self, reached: Reached) -> None:
         super().__init__()
         self.reached = reached
+
+
+def replicate(module: nn.Module, device: torch.device, known: dict[int, object] | None = None) -> nn.Module:
+    """Copy the structure of a module, and its tensors only where they are not on the device yet.
+
+    PEFT, visitors and some architectures change modules while they run; every device gets modules of its own for that
+    reason.
+
+    Args:
+        module: It may be without memory in parts.
+        device: Where the copy computes.
+        known: Identity of a module inside to what takes its place.
+    """
+    memo = dict(known or {})
+    for tensor in chain(module.parameters(), module.buffers()):
+        if tensor.device == device or tensor.is_meta:
+            memo[id(tensor)] = tensor
+        elif isinstance(tensor, StoredTable):
+            memo[id(tensor)] = tensor.on(device)
+        elif isinstance(tensor, nn.Parameter):
+            memo[id(tensor)] = nn.Parameter(tensor.detach().to(device), requires_grad=tensor.requires_grad)
+        else:
+            memo[id(tensor)] = tensor.to(device)
+    for inner in module.modules():
+        configuration = getattr(inner, "config", None)
+        if configuration is not None:
+            memo[id(configuration)] = configuration
+    return copy.deepcopy(module, memo)

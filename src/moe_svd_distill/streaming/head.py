@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,9 @@ from moe_svd_distill.architecture.head import MeasuredHead, check_is_linear, mea
 from moe_svd_distill.architecture.skeleton import HEAD, build_skeleton
 from moe_svd_distill.architecture.stored import CheckpointMap
 from moe_svd_distill.checkpoints import Checkpoint
-from moe_svd_distill.streaming.groups import Scales
-from moe_svd_distill.streaming.overlay import AdapterOverlay
-from moe_svd_distill.streaming.settings import PassSettings
-from moe_svd_distill.streaming.weights import Weights
+from moe_svd_distill.streaming.overlay import AdapterOverlay, ScaledAdapter
+from moe_svd_distill.streaming.passes import PassSettings
+from moe_svd_distill.streaming.weights import WeightReader
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +71,7 @@ def load_head(
     dtype: torch.dtype | None = None,
     *,
     tokens: NDArray[np.int64] | None = None,
-    adapter: Path | None = None,
-    scales: Scales = 1.0,
+    adapter: ScaledAdapter | None = None,
 ) -> Head:
     """Read a model's head, and nothing else of it.
 
@@ -84,20 +81,18 @@ def load_head(
         dtype: Type of the head; by default float32 on the CPU and bfloat16 elsewhere. An adapter is added in float32
             before the weight is rounded to it.
         tokens: Those it has in common with another model; None for all.
-        adapter: Folder of a LoRA adapter.
-        scales: Factor on the adapter, or one for each group of its weights.
+        adapter: Added to it.
 
     Raises:
         BadDataError: The head is missing, or the adapter does not fit.
         IncompatiblePairError: The model has no head, or does something unknown after it.
     """
     settings = PassSettings((device,), dtype)
-    place, kind = settings.places()[0], settings.compute_dtype()
+    place, kind = settings.torch_devices()[0], settings.compute_dtype()
     skeleton = build_skeleton(checkpoint.config, checkpoint.source, kind if adapter is None else torch.float32, "cpu")
     measured = measure_head(skeleton.model)
-    sources = CheckpointMap(checkpoint, skeleton)
-    overlay = None if adapter is None else AdapterOverlay(skeleton, adapter, scales, checkpoint.config)
-    weights = Weights(checkpoint, skeleton, sources, overlay, torch.device("cpu") if adapter else place)
-    weights.attach(HEAD, weights.read(HEAD))
+    stored = CheckpointMap(checkpoint, skeleton)
+    overlay = None if adapter is None else AdapterOverlay(stored, adapter)
+    WeightReader(stored, place if adapter is None else torch.device("cpu"), overlay).attach(HEAD, here=True)
     head = head_of(skeleton.head if overlay is None else overlay.merged_head(), measured, place, kind)
     return head if tokens is None else head_over_common_tokens(head, tokens)

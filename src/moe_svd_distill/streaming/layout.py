@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from moe_svd_distill.errors import IncompatiblePairError
-from moe_svd_distill.streaming.carried import NOTHING, Gate, RowShape, Structure
-from moe_svd_distill.streaming.gates import Call, Reached, Shell
-from moe_svd_distill.streaming.trees import changed, flatten
+from moe_svd_distill.streaming.carried import NOTHING, Gate, RowShape, Structure, changed, flatten
+from moe_svd_distill.streaming.gates import Call, GatedDecoder, Reached
 
 
 class Layout:
@@ -38,43 +37,34 @@ class Layout:
         """What passes a gate, once it is known."""
         return self._gates[index].result()
 
-    def knows(self, index: int) -> bool:
-        """Whether a gate is known."""
-        return self._gates[index].done()
-
-    def arguments(self, shell: Shell, ids: Tensor, index: int, recorded: Sequence[Tensor]) -> Call:
-        """What a layer is given for a batch."""
-        found = shell.run(ids, index, index, self._placeholder(ids))
-        assert isinstance(found, Reached)
-        return self.gate(index).put(found.call, recorded)
-
-    def states(self, shell: Shell, ids: Tensor, begin: int, recorded: Sequence[Tensor]) -> Tensor:
+    def states(self, decoder: GatedDecoder, ids: Tensor, begin: int, recorded: Sequence[Tensor]) -> Tensor:
         """Run all layers from a gate on; what was recorded there (rows, …) to final states (rows, length, d)."""
         gate = self.gate(begin)
-        found = shell.run(ids, begin, self._layers, self._placeholder(ids), lambda call: gate.put(call, recorded))
+        found = decoder.run(ids, begin, self._layers, self._placeholder(ids), lambda call: gate.put(call, recorded))
         assert isinstance(found, Tensor)
         return found
 
     def step(
-        self, shell: Shell, ids: Tensor, index: int, recorded: Sequence[Tensor], *, learn: bool = False
+        self, decoder: GatedDecoder, ids: Tensor, index: int, recorded: Sequence[Tensor], *, learn: bool | None = None
     ) -> list[Tensor]:
         """Run one layer that is not the last; what was recorded at its gate to what is recorded at the next.
 
         Args:
-            shell: With the layer.
+            decoder: With the layer.
             ids: Token ids (rows, length).
             index: The layer.
             recorded: Of these sequences, (rows, …).
-            learn: Whether to find out what passes the next gate.
+            learn: Whether to find out what passes the next gate; by default if it is not known yet.
 
         Raises:
             IncompatiblePairError: The decoder does something that cannot be carried.
         """
+        learn = not self._gates[index + 1].done() if learn is None else learn
         try:
-            reached = self._step(shell, ids, index, recorded)
+            reached = self._step(decoder, ids, index, recorded)
             if learn:
                 with torch.no_grad():
-                    self._gates[index + 1].set_result(self._learn(shell, ids, index, recorded, reached))
+                    self._gates[index + 1].set_result(self._learn(decoder, ids, index, recorded, reached))
         except BaseException as error:
             if learn:
                 self._gates[index + 1].set_exception(error)  # other threads may be waiting for it
@@ -90,9 +80,9 @@ class Layout:
         self._outputs = [Structure.decode(output) for output in found["outputs"]]
         self._gates[index].set_result(Gate.decode(found))
 
-    def _step(self, shell: Shell, ids: Tensor, index: int, recorded: Sequence[Tensor]) -> Reached:
+    def _step(self, decoder: GatedDecoder, ids: Tensor, index: int, recorded: Sequence[Tensor]) -> Reached:
         gate = self.gate(index)
-        found = shell.run(ids, index, index + 1, self._placeholder(ids), lambda call: gate.put(call, recorded))
+        found = decoder.run(ids, index, index + 1, self._placeholder(ids), lambda call: gate.put(call, recorded))
         assert isinstance(found, Reached)
         return found
 
@@ -107,7 +97,9 @@ class Layout:
 
         return lambda index: self._outputs[index].filled(len(ids), value)
 
-    def _learn(self, shell: Shell, ids: Tensor, index: int, recorded: Sequence[Tensor], reached: Reached) -> Gate:
+    def _learn(
+        self, decoder: GatedDecoder, ids: Tensor, index: int, recorded: Sequence[Tensor], reached: Reached
+    ) -> Gate:
         end, rows, before = index + 1, len(ids), self.gate(index)
 
         @cache
@@ -115,7 +107,7 @@ class Layout:
             """The same for one sequence and for two."""
             chosen = [torch.tensor([0]), torch.tensor([0, min(1, rows - 1)])]
             return [
-                self._step(shell, ids[some], index, [tensor[some.to(tensor.device)] for tensor in recorded])
+                self._step(decoder, ids[some], index, [tensor[some.to(tensor.device)] for tensor in recorded])
                 for some in chosen
             ]
 
@@ -132,7 +124,7 @@ class Layout:
 
         def arguments(placeholder: Callable[[int], Any]) -> Call:
             """What the next layer is given when no layer runs."""
-            found = shell.run(ids, end, end, placeholder)
+            found = decoder.run(ids, end, end, placeholder)
             assert isinstance(found, Reached)
             return found.call
 

@@ -11,9 +11,10 @@ import math
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,39 +22,87 @@ from torch import Tensor, nn
 from moe_svd_distill.adapter.adapter_file import adapter_header, read_tensor
 from moe_svd_distill.adapter.load_check import check_loads
 from moe_svd_distill.architecture.skeleton import HEAD, OUTSIDE, Part, Skeleton
-from moe_svd_distill.architecture.stored import in_memory
+from moe_svd_distill.architecture.stored import CheckpointMap, in_memory
 from moe_svd_distill.errors import BadDataError, UsageError
-from moe_svd_distill.streaming.groups import Scales, by_group, group_of
 
 _NAME = "default"
 _MODEL = "base_model.model."
 _VERIFY = "Verify the adapter, or write it again"
 
+Scales: TypeAlias = float | Mapping[str, float]
+"""One scale for the whole adapter, or one for each group of its weights."""
+
+GROUPS = ("attention", "mlp", "experts", "head", "embeddings")
+
+_PATTERNS = {
+    "head": r"(^|\.)(lm_head|embed_out)(\.|$)|^output(\.|$)",
+    "embeddings": r"(^|\.)(embed_tokens|word_embeddings|embed_in|embeddings|wte)(\.|$)",
+    "attention": r"\.(self_attn|attn|attention|self_attention|linear_attn|mamba)(\.|$)",
+    "mlp": r"\.shared_(experts?|mlp)(\.|$)",
+    "experts": r"\.(experts|router|block_sparse_moe)(\.|$)|\.(mlp|feed_forward|ffn)\.gate(\.|$)",
+}
+
+
+def group_of(name: str) -> str:
+    """Return the group of a module or tensor name; what belongs to no other is `mlp`."""
+    return next((group for group, pattern in _PATTERNS.items() if re.search(pattern, name)), "mlp")
+
+
+def by_group(scales: Scales, groups: Iterable[str]) -> dict[str, float]:
+    """A scale for each of the groups.
+
+    Raises:
+        UsageError: A group has none.
+    """
+    wanted = sorted(set(groups))
+    if not isinstance(scales, Mapping):
+        return dict.fromkeys(wanted, float(scales))
+    if missing := [group for group in wanted if group not in scales]:
+        raise UsageError(f"No scale is given for {', '.join(missing)}", f"Give one for each of {', '.join(wanted)}")
+    return {group: float(scales[group]) for group in wanted}
+
+
+@dataclass(frozen=True)
+class ScaledAdapter:
+    """A LoRA adapter, and how far it is turned up.
+
+    Attributes:
+        folder: Folder with adapter_config.json and adapter_model.safetensors.
+        scales: Factor on the whole adapter, or one for each group of its weights.
+    """
+
+    folder: Path
+    scales: Scales = 1.0
+
+    @property
+    def acts(self) -> bool:
+        """Whether it changes anything."""
+        return any(self.scales.values()) if isinstance(self.scales, Mapping) else bool(self.scales)
+
+    def scale_of(self, name: str) -> float:
+        """Factor on a weight of this name; 1 where its group has none."""
+        return float(self.scales.get(group_of(name), 1.0) if isinstance(self.scales, Mapping) else self.scales)
+
 
 class AdapterOverlay:
     """The adapter's layers inside a skeleton; they hold values only for the parts that are attached."""
 
-    def __init__(self, skeleton: Skeleton, folder: Path, scales: Scales, config: Mapping[str, Any]) -> None:
-        """Wrap the skeleton in place; its slots and parts stay what they were.
-
-        Args:
-            skeleton: The base model.
-            folder: Folder with adapter_config.json and adapter_model.safetensors.
-            scales: Factor on the whole adapter, or on each group.
-            config: The base model's config.json.
+    def __init__(self, stored: CheckpointMap, adapter: ScaledAdapter) -> None:
+        """Wrap the base model's skeleton in place; its slots and parts stay what they were.
 
         Raises:
             BadDataError: PEFT would not load every tensor, or something that is not known here.
             UsageError: A group of the adapter has no scale, or one that is not finite.
         """
-        check_loads(folder, config)
+        folder, skeleton = adapter.folder, stored.skeleton
+        check_loads(folder, stored.checkpoint.config)
         self._skeleton, self._folder = skeleton, folder
         self._tensors = adapter_header(folder).tensors
         self._homes = _homes(skeleton)
         self._peft = _wrap(skeleton.model, folder)
         self._modules = self._adapted_modules()
         groups = {name: group_of(name) for entries in self._modules.values() for name, _ in entries}
-        factors = by_group(scales, groups.values())
+        factors = by_group(adapter.scales, groups.values())
         self._factors = {name: factors[group] for name, group in groups.items()}
         if wrong := next((group for group, factor in factors.items() if not math.isfinite(factor)), None):
             raise UsageError(f"The scale of {wrong} is {factors[wrong]}, expected a finite number", "Give a number")
@@ -64,10 +113,6 @@ class AdapterOverlay:
             if hasattr(module, "scaling")
         }
         self._keys = self._keys_of_parts()
-
-    def changes(self, part: Part) -> bool:
-        """Whether the adapter has anything in a part."""
-        return bool(self._modules.get(part))
 
     def read(self, part: Part) -> dict[str, Tensor]:
         """The adapter's tensors of a part, by key, in memory of their own."""
@@ -82,7 +127,7 @@ class AdapterOverlay:
         Raises:
             BadDataError: PEFT does not take one of them.
         """
-        if not self.changes(part):
+        if not self._modules.get(part):
             return
         from peft import set_peft_model_state_dict
 

@@ -1,4 +1,4 @@
-"""Values of all sequences in one safetensors file that can be written while they are computed.
+"""Values of all sequences: in one safetensors file that can be written while they are computed, and in memory.
 
 Final states are a tensor (n, length, d), what is recorded between two layers one of bytes (n, bytes of a sequence).
 
@@ -25,6 +25,7 @@ from moe_svd_distill.files.dtypes import FLOATS, dtype_code, tensor_bytes, torch
 from moe_svd_distill.files.header import Header, encode_header, lay_out, read_header
 from moe_svd_distill.files.reading import opened, read_at, read_pieces
 from moe_svd_distill.files.writing import durable_file
+from moe_svd_distill.streaming.carried import NOTHING, Gate
 
 _METADATA = "moe_svd_distill"
 _STATES, _BYTES, _DIGEST = "states", "recorded", "sha256"  # of tensors of one width the digest has to be the last
@@ -120,10 +121,78 @@ class StatesFile:
         """The values of some sequences, (rows, …), as a view on the file."""
         return self._states[rows]
 
-    def batches(self, step: int) -> Iterator[Tensor]:
-        """All of them, this many sequences at a time."""
-        for begin in range(0, self.shape[0], step):
-            yield self.rows(slice(begin, begin + step))
+
+class LayerInputs:
+    """What was recorded at a layer for all sequences of a pass: the layers from there on can be run again.
+
+    Attributes:
+        layer: Its number. Nothing is recorded at the first one: there everything follows from the token ids.
+        path: The file.
+        layout: What it takes to go on from there, for `Layout.decode`.
+    """
+
+    def __init__(self, layer: int, path: Path | None) -> None:
+        self.layer, self.path = layer, path
+        self._file = None if path is None else StatesFile(path)
+        self.layout = None if self._file is None else self._file.body["layout"]
+        self._gate: Gate = NOTHING if self._file is None else Gate.decode(self.layout)
+
+    def rows(self, rows: slice) -> list[Tensor]:
+        """Of some sequences, (rows, …), as private views on the file."""
+        return [] if self._file is None else self._gate.unpack(self._file.rows(rows))
+
+
+class GateValues:
+    """What was recorded at a gate for all sequences, in memory or mapped from a file.
+
+    Attributes:
+        in_memory: Whether it is.
+    """
+
+    def __init__(self, gate: Gate, packed: Tensor | None, path: Path | None) -> None:
+        """Take what is there.
+
+        Args:
+            gate: What passes it.
+            packed: In memory, (n, bytes of a sequence); None where it is mapped from the file.
+            path: The file that holds it too, if there is one.
+        """
+        self._gate, self._path = gate, path
+        self.in_memory = packed is not None
+        self._packed = self._mapped() if packed is None else packed
+
+    def rows(self, rows: slice) -> list[Tensor]:
+        """Of some sequences, (rows, …), as views."""
+        return self._gate.unpack(self._packed[rows])
+
+    def room_for(self, width: int, budget: int) -> Tensor | None:
+        """Where to put so many bytes for each sequence while this is read, (n, width); None beyond a budget of bytes.
+
+        What a layer gives takes the place of what it was given as it comes, because a sequence depends on no other one.
+        Where the one is wider than the other, this is read from its file from now on, if there is one.
+        """
+        fits = len(self._packed) * width <= budget
+        if fits and self.in_memory and self._packed.shape[1] == width:
+            return self._packed
+        if self.in_memory and self._path is not None:
+            self._packed, self.in_memory = self._mapped(), False
+        return torch.empty(len(self._packed), width, dtype=torch.uint8) if fits else None
+
+    def _mapped(self) -> Tensor:
+        assert self._path is not None
+        return StatesFile(self._path).rows(slice(None))
+
+
+def gate_values_in(path: Path, gate: Gate, budget: int) -> GateValues:
+    """What a file holds, in memory where it fits a budget of bytes."""
+    values = StatesFile(path).rows(slice(None))
+    return GateValues(gate, values.clone() if values.numel() <= budget else None, path)
+
+
+def slices(count: int, step: int) -> Iterator[slice]:
+    """Cut a number of sequences into batches."""
+    for begin in range(0, count, step):
+        yield slice(begin, min(begin + step, count))
 
 
 def _body(header: Header) -> dict[str, Any]:

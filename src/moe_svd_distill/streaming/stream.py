@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,17 +20,13 @@ from moe_svd_distill.architecture.building import parse_config
 from moe_svd_distill.architecture.skeleton import layer_count
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.errors import BadDataError, UsageError
-from moe_svd_distill.streaming.budget import activation_budget
-from moe_svd_distill.streaming.crew import Crew
+from moe_svd_distill.streaming.carried import NOTHING
 from moe_svd_distill.streaming.decoder import Decoder
-from moe_svd_distill.streaming.gates import Call, Shell
-from moe_svd_distill.streaming.groups import Scales
-from moe_svd_distill.streaming.journal import Journal, pass_key
-from moe_svd_distill.streaming.result import LayerInputs, StreamedStates
-from moe_svd_distill.streaming.settings import PassRecord, PassSettings
-from moe_svd_distill.streaming.states import Recorded, slices
-from moe_svd_distill.streaming.states_file import StatesFile
-from moe_svd_distill.streaming.visit import LayerVisit, Visit
+from moe_svd_distill.streaming.devices import DevicePool, activation_budget
+from moe_svd_distill.streaming.gates import GatedDecoder
+from moe_svd_distill.streaming.overlay import ScaledAdapter
+from moe_svd_distill.streaming.passes import PassFiles, PassRecord, PassSettings, StreamedStates, pass_key
+from moe_svd_distill.streaming.states_file import GateValues, LayerInputs, gate_values_in, slices
 
 JOURNAL_SECONDS = 10.0  # between two layers whose results go to the disk so that a killed pass goes on from there
 _STATES_OF_A_BATCH = 32  # what a layer holds at once while it computes a batch, as multiples of the batch's states
@@ -43,35 +39,21 @@ def stream_states(
     folder: Path,
     settings: PassSettings | None = None,
     *,
-    adapter: Path | None = None,
-    scales: Scales = 1.0,
-    visit: Visit | None = None,
-    visit_key: str | None = None,
-    keep: bool = True,
-    record_at: int | None = None,
+    adapter: ScaledAdapter | None = None,
     on_progress: Progress | None = None,
 ) -> StreamedStates:
     """The decoder's final hidden states (after the last norm) for every token, from a model of any size.
 
-    Each weight is read once, one layer ahead of the layer that computes: at most two layers are in memory. After every
-    layer, what the next one is given is on the disk, so that a pass killed at any moment goes on at the last finished
-    layer, and ends in the same bytes. A finished pass is found by the next call that asks for the same.
+    Each weight is read once, one layer ahead of the layer that computes: at most two layers are in memory. What the
+    next layer is given goes to the disk from time to time, so that a pass killed at any moment goes on from there, and
+    ends in the same bytes. A finished pass is found by the next call that asks for the same.
 
     Args:
         checkpoint: The model.
         sequences: Token ids, (n, length); all of one length, without padding.
         folder: Where the states lie.
-        settings: Devices, type, batch size, memory for states.
-        adapter: Folder of a LoRA adapter to apply as PEFT does.
-        scales: Factor on the adapter, or one for each group of its weights (attention, mlp, experts, head,
-            embeddings).
-        visit: Called with every layer while it is in memory, before its forward pass.
-        visit_key: What to call the visitor in the pass's identity. With it, a layer whose results are on the disk is
-            not visited again, so the visitor must have put its own results on the disk before it returns. Without it,
-            a pass with a visitor always begins anew and visits all layers.
-        keep: Whether the final states stay on the disk after the result is closed.
-        record_at: A layer; what it is given is kept beside the final states, so that it and those behind it can be run
-            again.
+        settings: Devices, type, batch size, memory for states, and what is kept.
+        adapter: Applied as PEFT does.
         on_progress: Told the layers done and their number.
 
     Raises:
@@ -81,175 +63,171 @@ def stream_states(
         CannotWriteError: The disk is full.
     """
     begin = time.perf_counter()
-    settings = _settled(settings or PassSettings(), checkpoint)
+    settings = settings or PassSettings()
+    settings = replace(settings, dtype=settings.compute_dtype(_width(checkpoint)))
     _check_tokens(sequences)
-    anonymous = visit is not None and visit_key is None
-    identity = None if visit is None else (visit_key or "anonymous")
-    rows = max(1, settings.batch_tokens // sequences.shape[1])
-    dtype, kind = settings.compute_dtype(), settings.places()[0].type
-    key = pass_key(checkpoint, sequences, rows, dtype, kind, adapter, scales, identity)
-    layers = layer_count(checkpoint.config, checkpoint.source)
-    journal = Journal(Path(folder), key, layers, record_at)
-    if anonymous:
-        journal.discard()
-    path = journal.finished()
-    facts: dict[str, Any] = {"layers_computed": 0, "layers_reused": layers, "rejected": tuple(journal.rejected)}
-    if path is None:
-        path, facts = _Pass(checkpoint, sequences, rows, journal, settings, adapter, scales).run(visit, on_progress)
-    record = PassRecord(key, layers, **facts, seconds=time.perf_counter() - begin)
-    inputs = None if record_at is None else LayerInputs(record_at, journal.layer_path(record_at) if record_at else None)
-    return StreamedStates(path, record, keep, inputs)
+    layers, first = layer_count(checkpoint.config, checkpoint.source), settings.record_at
+    files = PassFiles(Path(folder), pass_key(checkpoint, sequences, settings, adapter), layers, first)
+    if files.finished():
+        record = PassRecord(files.key, layers, layers_computed=0, layers_reused=layers, rejected=tuple(files.rejected))
+    else:
+        ids = torch.from_numpy(np.ascontiguousarray(sequences, dtype=np.int64))
+        record = _run(checkpoint, ids, files, settings, adapter, on_progress)
+    record = replace(record, seconds=time.perf_counter() - begin)
+    inputs = None if first is None else LayerInputs(first, files.layer_path(first) if first else None)
+    return StreamedStates(files.final_path, record, settings.keep, inputs)
 
 
-def _settled(settings: PassSettings, checkpoint: Checkpoint) -> PassSettings:
-    """With the type that a model of this width computes in."""
-    width = parse_config(checkpoint.config, checkpoint.source).get_text_config().hidden_size
-    return replace(settings, dtype=settings.compute_dtype(width))
+def _run(
+    checkpoint: Checkpoint,
+    ids: Tensor,
+    files: PassFiles,
+    settings: PassSettings,
+    adapter: ScaledAdapter | None,
+    on_progress: Progress | None,
+) -> PassRecord:
+    budget = activation_budget() if settings.activation_bytes is None else settings.activation_bytes
+    dtype, devices, threads = settings.compute_dtype(), settings.torch_devices(), None
+    batches = list(slices(len(ids), settings.rows_per_batch(ids.shape[1])))
+    if devices == (torch.device("cpu"),):
+        states_bytes = ids[batches[0]].numel() * _width(checkpoint) * dtype.itemsize
+        devices, threads = _on_cores(len(batches), budget // (states_bytes * _STATES_OF_A_BATCH))
+    with (
+        closing(Decoder(checkpoint, devices, dtype, adapter=adapter)) as decoder,
+        closing(DevicePool(devices, threads)) as pool,
+    ):
+        _check_vocabulary(ids, decoder.skeleton.vocabulary)
+        running = _Pass(decoder, pool, files, ids, batches, budget)
+        begin = running.resume()
+        if on_progress:
+            on_progress(begin, decoder.layers)
+        for layer in range(begin, decoder.layers):
+            running.layer(layer)
+            if on_progress:
+                on_progress(layer + 1, decoder.layers)
+        return PassRecord(
+            files.key,
+            decoder.layers,
+            layers_computed=decoder.layers - begin,
+            layers_reused=begin,
+            bytes_needed=decoder.bytes_needed,
+            bytes_read=decoder.bytes_read,
+            spilled=running.spilled,
+            seconds_reading=decoder.reader.seconds_reading,
+            seconds_computing=running.seconds,
+            seconds_waiting=decoder.reader.seconds_waiting,
+            peak_anonymous_bytes=decoder.watch.look(),
+            unused=decoder.stored.unused,
+            rejected=tuple(files.rejected),
+        )
 
 
 class _Pass:
-    """One pass under way."""
+    """All batches through one layer after the other.
+
+    Attributes:
+        spilled: Whether what was recorded has stayed on the disk at some layer.
+        seconds: Of computing so far.
+    """
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        sequences: NDArray[np.int64],
-        rows: int,
-        journal: Journal,
-        settings: PassSettings,
-        adapter: Path | None,
-        scales: Scales,
+        self, decoder: Decoder, pool: DevicePool, files: PassFiles, ids: Tensor, batches: list[slice], budget: int
     ) -> None:
-        self._journal, self._rows = journal, rows
-        self._ids = torch.from_numpy(np.ascontiguousarray(sequences, dtype=np.int64))
-        self._budget = activation_budget() if settings.activation_bytes is None else settings.activation_bytes
-        self._batches = list(slices(len(self._ids), rows))
-        dtype, places, threads = settings.compute_dtype(), settings.places(), None
-        if places == (torch.device("cpu"),):
-            places, threads = self._on_cores(checkpoint, dtype)
-        self._decoder = Decoder(checkpoint, places, dtype, adapter=adapter, scales=scales)
-        self._crew = Crew(places, threads)
-        self._computing = 0.0
+        self._decoder, self._pool, self._files = decoder, pool, files
+        self._ids, self._batches, self._budget = ids, batches, budget
+        self._values = GateValues(NOTHING, torch.empty(len(ids), 0, dtype=torch.uint8), None)
         self._written = time.perf_counter()
-        self._name = type(self._decoder.skeleton.model).__name__
+        self.spilled = False
+        self.seconds = 0.0
 
-    def run(self, visit: Visit | None, on_progress: Progress | None) -> tuple[Path, dict[str, Any]]:
-        """All of it; returns the file of the final states, and the facts for the record."""
-        decoder, recorded = self._decoder, Recorded(len(self._ids), self._budget)
-        try:
-            _check_vocabulary(self._ids, decoder.skeleton.vocabulary)
-            begin, path = self._journal.newest() or (0, None)
-            if path is not None:
-                decoder.layout.decode(begin, StatesFile(path).body["layout"])
-                recorded.load(decoder.layout.gate(begin), path, self._rows)
-            if on_progress:
-                on_progress(begin, decoder.layers)
-            for index in range(begin, decoder.layers):
-                self._layer(index, recorded, visit)
-                if on_progress:
-                    on_progress(index + 1, decoder.layers)
-        finally:
-            self._crew.close()
-            decoder.close()
-        return self._journal.final_path, {
-            "layers_computed": decoder.layers - begin,
-            "layers_reused": begin,
-            "bytes_needed": decoder.bytes_needed,
-            "bytes_read": decoder.bytes_read,
-            "spilled": recorded.spilled,
-            "seconds_reading": decoder.reader.seconds_reading,
-            "seconds_computing": self._computing,
-            "seconds_waiting": decoder.reader.seconds_waiting,
-            "peak_anonymous_bytes": decoder.watch.look(),
-            "unused": decoder.stored.unused,
-            "rejected": tuple(self._journal.rejected),
-        }
+    def resume(self) -> int:
+        """Go on from the newest file; returns how many layers are done."""
+        if done := self._files.newest():
+            path = self._files.layer_path(done)
+            self._decoder.knows_inputs(LayerInputs(done, path))
+            self._values = gate_values_in(path, self._decoder.layout.gate(done), self._budget)
+            self.spilled = not self._values.in_memory
+        return done
 
-    def _layer(self, index: int, recorded: Recorded, visit: Visit | None) -> None:
-        """Read, visit, compute and forget one layer."""
-        decoder, count = self._decoder, len(self._ids)
-        following = index + 1 if index + 1 < decoder.layers else None
-        decoder.enter(index, following)
+    def layer(self, layer: int) -> None:
+        """Read, compute and forget one layer."""
+        decoder, following = self._decoder, layer + 1
+        decoder.enter(layer, following if following < decoder.layers else None)
         begin = time.perf_counter()
-        if visit is not None:
-            self._show(index, recorded, visit)
-        work = [partial(self._compute, shell, index, recorded) for shell in decoder.shells]
-        results = self._watched(self._crew.map(work, self._batches))
-        if following is None:
-            self._journal.finish(count, (output for _, output in results))
+        work = [partial(self._compute, replica, layer) for replica in decoder.replicas]
+        results = self._watched(self._pool.map(work, self._batches))
+        if following == decoder.layers:
+            self._files.finish(len(self._ids), (output for _, output in results))
         else:
-            first = next(results)
-            recorded.begin(first[1].shape[1])
-            packed = self._taken(recorded, chain([first], results))
-            path = None
-            if self._due(following, recorded, visit):
-                path = self._journal.write(following, decoder.layout.encode(following), count, packed)
-                self._written = time.perf_counter()
-            else:
-                deque(packed, maxlen=0)
-            recorded.turn_to(decoder.layout.gate(following), path)
-        decoder.leave(index)
-        self._computing += time.perf_counter() - begin
+            self._values = self._kept(following, results)
+        decoder.leave(layer)
+        self.seconds += time.perf_counter() - begin
 
-    def _due(self, following: int, recorded: Recorded, visit: Visit | None) -> bool:
-        """Whether what the next layer is given goes to the disk: if need be, and otherwise not all the time."""
-        needed = visit is not None or recorded.spilled or self._journal.keeps(following)
-        return needed or time.perf_counter() - self._written >= JOURNAL_SECONDS
+    def _kept(self, following: int, results: Iterator[tuple[slice, Tensor]]) -> GateValues:
+        """What a layer is given, in memory as far as the budget goes, and on the disk if need be or if it is time."""
+        first = next(results)
+        room = self._values.room_for(first[1].shape[1], self._budget)
+        self.spilled |= room is None
 
-    def _compute(self, shell: Shell, index: int, recorded: Recorded, rows: slice) -> Tensor:
+        def packed() -> Iterator[Tensor]:
+            for rows, values in chain([first], results):
+                if room is not None:
+                    room[rows] = values
+                yield values
+
+        path, layout = None, self._decoder.layout
+        if self._due(following):
+            path = self._files.write(following, layout.encode(following), len(self._ids), packed())
+            self._written = time.perf_counter()
+        else:
+            deque(packed(), maxlen=0)
+        return GateValues(layout.gate(following), room, path)
+
+    def _due(self, following: int) -> bool:
+        return self.spilled or self._files.keeps(following) or time.perf_counter() - self._written >= JOURNAL_SECONDS
+
+    def _compute(self, replica: GatedDecoder, layer: int, rows: slice) -> Tensor:
         """A layer on a batch: what the next one is given as bytes, (rows, bytes), or final states."""
-        layout = self._decoder.layout
-        ids, given = self._given(shell, recorded, rows)
-        if index + 1 == self._decoder.layers:
-            return self._finite(layout.states(shell, ids, index, given), index)
-        found = layout.step(shell, ids, index, given, learn=rows.start == 0)
-        return layout.gate(index + 1).pack([self._finite(tensor, index) for tensor in found])
-
-    def _show(self, index: int, recorded: Recorded, visit: Visit) -> None:
-        decoder, shell = self._decoder, self._decoder.shells[0]
-
-        def batches() -> Iterator[tuple[slice, Call]]:
-            for rows in self._batches:
-                ids, given = self._given(shell, recorded, rows)
-                yield rows, decoder.layout.arguments(shell, ids, index, given)
-
-        name = f"{decoder.skeleton.prefix}{index}"
-        visit(LayerVisit(index, decoder.layers, name, shell.layers[index], shell.device, batches))
-
-    def _given(self, shell: Shell, recorded: Recorded, rows: slice) -> tuple[Tensor, list[Tensor]]:
-        """Token ids and what was recorded, as copies: a layer may write into what it is given."""
-        return self._ids[rows].to(shell.device), [t.to(shell.device, copy=True) for t in recorded.rows(rows)]
+        layout, ids = self._decoder.layout, self._ids[rows].to(replica.device)
+        given = [tensor.to(replica.device, copy=True) for tensor in self._values.rows(rows)]  # a layer may change it
+        if layer + 1 == self._decoder.layers:
+            return self._finite(layout.states(replica, ids, layer, given), layer)
+        found = layout.step(replica, ids, layer, given, learn=rows.start == 0)
+        return layout.gate(layer + 1).pack([self._finite(tensor, layer) for tensor in found])
 
     def _watched(self, results: Iterator[tuple[slice, Tensor]]) -> Iterator[tuple[slice, Tensor]]:
         for result in results:
             self._decoder.watch.look()
             yield result
 
-    @staticmethod
-    def _taken(recorded: Recorded, results: Iterator[tuple[slice, Tensor]]) -> Iterator[Tensor]:
-        for rows, packed in results:
-            recorded.take_in(rows, packed)
-            yield packed
-
-    def _on_cores(self, checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[tuple[torch.device, ...], int]:
-        """The processor as often as torch has threads, batches and memory allow, and the threads that each gets.
-
-        Layers are made of many small operations, which many threads hardly speed up: two batches on a thread each took
-        25 s where one on two threads took 46.
-        """
-        width = parse_config(checkpoint.config, checkpoint.source).get_text_config().hidden_size
-        threads = torch.get_num_threads()
-        one = self._rows * self._ids.shape[1] * width * dtype.itemsize * _STATES_OF_A_BATCH
-        count = max(1, min(threads, len(self._batches), self._budget // one))
-        return (torch.device("cpu"),) * count, threads // count
-
-    def _finite(self, values: Tensor, index: int) -> Tensor:
+    def _finite(self, values: Tensor, layer: int) -> Tensor:
         if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+            name = type(self._decoder.skeleton.model).__name__
             raise BadDataError(
-                f"layer {index} of {self._name} gives states that are not finite in {values.dtype}",
+                f"layer {layer} of {name} gives states that are not finite in {values.dtype}",
                 "Verify the model and the adapter, or compute in a wider type",
             )
         return values
+
+
+def _on_cores(batches: int, fitting: int) -> tuple[tuple[torch.device, ...], int]:
+    """The processor as often as torch has threads, batches and memory allow, and the threads that each gets.
+
+    Layers are made of many small operations, which many threads hardly speed up: two batches on a thread each took
+    25 s where one on two threads took 46.
+
+    Args:
+        batches: How many there are.
+        fitting: How many fit into memory at a time.
+    """
+    threads = torch.get_num_threads()
+    count = max(1, min(threads, batches, fitting))
+    return (torch.device("cpu"),) * count, threads // count
+
+
+def _width(checkpoint: Checkpoint) -> int:
+    width: int = parse_config(checkpoint.config, checkpoint.source).get_text_config().hidden_size
+    return width
 
 
 def _check_tokens(sequences: NDArray[np.int64]) -> None:

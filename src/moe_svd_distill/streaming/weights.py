@@ -1,85 +1,178 @@
-"""Reading a part's weights into memory, each stored byte once, in a thread of its own."""
+"""Reading a part's weights into memory, each stored byte once, in a thread of its own.
+
+Embedding tables stay in their file: a look-up reads the rows of its tokens and nothing else.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from moe_svd_distill.architecture.skeleton import ParameterSlot, Part, Skeleton
+from moe_svd_distill.architecture.skeleton import EMBEDDING, ENDS, ParameterSlot, Part
 from moe_svd_distill.architecture.stored import CheckpointMap, TensorSource
 from moe_svd_distill.checkpoints import Checkpoint
-from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.errors import BadDataError, IncompatiblePairError
+from moe_svd_distill.execution.memory import MemoryWatch
+from moe_svd_distill.streaming.devices import Staging
 from moe_svd_distill.streaming.overlay import AdapterOverlay
-from moe_svd_distill.streaming.staging import Staging
-from moe_svd_distill.streaming.tables import StoredTable
+
+EmbeddingChange = Callable[[Tensor], Tensor]
+"""Token ids (n,) to what is added to their embeddings as stored, (n, d)."""
+
+_embedding: Any = nn.functional.embedding
 
 
-@dataclass
-class Loaded:
-    """The tensors of one part in memory: of the base model by slot, of the adapter by key."""
+class TableRows:
+    """The rows of a stored table, read as they are asked for, by any number of threads.
 
-    base: list[tuple[ParameterSlot, Tensor]] = field(default_factory=list)
-    adapter: dict[str, Tensor] = field(default_factory=dict)
+    Attributes:
+        bytes: Stored bytes of the whole table.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, hub_name: str, dtype: torch.dtype, change: EmbeddingChange | None
+    ) -> None:
+        self._stored, self._dtype, self._change = checkpoint.read(hub_name), dtype, change
+        self.bytes = checkpoint[hub_name].bytes
+        self._seen = torch.zeros(len(self._stored), dtype=torch.bool)
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Rows of ids of any shape (…) on the CPU, in the type they are computed with, (…, d)."""
+        self._seen[ids] = True
+        rows = self._stored[ids].to(self._dtype)
+        return rows if self._change is None else rows + self._change(ids.flatten()).view(rows.shape).to(rows)
+
+    @property
+    def bytes_read(self) -> int:
+        """Stored bytes of the rows that were read, each counted once."""
+        return int(self._seen.sum()) * self.bytes // len(self._seen)
 
 
-class Weights:
-    """Reads parts, puts them into the skeleton and takes them out again.
+class StoredTable(Tensor):
+    """Stands for a table as the weight of an embedding; it can be looked up in, and asked for its shape and type.
+
+    Attributes:
+        rows: Where its values are.
+    """
+
+    rows: TableRows
+
+    @staticmethod
+    def of(rows: TableRows, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> StoredTable:
+        """A table of this shape, for look-ups on this device."""
+        table = torch.zeros((), dtype=dtype, device=device).expand(shape).as_subclass(StoredTable)
+        table.rows = rows
+        return table
+
+    def on(self, device: torch.device) -> StoredTable:
+        """The same for look-ups on another device."""
+        return StoredTable.of(self.rows, tuple(self.shape), self.dtype, device)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _embedding and isinstance(args[1], cls):
+            return args[1].rows.read(args[0].cpu()).to(args[0].device)
+        if func is Tensor.detach:
+            return args[0]
+        found = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        if isinstance(found, Tensor) and found is not args[0] and func is not Tensor.as_subclass:
+            raise IncompatiblePairError(
+                f"The decoder takes its embeddings for something else than a look-up ({func.__name__})",
+                "Report the architecture to the project",
+            )
+        return found
+
+
+def stored_tables(
+    stored: CheckpointMap, device: torch.device, change: EmbeddingChange | None = None
+) -> dict[ParameterSlot, StoredTable]:
+    """A table for every embedding around the layers that is stored plainly as one tensor.
+
+    Args:
+        stored: Where a model's values lie.
+        device: For look-ups on this device.
+        change: What an adapter adds to the token embeddings.
+    """
+    checkpoint, found = stored.checkpoint, {}
+    parts: tuple[Part, ...] = (EMBEDDING, ENDS)
+    for part in parts:
+        for source in stored.of_part[part]:
+            slot = source.slots[0]
+            plain = len(source.pieces) == 1 and source.pieces[0].index is None and source.pieces[0].begin is None
+            if not plain or not isinstance(slot.module, nn.Embedding) or slot.attribute != "weight":
+                continue
+            name = source.pieces[0].hub_name
+            if checkpoint.stored.get(name) != checkpoint[name]:
+                continue
+            rows = TableRows(checkpoint, name, slot.dtype, change if part == EMBEDDING else None)
+            found[slot] = StoredTable.of(rows, slot.shape, slot.dtype, device)
+    return found
+
+
+class _Loaded(NamedTuple):
+    """A part in memory: the base model's tensors by slot, the adapter's by key."""
+
+    base: list[tuple[ParameterSlot, Tensor]]
+    adapter: dict[str, Tensor]
+
+
+class WeightReader:
+    """Reads parts, one while the devices compute, puts them into the skeleton and takes them out again.
 
     Attributes:
         bytes_read: Stored bytes of the base model read so far.
+        seconds_reading: The reading thread at work.
+        seconds_waiting: The caller waiting for it.
+        watch: The largest memory seen while weights were read.
     """
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
-        skeleton: Skeleton,
-        sources: CheckpointMap,
-        overlay: AdapterOverlay | None,
+        stored: CheckpointMap,
         device: torch.device,
-        look: Callable[[], object] = lambda: None,
+        overlay: AdapterOverlay | None = None,
         tables: Mapping[ParameterSlot, StoredTable] | None = None,
     ) -> None:
         """Nothing is read yet.
 
         Args:
-            checkpoint: The model.
-            skeleton: What is filled.
-            sources: Where the values lie.
-            overlay: An adapter around the skeleton.
+            stored: Where the values lie, and the skeleton that is filled.
             device: Where to.
-            look: Called whenever more memory has been taken.
+            overlay: An adapter around the skeleton.
             tables: Embeddings that stay in their files.
         """
-        self._checkpoint, self._skeleton, self._sources = checkpoint, skeleton, sources
-        self._overlay, self._device, self._look = overlay, device, look
-        self._tables = tables or {}
+        self._stored, self._device, self._overlay, self._tables = stored, device, overlay, tables or {}
         self._staging = Staging() if device.type == "cuda" else None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
+        self._coming: tuple[Part, Future[_Loaded]] | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self.watch = MemoryWatch()
         self.bytes_read = 0
+        self.seconds_reading = self.seconds_waiting = 0.0
 
-    def read(self, part: Part) -> Loaded:
-        """Read a part into memory of its own on the device, converted to the type it is held in.
+    def prefetch(self, part: Part) -> None:
+        """Begin to read a part, unless another one is being read."""
+        if self._coming is None:
+            self._coming = (part, self._thread.submit(self._read, part))
+
+    def attach(self, part: Part, *, here: bool = False) -> None:
+        """Put a part into the skeleton when it is there, with the adapter around it as PEFT puts it.
+
+        Another part that is being read meanwhile is let go of.
+
+        Args:
+            part: Which.
+            here: Whether it is read by the caller's thread, on its own stream.
 
         Raises:
-            BadDataError: A file was cut off or changed.
+            BadDataError: A file was cut off or changed, or the adapter does not fit.
         """
-        loaded = Loaded()
-        with torch.no_grad():
-            for origin in self._sources.of_part[part]:
-                if (table := self._tables.get(origin.slots[0])) is not None:
-                    loaded.base.append((origin.slots[0], table))
-                    continue
-                loaded.base += self._copied(origin) if origin.pieces else self._converted(origin)
-            if self._overlay is not None:
-                loaded.adapter = self._overlay.read(part)
-        return loaded
-
-    def attach(self, part: Part, loaded: Loaded) -> None:
-        """Put what was read into the skeleton, with the adapter around it as PEFT puts it."""
+        loaded = self._load(part) if here else self._take(part)
         if self._overlay is not None:
             self._overlay.load(part, loaded.adapter, self._device)
             loaded.adapter.clear()
@@ -88,7 +181,7 @@ class Weights:
             slot.fill(tensor)
         if self._overlay is not None:
             self._overlay.settle(part, self._device)
-        self._look()
+        self.watch.look()
 
     def release(self, part: Part) -> None:
         """Let go of a part, once nothing on its way to the device needs it any more.
@@ -100,13 +193,58 @@ class Weights:
             torch.cuda.current_stream(self._device).synchronize()
         if self._overlay is not None:
             self._overlay.release(part)
-        self._skeleton.clear(part)
+        self._stored.skeleton.clear(part)
 
-    def _copied(self, origin: TensorSource) -> list[tuple[ParameterSlot, Tensor]]:
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._coming = None
+
+    def _take(self, part: Part) -> _Loaded:
+        begin = time.perf_counter()
+        if self._coming is not None and self._coming[0] != part:
+            self._coming[1].result()
+            self._coming = None
+        self.prefetch(part)
+        assert self._coming is not None
+        loaded = self._coming[1].result()
+        self.seconds_waiting += time.perf_counter() - begin
+        self._coming = None
+        return loaded
+
+    def _read(self, part: Part) -> _Loaded:
+        """In the thread, and on a GPU on a stream of its own."""
+        begin = time.perf_counter()
+        try:
+            if self._device.type != "cuda":
+                return self._load(part)
+            if self._stream is None:
+                # One for all layers, because memory is used again within a stream only. On the default stream a copy
+                # would wait for the kernels of the layer before.
+                self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+                loaded = self._load(part)
+                self._stream.synchronize()
+            return loaded
+        finally:
+            self.seconds_reading += time.perf_counter() - begin
+
+    @torch.no_grad()
+    def _load(self, part: Part) -> _Loaded:
+        """Read a part into memory of its own on the device, converted to the type it is held in."""
+        base: list[tuple[ParameterSlot, Tensor]] = []
+        for source in self._stored.of_part[part]:
+            if (table := self._tables.get(source.slots[0])) is not None:
+                base.append((source.slots[0], table))
+            else:
+                base += self._copied(source) if source.pieces else self._converted(source)
+        return _Loaded(base, {} if self._overlay is None else self._overlay.read(part))
+
+    def _copied(self, source: TensorSource) -> list[tuple[ParameterSlot, Tensor]]:
         """Copy stored tensors straight to where they belong: no second copy exists at any time."""
-        slot = origin.slots[0]
+        slot = source.slots[0]
         whole = torch.empty(slot.shape, dtype=slot.dtype, device=self._device)
-        for piece in origin.pieces:
+        for piece in source.pieces:
             stored = self._fetch(piece.hub_name)
             region = piece.within(whole)
             if region.shape != stored.shape:
@@ -116,78 +254,20 @@ class Weights:
                 region.copy_(stored)
             else:
                 self._staging.copy(region, stored)
-            self._look()
+            self.watch.look()
         return [(slot, whole)]
 
-    def _converted(self, origin: TensorSource) -> list[tuple[ParameterSlot, Tensor]]:
-        kind = origin.slots[0].dtype
-        stored = (self._fetch(name).to(self._device, kind, copy=True) for _, name in origin.hub_names)
-        made = origin.convert(stored, self._sources.names)
-        self._look()
+    def _converted(self, source: TensorSource) -> list[tuple[ParameterSlot, Tensor]]:
+        kind = source.slots[0].dtype
+        stored = (self._fetch(name).to(self._device, kind, copy=True) for _, name in source.hub_names)
+        made = source.convert(stored, self._stored.names)
+        self.watch.look()
         # A converter may return views of one tensor, or a stored one that is not contiguous.
-        return [(slot, made[slot.name].to(slot.dtype).contiguous()) for slot in origin.slots]
+        return [(slot, made[slot.name].to(slot.dtype).contiguous()) for slot in source.slots]
 
     def _fetch(self, hub_name: str) -> Tensor:
         # What is quantised is dequantised where it is needed; anything else is copied from the file to its slot.
-        device = "cpu" if self._checkpoint.quantisation is None else self._device
-        tensor = self._checkpoint.read(hub_name, device=device)
-        self.bytes_read += self._checkpoint[hub_name].bytes
+        checkpoint = self._stored.checkpoint
+        tensor = checkpoint.read(hub_name, device="cpu" if checkpoint.quantisation is None else self._device)
+        self.bytes_read += checkpoint[hub_name].bytes
         return tensor
-
-
-class Prefetcher:
-    """One thread that reads the next part while the devices compute.
-
-    Attributes:
-        seconds_reading: The thread at work.
-        seconds_waiting: The caller waiting for it.
-    """
-
-    def __init__(self, weights: Weights, device: torch.device) -> None:
-        self._weights, self._device = weights, device
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
-        self._coming: tuple[Part, Future[Loaded]] | None = None
-        self._stream: torch.cuda.Stream | None = None
-        self.seconds_reading = self.seconds_waiting = 0.0
-
-    @property
-    def coming(self) -> Part | None:
-        """The part that is being read, until it is taken."""
-        return None if self._coming is None else self._coming[0]
-
-    def start(self, part: Part) -> None:
-        """Begin to read a part; it is taken before the next one is started."""
-        assert self._coming is None
-        self._coming = (part, self._pool.submit(self._read, part))
-
-    def take(self, part: Part) -> Loaded:
-        """The part, when it is there; what was not started is read now."""
-        if self._coming is None or self._coming[0] != part:
-            self.start(part)
-        assert self._coming is not None
-        begin = time.perf_counter()
-        loaded = self._coming[1].result()
-        self.seconds_waiting += time.perf_counter() - begin
-        self._coming = None
-        return loaded
-
-    def close(self) -> None:
-        """End the thread."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._coming = None
-
-    def _read(self, part: Part) -> Loaded:
-        begin = time.perf_counter()
-        try:
-            if self._device.type != "cuda":
-                return self._weights.read(part)
-            if self._stream is None:
-                # One for all layers, because memory is used again within a stream only. On the default stream a copy
-                # would wait for the kernels of the layer before.
-                self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-                loaded = self._weights.read(part)
-                self._stream.synchronize()
-            return loaded
-        finally:
-            self.seconds_reading += time.perf_counter() - begin

@@ -16,8 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moe_svd_distill.streaming.budget import activation_budget
 from moe_svd_distill.streaming.decoder import Decoder
+from moe_svd_distill.streaming.devices import activation_budget
 from moe_svd_distill.training.fixed_head import FixedHead
 from moe_svd_distill.training.head import TrainedHead
 from moe_svd_distill.training.lora_parameters import LoraParameters

@@ -17,7 +17,7 @@ from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.execution.parts import PartContent, open_part, part_path, read_record, verify_part, write_part
 from moe_svd_distill.streaming import Decoder, Head, LayerInputs, load_head
 from moe_svd_distill.streaming.states_file import StatesFile
-from moe_svd_distill.streaming.tables import EmbeddingChange
+from moe_svd_distill.streaming.weights import EmbeddingChange
 from moe_svd_distill.training.engine import Engine, HeadEngine, ResidentEngine, StreamedEngine
 from moe_svd_distill.training.fixed_head import FixedHead, with_expected_rows
 from moe_svd_distill.training.head import TrainedHead

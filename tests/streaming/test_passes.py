@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 
 from moe_svd_distill.adapter.digest import sha256_of
 from moe_svd_distill.checkpoints import Checkpoint
-from moe_svd_distill.streaming import PassSettings, StreamedStates, stream, stream_states
+from moe_svd_distill.streaming import PassSettings, ScaledAdapter, StreamedStates, stream, stream_states
 from tests.streaming.conftest import LENGTH, Case
 
 Ids = NDArray[np.int64]
 SETTINGS = PassSettings(batch_tokens=2 * LENGTH)
+RECORDED = replace(SETTINGS, record_at=1)
 LAYERS = 3
 
 
@@ -63,8 +64,8 @@ def test_killed_and_resumed(sparse: Case, sequences: Ids, tmp_path: Path) -> Non
     assert process.wait() == -signal.SIGKILL
     process.stdout.close()
     assert names(tmp_path / "killed") == ["layer-0002.safetensors"]
-    resumed = run(sparse, sequences, tmp_path / "killed", adapter=sparse.adapter)
-    peaceful = run(sparse, sequences, tmp_path / "peaceful", adapter=sparse.adapter)
+    resumed = run(sparse, sequences, tmp_path / "killed", adapter=ScaledAdapter(sparse.adapter))
+    peaceful = run(sparse, sequences, tmp_path / "peaceful", adapter=ScaledAdapter(sparse.adapter))
     assert (resumed.record.layers_computed, resumed.record.layers_reused) == (1, 2)
     assert sha256_of(resumed.path) == sha256_of(peaceful.path)
     assert names(tmp_path / "killed") == ["safetensors"]
@@ -133,8 +134,8 @@ def test_a_finished_pass_is_found(
     "change",
     [
         lambda case, ids: {"sequences": ids[:, ::-1].copy()},
-        lambda case, ids: {"adapter": case.adapter},
-        lambda case, ids: {"adapter": case.adapter, "scales": 0.5},
+        lambda case, ids: {"adapter": ScaledAdapter(case.adapter)},
+        lambda case, ids: {"adapter": ScaledAdapter(case.adapter, 0.5)},
         lambda case, ids: {"settings": replace(SETTINGS, dtype=torch.float64)},
         lambda case, ids: {"settings": replace(SETTINGS, batch_tokens=LENGTH)},
     ],
@@ -182,7 +183,7 @@ def test_a_damaged_layer_file_is_moved_aside(sparse: Case, sequences: Ids, tmp_p
 
 
 def test_states_that_are_not_kept(sparse: Case, sequences: Ids, tmp_path: Path) -> None:
-    with run(sparse, sequences, tmp_path, keep=False) as result:
+    with run(sparse, sequences, tmp_path, settings=replace(SETTINGS, keep=False)) as result:
         states = result.rows(slice(0, 2))
         values = states.clone()
     assert list(tmp_path.iterdir()) == []
@@ -193,23 +194,23 @@ def test_what_a_layer_is_given_is_kept_if_asked_for(sparse: Case, sequences: Ids
     plain = run(sparse, sequences, tmp_path)
     digest = sha256_of(plain.path)
     assert plain.inputs is None
-    first = run(sparse, sequences, tmp_path, record_at=1)  # of the plain pass nothing is left to begin with
+    first = run(sparse, sequences, tmp_path, settings=RECORDED)  # of the plain pass nothing is left to begin with
     assert first.record.layers_computed == LAYERS
     assert names(tmp_path) == ["layer-0001.safetensors", "safetensors"]
-    again = run(sparse, sequences, tmp_path, record_at=1)
+    again = run(sparse, sequences, tmp_path, settings=RECORDED)
     assert again.record.layers_reused == LAYERS
     assert again.inputs is not None
     assert first.inputs is not None
     assert torch.equal(again.inputs.rows(slice(1, 4))[0], first.inputs.rows(slice(None))[0][1:4])
     damage(tmp_path / f"states-{first.record.key}.layer-0001.safetensors", -40)
-    mended = run(sparse, sequences, tmp_path, record_at=1)
+    mended = run(sparse, sequences, tmp_path, settings=RECORDED)
     assert (mended.record.layers_computed, len(mended.record.rejected)) == (LAYERS, 1)
     assert sha256_of(mended.path) == digest
 
 
 def test_a_killed_pass_keeps_what_a_layer_is_given(sparse: Case, sequences: Ids, tmp_path: Path) -> None:
-    run_until(sparse, sequences, tmp_path, 2, record_at=1)
+    run_until(sparse, sequences, tmp_path, 2, settings=RECORDED)
     assert names(tmp_path) == ["layer-0001.safetensors", "layer-0002.safetensors"]
-    resumed = run(sparse, sequences, tmp_path, record_at=1)
+    resumed = run(sparse, sequences, tmp_path, settings=RECORDED)
     assert (resumed.record.layers_computed, resumed.record.layers_reused) == (1, 2)
     assert names(tmp_path) == ["layer-0001.safetensors", "safetensors"]

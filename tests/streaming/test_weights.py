@@ -1,10 +1,11 @@
-"""Every byte once."""
+"""Every byte once, and of embedding tables the rows that are looked up."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,21 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint
-from moe_svd_distill.streaming import PassSettings, load_head, stream_states
+from moe_svd_distill.errors import IncompatiblePairError
+from moe_svd_distill.streaming import Decoder, PassSettings, load_head, stream_states
+from moe_svd_distill.streaming.weights import StoredTable, TableRows
 from tests.adapter import tiny
 from tests.checkpoints.quantisation.quantisers import float8_blocks
 from tests.streaming.conftest import LENGTH, Case
+from tests.support.models import load, saved
 
 Ids = NDArray[np.int64]
 SETTINGS = PassSettings(batch_tokens=2 * LENGTH)
+CPU = torch.device("cpu")
+IDS = torch.randint(0, 20, (3, 5), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
@@ -95,3 +102,54 @@ def test_a_quantised_model_is_run_with_its_dequantised_weights(sparse: Case, seq
     stored = sum(info.bytes for name, info in quantised.stored.items() if name != "lm_head.weight")
     stored -= not_looked_up(quantised, sequences)
     assert result.record.bytes_read == result.record.bytes_needed == stored
+
+
+def table(folder: Any) -> tuple[TableRows, Tensor]:
+    checkpoint = open_checkpoint(saved("llama", folder / "model"))
+    name = "model.embed_tokens.weight"
+    return TableRows(checkpoint, name, torch.float32, None), checkpoint.read(name).float()
+
+
+def test_a_table_is_looked_up_in_its_file(tmp_path: Any) -> None:
+    rows, whole = table(tmp_path)
+    embedding = nn.Embedding(*whole.shape, padding_idx=3)
+    embedding._parameters["weight"] = nn.Parameter(
+        StoredTable.of(rows, tuple(whole.shape), torch.float32, CPU), requires_grad=False
+    )
+    ids = torch.tensor([[3, 5, 5], [7, 3, 1]])
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(embedding, [ids] * 50):
+            assert torch.equal(found, whole[ids])
+    assert rows.bytes_read == 4 * rows.bytes // len(whole)
+    assert (embedding.weight.dtype, embedding.weight.device.type) == (torch.float32, "cpu")
+    assert embedding.weight.untyped_storage().nbytes() == 4
+
+
+def test_a_table_is_for_look_ups_only(tmp_path: Any) -> None:
+    rows, whole = table(tmp_path)
+    stored = StoredTable.of(rows, tuple(whole.shape), torch.float32, CPU)
+    with pytest.raises(IncompatiblePairError, match="something else than a look-up"):
+        torch.ones(1, whole.shape[0]) @ stored
+
+
+def test_a_decoder_holds_no_table(tmp_path: Any) -> None:
+    decoder = Decoder(open_checkpoint(saved("llama", tmp_path / "model")), (CPU,))
+    assert isinstance(decoder.skeleton.embedding.weight, StoredTable)
+    assert decoder.bytes_read == decoder.stored.bytes_of("ends")
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_a_change_of_the_embeddings_takes_effect(tmp_path: Any, on_disk: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the table stays in its file, and where it has to be in memory."""
+    folder = saved("llama", tmp_path / "model", dtype=torch.float32)
+    checkpoint = open_checkpoint(folder)
+    added = torch.randn(checkpoint["model.embed_tokens.weight"].shape, generator=torch.Generator().manual_seed(1))
+    if not on_disk:
+        monkeypatch.setattr("moe_svd_distill.streaming.decoder.stored_tables", lambda *_: {})
+    decoder = Decoder(checkpoint, (CPU,), embedding_change=lambda ids: added[ids])
+    decoder.enter_all()
+    whole = load(folder)
+    with torch.no_grad():
+        whole.model.embed_tokens.weight.add_(added)
+        expected = whole.model(input_ids=IDS, use_cache=False).last_hidden_state
+        torch.testing.assert_close(decoder.states(IDS), expected, rtol=1e-4, atol=1e-5)
