@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_svd_distill.algebra.logits import LogitTransform
+from moe_svd_distill.algebra.divergence import LogitTransform
 from moe_svd_distill.fitting.check import mean_kl
 from moe_svd_distill.fitting.head import HeadFit, HeadFitSettings, _Fit, fit_head
 from moe_svd_distill.fitting.source import StateSource

@@ -92,11 +92,6 @@ def refuse_tied(architecture: Architecture, names: Iterable[str], whole_head: bo
     PEFT merges such a pair into the shared matrix and so changes both, while unmerged it changes one. A head saved
     whole gets a matrix of its own, and then a pair of the embeddings stays with the embeddings (decision 9).
 
-    Args:
-        architecture: Of the student.
-        names: The matrices with a pair.
-        whole_head: Whether the head is saved whole.
-
     Raises:
         BadDataError: There is such a pair.
     """
@@ -104,11 +99,15 @@ def refuse_tied(architecture: Architecture, names: Iterable[str], whole_head: bo
         return
     ends = (architecture.head, architecture.embedding)
     if found := next((name for name in names if name in ends), None):
-        raise BadDataError(
-            f"{found} has a LoRA pair, but the student ties its head to its embeddings: merged by PEFT it would change "
-            "both",
-            "Save the head whole (modules_to_save), or leave embeddings and head out of the transfer",
-        )
+        raise pair_of_tied(found)
+
+
+def pair_of_tied(name: str) -> BadDataError:
+    """The refusal of a pair of one of two matrices that are the same."""
+    return BadDataError(
+        f"{name} has a LoRA pair, but the student ties its head to its embeddings: merged by PEFT it would change both",
+        "Save the head whole (modules_to_save), or leave embeddings and head out of the transfer",
+    )
 
 
 def refuse_incomplete(target: Target, ranks: Mapping[str, int]) -> None:

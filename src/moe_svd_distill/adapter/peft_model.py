@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from moe_svd_distill.adapter.adapter_file import read_json
-from moe_svd_distill.adapter.naming import lora_keys
 from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.architecture.building import build_on_meta
 from moe_svd_distill.errors import BadDataError
@@ -50,11 +49,6 @@ class LoraTarget:
         if self.embedding:
             return self.layer.lora_embedding_A[NAME], self.layer.lora_embedding_B[NAME]
         return self.layer.lora_A[NAME].weight, self.layer.lora_B[NAME].weight
-
-    @property
-    def keys(self) -> tuple[str, str]:
-        """The keys of both factors, as PEFT itself would save them."""
-        return lora_keys(self.module, embedding=self.embedding)
 
     @property
     def scale(self) -> float:

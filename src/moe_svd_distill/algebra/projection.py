@@ -1,11 +1,17 @@
-"""Bringing a teacher's matrix into the shape of a student's, without any knowledge of what its rows mean."""
+"""Bringing a teacher's matrix into the shape of a student's.
+
+Either without any knowledge of what its rows mean, or by a linear map from the teacher's residual stream to the
+student's, found from words both vocabularies share.
+"""
+
+from __future__ import annotations
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moe_svd_distill.algebra.gram import row_gram
 from moe_svd_distill.algebra.interpolation import working
+from moe_svd_distill.algebra.subspace import row_gram
 
 
 class ProjectionError(ArithmeticError):
@@ -119,3 +125,45 @@ def _truncated_block(
 def _check_shape(shape: tuple[int, int]) -> None:
     if min(shape) < 1:
         raise ValueError(f"target shape must be at least 1 x 1, not {shape}")
+
+
+def vocabulary_procrustes(
+    teacher_rows: Float[Tensor, "v h_t"], student_rows: Float[Tensor, "v h_s"]
+) -> Float[Tensor, "h_s h_t"]:
+    """Semi-orthogonal ``R`` that maximises ``tr(R T^T S)`` over shared vocabulary rows (orthogonal Procrustes).
+
+    ``student vector ~ scale * R @ teacher vector``: rows orthonormal if h_s <= h_t, columns otherwise.
+
+    Rows are centred; ``R = U V^T`` from the SVD ``S^T T = U Sigma V^T`` (Schoenemann 1966), in float64 from float32
+    sums.
+
+    Raises:
+        ValueError: fewer than two shared rows, or an entry that is not finite.
+    """
+    if teacher_rows.shape[0] < 2:
+        raise ValueError("at least two shared vocabulary rows are needed")
+    T = teacher_rows.float() - teacher_rows.float().mean(0)
+    S = student_rows.float() - student_rows.float().mean(0)
+    cross = (S.mT @ T).double()
+    if not bool(torch.isfinite(cross).all()):
+        raise ValueError("vocabulary rows have an entry that is not finite")
+    U, _, Vh = torch.linalg.svd(cross, full_matrices=False)
+    return (U @ Vh).float()
+
+
+def apply_residual_map(
+    matrix: Float[Tensor, "*e out in_"],
+    left_map: Float[Tensor, "p out"] | None,
+    right_map: Float[Tensor, "q in_"] | None,
+) -> Float[Tensor, "*e p_or_out q_or_in"]:
+    """``left_map @ matrix @ right_map^T``; a side without a map stays as it is.
+
+    ``left_map`` where the rows of the matrix write into the residual stream (o, down), ``right_map`` where its columns
+    read from it (q, k, v, gate, up, router, head).
+    """
+    mapped = matrix.float()
+    if left_map is not None:
+        mapped = left_map.float() @ mapped
+    if right_map is not None:
+        mapped = mapped @ right_map.float().mT
+    return mapped

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe_svd_distill.adapter.digest import sha256_of
+from moe_svd_distill.adapter.adapter_file import sha256_of
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.execution.parts import reject_part
 from moe_svd_distill.files.names import ADAPTER_FILE, CONFIGURATION_FILE

@@ -6,14 +6,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_svd_distill.checkpoints.quantisation.bitsandbytes import read_bitsandbytes
-from moe_svd_distill.checkpoints.quantisation.claims import Bytes, Claims
+from moe_svd_distill.checkpoints.quantisation.claims import (
+    USE_PLAIN,
+    Bytes,
+    Claims,
+    Declared,
+    declared_quantisation,
+    model_dtype,
+)
 from moe_svd_distill.checkpoints.quantisation.coded import Coded
 from moe_svd_distill.checkpoints.quantisation.compressed import read_compressed
-from moe_svd_distill.checkpoints.quantisation.declared import USE_PLAIN, Declared, declared_quantisation, model_dtype
-from moe_svd_distill.checkpoints.quantisation.float8 import read_float8
-from moe_svd_distill.checkpoints.quantisation.mxfp4 import read_mxfp4
-from moe_svd_distill.checkpoints.quantisation.packed import read_awq, read_gptq
+from moe_svd_distill.checkpoints.quantisation.formats import (
+    read_awq,
+    read_bitsandbytes,
+    read_float8,
+    read_gptq,
+    read_mxfp4,
+)
 from moe_svd_distill.errors import BadDataError, DistillError, shown
 from moe_svd_distill.files.header import TensorInfo
 
