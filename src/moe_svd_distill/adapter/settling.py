@@ -35,7 +35,7 @@ def settle_keys(architecture: Architecture) -> AdapterKeys:
     """
     candidates = {name: _candidate(name, matrices) for name, matrices in architecture.parameters.items()}
     make_of, asked = _makes(architecture, candidates)
-    ends = _ends(architecture)
+    ends = _embedding_and_head(architecture)
     settled, reasons = _ask(architecture, {name: candidates[name] for name in asked} | ends)
     targets: dict[str, Target] = {}
     left_out: dict[str, str] = dict(architecture.matrices.left_out)
@@ -55,7 +55,7 @@ def _candidate(name: str, matrices: tuple[Matrix, ...]) -> Target:
     return Target(name, tuple(matrix.name for matrix in matrices), matrices, as_parameter, own_keys)
 
 
-def _ends(architecture: Architecture) -> dict[str, Target]:
+def _embedding_and_head(architecture: Architecture) -> dict[str, Target]:
     head, embedding = architecture.head_slot.name, architecture.embedding_slot.name
     return {
         head: Target(head, (architecture.head,), (), as_parameter=False, own_keys=True),

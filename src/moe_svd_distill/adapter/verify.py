@@ -91,7 +91,7 @@ def check_loads(
             raise MissingInputError(f"{Path(student) / 'config.json'} is not there", "Give the student's folder")
         config, source = read_json(Path(student) / "config.json"), str(student)
     model = build_on_meta(parse_config(config, source), source, text_only=text_only)
-    tied_ends = _ends(model) if getattr(model, "all_tied_weights_keys", None) and not whole else set()
+    tied_ends = _embedding_and_head(model) if getattr(model, "all_tied_weights_keys", None) and not whole else set()
     wrapped = wrap(model, configuration)
     targets = {target.parameter.removesuffix(".weight"): target for target in lora_targets(wrapped)}
     if tied := tied_ends.intersection(targets):
@@ -139,7 +139,7 @@ def _refuse(what: str, keys: tuple[str, ...], why: str) -> None:
     raise BadDataError(f"{what} {keys[0]}{more}: {why}", _ACTION)
 
 
-def _ends(model: Any) -> set[str]:
+def _embedding_and_head(model: Any) -> set[str]:
     """Names of the embeddings and the head."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     return {name for name, module in model.named_modules() if any(module is end for end in ends)}

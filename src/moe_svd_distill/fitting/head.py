@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_svd_distill.algebra.steps import adam_step
+from moe_svd_distill.algebra.optimiser_steps import adam_step
 from moe_svd_distill.algebra.whitening import Whitening, whitening
 from moe_svd_distill.execution.parts import (
     PartContent,

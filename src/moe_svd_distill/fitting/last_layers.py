@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe_svd_distill.algebra.steps import adam_step
+from moe_svd_distill.algebra.optimiser_steps import adam_step
 from moe_svd_distill.fitting.pairs import Segment, StatePairs
 from moe_svd_distill.streaming import Decoder, LayerInputs, Matrix
 from moe_svd_distill.streaming.states import slices

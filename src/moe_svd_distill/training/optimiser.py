@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from moe_svd_distill.algebra.steps import adam_like_size, near_polar_factor
+from moe_svd_distill.algebra.optimiser_steps import adam_like_size, near_polar_factor
 from moe_svd_distill.training.factors import FactorBank
 from moe_svd_distill.training.peers import Peers
 from moe_svd_distill.training.stacks import Block

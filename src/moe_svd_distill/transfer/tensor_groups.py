@@ -201,7 +201,7 @@ def _transfer_router(task: TensorTask, grouping: Grouping, context: UnitContext)
     return factorise(context.delta(task, blended, context.reader.student(task.view), facts), context.settings)
 
 
-def transfer_ends(tasks: tuple[TensorTask, ...], context: UnitContext) -> list[TensorOutcome]:
+def transfer_embedding_and_head(tasks: tuple[TensorTask, ...], context: UnitContext) -> list[TensorOutcome]:
     """LoRA pairs of the embeddings and the head."""
     ends = [task for task in tasks if task.role in ("embedding", "head")]
     return [_transfer_end(task, context) if task.change else kept(task, task.reason) for task in ends]

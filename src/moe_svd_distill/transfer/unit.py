@@ -16,7 +16,7 @@ from moe_svd_distill.transfer.settings import TransferSettings
 from moe_svd_distill.transfer.tensor_groups import (
     transfer_alone,
     transfer_attention,
-    transfer_ends,
+    transfer_embedding_and_head,
     transfer_experts,
     transfer_mlp,
 )
@@ -69,15 +69,15 @@ GROUPS: dict[str, Group] = {
     "dense": lambda tasks, context: transfer_mlp("dense", tasks, context),
     "shared": lambda tasks, context: transfer_mlp("shared", tasks, context),
     "experts": transfer_experts,
-    "ends": transfer_ends,
+    "embedding and head": transfer_embedding_and_head,
     "alone": transfer_alone,
 }
 _GROUP_OF = {
     **dict.fromkeys(("attention.q", "attention.k", "attention.v", "attention.o"), "attention"),
     **{f"{prefix}.{side}": prefix for prefix in ("dense", "shared", "experts") for side in ("gate", "up", "down")},
     "router": "experts",
-    "embedding": "ends",
-    "head": "ends",
+    "embedding": "embedding and head",
+    "head": "embedding and head",
 }
 
 

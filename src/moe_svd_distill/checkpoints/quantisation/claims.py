@@ -105,16 +105,8 @@ class Claims:
                 self.set_aside[name] = OF_THE_CACHE
 
 
-@dataclass(frozen=True)
-class Declared:
-    """The method and its settings, as they are in ``config.json``."""
-
-    method: str
-    settings: Mapping[str, Any]
-
-
-def declared_quantisation(config: Mapping[str, Any], source: str) -> Declared | None:
-    """The quantisation that the configuration, or one nested in it, declares.
+def declared_quantisation(config: Mapping[str, Any], source: str) -> tuple[str, Mapping[str, Any]] | None:
+    """Method and settings of the quantisation that the configuration, or one nested in it, declares.
 
     Raises:
         BadDataError: A method that is not known, or two that contradict each other.
@@ -133,7 +125,7 @@ def declared_quantisation(config: Mapping[str, Any], source: str) -> Declared | 
     if any(other != value for _, other in found[1:]):
         names = " and ".join(dict.fromkeys(name for name, _ in found))
         raise BadDataError(f"{source}: config.json declares two different quantisations ({names})", USE_PLAIN)
-    return Declared(str(method), value)
+    return str(method), value
 
 
 def _method(key: str, value: Any) -> object:
