@@ -11,7 +11,6 @@ from torch import Tensor
 from moe_svd_distill.algebra.projection import (
     ProjectionError,
     apply_residual_map,
-    batched_svd_projection,
     fourier_projection,
     slice_projection,
     svd_projection,
@@ -64,12 +63,6 @@ def test_svd_projection_is_the_block_itself_where_nothing_is_truncated() -> None
 def test_svd_projection_fills_up_with_the_mean() -> None:
     projected = svd_projection(matrix_of(6, 8), (9, 8))
     torch.testing.assert_close(projected[6:], matrix_of(6, 8).mean().expand(3, 8))
-
-
-def test_batched_svd_projection_is_the_single_one() -> None:
-    stack = torch.stack([matrix_of(30, 40, seed) for seed in range(3)])
-    for matrix, projected in zip(stack, batched_svd_projection(stack, (16, 50)), strict=True):
-        torch.testing.assert_close(projected, svd_projection(matrix, (16, 50)), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -14,9 +14,8 @@ from moe_svd_distill.adapter.adapter_file import adapter_header, read_json, read
 from moe_svd_distill.adapter.configuration import rank_and_scale
 from moe_svd_distill.adapter.keys import Factors, expert_factors, fused_rank, of_matrix
 from moe_svd_distill.adapter.naming import PairShape, pair_shapes, whole_key, whole_modules
-from moe_svd_distill.adapter.peft_model import lora_targets, read_configuration, wrap
+from moe_svd_distill.adapter.peft_model import lora_targets, read_configuration, wrap_student
 from moe_svd_distill.architecture.architecture import Architecture
-from moe_svd_distill.architecture.building import build_on_meta
 from moe_svd_distill.architecture.matrices import Matrix
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.files.names import CONFIGURATION_FILE
@@ -203,17 +202,11 @@ class LowRankPairs(Mapping[str, LowRankPair]):
         return dict(sorted(places.items()))
 
     def _parameters_by_module(self, strangers: Mapping[str, PairShape]) -> dict[str, str]:
-        """What PEFT calls the parameters that it changes, to the parameters.
-
-        Args:
-            strangers: Pairs that are not named after a stored tensor.
-        """
+        """What PEFT calls the parameters of pairs that are not named after a stored tensor, to the parameters."""
         from peft import LoraConfig
 
         if not strangers:
             return {}
-        architecture = self._architecture
-        model = build_on_meta(architecture.config, architecture.checkpoint.source, text_only=architecture.text_only)
         if self.configuration:
             configuration = read_configuration(self._folder)
         else:
@@ -221,7 +214,8 @@ class LowRankPairs(Mapping[str, LowRankPair]):
             if not modules and not parameters:
                 return {}
             configuration = LoraConfig(r=1, target_modules=modules, target_parameters=parameters or None)
-        return {target.module: target.parameter for target in lora_targets(wrap(model, configuration))}
+        wrapped = wrap_student(self._architecture, configuration)
+        return {target.module: target.parameter for target in lora_targets(wrapped)}
 
     def _likely(self, strangers: Mapping[str, PairShape]) -> tuple[list[str], list[str]]:
         """The modules and parameters that pairs under PEFT's own names change, by their names and shapes."""

@@ -35,8 +35,6 @@ from moe_svd_distill.files.names import CONFIGURATION_FILE
 from moe_svd_distill.files.reading import json_object, locate, read_small
 from moe_svd_distill.files.writing import json_text, new_folder
 
-Progress = Callable[[int, int], None]
-
 
 @dataclass(frozen=True)
 class MergeReport:
@@ -68,7 +66,7 @@ def merge(
     student: Checkpoint | Path | str,
     output: Path | str,
     *,
-    on_progress: Progress = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> MergeReport:
     """Write the student with the adapter merged into it.
 

@@ -16,9 +16,8 @@ from torch import nn
 
 from moe_svd_distill.adapter.configuration import peft_configuration
 from moe_svd_distill.adapter.keys import AdapterKeys, Factors, Target, expert_factors, planned_tensors
-from moe_svd_distill.adapter.peft_model import NAME, LoraTarget, hold_values, load, lora_targets, wrap
+from moe_svd_distill.adapter.peft_model import NAME, LoraTarget, hold_values, load, lora_targets, wrap_student
 from moe_svd_distill.architecture.architecture import Architecture
-from moe_svd_distill.architecture.building import build_on_meta
 from moe_svd_distill.architecture.called import never_called
 from moe_svd_distill.architecture.matrices import Kind, Matrix
 from moe_svd_distill.errors import BadDataError
@@ -192,10 +191,7 @@ def _arrived(target: Target, found: LoraTarget, pairs: _RandomPairs) -> bool:
 
 
 def _wrapped(architecture: Architecture, targets: Iterable[Target]) -> Any:
-    model = build_on_meta(
-        architecture.config, architecture.checkpoint.source, torch.float32, text_only=architecture.text_only
-    )
-    return wrap(model, peft_configuration(list(targets), lambda name: _RANK))
+    return wrap_student(architecture, peft_configuration(list(targets), lambda name: _RANK), torch.float32)
 
 
 @torch.no_grad()

@@ -31,30 +31,22 @@ def svd_projection(matrix: Float[Tensor, "m n"], shape: tuple[int, int]) -> Floa
         ProjectionError: an entry that is not finite, or no convergence of the eigenvalue solver.
         ValueError: a dimension below 1.
     """
-    return batched_svd_projection(matrix[None], shape)[0]
-
-
-def batched_svd_projection(matrices: Float[Tensor, "e m n"], shape: tuple[int, int]) -> Float[Tensor, "e p q"]:
-    """``svd_projection`` of every matrix of a stack, each with its own mean and its own singular vectors."""
     _check_shape(shape)
-    X = working(matrices)
+    X = working(matrix)
     mean = X.mean(dim=(-2, -1), keepdim=True)
-    if not bool(torch.isfinite(mean).all()):
+    if not bool(torch.isfinite(mean)):
         raise ProjectionError("matrix has an entry that is not finite")
-    m, n = matrices.shape[-2:]
+    m, n = matrix.shape
     rows, columns = min(m, shape[0]), min(n, shape[1])
     rank = min(m, n, *shape)
     if rank >= min(m, n):
-        block = X[:, :rows, :columns]
-    elif matrices.device.type == "cpu":
-        centred = (matrix - middle for matrix, middle in zip(X, mean, strict=True))
-        block = torch.stack([_truncated_block(matrix, rank, rows, columns) for matrix in centred]) + mean
+        block = X[:rows, :columns]
     else:
         block = _truncated_block(X - mean, rank, rows, columns) + mean
     if (rows, columns) == shape:
         return block.contiguous()
-    projected = mean.expand(-1, *shape).clone()
-    projected[:, :rows, :columns] = block
+    projected = mean.expand(*shape).clone()
+    projected[:rows, :columns] = block
     return projected
 
 
@@ -103,23 +95,21 @@ def slice_projection(matrix: Float[Tensor, "m n"], shape: tuple[int, int]) -> Fl
     return working(sliced)
 
 
-def _truncated_block(
-    centred: Float[Tensor, "*e m n"], rank: int, rows: int, columns: int
-) -> Float[Tensor, "*e rows columns"]:
+def _truncated_block(centred: Float[Tensor, "m n"], rank: int, rows: int, columns: int) -> Float[Tensor, "p q"]:
     """``(P X)[:rows, :columns]`` with P the projector on the ``rank`` leading singular vectors of the smaller side."""
-    if centred.shape[-2] > centred.shape[-1]:
+    if centred.shape[0] > centred.shape[1]:
         return _truncated_block(centred.mT, rank, columns, rows).mT
-    small = centred.shape[-2]
+    small = centred.shape[0]
     try:
         vectors = torch.linalg.eigh(row_gram(centred))[1]
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise ProjectionError(str(error)) from error
-    right = centred[..., :columns]
+    right = centred[:, :columns]
     if 2 * rank <= small:
-        kept = vectors[..., small - rank :]
-        return kept[..., :rows, :] @ (kept.mT @ right)
-    dropped = vectors[..., : small - rank]
-    return right[..., :rows, :] - dropped[..., :rows, :] @ (dropped.mT @ right)
+        kept = vectors[:, small - rank :]
+        return kept[:rows] @ (kept.mT @ right)
+    dropped = vectors[:, : small - rank]
+    return right[:rows] - dropped[:rows] @ (dropped.mT @ right)
 
 
 def _check_shape(shape: tuple[int, int]) -> None:
