@@ -39,10 +39,8 @@ def svd_projection(matrix: Float[Tensor, "m n"], shape: tuple[int, int]) -> Floa
     m, n = matrix.shape
     rows, columns = min(m, shape[0]), min(n, shape[1])
     rank = min(m, n, *shape)
-    if rank >= min(m, n):
-        block = X[:rows, :columns]
-    else:
-        block = _truncated_block(X - mean, rank, rows, columns) + mean
+    truncated = rank < min(m, n)
+    block = _truncated_block(X - mean, rank, rows, columns) + mean if truncated else X[:rows, :columns]
     if (rows, columns) == shape:
         return block.contiguous()
     projected = mean.expand(*shape).clone()
