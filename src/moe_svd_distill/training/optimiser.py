@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from moe_svd_distill.algebra.optimiser_steps import adam_like_size, near_polar_factor
+from moe_svd_distill.algebra.orthogonal_step import adam_like_size, near_polar_factor
 from moe_svd_distill.training.lora_pairs import Block
 from moe_svd_distill.training.lora_parameters import LoraParameters
 from moe_svd_distill.training.process_group import ProcessGroup

@@ -1,8 +1,7 @@
-"""Steps of optimisers: Adam's, on moments the caller keeps, and the direction of Muon.
+"""The direction of a matrix with all its singular values brought near one: the step of Muon.
 
 Momentum of a matrix is dominated by few directions; a step of equal size in all of them learns faster (Jordan et al.,
-"Muon", 2024): the direction of a matrix with all its singular values brought near one. This polar factor is
-approximated by a quintic Newton–Schulz iteration with the coefficients given there.
+"Muon", 2024). The polar factor is approximated by a quintic Newton–Schulz iteration with the coefficients given there.
 """
 
 from __future__ import annotations
@@ -13,36 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-FIRST_MOMENT, SECOND_MOMENT, TINY = 0.9, 0.98, 1e-10
-
 _FIRST, _THIRD, _FIFTH = 3.4445, -4.7750, 2.0315
 _TINY = 1e-12
 _LIKE_ADAM = 0.2
 _MUCH_WIDER = 1.5
-
-
-def adam_step(
-    values: Float[Tensor, "m n"],
-    gradient: Float[Tensor, "m n"],
-    mean: Float[Tensor, "m n"],
-    square: Float[Tensor, "m n"],
-    rate: float,
-    step: int,
-) -> None:
-    """Move values and moments in place: Adam (Kingma and Ba, arXiv 1412.6980) without weight decay.
-
-    Args:
-        values: What is moved.
-        gradient: Of what falls, by the values.
-        mean: Running mean of gradients.
-        square: Running mean of their squares.
-        rate: Largest step of an entry.
-        step: Number of the step, from 1, for the correction of the moments' start at zero.
-    """
-    mean.mul_(FIRST_MOMENT).add_(gradient, alpha=1 - FIRST_MOMENT)
-    square.mul_(SECOND_MOMENT).addcmul_(gradient, gradient, value=1 - SECOND_MOMENT)
-    scale = (square / (1 - SECOND_MOMENT**step)).sqrt_().add_(TINY)
-    values.addcdiv_(mean, scale, value=-rate / (1 - FIRST_MOMENT**step))
 
 
 def near_polar_factor(matrices: Float[Tensor, "n r c"], iterations: int = 4) -> Float[Tensor, "n r c"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_svd_distill.algebra.optimiser_steps import adam_like_size, near_polar_factor
+from moe_svd_distill.algebra.orthogonal_step import adam_like_size, near_polar_factor
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 20), (2, 20, 8), (1, 9, 9)])
