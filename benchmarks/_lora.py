@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_svd_distill.algebra.distribution import kl_divergence
+from moe_svd_distill.algebra.divergence import kl_divergence
 from moe_svd_distill.errors import BadDataError, IncompatiblePairError, UsageError
 from moe_svd_distill.evaluation.adapted import AdaptedStudent
 from moe_svd_distill.evaluation.loading import load_model

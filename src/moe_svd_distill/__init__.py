@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_svd_distill.adapter.merge import merge as merge
-    from moe_svd_distill.adapter.rebuild import rebuild_configuration
+    from moe_svd_distill.adapter.repair import rebuild_configuration
     from moe_svd_distill.adapter.verify import verify as verify
     from moe_svd_distill.pipeline.distill import Adapter, Listener, distill, load_adapter
     from moe_svd_distill.pipeline.evaluate import evaluate_adapter

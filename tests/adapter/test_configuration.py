@@ -37,7 +37,7 @@ def build(case: Case, ranks: dict[str, int], **options: Any) -> dict[str, Any]:
 
 
 def test_explicit_configuration_of_a_student_with_everything(sparse: Case) -> None:
-    found = build(sparse, ranks_of(sparse), revision="abc")
+    found = build(sparse, ranks_of(sparse))
     assert found["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj", "lm_head"]
     assert sorted(found["target_parameters"]) == [
         "down_proj.weight",  # as parameters, because PEFT takes these linear maps for experts
@@ -49,7 +49,7 @@ def test_explicit_configuration_of_a_student_with_everything(sparse: Case) -> No
     ]
     assert (found["r"], found["lora_alpha"], found["peft_type"], found["task_type"]) == (4, 4, "LORA", "CAUSAL_LM")
     assert found["rank_pattern"] == {r"experts\.gate_up_proj": 8, "lm_head": 8}
-    assert (found["base_model_name_or_path"], found["revision"]) == ("organisation/student", "abc")
+    assert (found["base_model_name_or_path"], found["revision"]) == ("organisation/student", None)
     assert "modules_to_save" not in found
 
 

@@ -16,15 +16,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from moe_svd_distill.adapter.configuration import build_configuration
-from moe_svd_distill.adapter.fused import Factors
-from moe_svd_distill.adapter.keys import AdapterKeys, Target, entries
-from moe_svd_distill.adapter.load_check import check_loads
+from moe_svd_distill.adapter.keys import AdapterKeys, Factors, Target, planned_tensors
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.adapter.merge import merge
 from moe_svd_distill.adapter.naming import parse_key, whole_key
 from moe_svd_distill.adapter.peft_model import modules_of
-from moe_svd_distill.adapter.rebuild import rebuild_configuration
-from moe_svd_distill.adapter.verify import verify
+from moe_svd_distill.adapter.repair import rebuild_configuration
+from moe_svd_distill.adapter.verify import check_loads, verify
 from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.checkpoints import open_checkpoint
 from tests.adapter import tiny
@@ -88,10 +86,9 @@ def write(name: str, folder: Path, **changes: Any) -> Every:
     configuration = build_configuration(keys, ranks, base_model=str(student))
     modules = modules_of(keys.architecture, configuration)
     tensors = {}
-    for target in targets:
-        for entry in entries(keys, target, modules[target.parameter], lambda _: RANK):
-            tensors[entry.key] = entry.make(factors.__getitem__).contiguous()
-            assert tensors[entry.key].shape == entry.shape
+    for key, plan in planned_tensors(keys, targets, modules, tiny.GivenPairs(factors)).items():
+        tensors[key] = plan.make().contiguous()
+        assert tensors[key].shape == plan.shape
     adapter = folder / "adapter"
     adapter.mkdir()
     save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from moe_svd_distill.adapter.adapter_file import adapter_header
 from moe_svd_distill.adapter.configuration import build_configuration
 from moe_svd_distill.adapter.export import export
-from moe_svd_distill.adapter.load_check import check_loads
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
+from moe_svd_distill.adapter.verify import check_loads
 from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.errors import BadDataError, IncompatiblePairError

@@ -9,12 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moe_svd_distill.adapter.load_check import check_loads
 from moe_svd_distill.adapter.merge import merge
 from moe_svd_distill.adapter.naming import lora_keys
 from moe_svd_distill.adapter.random_control import write_random_control
-from moe_svd_distill.adapter.rebuild import rebuild_configuration
-from moe_svd_distill.adapter.verify import verify
+from moe_svd_distill.adapter.repair import rebuild_configuration
+from moe_svd_distill.adapter.verify import check_loads, verify
 from tests.adapter import tiny
 from tests.adapter.conftest import Case
 

@@ -12,11 +12,10 @@ import pytest
 import torch
 from peft import PeftModel
 
-from moe_svd_distill.adapter.keys import entries
-from moe_svd_distill.adapter.load_check import check_loads
+from moe_svd_distill.adapter.keys import planned_tensors
 from moe_svd_distill.adapter.merge import merge
 from moe_svd_distill.adapter.naming import lora_keys
-from moe_svd_distill.adapter.verify import verify
+from moe_svd_distill.adapter.verify import check_loads, verify
 from moe_svd_distill.errors import BadDataError, MissingInputError
 from moe_svd_distill.files.writing import write_json
 from tests.adapter import tiny
@@ -136,7 +135,10 @@ def test_pairs_of_tied_embeddings_under_another_name_in_memory(tmp_path: Path) -
     keys = tiny.keys_of(student)
     (target,) = (target for target in keys.targets.values() if target.embedding)
     assert target.names[0] != target.parameter
-    tensors = {entry.key: torch.ones(entry.shape) for entry in entries(keys, target, target.module, lambda _: 2)}
+    rows, columns = keys.architecture.embedding_slot.shape
+    given = tiny.GivenPairs({target.names[0]: (torch.ones(rows, 2), torch.ones(2, columns))})
+    planned = planned_tensors(keys, [target], {target.parameter: target.module}, given)
+    tensors = {key: torch.ones(plan.shape) for key, plan in planned.items()}
     configuration = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["embed_tokens"]}
     adapter = tiny.save_adapter(tmp_path / "a", student, tensors, configuration)
     with pytest.raises(BadDataError, match="ties its head"):

@@ -12,8 +12,8 @@ import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import save_file
 
-from moe_svd_distill.adapter.load_check import check_loads
 from moe_svd_distill.adapter.merge import merge
+from moe_svd_distill.adapter.verify import check_loads
 from tests.adapter import tiny
 from tests.adapter.conftest import Case
 
@@ -144,7 +144,7 @@ def test_blocks_of_rows_do_not_change_the_result(
     import sys
 
     merge(dense.adapter, dense.student, tmp_path / "whole")
-    monkeypatch.setattr(sys.modules["moe_svd_distill.adapter.blocks"], "BLOCK_ELEMENTS", rows * 32)
+    monkeypatch.setattr(sys.modules["moe_svd_distill.adapter.whole_head"], "BLOCK_ELEMENTS", rows * 32)
     merge(dense.adapter, dense.student, tmp_path / "blocks")
     whole, blocks = tiny.hub_weights(tmp_path / "whole"), tiny.hub_weights(tmp_path / "blocks")
     for name, weight in whole.items():

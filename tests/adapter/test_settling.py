@@ -9,11 +9,11 @@ import torch
 
 from moe_svd_distill.adapter import settling
 from moe_svd_distill.adapter.configuration import build_configuration
-from moe_svd_distill.adapter.keys import AdapterKeys, entries
-from moe_svd_distill.adapter.load_check import check_loads
+from moe_svd_distill.adapter.keys import AdapterKeys, planned_tensors
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.adapter.peft_model import modules_of
 from moe_svd_distill.adapter.settling import settle_keys
+from moe_svd_distill.adapter.verify import check_loads
 from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.checkpoints import open_checkpoint
 from tests.adapter import tiny
@@ -105,11 +105,7 @@ def test_every_parameter_can_be_written_with_one_pair(make_case: Any, tmp_path: 
     targets = keys.changed_by(before)
     configuration = build_configuration(keys, before.parameter_ranks(), base_model=str(case.student))
     modules = modules_of(keys.architecture, configuration)
-    tensors = {
-        entry.key: entry.make(lambda matrix: (before[matrix].left, before[matrix].right))
-        for target in targets
-        for entry in entries(keys, target, modules[target.parameter], before.rank)
-    }
+    tensors = {key: plan.make() for key, plan in planned_tensors(keys, targets, modules, before).items()}
     assert not [key for key in tensors if ".experts.0." in key]
     adapter = tiny.save_adapter(tmp_path / "fused", case.student, tensors, configuration)
     assert check_loads(adapter, case.student).scales == check_loads(case.adapter, case.student).scales

@@ -16,11 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from moe_svd_distill.adapter.load_check import check_loads
 from moe_svd_distill.adapter.merge import merge
 from moe_svd_distill.adapter.random_control import write_random_control
-from moe_svd_distill.adapter.rebuild import rebuild_configuration
-from moe_svd_distill.adapter.verify import verify
+from moe_svd_distill.adapter.repair import rebuild_configuration
+from moe_svd_distill.adapter.verify import check_loads, verify
 from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.errors import BadDataError
 from tests.adapter import tiny

@@ -15,15 +15,13 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from moe_svd_distill.adapter.key_repair import repair_keys, unmatched_keys
-from moe_svd_distill.adapter.load_check import check_loads
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.adapter.merge import merge
 from moe_svd_distill.adapter.naming import lora_keys, whole_key
 from moe_svd_distill.adapter.random_control import write_random_control
-from moe_svd_distill.adapter.rebuild import rebuild_configuration
-from moe_svd_distill.adapter.verify import verify
-from moe_svd_distill.adapter.whole_change import change_of_head, rounding_norm
+from moe_svd_distill.adapter.repair import rebuild_configuration, repair_keys, unmatched_keys
+from moe_svd_distill.adapter.verify import check_loads, verify
+from moe_svd_distill.adapter.whole_head import change_of_head, rounding_norm
 from moe_svd_distill.errors import BadDataError, NothingToTransferError
 from tests.adapter import tiny
 from tests.adapter.conftest import Case
@@ -190,7 +188,7 @@ def test_the_random_control_has_the_norm_and_another_direction(
         assert abs(float((found["one"] * other).sum() / (found["one"].norm() * other.norm()))) < 0.15
     assert check_loads(tmp_path / "one", case.student).replaced == ("lm_head",)
     assert verify(tmp_path / "one", case.student).whole == ("lm_head",)
-    monkeypatch.setattr(sys.modules["moe_svd_distill.adapter.blocks"], "BLOCK_ELEMENTS", 7 * 32)
+    monkeypatch.setattr(sys.modules["moe_svd_distill.adapter.whole_head"], "BLOCK_ELEMENTS", 7 * 32)
     write_random_control(adapter, tmp_path / "blocks", 1)  # the student that the configuration names
     blocks = load_file(tmp_path / "blocks" / "adapter_model.safetensors")[KEY] - base
     torch.testing.assert_close(blocks.norm(), change.norm(), rtol=1e-5, atol=0)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from moe_svd_distill.adapter.configuration import build_configuration
-from moe_svd_distill.adapter.keys import AdapterKeys, entries
+from moe_svd_distill.adapter.keys import AdapterKeys, Factors, planned_tensors
 from moe_svd_distill.adapter.naming import PREFIX, parse_key
 from moe_svd_distill.adapter.peft_model import modules_of
 from moe_svd_distill.adapter.settling import settle_keys
@@ -132,6 +132,20 @@ def default_rank(name: str) -> int:
     return 8 if name == "lm_head.weight" else 4
 
 
+class GivenPairs:
+    """Pairs at hand, as `planned_tensors` takes them: name of a matrix to ``(B, A)``."""
+
+    def __init__(self, given: Mapping[str, Factors]) -> None:
+        self._given = given
+        self.dtype = next(iter(given.values()))[0].dtype
+
+    def rank(self, name: str) -> int:
+        return self._given[name][1].shape[0]
+
+    def factors(self, name: str) -> Factors:
+        return self._given[name]
+
+
 def random_pairs(
     student: Path,
     names: list[str] | None = None,
@@ -156,11 +170,8 @@ def random_pairs(
     if not all(target.own_keys for target in targets):
         ranks = {target.parameter: target.rank(rank) for target in targets}
         modules = modules_of(keys.architecture, build_configuration(keys, ranks, base_model=""))
-    return {
-        entry.key: entry.make(factors.__getitem__).contiguous()
-        for target in targets
-        for entry in entries(keys, target, modules.get(target.parameter, target.module), rank)
-    }
+    planned = planned_tensors(keys, targets, modules, GivenPairs(factors))
+    return {key: plan.make().contiguous() for key, plan in planned.items()}
 
 
 def save_adapter(

@@ -6,11 +6,15 @@ from torch import Tensor
 
 from benchmarks.truncated_svd import bulk
 from moe_svd_distill.algebra.dtypes import matmul_dtype
-from moe_svd_distill.algebra.gram import gram_factors, row_gram
-from moe_svd_distill.algebra.krylov import krylov_factors
-from moe_svd_distill.algebra.leading import cheapest_method
-from moe_svd_distill.algebra.orthonormal import cholesky_qr, orthonormal_rows
-from moe_svd_distill.algebra.subspace import momentum_factors, steep_factors
+from moe_svd_distill.algebra.leading import cheapest_method, krylov_factors
+from moe_svd_distill.algebra.subspace import (
+    cholesky_qr,
+    gram_factors,
+    momentum_factors,
+    orthonormal_rows,
+    row_gram,
+    steep_factors,
+)
 
 
 def seeded(seed: int = 0) -> torch.Generator:

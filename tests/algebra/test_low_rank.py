@@ -1,5 +1,7 @@
 """Fast truncated SVD against the plain formula in float64."""
 
+from __future__ import annotations
+
 import math
 
 import pytest
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.truncated_svd import bulk, power_law
 from moe_svd_distill.algebra import low_rank
-from moe_svd_distill.algebra.low_rank import batched_truncated_svd, rank_for_energy, truncated_svd
+from moe_svd_distill.algebra.low_rank import batched_truncated_svd, low_rank_of_blocks, rank_for_energy, truncated_svd
 from tests.algebra.plain import plain_truncated_svd
 
 
@@ -223,3 +225,31 @@ def test_rank_for_energy() -> None:
         rank_for_energy(values, 1.5, total)
     with pytest.raises(ValueError, match="total"):
         rank_for_energy(values, 0.5, -1.0)
+
+
+def matrix(rows: int = 200, columns: int = 24) -> torch.Tensor:
+    gaussian = torch.randn(rows, columns, generator=torch.Generator().manual_seed(3))
+    return gaussian * torch.linspace(1.0, 0.01, columns)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 23, 24, 30])
+def test_it_equals_the_exact_truncation(rank: int) -> None:
+    whole = matrix()
+    found, norm, _ = low_rank_of_blocks(lambda: whole.split(37), 200, 24, rank)
+    expected = plain_truncated_svd(whole, rank)
+    assert found.left.shape == (200, rank)
+    assert found.right.shape == (rank, 24)
+    assert torch.allclose(found.left @ found.right, expected.product.float(), atol=1e-4)
+    assert found.residual == pytest.approx(expected.residual, abs=1e-5)
+    assert norm == pytest.approx(float(torch.linalg.vector_norm(whole)), rel=1e-6)
+
+
+def test_a_zero_matrix_has_zero_factors() -> None:
+    found, norm, _ = low_rank_of_blocks(lambda: [torch.zeros(5, 4)], 5, 4, 2)
+    assert (norm, found.residual) == (0.0, 0.0)
+    assert not found.left.any()
+
+
+def test_rank_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match="rank"):
+        low_rank_of_blocks(lambda: [torch.zeros(5, 4)], 5, 4, 0)

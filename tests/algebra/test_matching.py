@@ -7,13 +7,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_svd_distill.algebra.matching import (
+    block_index,
     cosine_similarity,
     expert_probe_features,
     match_attention_heads,
     match_neurons,
     match_similarity,
+    permute_heads,
+    permute_neurons,
 )
-from moe_svd_distill.algebra.permutation import block_index, permute_heads, permute_neurons
 
 SEEDS = st.integers(0, 10_000)
 
@@ -80,14 +82,14 @@ def test_planted_heads_are_found_and_undone(seed: int, kv_heads: int, group: int
     query_index = torch.cat(
         [kv * group + torch.randperm(group, generator=seeded(seed + kv))[:kept_group] for kv in kv_index.tolist()]
     )
-    permuted = permute_heads(q, k, v, o, kv_index, query_index, size)
+    permuted = permute_heads((q, k, v, o), kv_index, query_index, size)
     student = tuple(noisy(tensor, seed + i) for i, tensor in enumerate(permuted))
     found = match_attention_heads((q, k, v, o), student, size)
-    assert torch.equal(found.kv_index, kv_index)
-    assert torch.equal(found.query_index, query_index)
+    assert torch.equal(found.kv.teacher_index, kv_index)
+    assert torch.equal(found.query.teacher_index, query_index)
     assert found.similarity > 0.85
     if not fewer:
-        back = permute_heads(*permuted, found.kv_index.argsort(), found.query_index.argsort(), size)
+        back = permute_heads(permuted, found.kv.teacher_index.argsort(), found.query.teacher_index.argsort(), size)
         for original, tensor in zip((q, k, v, o), back, strict=True):
             assert torch.equal(original, tensor)
 
@@ -96,7 +98,7 @@ def test_heads_in_their_own_order_are_the_identity() -> None:
     tensors = random(16, 8), random(8, 8, seed=1), random(8, 8, seed=2), random(8, 16, seed=3)
     found = match_attention_heads(tensors, tensors, 4)
     assert found.is_identity
-    swapped = permute_heads(*tensors, torch.tensor([1, 0]), torch.tensor([2, 3, 0, 1]), 4)
+    swapped = permute_heads(tensors, torch.tensor([1, 0]), torch.tensor([2, 3, 0, 1]), 4)
     assert not match_attention_heads(tensors, swapped, 4).is_identity
 
 

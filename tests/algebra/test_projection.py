@@ -1,5 +1,7 @@
 """Projections into another shape, against the description done plainly in float64."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,10 +10,11 @@ from torch import Tensor
 
 from moe_svd_distill.algebra.projection import (
     ProjectionError,
-    batched_svd_projection,
+    apply_residual_map,
     fourier_projection,
     slice_projection,
     svd_projection,
+    vocabulary_procrustes,
 )
 
 
@@ -60,12 +63,6 @@ def test_svd_projection_is_the_block_itself_where_nothing_is_truncated() -> None
 def test_svd_projection_fills_up_with_the_mean() -> None:
     projected = svd_projection(matrix_of(6, 8), (9, 8))
     torch.testing.assert_close(projected[6:], matrix_of(6, 8).mean().expand(3, 8))
-
-
-def test_batched_svd_projection_is_the_single_one() -> None:
-    stack = torch.stack([matrix_of(30, 40, seed) for seed in range(3)])
-    for matrix, projected in zip(stack, batched_svd_projection(stack, (16, 50)), strict=True):
-        torch.testing.assert_close(projected, svd_projection(matrix, (16, 50)), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -124,3 +121,58 @@ def test_empty_targets_are_refused() -> None:
     for project in (svd_projection, fourier_projection, slice_projection):
         with pytest.raises(ValueError, match="target shape"):
             project(torch.ones(3, 3), (0, 2))
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("teacher_width", "student_width", "tolerance"),
+    [
+        (20, 20, 1e-4),
+        (20, 32, 1e-4),
+        (32, 20, 0.25),
+    ],  # into a narrower stream the optimum is only nearly the planted map
+)
+def test_a_planted_map_is_found(teacher_width: int, student_width: int, tolerance: float) -> None:
+    wide, narrow = max(teacher_width, student_width), min(teacher_width, student_width)
+    planted = torch.linalg.qr(random(wide, narrow, seed=1))[0]
+    planted = planted if student_width >= teacher_width else planted.T
+    teacher = random(4000, teacher_width) + 5.0
+    student = 0.5 * teacher @ planted.T - 3.0
+    found = vocabulary_procrustes(teacher, student)
+    assert float((found - planted).norm()) < tolerance
+
+
+@pytest.mark.parametrize(("teacher_width", "student_width"), [(24, 16), (16, 24)])
+def test_the_map_is_semi_orthogonal_and_optimal(teacher_width: int, student_width: int) -> None:
+    teacher, student = random(200, teacher_width), random(200, student_width, seed=1)
+    R = vocabulary_procrustes(teacher, student)
+    small = min(teacher_width, student_width)
+    product = R @ R.T if student_width < teacher_width else R.T @ R
+    torch.testing.assert_close(product, torch.eye(small), rtol=0, atol=1e-5)
+    cross = (student - student.mean(0)).T @ (teacher - teacher.mean(0))
+    best = torch.linalg.svdvals(cross.double()).sum()
+    torch.testing.assert_close((R * cross).sum().double(), best, rtol=1e-5, atol=0)
+
+
+def test_unusable_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="two shared"):
+        vocabulary_procrustes(random(1, 4), random(1, 3))
+    rows = random(9, 4)
+    rows[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="finite"):
+        vocabulary_procrustes(rows, random(9, 3))
+
+
+def test_constant_rows_still_give_a_map() -> None:
+    assert bool(torch.isfinite(vocabulary_procrustes(torch.ones(5, 4), random(5, 3))).all())
+
+
+def test_the_map_is_applied_to_either_side() -> None:
+    matrix, left, right = random(2, 6, 8), random(3, 6, seed=1), random(5, 8, seed=2)
+    torch.testing.assert_close(apply_residual_map(matrix, left, right), left @ matrix @ right.T)
+    torch.testing.assert_close(apply_residual_map(matrix, None, right), matrix @ right.T)
+    torch.testing.assert_close(apply_residual_map(matrix[0], left, None), left @ matrix[0])
+    assert torch.equal(apply_residual_map(matrix, None, None), matrix)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_svd_distill.algebra.logits import LogitTransform
+from moe_svd_distill.algebra.divergence import LogitTransform
 from moe_svd_distill.algebra.whitening import Whitening, truncated_in_metric, whitening
 
 SEEDS = st.integers(0, 2**31)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_svd_distill.algebra.logits import LogitTransform
+from moe_svd_distill.algebra.divergence import LogitTransform
 from moe_svd_distill.architecture.building import find_decoder
 from moe_svd_distill.architecture.head import MeasuredHead, check_is_linear, measure_head
 from moe_svd_distill.errors import IncompatiblePairError

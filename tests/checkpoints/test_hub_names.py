@@ -7,8 +7,7 @@ import errno
 import pytest
 from huggingface_hub import errors
 
-from moe_svd_distill.checkpoints.hub import HubModel, parse_hub_id
-from moe_svd_distill.checkpoints.hub_errors import redact, translate
+from moe_svd_distill.checkpoints.hub import HubModel, parse_hub_id, redact, translate
 
 SECRET = "hf_averysecrettoken"
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moe_svd_distill.checkpoints import Checkpoint, mapping, open_checkpoint, tensors
+from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint, tensors
 from moe_svd_distill.errors import BadDataError, MissingInputError
 from moe_svd_distill.files.dtypes import TORCH_NAMES
 from tests.checkpoints.builders import entry, safetensors_bytes, tiny_tensors, write_model
@@ -135,13 +135,13 @@ def test_reading_300_mib_takes_no_anonymous_memory(tmp_path: Path) -> None:
 def test_four_thousand_tensors_take_one_descriptor(tmp_path: Path) -> None:
     opened = open_checkpoint(sparse_model(tmp_path, 16, 4096))
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
-    alive = mapping._live
+    alive = tensors._live
     kept = [opened.read(name) for name in opened]
     assert len(os.listdir("/proc/self/fd")) == before + 1  # noqa: PTH208
-    assert mapping._live == alive + 4096
+    assert tensors._live == alive + 4096
     del kept
     gc.collect()
-    assert mapping._live == alive
+    assert tensors._live == alive
     opened.close()
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
 
@@ -154,12 +154,12 @@ def test_bytes_are_copied_where_they_cannot_be_mapped(
         raise OSError(errno.ENODEV, "no mappings here")
 
     if reason == "too many":
-        monkeypatch.setattr(mapping, "MAX_MAPPINGS", mapping._live)
+        monkeypatch.setattr(tensors, "MAX_MAPPINGS", tensors._live)
     else:
         monkeypatch.setattr(tensors, "map_bytes", refuse)
-    alive = mapping._live
+    alive = tensors._live
     assert torch.equal(checkpoint.read(NAME), tiny_tensors()[NAME])
-    assert mapping._live == alive
+    assert tensors._live == alive
 
 
 def test_tensors_outlive_the_checkpoint(tmp_path: Path) -> None:

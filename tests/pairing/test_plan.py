@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from moe_svd_distill.errors import IncompatiblePairError, UsageError
-from moe_svd_distill.pairing.depth import map_depth
 from moe_svd_distill.pairing.plan import Plan, make_plan
-from moe_svd_distill.pairing.unit import with_key
+from moe_svd_distill.pairing.unit import map_depth, with_key
 from moe_svd_distill.pipeline.pair import open_model
 from moe_svd_distill.recipe import parse_recipe
 from tests.support.models import saved
@@ -25,13 +24,12 @@ def plan_of(teacher: Path, student: Path, **recipe: Any) -> Plan:
 
 def test_the_linear_map_blends_adjacent_layers() -> None:
     blends = map_depth("linear", 2, 3)
-    assert blends[0].teacher == ((0, 1.0),)
-    assert blends[1].teacher == ((1, 0.5), (2, 0.5))
+    assert blends == (((0, 1.0),), ((1, 0.5), (2, 0.5)))
 
 
 def test_an_explicit_map_is_taken_as_it_is() -> None:
     blends = map_depth([0, 2.25], 2, 4)
-    assert blends[1].teacher == ((2, 0.75), (3, 0.25))
+    assert blends[1] == ((2, 0.75), (3, 0.25))
     with pytest.raises(UsageError, match="lists 1 positions, expected 2"):
         map_depth([0], 2, 4)
     with pytest.raises(UsageError, match="teacher layer 4, expected 0 to 3"):

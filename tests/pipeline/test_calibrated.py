@@ -16,8 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moe_svd_distill.adapter.load_check import check_loads
-from moe_svd_distill.adapter.verify import verify
+from moe_svd_distill.adapter.verify import check_loads, verify
 from moe_svd_distill.errors import IncompatiblePairError, NothingToTransferError, UsageError
 from moe_svd_distill.pipeline.distill import Adapter, Listener, distill, load_adapter
 from moe_svd_distill.pipeline.lab import lab_pair

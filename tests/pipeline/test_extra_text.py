@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_svd_distill.algebra.logits import LogitTransform
+from moe_svd_distill.algebra.divergence import LogitTransform
 from moe_svd_distill.pipeline.extra_text import (
     MOST_COPIES,
     _one_each,

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from moe_svd_distill.adapter.load_check import check_loads
+from moe_svd_distill.adapter.verify import check_loads
 from moe_svd_distill.cli.main import program
 from moe_svd_distill.pipeline.distill import Adapter, distill
 from moe_svd_distill.pipeline.pair import open_model, open_pair

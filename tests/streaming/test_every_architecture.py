@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_svd_distill.adapter.digest import sha256_of
+from moe_svd_distill.adapter.adapter_file import sha256_of
 from moe_svd_distill.architecture.building import find_decoder
 from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.streaming import Decoder, PassSettings, stream_states

@@ -16,7 +16,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from moe_svd_distill.adapter.digest import sha256_of
+from moe_svd_distill.adapter.adapter_file import sha256_of
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.streaming import PassSettings, ScaledAdapter, StreamedStates, stream, stream_states
 from tests.streaming.conftest import LENGTH, Case

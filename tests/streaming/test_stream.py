@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moe_svd_distill.adapter.digest import sha256_of
+from moe_svd_distill.adapter.adapter_file import sha256_of
 from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.errors import BadDataError, UsageError
 from moe_svd_distill.evaluation.adapted import AdaptedStudent

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_svd_distill.algebra.logits import LogitTransform
+from moe_svd_distill.algebra.divergence import LogitTransform
 from moe_svd_distill.streaming import Head
 from moe_svd_distill.training.measuring import StatePairs
 

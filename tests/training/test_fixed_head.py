@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_svd_distill.algebra.distribution import cross_entropy, kl_divergence, top1_agreement
-from moe_svd_distill.algebra.logits import LogitTransform
+from moe_svd_distill.algebra.divergence import LogitTransform, cross_entropy, kl_divergence, top1_agreement
 from moe_svd_distill.algebra.whitening import whitening
 from moe_svd_distill.streaming import Head
 from moe_svd_distill.training import fixed_head

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_svd_distill.algebra.logits import LogitTransform
+from moe_svd_distill.algebra.divergence import LogitTransform
 from moe_svd_distill.algebra.whitening import whitening
 from moe_svd_distill.training.engine import HeadEngine
 from moe_svd_distill.training.head import TrainedHead

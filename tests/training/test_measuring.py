@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_svd_distill.algebra.logits import LogitTransform
+from moe_svd_distill.algebra.divergence import LogitTransform
 from moe_svd_distill.calibration.paired import PairedText
 from moe_svd_distill.calibration.text import TokenizedText
 from moe_svd_distill.streaming import Head

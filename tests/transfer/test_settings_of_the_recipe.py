@@ -11,7 +11,7 @@ import torch
 from moe_svd_distill.algebra.projection import ProjectionError, fourier_projection
 from moe_svd_distill.errors import BadDataError, IncompatiblePairError, UsageError
 from moe_svd_distill.pipeline.pair import open_model
-from moe_svd_distill.transfer import shaping
+from moe_svd_distill.transfer import context
 from tests.support.models import saved
 from tests.support.pairs import delta, recipe_for, records, run_units, with_tensors
 
@@ -40,7 +40,7 @@ def test_svd_errors_fall_back_to_fourier_and_say_so(
     def broken(matrix: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
         raise ProjectionError("no convergence")
 
-    monkeypatch.setattr(shaping, "svd_projection", broken)
+    monkeypatch.setattr(context, "svd_projection", broken)
     contents = run_units(recipe_for(*pair, tmp_path / "o", rank="full", dtype="float32"))
     row = records(contents)[Q]
     assert (row["projection"], row["projection_fallback"]) == ("fourier", "svd failed: no convergence")

@@ -17,12 +17,7 @@ from moe_svd_distill.errors import BadDataError
 
 
 def build_configuration(
-    keys: AdapterKeys,
-    ranks: Mapping[str, int],
-    *,
-    base_model: str,
-    whole_head: bool = False,
-    revision: str | None = None,
+    keys: AdapterKeys, ranks: Mapping[str, int], *, base_model: str, whole_head: bool = False
 ) -> dict[str, Any]:
     """The content of adapter_config.json.
 
@@ -31,7 +26,6 @@ def build_configuration(
         ranks: Parameter to the rank that PEFT needs for it, the head and the embeddings included.
         base_model: The student, as a hub id or a folder.
         whole_head: Whether the head is saved whole.
-        revision: The student's revision on the hub.
 
     Raises:
         BadDataError: A pair of tied embeddings, no pair at all, or a head with a bias that is to be saved whole.
@@ -49,26 +43,20 @@ def build_configuration(
             f"{architecture.head} has a bias beside it, which PEFT wants saved whole as well",
             "Save the head as a LoRA pair (of full rank if need be)",
         )
-    every = [name for name, _ in architecture.skeleton.model.named_modules()], list(architecture.skeleton.slots)
-    configuration = _configuration(targets, ranks, base_model, revision)
-    for place, names in zip(("target_modules", "target_parameters"), every, strict=True):
-        configuration[place] = short_names(configuration[place], names, least=1 + (place == "target_parameters"))
+    modules, parameters = [name for name, _ in architecture.skeleton.model.named_modules()], architecture.skeleton.slots
+    configuration = _configuration(targets, ranks, base_model)
+    configuration["target_modules"] = short_names(configuration["target_modules"], modules)
+    configuration["target_parameters"] = short_names(configuration["target_parameters"], parameters, least=2)
     if whole_head:
-        head = architecture.head_slot.name.rpartition(".")[0]
-        configuration["modules_to_save"] = short_names([head], every[0])
+        configuration["modules_to_save"] = short_names([architecture.head_slot.name.rpartition(".")[0]], modules)
     return configuration
 
 
 def peft_configuration(targets: Sequence[Target], rank_of: Callable[[str], int]) -> Any:
-    """The same as PEFT's object, with every name in full.
-
-    Args:
-        targets: The parameters.
-        rank_of: Matrix to the rank of its pair.
-    """
+    """The configuration of some parameters as PEFT's object, with every name in full, from the ranks of matrices."""
     from peft import LoraConfig
 
-    fields = _configuration(targets, {target.parameter: target.rank(rank_of) for target in targets}, "", None)
+    fields = _configuration(targets, {target.parameter: target.rank(rank_of) for target in targets}, "")
     fields = {name: value for name, value in fields.items() if name != "peft_type"}
     return LoraConfig(**{**fields, "target_parameters": fields["target_parameters"] or None})
 
@@ -82,7 +70,7 @@ def plain_configuration(ranks: Mapping[str, int], *, base_model: str, whole: Seq
         whole: Modules that are saved whole.
     """
     leaves = list(dict.fromkeys(module.rpartition(".")[2] for module in ranks))
-    configuration = _fields(leaves, [], ranks, list(ranks.values()), base_model, None)
+    configuration = _fields((leaves, []), ranks, list(ranks.values()), base_model)
     return configuration | ({"modules_to_save": list(whole)} if whole else {})
 
 
@@ -92,11 +80,6 @@ def refuse_tied(architecture: Architecture, names: Iterable[str], whole_head: bo
     PEFT merges such a pair into the shared matrix and so changes both, while unmerged it changes one. A head saved
     whole gets a matrix of its own, and then a pair of the embeddings stays with the embeddings (decision 9).
 
-    Args:
-        architecture: Of the student.
-        names: The matrices with a pair.
-        whole_head: Whether the head is saved whole.
-
     Raises:
         BadDataError: There is such a pair.
     """
@@ -104,11 +87,15 @@ def refuse_tied(architecture: Architecture, names: Iterable[str], whole_head: bo
         return
     ends = (architecture.head, architecture.embedding)
     if found := next((name for name in names if name in ends), None):
-        raise BadDataError(
-            f"{found} has a LoRA pair, but the student ties its head to its embeddings: merged by PEFT it would change "
-            "both",
-            "Save the head whole (modules_to_save), or leave embeddings and head out of the transfer",
-        )
+        raise pair_of_tied(found)
+
+
+def pair_of_tied(name: str) -> BadDataError:
+    """The refusal of a pair of one of two matrices that are the same."""
+    return BadDataError(
+        f"{name} has a LoRA pair, but the student ties its head to its embeddings: merged by PEFT it would change both",
+        "Save the head whole (modules_to_save), or leave embeddings and head out of the transfer",
+    )
 
 
 def refuse_incomplete(target: Target, ranks: Mapping[str, int]) -> None:
@@ -171,23 +158,16 @@ def rank_and_scale(configuration: Mapping[str, Any], name: str) -> tuple[int, fl
         ) from error
 
 
-def _configuration(
-    targets: Sequence[Target], ranks: Mapping[str, int], base_model: str, revision: str | None
-) -> dict[str, Any]:
+def _configuration(targets: Sequence[Target], ranks: Mapping[str, int], base_model: str) -> dict[str, Any]:
     by_entry = {target.entry: ranks[target.parameter] for target in targets}
     inside = [ranks[target.parameter] for target in targets if target.matrices]
     modules = [target.entry for target in targets if not target.as_parameter]
     parameters = [target.entry for target in targets if target.as_parameter]
-    return _fields(modules, parameters, by_entry, inside or list(by_entry.values()), base_model, revision)
+    return _fields((modules, parameters), by_entry, inside or list(by_entry.values()), base_model)
 
 
 def _fields(
-    modules: list[str],
-    parameters: list[str],
-    ranks: Mapping[str, int],
-    counted: Sequence[int],
-    base_model: str,
-    revision: str | None,
+    changed: tuple[list[str], list[str]], ranks: Mapping[str, int], counted: Sequence[int], base_model: str
 ) -> dict[str, Any]:
     """The configuration, with the commonest of the counted ranks as the one that holds where nothing else is said."""
     counts = Counter(counted)
@@ -197,7 +177,7 @@ def _fields(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
-        "revision": revision,
+        "revision": None,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,
@@ -205,8 +185,8 @@ def _fields(
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,
-        "target_modules": modules,
-        "target_parameters": parameters,
+        "target_modules": changed[0],
+        "target_parameters": changed[1],
         "rank_pattern": patterns,
         "alpha_pattern": dict(patterns),
     }

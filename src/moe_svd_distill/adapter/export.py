@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
-
 from moe_svd_distill.adapter.adapter_file import read_json
 from moe_svd_distill.adapter.configuration import build_configuration, plain_configuration
-from moe_svd_distill.adapter.fused import Factors
-from moe_svd_distill.adapter.keys import AdapterKeys, Entry, entries
-from moe_svd_distill.adapter.load_check import check_loads
+from moe_svd_distill.adapter.keys import AdapterKeys, planned_tensors
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.adapter.naming import whole_key
 from moe_svd_distill.adapter.peft_model import modules_of
 from moe_svd_distill.adapter.settling import settle_keys
+from moe_svd_distill.adapter.verify import check_loads
 from moe_svd_distill.adapter.whole_head import student_of
 from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.architecture.matrices import Kind
@@ -82,10 +78,7 @@ def export(
     if layout == "fused":
         keys = keys.with_one_pair_a_parameter()
     base = str(pairs.configuration.get("base_model_name_or_path") or architecture.checkpoint.source)
-    configuration, planned = (_plain if layout == "plain" else _for_peft)(keys, pairs, base)
-    tensors = {
-        entry.key: Planned(entry.shape, pairs.dtype, partial(entry.make, partial(_factors, pairs))) for entry in planned
-    }
+    configuration, tensors = (_plain if layout == "plain" else _for_peft)(keys, pairs, base)
     if pairs.head is not None:
         head = pairs.read_head()
         module = aimed.head_slot.name.removesuffix(".weight")
@@ -129,31 +122,23 @@ def served(configuration: Mapping[str, Any], keys: AdapterKeys, pairs: LowRankPa
     return tuple(found)
 
 
-def _for_peft(keys: AdapterKeys, pairs: LowRankPairs, base: str) -> tuple[dict[str, Any], list[Entry]]:
+def _for_peft(keys: AdapterKeys, pairs: LowRankPairs, base: str) -> tuple[dict[str, Any], dict[str, Planned]]:
     targets = keys.changed_by(list(pairs))
     ranks = {target.parameter: target.rank(pairs.rank) for target in targets}
     configuration = build_configuration(keys, ranks, base_model=base, whole_head=pairs.head is not None)
     modules = modules_of(keys.architecture, configuration) if any(not t.own_keys for t in targets) else {}
-    planned = [e for t in targets for e in entries(keys, t, modules.get(t.parameter, ""), pairs.rank)]
-    return configuration, planned
+    return configuration, planned_tensors(keys, targets, modules, pairs)
 
 
-def _plain(keys: AdapterKeys, pairs: LowRankPairs, base: str) -> tuple[dict[str, Any], list[Entry]]:
+def _plain(keys: AdapterKeys, pairs: LowRankPairs, base: str) -> tuple[dict[str, Any], dict[str, Planned]]:
     by_name = keys.architecture.by_name
     if nameless := next((name for name in pairs if name in by_name and not by_name[name].stored), None):
         raise BadDataError(
             f"{nameless} has no name of its own in the student's files: they hold all experts in one tensor",
             "Export with --format fused",
         )
-    targets = [target.under_stored_names() for target in keys.changed_by(list(pairs))]
+    # Stored names whatever PEFT makes of them.
+    targets = [replace(target, own_keys=True) for target in keys.changed_by(list(pairs))]
     ranks = {name.removesuffix(".weight"): pairs.rank(name) for name in pairs}
     head = (keys.architecture.head_slot.name.removesuffix(".weight"),) if pairs.head else ()
-    planned = [entry for target in targets for entry in entries(keys, target, "", pairs.rank)]
-    return plain_configuration(ranks, base_model=base, whole=head), planned
-
-
-def _factors(pairs: LowRankPairs, name: str) -> Factors:
-    """``(B, A)`` of a matrix with PEFT's scale in B: the new configuration's is 1."""
-    pair = pairs[name]
-    left: Tensor = pair.left if pair.scale == 1.0 else (pair.scale * pair.left.float()).to(pair.left.dtype)
-    return left, pair.right
+    return plain_configuration(ranks, base_model=base, whole=head), planned_tensors(keys, targets, {}, pairs)

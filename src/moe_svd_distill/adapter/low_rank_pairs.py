@@ -12,12 +12,10 @@ from torch import Tensor
 
 from moe_svd_distill.adapter.adapter_file import adapter_header, read_json, read_tensor, shapes_of
 from moe_svd_distill.adapter.configuration import rank_and_scale
-from moe_svd_distill.adapter.fused import Factors, expert_factors, fused_rank, of_matrix
-from moe_svd_distill.adapter.naming import whole_key
-from moe_svd_distill.adapter.pair_shapes import PairShape, pair_shapes, whole_modules
-from moe_svd_distill.adapter.peft_model import lora_targets, read_configuration, wrap
+from moe_svd_distill.adapter.keys import Factors, expert_factors, fused_rank, of_matrix
+from moe_svd_distill.adapter.naming import PairShape, pair_shapes, whole_key, whole_modules
+from moe_svd_distill.adapter.peft_model import lora_targets, read_configuration, wrap_student
 from moe_svd_distill.architecture.architecture import Architecture
-from moe_svd_distill.architecture.building import build_on_meta
 from moe_svd_distill.architecture.matrices import Matrix
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.files.names import CONFIGURATION_FILE
@@ -30,20 +28,14 @@ class LowRankPair:
     """The change of one matrix: ``scale · left @ right``.
 
     Attributes:
-        name: The matrix.
         left: (rows, rank).
         right: (rank, columns).
         scale: The factor that PEFT multiplies the product by.
     """
 
-    name: str
     left: Tensor
     right: Tensor
     scale: float
-
-    def norm(self) -> float:
-        """The Frobenius norm of ``left @ right``."""
-        return norm_of_pair(self.left, self.right)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +54,14 @@ class _Place:
     matrix: Matrix | None
     whole: bool
 
+    @property
+    def experts(self) -> int:
+        """How many experts share the pair."""
+        return self.matrix.experts if self.whole and self.matrix else 1
+
 
 class LowRankPairs(Mapping[str, LowRankPair]):
-    """Name of a matrix, as the architecture has it, to the change of it.
+    """Name of a matrix, as the architecture has it, to the change of it. They are `keys.Pairs`.
 
     Attributes:
         header: Of the adapter's file.
@@ -100,7 +97,7 @@ class LowRankPairs(Mapping[str, LowRankPair]):
 
     def __getitem__(self, name: str) -> LowRankPair:
         left, right = self._factors(self._places[name])
-        return LowRankPair(name, left, right, self.scale(name))
+        return LowRankPair(left, right, self.scale(name))
 
     def scale(self, name: str) -> float:
         """The factor that PEFT multiplies a matrix's pair by.
@@ -135,22 +132,23 @@ class LowRankPairs(Mapping[str, LowRankPair]):
     def rank(self, name: str) -> int:
         """The rank of a matrix's pair, from the header."""
         place = self._places[name]
-        return place.shape.rank // place.matrix.experts if place.whole and place.matrix else place.shape.rank
+        return place.shape.rank // place.experts
+
+    def factors(self, name: str) -> Factors:
+        """``(B, A)`` of a matrix with PEFT's scale in B."""
+        pair = self[name]
+        left = pair.left if pair.scale == 1.0 else (pair.scale * pair.left.float()).to(pair.left.dtype)
+        return left, pair.right
 
     def _rank_of_parameter(self, place: _Place) -> int:
         if place.matrix is None or place.whole:
-            return self.rank(place.matrix.name) if place.matrix else place.shape.rank
+            return place.shape.rank // place.experts
         return fused_rank(self._architecture.parameters[place.parameter], self.rank)
 
-    def read_pair(self, module: str) -> Factors:
-        """``(A, B)`` of a module as the file has them."""
-        shape = next(place.shape for place in self._places.values() if place.shape.module == module)
-        return read_tensor(self.header.tensors[shape.key_a]), read_tensor(self.header.tensors[shape.key_b])
-
-    def experts_in(self, module: str) -> int:
-        """How many experts share the pair of a module."""
-        places = (place for place in self._places.values() if place.shape.module == module)
-        return max(place.matrix.experts if place.whole and place.matrix else 1 for place in places)
+    def read_pair(self, module: str) -> tuple[Tensor, Tensor, int]:
+        """A and B of a module as the file has them, and how many experts share them."""
+        place = next(place for place in self._places.values() if place.shape.module == module)
+        return *self._read(place), place.experts
 
     def read_head(self) -> Tensor:
         """The new weight (V, d) of a head that is saved whole, as stored."""
@@ -163,9 +161,12 @@ class LowRankPairs(Mapping[str, LowRankPair]):
     def __len__(self) -> int:
         return len(self._places)
 
-    def _factors(self, place: _Place) -> Factors:
+    def _read(self, place: _Place) -> tuple[Tensor, Tensor]:
         tensors = self.header.tensors
-        right, left = read_tensor(tensors[place.shape.key_a]), read_tensor(tensors[place.shape.key_b])
+        return read_tensor(tensors[place.shape.key_a]), read_tensor(tensors[place.shape.key_b])
+
+    def _factors(self, place: _Place) -> Factors:
+        right, left = self._read(place)
         if place.shape.embedding:
             return right.T, left.T
         if place.matrix is None or not place.whole:
@@ -201,17 +202,11 @@ class LowRankPairs(Mapping[str, LowRankPair]):
         return dict(sorted(places.items()))
 
     def _parameters_by_module(self, strangers: Mapping[str, PairShape]) -> dict[str, str]:
-        """What PEFT calls the parameters that it changes, to the parameters.
-
-        Args:
-            strangers: Pairs that are not named after a stored tensor.
-        """
+        """What PEFT calls the parameters of pairs that are not named after a stored tensor, to the parameters."""
         from peft import LoraConfig
 
         if not strangers:
             return {}
-        architecture = self._architecture
-        model = build_on_meta(architecture.config, architecture.checkpoint.source, text_only=architecture.text_only)
         if self.configuration:
             configuration = read_configuration(self._folder)
         else:
@@ -219,7 +214,8 @@ class LowRankPairs(Mapping[str, LowRankPair]):
             if not modules and not parameters:
                 return {}
             configuration = LoraConfig(r=1, target_modules=modules, target_parameters=parameters or None)
-        return {target.module: target.parameter for target in lora_targets(wrap(model, configuration))}
+        wrapped = wrap_student(self._architecture, configuration)
+        return {target.module: target.parameter for target in lora_targets(wrapped)}
 
     def _likely(self, strangers: Mapping[str, PairShape]) -> tuple[list[str], list[str]]:
         """The modules and parameters that pairs under PEFT's own names change, by their names and shapes."""
@@ -237,9 +233,9 @@ class LowRankPairs(Mapping[str, LowRankPair]):
     def _check(self, name: str, place: _Place) -> None:
         slot = self._architecture.skeleton.slots[place.parameter]
         expected = (slot.shape[0], slot.shape[1]) if place.matrix is None else place.matrix.shape
-        found = (place.shape.out, place.shape.width)
-        if (found[::-1] if place.shape.embedding else found) != expected:
-            raise _unlike(name, found[::-1] if place.shape.embedding else found, expected)
+        out, width = place.shape.out, place.shape.width
+        if (found := (width, out) if place.shape.embedding else (out, width)) != expected:
+            raise _unlike(name, found, expected)
 
     def _rank_and_scale(self, parameter: str) -> tuple[int, float]:
         named = self.configuration.get("target_parameters") or ()

@@ -9,29 +9,31 @@ that was tied to the embeddings, it becomes a tensor of its own and the merged c
 from __future__ import annotations
 
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from moe_svd_distill.adapter.adapter_file import read_json
-from moe_svd_distill.adapter.changes import Changes
-from moe_svd_distill.adapter.companions import copy_companions
-from moe_svd_distill.adapter.load_check import check_loads
+from moe_svd_distill.adapter.keys import Factors
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
-from moe_svd_distill.adapter.rewriting import Addition, rewrite
-from moe_svd_distill.adapter.untying import added_head, untied_files
-from moe_svd_distill.adapter.whole_head import base_head, replaced_blocks, student_of
+from moe_svd_distill.adapter.rewriting import Addition, copy_companions, rewrite
+from moe_svd_distill.adapter.verify import check_loads
+from moe_svd_distill.adapter.whole_head import base_head, refuse_codes, replaced_blocks, row_blocks, student_of
+from moe_svd_distill.architecture.architecture import Architecture
+from moe_svd_distill.architecture.matrices import Matrix
+from moe_svd_distill.architecture.stored import TensorSource
 from moe_svd_distill.checkpoints import Checkpoint, TensorInfo, refuse_quantised
-from moe_svd_distill.errors import CannotWriteError
+from moe_svd_distill.checkpoints.survey import CONFIG, INDEX
+from moe_svd_distill.errors import BadDataError, CannotWriteError
 from moe_svd_distill.files.header import read_header
 from moe_svd_distill.files.names import CONFIGURATION_FILE
-from moe_svd_distill.files.writing import new_folder
-
-if TYPE_CHECKING:
-    import torch
-
-Progress = Callable[[int, int], None]
+from moe_svd_distill.files.reading import json_object, locate, read_small
+from moe_svd_distill.files.writing import json_text, new_folder
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def merge(
     student: Checkpoint | Path | str,
     output: Path | str,
     *,
-    on_progress: Progress = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> MergeReport:
     """Write the student with the adapter merged into it.
 
@@ -75,8 +77,8 @@ def merge(
         on_progress: Told the bytes of tensors done and their total.
 
     Raises:
-        BadDataError: A pair or a head saved whole has no matrix of its name and shape in the student, the
-            PEFT would not load it as it is, or a merged value is not finite. Nothing is written then.
+        BadDataError: A pair or a head saved whole has no matrix of its name and shape in the student, PEFT
+            would not load it as it is, or a merged value is not finite. Nothing is written then.
         CannotWriteError: The output is not empty, or the disk is full.
     """
     configuration = read_json(Path(adapter_folder) / CONFIGURATION_FILE)
@@ -87,9 +89,9 @@ def merge(
     check_loads(adapter_folder, checkpoint.config)  # a merge does what PEFT does, and nothing where PEFT does nothing
     if pairs.head is not None:
         base_head(architecture)
-    changes = Changes(architecture, pairs)
-    addition = added_head(pairs, architecture)
-    target, total = Path(output).absolute(), checkpoint.total_bytes + (addition[1].bytes if addition else 0)
+    changes = changed_tensors(architecture, pairs)
+    addition = _added_head(pairs, architecture)
+    target, total = Path(output).absolute(), checkpoint.total_bytes + (addition.bytes if addition else 0)
     _check_space(target, total)
     done = 0
 
@@ -98,26 +100,19 @@ def merge(
         done += count
         on_progress(done, total)
 
-    def change(info: TensorInfo) -> Iterator[torch.Tensor] | None:
-        if pairs.head is not None and info.name == architecture.head:
-            return replaced_blocks(pairs.read_head(), checkpoint.read(info.name).dtype, info.name)
-        return changes.merged(info.name) if info.name in changes else None
-
-    def added(file: Path) -> Addition | None:
-        return addition[1] if addition and addition[0] == file else None
+    def change(info: TensorInfo) -> Iterator[Tensor] | None:
+        return changes[info.name](checkpoint.read(info.name)) if info.name in changes else None
 
     files = sorted({info.file for info in checkpoint.values()})
     with new_folder(target) as folder:
         for file in files:
             place = folder / file.relative_to(checkpoint.folder)
             place.parent.mkdir(parents=True, exist_ok=True)
-            rewrite(read_header(file), place, change, advance, added(file))
+            rewrite(read_header(file), place, change, advance, addition)
         untied = architecture.tied and pairs.head is not None
-        changed = untied_files(checkpoint, addition) if untied else {}
+        changed = _untied_files(checkpoint, addition) if untied else {}
         companions, left_out = copy_companions(checkpoint.folder, folder, set(files), changed)
-    replaced = pairs.head is not None and architecture.head in checkpoint
-    merged = len(changes) + (pairs.head is not None)
-    copied = len(checkpoint) - len(changes) - replaced
+    merged, copied = len(changes) + (addition is not None), len(checkpoint) - len(changes)
     return MergeReport(target, merged, copied, len(files), total, companions, left_out, untied)
 
 
@@ -128,3 +123,134 @@ def _check_space(output: Path, needed: int) -> None:
             f"{place} has {free / 1e9:.1f} GB free, the merged model needs {needed / 1e9:.1f} GB",
             "Free space, or give an output on another disk",
         )
+
+
+Merged = Callable[[Tensor], Iterator[Tensor]]
+"""Makes the merged tensor, in consecutive blocks of rows, from the stored one."""
+
+
+def changed_tensors(architecture: Architecture, pairs: LowRankPairs) -> dict[str, Merged]:
+    """Stored tensors that an adapter changes: ``W + scale · B A``, rounded once to the stored dtype, or a new head.
+
+    Only headers are read here.
+
+    Raises:
+        BadDataError: A stored tensor is not of a floating-point dtype, or the adapter's file and configuration
+            disagree.
+    """
+    alone: dict[str, Merged] = {}
+    in_experts: dict[str, Merged] = {}
+    converted: dict[str, Merged] = {}
+    by_parameter: dict[str, list[Matrix]] = defaultdict(list)
+    for name in pairs:
+        matrix = architecture.by_name.get(name)
+        if matrix is None or (matrix.stored and not matrix.transposed):
+            alone[name] = partial(_merged, pairs, name)
+        else:
+            by_parameter[matrix.slot.name].append(matrix)
+        pairs.scale(name)
+
+    @lru_cache(maxsize=1)
+    def restored(source: TensorSource) -> dict[str, Tensor]:
+        """The changes of what transformers rearranges on loading, put back into the stored arrangement."""
+        made = {slot.name: torch.zeros(slot.shape) for slot in source.slots}
+        for matrix in (matrix for slot in source.slots for matrix in by_parameter.get(slot.name, ())):
+            pair = pairs[matrix.name]
+            region = matrix.within(made[matrix.slot.name])
+            region.copy_(pair.scale * (pair.left.float() @ pair.right.float()))
+        return source.restore(made, architecture.stored.names)
+
+    def from_restored(source: TensorSource, name: str, weight: Tensor) -> Iterator[Tensor]:
+        yield _finite((_wide(weight) + restored(source)[name]).to(weight.dtype), name)
+
+    sources = (source for sources in architecture.stored.of_part.values() for source in sources)
+    for source in sources if by_parameter else ():
+        matrices = [matrix for slot in source.slots for matrix in by_parameter.get(slot.name, ())]
+        for _, name in source.hub_names if matrices else ():
+            if source.pieces:
+                own = [matrix for matrix in matrices if not matrix.stored or matrix.name == name]
+                in_experts[name] = partial(_merged_experts, pairs, own, name)
+            else:
+                converted[name] = partial(from_restored, source, name)
+    found = alone | in_experts | converted
+    if pairs.head is not None and architecture.head in architecture.checkpoint:
+        found[architecture.head] = partial(_replaced, pairs, architecture.head)
+    for name in found:
+        refuse_codes(architecture.checkpoint[name])
+    return found
+
+
+def _merged(pairs: LowRankPairs, name: str, weight: Tensor) -> Iterator[Tensor]:
+    pair = pairs[name]
+    return _sums(weight, (pair.left.float(), pair.right.float()), pair.scale, name)
+
+
+def _merged_experts(pairs: LowRankPairs, matrices: list[Matrix], name: str, weight: Tensor) -> Iterator[Tensor]:
+    by_expert = {None if matrix.stored else matrix.piece.index: matrix for matrix in matrices}
+    for number, expert in enumerate(weight[None] if None in by_expert else weight):
+        matrix = by_expert.get(number) or by_expert.get(None)
+        if matrix is None:
+            yield expert
+            continue
+        pair = pairs[matrix.name]
+        left, right = pair.left.float(), pair.right.float()
+        yield from _sums(expert, (right.T, left.T) if matrix.transposed else (left, right), pair.scale, name)
+
+
+def _replaced(pairs: LowRankPairs, name: str, weight: Tensor) -> Iterator[Tensor]:
+    return replaced_blocks(pairs.read_head(), weight.dtype, name)
+
+
+def _sums(weight: Tensor, factors: Factors, scale: float, name: str) -> Iterator[Tensor]:
+    """``W + scale · left @ right`` for W (rows, columns), in blocks that need no second copy of W in fp32."""
+    left, right = factors
+    for rows in row_blocks(*weight.shape):
+        block = weight[rows]
+        yield _finite((_wide(block) + scale * (left[rows] @ right)).to(block.dtype), name)
+
+
+def _wide(block: Tensor) -> Tensor:
+    return block.double() if block.dtype is torch.float64 else block.float()
+
+
+def _finite(merged: Tensor, name: str) -> Tensor:
+    if not bool(torch.isfinite(merged).all()):
+        raise BadDataError(
+            f"{name}: merged values that are not finite in {merged.dtype}", "Verify the adapter and the student"
+        )
+    return merged
+
+
+def _added_head(pairs: LowRankPairs, architecture: Architecture) -> Addition | None:
+    """The head saved whole, to be added to the weights file of the embeddings in their dtype.
+
+    None where nothing is saved whole, or where the student has the tensor already.
+    """
+    checkpoint, name = architecture.checkpoint, architecture.head
+    if pairs.head is None or name in checkpoint:
+        return None
+    info, head = checkpoint[architecture.embedding], pairs.read_head()
+    blocks = replaced_blocks(head, checkpoint.read(architecture.embedding).dtype, name)
+    return Addition(info.file, name, info.dtype, (head.shape[0], head.shape[1]), blocks)
+
+
+def _untied_files(checkpoint: Checkpoint, addition: Addition | None) -> dict[str, bytes]:
+    """The files beside the weights that change when a tied student gets a head of its own, by name.
+
+    Loaders take the head from the embeddings while config.json ties the two, whatever else is in the weights files. So
+    the merged model has a ``lm_head.weight``, an index that lists it, and a config.json that ties nothing.
+    """
+    config = dict(checkpoint.config)
+    if isinstance(text := config.get("text_config"), dict) and "tie_word_embeddings" in text:
+        config["text_config"] = text | {"tie_word_embeddings": False}
+    changed = {CONFIG: json_text(config | {"tie_word_embeddings": False}).encode()}
+    if addition is not None and (checkpoint.folder / INDEX).exists():
+        index = json_object(read_small(locate(checkpoint.folder, INDEX)), INDEX, unique_keys=True)
+        index["weight_map"][addition.name] = addition.file.relative_to(checkpoint.folder).as_posix()
+        metadata = index.get("metadata")
+        if isinstance(metadata, dict) and isinstance(size := metadata.get("total_size"), int):
+            metadata["total_size"] = size + addition.bytes
+        if isinstance(metadata, dict) and isinstance(count := metadata.get("total_parameters"), int):
+            metadata["total_parameters"] = count + addition.shape[0] * addition.shape[1]
+        changed[INDEX] = json_text(index).encode()
+    return changed

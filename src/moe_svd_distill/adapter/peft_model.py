@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from moe_svd_distill.adapter.adapter_file import read_json
-from moe_svd_distill.adapter.naming import lora_keys
 from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.architecture.building import build_on_meta
 from moe_svd_distill.errors import BadDataError
@@ -50,11 +49,6 @@ class LoraTarget:
         if self.embedding:
             return self.layer.lora_embedding_A[NAME], self.layer.lora_embedding_B[NAME]
         return self.layer.lora_A[NAME].weight, self.layer.lora_B[NAME].weight
-
-    @property
-    def keys(self) -> tuple[str, str]:
-        """The keys of both factors, as PEFT itself would save them."""
-        return lora_keys(self.module, embedding=self.embedding)
 
     @property
     def scale(self) -> float:
@@ -100,6 +94,12 @@ def wrap(model: Any, configuration: Any) -> Any:
         raise BadDataError(f"PEFT cannot load the adapter: {first_line(error)}", _ACTION) from error
 
 
+def wrap_student(architecture: Architecture, configuration: Any, dtype: torch.dtype | None = None) -> Any:
+    """A model without memory of the student, as PEFT wraps it; errors as of `wrap`."""
+    source, text_only = architecture.checkpoint.source, architecture.text_only
+    return wrap(build_on_meta(architecture.config, source, dtype, text_only=text_only), configuration)
+
+
 def hold_values(wrapped: Any) -> None:
     """Let loaded factors keep their values, which PEFT moves to where the base weight lies: that has no memory."""
     for target in lora_targets(wrapped):
@@ -116,8 +116,8 @@ def modules_of(architecture: Architecture, configuration: Mapping[str, Any]) -> 
     from peft import LoraConfig
 
     fields = {name: value for name, value in configuration.items() if name != "peft_type"}
-    model = build_on_meta(architecture.config, architecture.checkpoint.source, text_only=architecture.text_only)
-    return {target.parameter: target.module for target in lora_targets(wrap(model, LoraConfig(**fields)))}
+    wrapped = wrap_student(architecture, LoraConfig(**fields))
+    return {target.parameter: target.module for target in lora_targets(wrapped)}
 
 
 def load(wrapped: Any, tensors: Mapping[str, Tensor]) -> Any:

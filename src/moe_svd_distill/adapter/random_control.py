@@ -8,22 +8,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from moe_svd_distill.adapter.adapter_file import read_json
-from moe_svd_distill.adapter.blocks import row_blocks
-from moe_svd_distill.adapter.digest import sha256_of
+import torch
+
+from moe_svd_distill.adapter.adapter_file import read_json, sha256_of
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs, norm_of_pair
 from moe_svd_distill.adapter.naming import parse_key
 from moe_svd_distill.adapter.rewriting import rewrite
-from moe_svd_distill.adapter.whole_head import base_head, change_norm, norm_of_blocks, shifted, student_of
+from moe_svd_distill.adapter.whole_head import base_head, change_norm, norm_of_blocks, row_blocks, student_of
 from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.checkpoints import Checkpoint, TensorInfo
+from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.files.names import ADAPTER_FILE, CONFIGURATION_FILE, RECORD_FILE
 from moe_svd_distill.files.writing import new_folder, write_json
-
-if TYPE_CHECKING:
-    import torch
 
 
 def write_random_control(
@@ -71,10 +68,7 @@ def write_random_control(
 
 def _random_pair(pairs: LowRankPairs, module: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Gaussian A ``(rank, in)`` and B ``(out, rank)``; the norm is shared evenly between them."""
-    import torch
-
-    right, left = pairs.read_pair(module)
-    experts = pairs.experts_in(module)
+    right, left, experts = pairs.read_pair(module)
     generator = _generator(seed, module)
     a, b = torch.randn(right.shape, generator=generator), torch.randn(left.shape, generator=generator)
     factor = (norm_of_pair(left, right, experts) / norm_of_pair(b, a, experts)) ** 0.5
@@ -82,9 +76,10 @@ def _random_pair(pairs: LowRankPairs, module: str, seed: int) -> tuple[torch.Ten
 
 
 def _random_head(pairs: LowRankPairs, architecture: Architecture, seed: int) -> Iterator[torch.Tensor]:
-    """The student's head ``(V, d)`` plus Gaussian noise with the norm of the original's change, in blocks of rows."""
-    import torch
+    """The student's head ``(V, d)`` plus Gaussian noise with the norm of the original's change, in blocks of rows.
 
+    Summed in fp32 (fp64 for fp64) and rounded once to the dtype of the original's head.
+    """
     new, base, name = pairs.read_head(), base_head(architecture), architecture.head
 
     def noise(rows: slice) -> torch.Tensor:
@@ -93,11 +88,14 @@ def _random_head(pairs: LowRankPairs, architecture: Architecture, seed: int) -> 
         return torch.randn((count, base.shape[1]), generator=_generator(seed, f"{name} {rows.start}"))
 
     factor = change_norm(new, base) / norm_of_blocks(noise(rows) for rows in row_blocks(*base.shape))
-    return shifted(base, noise, factor, new.dtype, name)
+    for rows in row_blocks(*base.shape):
+        wide = base[rows].double() if torch.float64 in (base.dtype, new.dtype) else base[rows].float()
+        block = (wide if factor == 0.0 else wide + factor * noise(rows).to(wide.dtype)).to(new.dtype)
+        if not bool(torch.isfinite(block).all()):
+            raise BadDataError(f"{name}: values that are not finite in {new.dtype}", "Use a smaller factor")
+        yield block
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
-    import torch
-
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

@@ -12,14 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moe_svd_distill.adapter.configuration import peft_configuration
-from moe_svd_distill.adapter.fused import Factors, expert_factors
-from moe_svd_distill.adapter.keys import AdapterKeys, Target, entries
-from moe_svd_distill.adapter.peft_model import NAME, LoraTarget, hold_values, load, lora_targets, wrap
+from moe_svd_distill.adapter.keys import AdapterKeys, Factors, Target, expert_factors, planned_tensors
+from moe_svd_distill.adapter.peft_model import NAME, LoraTarget, hold_values, load, lora_targets, wrap_student
 from moe_svd_distill.architecture.architecture import Architecture
-from moe_svd_distill.architecture.building import build_on_meta
 from moe_svd_distill.architecture.matrices import Kind, Matrix, never_called
 from moe_svd_distill.errors import BadDataError
 
@@ -35,8 +33,8 @@ def settle_keys(architecture: Architecture) -> AdapterKeys:
     """
     candidates = {name: _candidate(name, matrices) for name, matrices in architecture.parameters.items()}
     make_of, asked = _makes(architecture, candidates)
-    ends = _ends(architecture)
-    settled, reasons = _Asking(architecture, {**{name: candidates[name] for name in asked}, **ends}).settle()
+    ends = _embedding_and_head(architecture)
+    settled, reasons = _ask(architecture, {name: candidates[name] for name in asked} | ends)
     targets: dict[str, Target] = {}
     left_out: dict[str, str] = dict(architecture.matrices.left_out)
     for name, candidate in {**candidates, **ends}.items():
@@ -55,7 +53,7 @@ def _candidate(name: str, matrices: tuple[Matrix, ...]) -> Target:
     return Target(name, tuple(matrix.name for matrix in matrices), matrices, as_parameter, own_keys)
 
 
-def _ends(architecture: Architecture) -> dict[str, Target]:
+def _embedding_and_head(architecture: Architecture) -> dict[str, Target]:
     head, embedding = architecture.head_slot.name, architecture.embedding_slot.name
     return {
         head: Target(head, (architecture.head,), (), as_parameter=False, own_keys=True),
@@ -79,117 +77,120 @@ def _makes(architecture: Architecture, candidates: Mapping[str, Target]) -> tupl
     return make_of, sorted(set(make_of.values()))
 
 
-class _Asking:
-    """Questions to PEFT about some parameters, each with random pairs of its own."""
+class _RandomPairs:
+    """A pair of random numbers for every matrix; they are `keys.Pairs`."""
 
-    def __init__(self, architecture: Architecture, targets: Mapping[str, Target]) -> None:
-        self._architecture, self._keys = architecture, AdapterKeys(architecture, targets, {})
-        self._targets = dict(targets)
-        self._reasons: dict[str, str] = {}
+    dtype = torch.float32
+
+    def __init__(self, architecture: Architecture, targets: Iterable[Target]) -> None:
         generator = torch.Generator().manual_seed(0)
         self._factors: dict[str, Factors] = {}
-        for target in targets.values():
-            shapes = [matrix.shape for matrix in target.matrices] or [self._end_shape(target)]
+        for target in targets:
+            slot = architecture.skeleton.slots[target.parameter]
+            shapes = [matrix.shape for matrix in target.matrices] or [(slot.shape[0], slot.shape[1])]
             for name, (rows, columns) in zip(target.names, shapes, strict=True):
                 draw = [torch.randn(shape, generator=generator) for shape in ((rows, _RANK), (_RANK, columns))]
                 self._factors[name] = draw[0], draw[1]
 
-    def settle(self) -> tuple[dict[str, Target], dict[str, str]]:
-        """The parameters that take a pair, and why the others do not."""
-        self._leave_out_never_called()
-        self._name_what_is_rewritten()
-        for keys in ("stored names", "PEFT's own names"):
-            for name in self._not_arriving():
-                if keys == "stored names" and self._targets[name].own_keys:
-                    self._targets[name] = replace(self._targets[name], own_keys=False)
-                else:
-                    self._leave_out(name, "PEFT loses its pair, under the stored name and under its own")
-        return self._targets, self._reasons
+    def rank(self, name: str) -> int:
+        return _RANK
 
-    def _leave_out_never_called(self) -> None:
-        """What PEFT puts around a module acts when the module is called."""
-        inside = {name: target for name, target in self._targets.items() if target.matrices}
-        layers = 1 + max((int(target.matrices[0].part) for target in inside.values()), default=0)
-        modules = {target.module for target in inside.values()}
-        silent = never_called(self._architecture.skeleton, modules, layers)
-        for name, target in inside.items():
-            if target.module in silent:
-                self._leave_out(name, "its module is never called: unmerged, a pair would change nothing")
+    def factors(self, name: str) -> Factors:
+        return self._factors[name]
 
-    def _name_what_is_rewritten(self) -> None:
-        """Linear maps that PEFT takes for experts of older models (peft#3711) are named as parameters instead."""
-        self._leave_out_refused()
-        found = {target.parameter for target in lora_targets(self._wrapped(self._targets.values()))}
-        for name in set(self._targets) - found:
-            self._targets[name] = replace(self._targets[name], as_parameter=True)
-        found = {target.parameter for target in lora_targets(self._wrapped(self._targets.values()))}
-        for name in set(self._targets) - found:
-            self._leave_out(name, "PEFT finds no module or parameter of this name")
 
-    def _leave_out_refused(self) -> None:
-        """PEFT refuses some modules by name, such as the output projections of Mamba layers."""
-        try:
-            self._wrapped(self._targets.values())
-        except BadDataError:
-            tails: dict[str, list[str]] = {}
-            for name in self._targets:
-                tails.setdefault(".".join(name.split(".")[-2:]), []).append(name)
-            for names in tails.values():
-                try:
-                    self._wrapped([self._targets[name] for name in names])
-                except BadDataError as error:
-                    for name in names:
-                        self._leave_out(name, error.what)
+def _ask(architecture: Architecture, asked: Mapping[str, Target]) -> tuple[dict[str, Target], dict[str, str]]:
+    """The parameters that take a pair, and why the others do not."""
+    targets, reasons = dict(asked), dict[str, str]()
+    pairs = _RandomPairs(architecture, targets.values())
 
-    def _not_arriving(self) -> list[str]:
-        """The parameters whose pairs PEFT does not bring to them as they are meant."""
-        wrapped = self._wrapped(self._targets.values())
-        found = {target.parameter: target for target in lora_targets(wrapped)}
-        tensors: dict[str, Tensor] = {}
-        for name, target in self._targets.items():
-            entries_of_target = entries(self._keys, target, found[name].module, lambda _: _RANK)
-            tensors |= {entry.key: entry.make(self._factors.__getitem__).contiguous() for entry in entries_of_target}
-        hold_values(wrapped)
-        load(wrapped, tensors)
-        lost = [name for name, target in self._targets.items() if not self._arrived(target, found[name])]
-        for name, target in list(self._targets.items()):
-            if target.embedding and name not in lost and not _adds_to_rows(found[name]):
-                self._leave_out(name, "PEFT adds its pair to what the embeddings give, not to their rows")
-        return lost
+    def leave_out(name: str, reason: str) -> None:
+        del targets[name]
+        reasons[name] = reason
 
-    def _arrived(self, target: Target, found: LoraTarget) -> bool:
-        right, left = found.factors
-        if right.is_meta or left.is_meta:
+    def unknown() -> set[str]:
+        return set(targets) - {found.parameter for found in lora_targets(_wrapped(architecture, targets.values()))}
+
+    for name in _never_called(architecture, targets):
+        leave_out(name, "its module is never called: unmerged, a pair would change nothing")
+    for name, reason in _refused(architecture, targets).items():
+        leave_out(name, reason)
+    for name in unknown():  # linear maps that PEFT takes for experts of older models (peft#3711)
+        targets[name] = replace(targets[name], as_parameter=True)
+    for name in unknown():
+        leave_out(name, "PEFT finds no module or parameter of this name")
+    for keys in ("stored names", "PEFT's own names"):
+        lost, not_rows = _not_arriving(architecture, targets, pairs)
+        for name in not_rows:
+            leave_out(name, "PEFT adds its pair to what the embeddings give, not to their rows")
+        for name in lost:
+            if keys == "stored names" and targets[name].own_keys:
+                targets[name] = replace(targets[name], own_keys=False)
+            else:
+                leave_out(name, "PEFT loses its pair, under the stored name and under its own")
+    return targets, reasons
+
+
+def _never_called(architecture: Architecture, targets: Mapping[str, Target]) -> list[str]:
+    """What PEFT puts around a module acts when the module is called."""
+    inside = {name: target for name, target in targets.items() if target.matrices}
+    layers = 1 + max((int(target.matrices[0].part) for target in inside.values()), default=0)
+    silent = never_called(architecture.skeleton, {target.module for target in inside.values()}, layers)
+    return [name for name, target in inside.items() if target.module in silent]
+
+
+def _refused(architecture: Architecture, targets: Mapping[str, Target]) -> dict[str, str]:
+    """PEFT refuses some modules by name, such as the output projections of Mamba layers."""
+    refused: dict[str, str] = {}
+    try:
+        _wrapped(architecture, targets.values())
+    except BadDataError:
+        tails: dict[str, list[str]] = {}
+        for name in targets:
+            tails.setdefault(".".join(name.split(".")[-2:]), []).append(name)
+        for names in tails.values():
+            try:
+                _wrapped(architecture, [targets[name] for name in names])
+            except BadDataError as error:
+                refused |= dict.fromkeys(names, error.what)
+    return refused
+
+
+def _not_arriving(
+    architecture: Architecture, targets: Mapping[str, Target], pairs: _RandomPairs
+) -> tuple[list[str], list[str]]:
+    """The parameters whose pairs PEFT does not bring to them as they are meant; and embeddings that it adds wrongly."""
+    wrapped = _wrapped(architecture, targets.values())
+    found = {target.parameter: target for target in lora_targets(wrapped)}
+    modules = {name: target.module for name, target in found.items()}
+    planned = planned_tensors(AdapterKeys(architecture, targets, {}), targets.values(), modules, pairs)
+    hold_values(wrapped)
+    load(wrapped, {key: plan.make().contiguous() for key, plan in planned.items()})
+    lost = [name for name, target in targets.items() if not _arrived(target, found[name], pairs)]
+    arrived = (name for name, target in targets.items() if target.embedding and name not in lost)
+    return lost, [name for name in arrived if not _adds_to_rows(found[name])]
+
+
+def _arrived(target: Target, found: LoraTarget, pairs: _RandomPairs) -> bool:
+    right, left = found.factors
+    if right.is_meta or left.is_meta:
+        return False
+    meant = target.fused(pairs.factors)
+    if target.embedding:
+        meant = meant[1].T, meant[0].T
+    if meant[0].shape != left.shape or meant[1].shape != right.shape:
+        return False
+    experts = target.matrices[0].experts if target.matrices else 1
+    probe = torch.randn(right.shape[1], generator=torch.Generator().manual_seed(1))
+    for number in range(experts):
+        got, wanted = (expert_factors(*pair, experts, number) for pair in ((left, right), meant))
+        if not torch.allclose(got[0] @ (got[1] @ probe), wanted[0] @ (wanted[1] @ probe), rtol=1e-3, atol=1e-3):
             return False
-        meant = target.fused(self._factors.__getitem__)
-        if target.embedding:
-            meant = meant[1].T, meant[0].T
-        if meant[0].shape != left.shape or meant[1].shape != right.shape:
-            return False
-        experts = target.matrices[0].experts if target.matrices else 1
-        probe = torch.randn(right.shape[1], generator=torch.Generator().manual_seed(1))
-        for number in range(experts):
-            got, wanted = (expert_factors(*pair, experts, number) for pair in ((left, right), meant))
-            if not torch.allclose(got[0] @ (got[1] @ probe), wanted[0] @ (wanted[1] @ probe), rtol=1e-3, atol=1e-3):
-                return False
-        return True
+    return True
 
-    def _wrapped(self, targets: Iterable[Target]) -> Any:
-        model = build_on_meta(
-            self._architecture.config,
-            self._architecture.checkpoint.source,
-            torch.float32,
-            text_only=self._architecture.text_only,
-        )
-        return wrap(model, peft_configuration(list(targets), lambda name: _RANK))
 
-    def _leave_out(self, name: str, reason: str) -> None:
-        del self._targets[name]
-        self._reasons[name] = reason
-
-    def _end_shape(self, target: Target) -> tuple[int, int]:
-        slot = self._architecture.skeleton.slots[target.parameter]
-        return slot.shape[0], slot.shape[1]
+def _wrapped(architecture: Architecture, targets: Iterable[Target]) -> Any:
+    return wrap_student(architecture, peft_configuration(list(targets), lambda name: _RANK), torch.float32)
 
 
 @torch.no_grad()

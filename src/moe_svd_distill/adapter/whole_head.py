@@ -7,19 +7,46 @@ exists only beside the student's ``W``. So whatever scales, compares or replaces
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from moe_svd_distill.adapter.blocks import row_blocks
+import torch
+
+from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.architecture.skeleton import HEAD
-from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint
+from moe_svd_distill.checkpoints import Checkpoint, TensorInfo, open_checkpoint
 from moe_svd_distill.errors import BadDataError, UsageError
 from moe_svd_distill.files.dtypes import FLOATS
 
-if TYPE_CHECKING:
-    import torch
+BLOCK_ELEMENTS = 1024 * 1024  # 4 MiB in fp32: the allocator hands such blocks out again, larger ones are mapped anew
+SIGNIFICANT_BITS = {"F64": 53, "F32": 24, "F16": 11, "BF16": 8}
+_MUCH = 0.05
+"""The share of the change from which its rounding is worth a warning: a twentieth shows in the logits."""
+
+
+@dataclass(frozen=True)
+class WholeChange:
+    """What a head that is saved whole changes.
+
+    Attributes:
+        relative: ``‖W' - W‖ / ‖W‖``.
+        rounding: The expected norm of the rounding of W' to its stored dtype, as a share of ``‖W' - W‖``; None where
+            nothing changes.
+        note: What a reader should know, or nothing.
+    """
+
+    relative: float
+    rounding: float | None
+    note: str = ""
+
+
+def row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Consecutive stretches of rows, small enough that arithmetic in a wider dtype needs no second copy of a matrix."""
+    step = max(1, BLOCK_ELEMENTS // columns)
+    return (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
 
 
 def student_of(student: Checkpoint | Path | str | None, configuration: Mapping[str, Any], purpose: str) -> Architecture:
@@ -35,24 +62,22 @@ def student_of(student: Checkpoint | Path | str | None, configuration: Mapping[s
     """
     if isinstance(student, Checkpoint):
         return Architecture(student)
-    named = configuration.get("base_model_name_or_path")
-    if student is None and isinstance(named, str) and named and (Path(named) / "config.json").is_file():
-        student = named
+    student = named_student(configuration) if student is None else student
     if student is None:
         raise UsageError(f"{purpose} needs the student, and none is at hand", "Give the student")
     return Architecture(open_checkpoint(student))
 
 
-def base_name(architecture: Architecture) -> str:
-    """The tensor that holds the student's own head: the embeddings where the two are tied.
+def named_student(configuration: Mapping[str, Any]) -> Path | None:
+    """The base model that an adapter_config.json names, if that is a folder here."""
+    named = configuration.get("base_model_name_or_path")
+    return Path(named) if isinstance(named, str) and named and (Path(named) / "config.json").is_file() else None
 
-    Raises:
-        BadDataError: The student is tied in config.json and has another head in its files.
-    """
+
+def _base_name(architecture: Architecture) -> str:
+    """The tensor that holds the student's own head: the embeddings where the two are tied."""
     if not architecture.tied:
         return architecture.head
-    import torch
-
     checkpoint, embedding = architecture.checkpoint, architecture.embedding
     for source in architecture.stored.of_part[HEAD]:
         for _, name in source.hub_names:
@@ -69,15 +94,20 @@ def base_head(architecture: Architecture) -> torch.Tensor:
     """The student's own head ``(V, d)`` as stored; the rest of the student may be quantised.
 
     Raises:
-        BadDataError: It is not stored as floating-point numbers.
+        BadDataError: It is not stored as floating-point numbers, or a tied student has another head in its files.
     """
-    info = architecture.checkpoint[base_name(architecture)]
+    name = _base_name(architecture)
+    refuse_codes(architecture.checkpoint[name])
+    return architecture.checkpoint.read(name)
+
+
+def refuse_codes(info: TensorInfo) -> None:
+    """Refuse a tensor of the student that is not stored as floating-point numbers."""
     if info.dtype not in FLOATS:
         raise BadDataError(
             f"{info.name} is {info.dtype} in the student, expected one of {', '.join(FLOATS)}",
             "Use the unquantised student",
         )
-    return architecture.checkpoint.read(info.name)
 
 
 def change_norm(new: torch.Tensor, base: torch.Tensor) -> float:
@@ -87,39 +117,7 @@ def change_norm(new: torch.Tensor, base: torch.Tensor) -> float:
 
 def norm_of_blocks(blocks: Iterable[torch.Tensor]) -> float:
     """The Frobenius norm of a matrix given in blocks of rows, summed in double precision."""
-    import torch
-
-    norms = [float(torch.linalg.vector_norm(block, dtype=torch.float64)) for block in blocks]
-    return math.hypot(*norms)
-
-
-def shifted(
-    base: torch.Tensor,
-    change: Callable[[slice], torch.Tensor],
-    factor: float,
-    dtype: torch.dtype,
-    what: str,
-) -> Iterator[torch.Tensor]:
-    """``W + factor · change`` in blocks of rows, summed in fp32 (fp64 for fp64) and rounded once to ``dtype``.
-
-    Args:
-        base: W ``(V, d)``.
-        change: The change of some rows.
-        factor: Its factor; 0 gives W.
-        dtype: Of the result.
-        what: The tensor's name for errors.
-
-    Raises:
-        BadDataError: A value leaves the range of ``dtype``.
-    """
-    import torch
-
-    for rows in row_blocks(base.shape[0], base.shape[1]):
-        wide = base[rows].double() if torch.float64 in (base.dtype, dtype) else base[rows].float()
-        block = (wide if factor == 0.0 else wide + factor * change(rows).to(wide.dtype)).to(dtype)
-        if not bool(torch.isfinite(block).all()):
-            raise BadDataError(f"{what}: values that are not finite in {dtype}", "Use a smaller factor")
-        yield block
+    return math.hypot(*(float(torch.linalg.vector_norm(block, dtype=torch.float64)) for block in blocks))
 
 
 def replaced_blocks(new: torch.Tensor, dtype: torch.dtype, what: str) -> Iterator[torch.Tensor]:
@@ -128,10 +126,43 @@ def replaced_blocks(new: torch.Tensor, dtype: torch.dtype, what: str) -> Iterato
     Raises:
         BadDataError: A value leaves the range of ``dtype``.
     """
-    import torch
-
-    for rows in row_blocks(new.shape[0], new.shape[1]):
+    for rows in row_blocks(*new.shape):
         block = new[rows].to(dtype)
         if not bool(torch.isfinite(block).all()):
             raise BadDataError(f"{what}: merged values that are not finite in {dtype}", "Verify the adapter")
         yield block
+
+
+def change_of_head(pairs: LowRankPairs, architecture: Architecture) -> WholeChange | None:
+    """Compare a head that an adapter saves whole with the student's own; None where it saves none.
+
+    Raises:
+        BadDataError: The student's head is not stored as floating-point numbers.
+    """
+    if pairs.head is None:
+        return None
+    base, new, dtype = base_head(architecture), pairs.read_head(), pairs.header.tensors[pairs.head].dtype
+    name = architecture.head
+    change, size = change_norm(new, base), norm_of_blocks(base[rows] for rows in row_blocks(*base.shape))
+    if not change:
+        return WholeChange(0.0, None, f"{name} is saved whole and is the student's own: it changes nothing")
+    rounding = rounding_norm(new, SIGNIFICANT_BITS[dtype]) / change
+    note = ""
+    if rounding > _MUCH:
+        note = (
+            f"{name} is saved whole in {dtype} and differs from the student's by {change / size:.2%} of its norm: "
+            f"rounding alone makes about {rounding:.0%} of that; a LoRA pair would keep the change"
+        )
+    return WholeChange(change / size if size else math.inf, rounding, note)
+
+
+def rounding_norm(values: torch.Tensor, bits: int) -> float:
+    """The expected norm of the error of rounding a matrix to so many significant bits, to nearest.
+
+    The error of a value with the unit in the last place u is uniform in ±u/2: its mean square is u²/12.
+    """
+    # The exponent bits of an fp32 value alone are the power of two below it; its unit is 2^(1 - bits) of that.
+    powers = (
+        (values[rows].float().view(torch.int32) & 0x7F800000).view(torch.float32) for rows in row_blocks(*values.shape)
+    )
+    return norm_of_blocks(powers) * 2.0 ** (1 - bits) / math.sqrt(12)

@@ -1,7 +1,9 @@
-"""Low-rank factors of a matrix: the LoRA pair ``B @ A`` of a weight difference."""
+"""Low-rank factors of a matrix, given whole or in blocks of rows: the LoRA pair ``B @ A`` of a weight difference."""
+
+from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,9 +14,8 @@ from moe_svd_distill.algebra.leading import leading_factors
 from moe_svd_distill.algebra.subspace import steep_factors
 
 SAFE_NORMS = (1e-6, 1e6)
-RESIDUAL_FROM_NORMS = (
-    0.003  # below this relative residual Gram matrices and differences of norms have lost their digits
-)
+RESIDUAL_FROM_NORMS = 0.003  # below this relative residual Gram matrices and differences of norms lost their digits
+_OF_BLOCKS = "gram of blocks"
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class LowRank:
     residual: float  # ||D - left @ right|| / ||D||, Frobenius; 0.0 for a zero matrix
     energy: float  # ||left @ right||^2 / ||D||^2; 1.0 for a zero matrix
     singular_values: Float[Tensor, "r"]  # of the approximation; NaN where no decomposition was needed (method "exact")
-    method: str  # "subspace", "gram", "exact" (identity factor, no SVD needed)
+    method: str  # "subspace", "gram", "gram of blocks", "exact" (identity factor, no SVD needed)
 
 
 def truncated_svd(
@@ -89,6 +90,55 @@ def rank_for_energy(singular_values: Float[Tensor, "k"], energy: float, total: f
     return max(1, min(reached, singular_values.shape[0]))
 
 
+def low_rank_of_blocks(
+    blocks: Callable[[], Iterable[Float[Tensor, "_ n"]]], rows: int, columns: int, rank: int
+) -> tuple[LowRank, float, int]:
+    """Best factors at ``rank`` from the Gram matrix ``D^T D``, added up block by block.
+
+    The right singular vectors V are eigenvectors of ``D^T D`` (float64); then ``left = D V_r``. Both factors carry the
+    square root of the singular values. At ``rank >= columns`` the factors are ``D`` and the identity, exactly.
+
+    Args:
+        blocks: Gives the blocks of rows anew, in order; float32.
+        rows: Rows of all blocks together.
+        columns: Columns of every block.
+        rank: Columns of ``left``; padded with zeros beyond ``columns``.
+
+    Returns:
+        The factors (method "gram of blocks"), the Frobenius norm of ``D``, and how often every block was asked for.
+
+    Raises:
+        ValueError: Rank below 1.
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, not {rank}")
+    if rank >= columns:
+        return _identity_of_blocks(blocks, columns, rank)
+    gram = torch.zeros(columns, columns, dtype=torch.float64)
+    for block in blocks():
+        gram += (block.mT @ block).double().cpu()
+    total = float(gram.diagonal().sum())
+    values, vectors = torch.linalg.eigh(gram)
+    sigma = values[-rank:].flip(0).clamp_min(0.0).sqrt()
+    basis = vectors[:, -rank:].flip(1)
+    basis = basis * _signs(basis)
+    root = sigma.sqrt()
+    inverse = torch.where(root > 0, 1.0 / root, torch.zeros_like(root))
+    lift = (basis * inverse).float()
+    left = torch.cat([(block @ lift.to(block.device)).cpu() for block in blocks()])
+    right = (basis * root).mT.float().contiguous()
+    kept = float(sigma.square().sum())
+    residual = math.sqrt(max(0.0, 1.0 - kept / total)) if total else 0.0
+    return LowRank(left, right, residual, 1.0 - residual**2, sigma.float(), _OF_BLOCKS), math.sqrt(total), 2
+
+
+def _identity_of_blocks(blocks: Callable[[], Iterable[Tensor]], columns: int, rank: int) -> tuple[LowRank, float, int]:
+    whole = torch.cat([block.cpu() for block in blocks()])
+    norm = float(torch.linalg.vector_norm(whole, dtype=torch.float64))
+    unknown = torch.full((rank,), math.nan)
+    return LowRank(_pad(whole, columns=rank), torch.eye(rank, columns), 0.0, 1.0, unknown, _OF_BLOCKS), norm, 1
+
+
 def _factorise(
     matrices: Float[Tensor, "*e m n"],
     rank: int,
@@ -120,10 +170,17 @@ def _factorise(
         D, U, W = D[None], U[None], W[None]
     sigma = torch.linalg.vector_norm(W, dim=-1)
     captured = sigma.double().square().sum(-1).tolist()
-    energy = [part / norm**2 if norm else 1.0 for part, norm in zip(captured, norms, strict=True)]
-    return [
-        _finish(D[i], U[i], W[i], sigma[i], norms[i], energy[i], upright, method, generator) for i in range(len(norms))
-    ]
+    results = []
+    for i, (norm, part) in enumerate(zip(norms, captured, strict=True)):
+        energy = part / norm**2 if norm else 1.0
+        if norm == 0.0:
+            results.append(_zero_factors(D[i], rank))
+        elif 1.0 - energy >= RESIDUAL_FROM_NORMS**2:
+            left, right = _balance(U[i], W[i], sigma[i], upright)
+            results.append(LowRank(left, right, math.sqrt(1.0 - energy), energy, sigma[i], method))
+        else:
+            results.append(_steep(D[i], rank, norm, method, generator))
+    return results
 
 
 def _rescaled(
@@ -142,24 +199,10 @@ def _rescaled(
     return replace(unit, left=unit.left * root, right=unit.right * root, singular_values=unit.singular_values * norm)
 
 
-def _finish(
-    D: Float[Tensor, "m n"],
-    U: Float[Tensor, "r small"],
-    W: Float[Tensor, "r large"],
-    sigma: Float[Tensor, "r"],
-    norm: float,
-    energy: float,
-    upright: bool,
-    method: str,
-    generator: torch.Generator,
-) -> LowRank:
-    """Balance ``U.T @ W`` (rows of U orthonormal, rows of W orthogonal) and measure it."""
-    if norm == 0.0:
-        return _zero_factors(D, U.shape[0])
-    if 1.0 - energy >= RESIDUAL_FROM_NORMS**2:
-        left, right = _balance(U, W, sigma, upright)
-        return LowRank(left, right, math.sqrt(1.0 - energy), energy, sigma, method)
-    U, W = steep_factors(D.mT if upright else D, U.shape[0], generator=generator)
+def _steep(D: Float[Tensor, "m n"], rank: int, norm: float, method: str, generator: torch.Generator) -> LowRank:
+    """The factors of a matrix with hardly any residual, and that measured on the product."""
+    upright = D.shape[0] > D.shape[1]
+    U, W = steep_factors(D.mT if upright else D, rank, generator=generator)
     sigma = torch.linalg.vector_norm(W, dim=1)
     left, right = _balance(U, W, sigma, upright)
     residual = float(torch.linalg.vector_norm(D - left @ right)) / norm
@@ -167,7 +210,10 @@ def _finish(
 
 
 def _balance(U: Tensor, W: Tensor, sigma: Tensor, upright: bool) -> tuple[Tensor, Tensor]:
-    """``(left, right)`` with the root of each singular value on either side."""
+    """``(left, right)`` of ``U.T @ W`` with the root of each singular value on either side.
+
+    Rows of U are orthonormal, rows of W orthogonal.
+    """
     root = sigma.sqrt()
     inverse = torch.where(root > 0, 1.0 / root, torch.zeros_like(root))
     sign = _signs(W.mT if upright else U.mT)
@@ -219,11 +265,3 @@ def _pad(matrix: Tensor, *, rows: int | None = None, columns: int | None = None)
     more_rows = 0 if rows is None else rows - matrix.shape[0]
     more_columns = 0 if columns is None else columns - matrix.shape[1]
     return torch.nn.functional.pad(matrix, (0, more_columns, 0, more_rows)).contiguous()
-
-
-__all__: Sequence[str] = (
-    "LowRank",
-    "batched_truncated_svd",
-    "rank_for_energy",
-    "truncated_svd",
-)

@@ -4,6 +4,8 @@ Every matching is one to one, at the largest total cosine similarity (Hungarian 
 models trained independently match at 0.18-0.22, a planted permutation at nearly 1.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,21 +32,18 @@ class Matching:
 class HeadMatching:
     """Teacher heads of every student head, groups of query heads kept together."""
 
-    kv_index: Int[Tensor, "kv"]  # teacher key/value head of each student key/value head
-    query_index: Int[Tensor, "heads"]  # teacher query head of each student query head, over the whole layer
-    kv: Matching
-    query_similarity: float  # mean cosine similarity of the matched query heads
+    kv: Matching  # key/value heads
+    query: Matching  # query heads, over the whole layer
 
     @property
     def similarity(self) -> float:
         """The less sure of the two."""
-        return min(self.kv.similarity, self.query_similarity)
+        return min(self.kv.similarity, self.query.similarity)
 
     @property
     def is_identity(self) -> bool:
         """Whether every head is matched with the head of its own number."""
-        index = self.query_index
-        return self.kv.is_identity and bool((index == torch.arange(index.shape[0], device=index.device)).all())
+        return self.kv.is_identity and self.query.is_identity
 
 
 def match_neurons(
@@ -116,7 +115,7 @@ def match_attention_heads(
         within = match_similarity(block)
         index.append(within.teacher_index + first)
         similarities.append(within.similarity)
-    return HeadMatching(kv.teacher_index, torch.cat(index), kv, sum(similarities) / len(index))
+    return HeadMatching(kv, Matching(torch.cat(index), sum(similarities) / len(index)))
 
 
 def cosine_similarity(
@@ -174,3 +173,36 @@ def _group_size(q: Tensor, k: Tensor, head_dim: int) -> int:
     if q.shape[0] % head_dim or k.shape[0] % head_dim or q.shape[0] % k.shape[0]:
         raise ValueError(f"q of {q.shape[0]} and k of {k.shape[0]} rows are not groups of heads of {head_dim}")
     return q.shape[0] // k.shape[0]
+
+
+def permute_neurons(
+    gate: Float[Tensor, "i h"], up: Float[Tensor, "i h"], down: Float[Tensor, "h i"], index: Int[Tensor, "p"]
+) -> tuple[Float[Tensor, "p h"], Float[Tensor, "p h"], Float[Tensor, "h p"]]:
+    """The neurons ``index`` of a gated MLP, in that order."""
+    return gate[index], up[index], down[:, index]
+
+
+def permute_heads(
+    heads: tuple[Tensor, Tensor, Tensor, Tensor],
+    kv_index: Int[Tensor, "kv"],
+    query_index: Int[Tensor, "heads"],
+    head_dim: int,
+) -> tuple[
+    Float[Tensor, "q_rows_p h"], Float[Tensor, "kv_rows_p h"], Float[Tensor, "kv_rows_p h"], Float[Tensor, "h q_rows_p"]
+]:
+    """The heads chosen by a ``HeadMatching``, in that order; the rows within each head stay as they are.
+
+    Args:
+        heads: q (heads * head_dim, hidden), k and v (kv * head_dim, hidden), o (hidden, heads * head_dim).
+        kv_index: Of the key/value heads.
+        query_index: Of the query heads.
+        head_dim: Rows of one head.
+    """
+    q, k, v, o = heads
+    query, kv = block_index(query_index, head_dim), block_index(kv_index, head_dim)
+    return q[query], k[kv], v[kv], o[:, query]
+
+
+def block_index(index: Int[Tensor, "b"], size: int) -> Int[Tensor, "b_size"]:
+    """Row numbers of the blocks ``index``, each of ``size`` rows (use it for biases of heads as well)."""
+    return (index[:, None] * size + torch.arange(size, device=index.device)).flatten()

@@ -1,11 +1,17 @@
-"""Bringing a teacher's matrix into the shape of a student's, without any knowledge of what its rows mean."""
+"""Bringing a teacher's matrix into the shape of a student's.
+
+Either without any knowledge of what its rows mean, or by a linear map from the teacher's residual stream to the
+student's, found from words both vocabularies share.
+"""
+
+from __future__ import annotations
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moe_svd_distill.algebra.gram import row_gram
 from moe_svd_distill.algebra.interpolation import working
+from moe_svd_distill.algebra.subspace import row_gram
 
 
 class ProjectionError(ArithmeticError):
@@ -25,30 +31,20 @@ def svd_projection(matrix: Float[Tensor, "m n"], shape: tuple[int, int]) -> Floa
         ProjectionError: an entry that is not finite, or no convergence of the eigenvalue solver.
         ValueError: a dimension below 1.
     """
-    return batched_svd_projection(matrix[None], shape)[0]
-
-
-def batched_svd_projection(matrices: Float[Tensor, "e m n"], shape: tuple[int, int]) -> Float[Tensor, "e p q"]:
-    """``svd_projection`` of every matrix of a stack, each with its own mean and its own singular vectors."""
     _check_shape(shape)
-    X = working(matrices)
+    X = working(matrix)
     mean = X.mean(dim=(-2, -1), keepdim=True)
-    if not bool(torch.isfinite(mean).all()):
+    if not bool(torch.isfinite(mean)):
         raise ProjectionError("matrix has an entry that is not finite")
-    m, n = matrices.shape[-2:]
+    m, n = matrix.shape
     rows, columns = min(m, shape[0]), min(n, shape[1])
     rank = min(m, n, *shape)
-    if rank >= min(m, n):
-        block = X[:, :rows, :columns]
-    elif matrices.device.type == "cpu":
-        centred = (matrix - middle for matrix, middle in zip(X, mean, strict=True))
-        block = torch.stack([_truncated_block(matrix, rank, rows, columns) for matrix in centred]) + mean
-    else:
-        block = _truncated_block(X - mean, rank, rows, columns) + mean
+    truncated = rank < min(m, n)
+    block = _truncated_block(X - mean, rank, rows, columns) + mean if truncated else X[:rows, :columns]
     if (rows, columns) == shape:
         return block.contiguous()
-    projected = mean.expand(-1, *shape).clone()
-    projected[:, :rows, :columns] = block
+    projected = mean.expand(*shape).clone()
+    projected[:rows, :columns] = block
     return projected
 
 
@@ -97,25 +93,65 @@ def slice_projection(matrix: Float[Tensor, "m n"], shape: tuple[int, int]) -> Fl
     return working(sliced)
 
 
-def _truncated_block(
-    centred: Float[Tensor, "*e m n"], rank: int, rows: int, columns: int
-) -> Float[Tensor, "*e rows columns"]:
+def _truncated_block(centred: Float[Tensor, "m n"], rank: int, rows: int, columns: int) -> Float[Tensor, "p q"]:
     """``(P X)[:rows, :columns]`` with P the projector on the ``rank`` leading singular vectors of the smaller side."""
-    if centred.shape[-2] > centred.shape[-1]:
+    if centred.shape[0] > centred.shape[1]:
         return _truncated_block(centred.mT, rank, columns, rows).mT
-    small = centred.shape[-2]
+    small = centred.shape[0]
     try:
         vectors = torch.linalg.eigh(row_gram(centred))[1]
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise ProjectionError(str(error)) from error
-    right = centred[..., :columns]
+    right = centred[:, :columns]
     if 2 * rank <= small:
-        kept = vectors[..., small - rank :]
-        return kept[..., :rows, :] @ (kept.mT @ right)
-    dropped = vectors[..., : small - rank]
-    return right[..., :rows, :] - dropped[..., :rows, :] @ (dropped.mT @ right)
+        kept = vectors[:, small - rank :]
+        return kept[:rows] @ (kept.mT @ right)
+    dropped = vectors[:, : small - rank]
+    return right[:rows] - dropped[:rows] @ (dropped.mT @ right)
 
 
 def _check_shape(shape: tuple[int, int]) -> None:
     if min(shape) < 1:
         raise ValueError(f"target shape must be at least 1 x 1, not {shape}")
+
+
+def vocabulary_procrustes(
+    teacher_rows: Float[Tensor, "v h_t"], student_rows: Float[Tensor, "v h_s"]
+) -> Float[Tensor, "h_s h_t"]:
+    """Semi-orthogonal ``R`` that maximises ``tr(R T^T S)`` over shared vocabulary rows (orthogonal Procrustes).
+
+    ``student vector ~ scale * R @ teacher vector``: rows orthonormal if h_s <= h_t, columns otherwise.
+
+    Rows are centred; ``R = U V^T`` from the SVD ``S^T T = U Sigma V^T`` (Schoenemann 1966), in float64 from float32
+    sums.
+
+    Raises:
+        ValueError: fewer than two shared rows, or an entry that is not finite.
+    """
+    if teacher_rows.shape[0] < 2:
+        raise ValueError("at least two shared vocabulary rows are needed")
+    T = teacher_rows.float() - teacher_rows.float().mean(0)
+    S = student_rows.float() - student_rows.float().mean(0)
+    cross = (S.mT @ T).double()
+    if not bool(torch.isfinite(cross).all()):
+        raise ValueError("vocabulary rows have an entry that is not finite")
+    U, _, Vh = torch.linalg.svd(cross, full_matrices=False)
+    return (U @ Vh).float()
+
+
+def apply_residual_map(
+    matrix: Float[Tensor, "*e out in_"],
+    left_map: Float[Tensor, "p out"] | None,
+    right_map: Float[Tensor, "q in_"] | None,
+) -> Float[Tensor, "*e p_or_out q_or_in"]:
+    """``left_map @ matrix @ right_map^T``; a side without a map stays as it is.
+
+    ``left_map`` where the rows of the matrix write into the residual stream (o, down), ``right_map`` where its columns
+    read from it (q, k, v, gate, up, router, head).
+    """
+    mapped = matrix.float()
+    if left_map is not None:
+        mapped = left_map.float() @ mapped
+    if right_map is not None:
+        mapped = mapped @ right_map.float().mT
+    return mapped

@@ -1,16 +1,70 @@
-"""Leading singular vectors by subspace iteration, for devices whose low-precision products are nearly free.
+"""Leading singular vectors from the smaller Gram matrix, or by subspace iteration; orthonormal rows by Cholesky QR.
 
-Bases are kept as rows, since ``rows @ matrix`` is the fastest order of the product.
+The iteration is for devices whose low-precision products are nearly free. Bases are kept as rows, since
+``rows @ matrix`` is the fastest order of the product.
 """
+
+from __future__ import annotations
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moe_svd_distill.algebra.orthonormal import cholesky_qr, orthonormal_rows
-
+SHIFT = 1e-6  # added to the unit diagonal, so that dependent rows still have a factor
+BLOCKS = 4  # a symmetric product in this many block columns needs (1 + 1/BLOCKS) / 2 of the multiplications
+HALVED_FROM = 256  # rows
 DAMPED_PASSES = (1, 2, 4)
 STEEP_PASSES = 2
+
+
+def cholesky_qr(rows: Float[Tensor, "*e b d"]) -> tuple[Float[Tensor, "*e b d"], Float[Tensor, "*e b b"]]:
+    """``(Q, R)`` with ``rows = R^T Q`` up to the shift, and the rows of Q orthonormal to about 1e-3 or better.
+
+    float32 Gram matrix, diagonal brought to one, shifted, factored in float64 (Yamamoto et al. 2015, Fukaya et al.
+    2020). R is the upper triangular factor. Apply it twice where more is needed. Zero rows stay zero. Rows so dependent
+    that even the shifted matrix has no factor go through Householder QR.
+    """
+    gram = rows @ rows.mT
+    scale = gram.diagonal(dim1=-2, dim2=-1).double().clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
+    balanced = gram * scale[..., None] * scale[..., None, :]
+    balanced.diagonal(dim1=-2, dim2=-1).add_(SHIFT)
+    factor, failed = torch.linalg.cholesky_ex(balanced)
+    if bool(failed.any()):
+        Q, R = torch.linalg.qr(rows.mT)
+        return Q.mT, R
+    inverse = torch.linalg.solve_triangular(factor, torch.diag_embed(scale), upper=False)
+    return inverse.to(rows.dtype) @ rows, (factor / scale[..., None]).mT.to(rows.dtype)
+
+
+def orthonormal_rows(rows: Float[Tensor, "*e b d"]) -> Float[Tensor, "*e b d"]:
+    """The Q of ``cholesky_qr``."""
+    return cholesky_qr(rows)[0]
+
+
+def row_gram(matrix: Float[Tensor, "*e m n"]) -> Float[Tensor, "*e m m"]:
+    """``D D^T``. On a CPU only the blocks on and below the diagonal are multiplied, the others copied."""
+    m = matrix.shape[-2]
+    if m < HALVED_FROM or matrix.device.type != "cpu":
+        return matrix @ matrix.mT
+    gram = matrix.new_empty(*matrix.shape[:-1], m)
+    step = -(-m // BLOCKS)
+    for start in range(0, m, step):
+        stop = min(m, start + step)
+        block = matrix[..., start:, :] @ matrix[..., start:stop, :].mT
+        gram[..., start:, start:stop] = block
+        gram[..., start:stop, stop:] = block[..., stop - start :, :].mT
+    return gram
+
+
+def gram_factors(matrix: Float[Tensor, "*e m n"], rank: int) -> tuple[Float[Tensor, "*e r m"], Float[Tensor, "*e r n"]]:
+    """``(U, W)``: leading left singular vectors as rows, and ``W = U D``, for m <= n.
+
+    Costs ``m^2 n`` multiplications, an eigendecomposition of size m and ``2 r m n``. Singular values below 3e-4 of the
+    largest are lost in float32.
+    """
+    vectors = torch.linalg.eigh(row_gram(matrix))[1]
+    U = vectors[..., -rank:].flip(-1).mT.contiguous()
+    return U, U @ matrix
 
 
 def momentum_factors(

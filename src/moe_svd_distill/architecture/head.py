@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_svd_distill.algebra.logits import LogitTransform
+from moe_svd_distill.algebra.divergence import LogitTransform
 from moe_svd_distill.architecture.building import ModuleProxy, find_decoder
 from moe_svd_distill.errors import IncompatiblePairError
 

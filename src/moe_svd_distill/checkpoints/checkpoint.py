@@ -11,10 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from moe_svd_distill.checkpoints.checks import Survey, survey
-from moe_svd_distill.checkpoints.faults import raise_faults
-from moe_svd_distill.checkpoints.layout import CONFIG
 from moe_svd_distill.checkpoints.quantisation.coded import Scaled
+from moe_svd_distill.checkpoints.survey import CONFIG, Survey, raise_faults, survey
 from moe_svd_distill.errors import BadDataError, shown
 from moe_svd_distill.files.header import Header, TensorInfo, raw_header
 from moe_svd_distill.files.reading import FETCH_AGAIN, locate, open_regular, opened, read_at, read_small

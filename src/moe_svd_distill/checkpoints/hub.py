@@ -1,22 +1,36 @@
-"""Models on the hub: which files make up the model, and fetching just those, pinned to one commit."""
+"""Models on the hub: which files make up the model, fetching just those or their headers, pinned to one commit.
+
+The hub's failures are said in the words of this project (not there, not allowed, out of reach), and tokens never show.
+"""
 
 from __future__ import annotations
 
+import errno
 import glob
 import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_svd_distill.checkpoints.faults import raise_faults
-from moe_svd_distill.checkpoints.hub_errors import hub_errors
-from moe_svd_distill.checkpoints.layout import CONFIG, find_layout
-from moe_svd_distill.errors import MissingInputError, RemoteError, shown
+from moe_svd_distill.checkpoints.survey import CONFIG, find_layout, raise_faults
+from moe_svd_distill.errors import CannotWriteError, DistillError, MissingInputError, RemoteError, shown
+from moe_svd_distill.files.header import PREFIX_BYTES, Header, header_length, header_of
 
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
 SMALL_FILES = re.compile(r"[^/]*\.json|tokenizer[^/]*|[^/]*\.model|[^/]*\.txt|([^/.][^/]*/)*[^/]*\.jinja")
 DEFAULT_REVISION = "main"
 ASK_THE_OWNER = "Give another revision, or tell the owner of the model"
 NOTHING = [CONFIG]  # a pattern for a model without small files: an empty list would mean all files
+
+FIRST_PIECE = 256 * 1024  # nearly every header fits, so one request per file is enough
+CONNECTIONS = 8
+CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{4,}|(?<=Bearer )\S+|(?<=://)[^/@\s]+(?=@)")
+LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
+MAX_CAUSES = 8
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 @dataclass(frozen=True)
@@ -98,3 +112,122 @@ def _cached(model: HubModel, unreachable: RemoteError) -> Snapshot:
         raise unreachable
     folder = Path(found).parent
     return Snapshot(folder, folder.name, unreachable=unreachable)
+
+
+def fetch_headers(
+    model: HubModel, snapshot: Snapshot, files: Iterable[str], token: str | None
+) -> dict[str, Header | DistillError]:
+    """Each file's header, or what is wrong with it. A hub that cannot be reached is raised at once."""
+
+    def one(name: str) -> Header | DistillError:
+        try:
+            return _fetch_header(model, snapshot, name, token)
+        except RemoteError:
+            raise
+        except DistillError as fault:
+            return fault
+
+    names = list(files)
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        return dict(zip(names, pool.map(one, names), strict=True))
+
+
+def _fetch_header(model: HubModel, snapshot: Snapshot, name: str, token: str | None) -> Header:
+    """One header: the beginning of the file, and the rest of the header if it is longer than that."""
+    path = snapshot.folder / name
+    raw, file_bytes = _fetch_range(model, snapshot.commit, name, token, 0, FIRST_PIECE)
+    end = PREFIX_BYTES + header_length(raw[:PREFIX_BYTES], path, file_bytes)
+    if end > len(raw):
+        raw += _fetch_range(model, snapshot.commit, name, token, len(raw), end)[0]
+    return header_of(raw[:end], path, file_bytes)
+
+
+def _fetch_range(model: HubModel, commit: str, name: str, token: str | None, begin: int, end: int) -> tuple[bytes, int]:
+    """The bytes from ``begin`` to ``end`` of a remote file, as far as it has them, and the file's size."""
+    from huggingface_hub import get_session, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+
+    url = hf_hub_url(model.repo, name, revision=commit)
+    headers = build_hf_headers(token=token)
+    headers |= {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
+    with (
+        hub_errors(model, token),
+        get_session().stream("GET", url, headers=headers, follow_redirects=True) as response,
+    ):
+        hf_raise_for_status(response)
+        found = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if response.status_code != 206 or found is None or int(found[1]) != begin:
+            # A server that does not know ranges would send the whole file: leave before it does.
+            raise RemoteError(
+                f"the hub does not send a part of {shown(name)} of {model} (status {response.status_code})",
+                "Download the model and give its folder",
+            )
+        size = int(found[3])
+        expected = min(end, size) - begin
+        body = bytearray()
+        for piece in response.iter_bytes():
+            body += piece
+            if len(body) > expected:
+                break
+        if len(body) != expected:
+            what = f"the hub sent {len(body)} bytes of {shown(name)} of {model} (expected {expected})"
+            raise RemoteError(what, "Try again later")
+    return bytes(body), size
+
+
+@contextmanager
+def hub_errors(model: object, token: str | None) -> Iterator[None]:
+    """Translate whatever the hub's library raises."""
+    try:
+        yield
+    except DistillError:
+        raise
+    except Exception as error:
+        raise translate(error, str(model), token) from error
+
+
+def redact(text: str, token: str | None) -> str:
+    """The text without anything that looks like a secret."""
+    return TOKEN.sub("***", text.replace(token, "***") if token else text)
+
+
+def translate(error: Exception, model: str, token: str | None) -> DistillError:
+    """One error of the hub's library, explained."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return MissingInputError(f"the hub model {model} is gated", f"Accept its terms on the hub, and {LOG_IN}")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return MissingInputError(f"the hub model {model} has no such revision", "Check the part after '@'")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        what = f"{model} is neither a folder here nor a model that the hub shows you"
+        return MissingInputError(what, f"Check the name; if the model is private, {LOG_IN}")
+    if isinstance(error, errors.HFValidationError):
+        return MissingInputError(f"{model} is not a possible name of a hub model", "Give organisation/name@revision")
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return MissingInputError(f"a file of the hub model {model} is not there", "Try again, or give another revision")
+    status = _status(error)
+    if status in (401, 403):
+        return RemoteError(f"the hub refuses {model} (status {status})", f"To get access, {LOG_IN}")
+    if status is not None:
+        return RemoteError(f"the hub answers with status {status} for {model}", "Try again later")
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        what = f"{model} cannot be stored in the hub's cache: {error.strerror}"
+        return CannotWriteError(what, "Make room, or point HF_HOME to another disk")
+    reason = redact(str(error).strip().split("\n")[0], token)[:200]
+    return RemoteError(
+        f"the hub cannot be reached for {model} ({type(error).__name__}: {reason})",
+        "Check the network, or give a local folder",
+    )
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The status that the hub answered with, also where the library wraps it into an error about the cache."""
+    for _ in range(MAX_CAUSES):
+        if error is None:
+            return None
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status
+        error = error.__cause__ or error.__context__
+    return None

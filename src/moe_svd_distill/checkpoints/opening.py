@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from moe_svd_distill.checkpoints.checkpoint import Checkpoint
-from moe_svd_distill.checkpoints.checks import read_config, survey
-from moe_svd_distill.checkpoints.faults import raise_faults
-from moe_svd_distill.checkpoints.hub import fetch_small, fetch_weights, parse_hub_id
-from moe_svd_distill.checkpoints.hub_headers import fetch_headers
-from moe_svd_distill.checkpoints.quantisation.declared import declared_quantisation
-from moe_svd_distill.errors import MissingInputError, RemoteError, shown
+from moe_svd_distill.checkpoints.hub import fetch_headers, fetch_small, fetch_weights, parse_hub_id
+from moe_svd_distill.checkpoints.quantisation.claims import USE_PLAIN, declared_quantisation
+from moe_svd_distill.checkpoints.survey import raise_faults, read_config, survey
+from moe_svd_distill.errors import BadDataError, MissingInputError, RemoteError, shown
 from moe_svd_distill.files.reading import explain
 
 
@@ -94,3 +92,9 @@ def _from_cache(folder: Path, source: str, unreachable: RemoteError, as_stored: 
     except MissingInputError as incomplete:
         raise unreachable from incomplete
     return checkpoint
+
+
+def refuse_quantised(checkpoint: Checkpoint) -> None:
+    """Raise if the model is quantised: for work that writes its weights again in the form they are stored in."""
+    if checkpoint.quantisation is not None:
+        raise BadDataError(f"{checkpoint.source} is quantised ({checkpoint.quantisation})", USE_PLAIN)

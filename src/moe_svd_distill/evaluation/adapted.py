@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_svd_distill.adapter.load_check import check_loads
+from moe_svd_distill.adapter.verify import check_loads
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.streaming import GROUPS, Scales, by_group, group_of
 

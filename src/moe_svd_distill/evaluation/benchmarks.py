@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_svd_distill.adapter.load_check import check_loads
+from moe_svd_distill.adapter.verify import check_loads
 from moe_svd_distill.errors import BadDataError, MissingInputError, UsageError
 from moe_svd_distill.evaluation.loading import default_dtype, require_memory
 

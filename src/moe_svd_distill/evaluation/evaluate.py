@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_svd_distill.adapter.load_check import check_loads
 from moe_svd_distill.adapter.random_control import write_random_control
+from moe_svd_distill.adapter.verify import check_loads
 from moe_svd_distill.algebra.figures import Measurement, halves
 from moe_svd_distill.calibration.domain import DomainDistance, domain_distance
 from moe_svd_distill.calibration.paired import VocabularyMode

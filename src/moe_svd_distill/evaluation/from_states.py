@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_svd_distill.algebra.distribution import measure_tokens
+from moe_svd_distill.algebra.divergence import measure_tokens
 from moe_svd_distill.algebra.figures import Measurement
 from moe_svd_distill.calibration.paired import PairedText
 from moe_svd_distill.calibration.text import IntArray, TokenizedText

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from math import prod
 
 from moe_svd_distill.errors import IncompatiblePairError
-from moe_svd_distill.pairing.depth import LayerBlend, map_depth
-from moe_svd_distill.pairing.unit import ExpertLayer, Norm, Source, TensorTask, UnitOfWork
+from moe_svd_distill.pairing.unit import ExpertLayer, Layers, Norm, Source, TensorTask, UnitOfWork, map_depth
 from moe_svd_distill.recipe import Recipe
 from moe_svd_distill.roles import ROLES, Meaning, ModelLayout
 
-Layers = tuple[tuple[int, float], ...]
 BYTES_PER_ENTRY = 2
 RELATED = 0.5  # mean cosine of embedding rows; unrelated models are near 0
 EXPERTS = ("experts.gate", "experts.up", "experts.down")
@@ -37,7 +35,7 @@ class Plan:
     """
 
     units: tuple[UnitOfWork, ...]
-    depth: tuple[LayerBlend, ...]
+    depth: tuple[Layers, ...]
     unused_teacher: Mapping[str, str]
     ignored_student: Mapping[str, str]
     notes: tuple[str, ...] = ()
@@ -66,7 +64,7 @@ def make_plan(
     """
     depth = map_depth(recipe.depth_map, student.geometry.layers, teacher.geometry.layers)
     pairing = _Pairing(teacher, student, recipe, embedding_similarity, reason_against)
-    units = [pairing.layer_unit(blend) for blend in depth]
+    units = [pairing.layer_unit(layer, behind) for layer, behind in enumerate(depth)]
     units += [pairing.ends_unit("embeddings", ("embedding",)), pairing.ends_unit("head", ("norm.final", "head"))]
     units = [unit for unit in units if unit.tasks]
     if not any(task.change for unit in units for task in unit.tasks):
@@ -98,9 +96,9 @@ class _Pairing:
         for meaning in student.meanings.values():
             self.of_layer.setdefault(meaning.layer, []).append(meaning)
 
-    def layer_unit(self, blend: LayerBlend) -> UnitOfWork:
-        meanings = sorted(self.of_layer.get(blend.student, []), key=_order)
-        return self._unit(f"layer {blend.student}", blend.student, blend.teacher, meanings)
+    def layer_unit(self, layer: int, behind: Layers) -> UnitOfWork:
+        meanings = sorted(self.of_layer.get(layer, []), key=_order)
+        return self._unit(f"layer {layer}", layer, behind, meanings)
 
     def ends_unit(self, label: str, roles: tuple[str, ...]) -> UnitOfWork:
         """Unit of what stands outside the layers; a vector without a place among the roles goes with the head."""

@@ -1,14 +1,18 @@
-"""The unit of work: pure data, made without a device, that can run anywhere."""
+"""The unit of work: pure data, made without a device, that can run anywhere; and the teacher layers behind it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from moe_svd_distill.errors import UsageError
 from moe_svd_distill.roles import TensorView
+
+Layers = tuple[tuple[int, float], ...]
+"""(Teacher layer, weight) pairs."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class UnitOfWork:
     Attributes:
         label: Its name for people, for example ``layer 3``.
         layer: Student layer, or None.
-        teacher_layers: (teacher layer, weight) pairs.
+        teacher_layers: The teacher's behind it.
         tasks: Everything of the unit.
         norms: What feeds its matrices.
         teacher_experts: The teacher's expert layers behind this one; empty where there are none.
@@ -103,7 +107,7 @@ class UnitOfWork:
 
     label: str
     layer: int | None
-    teacher_layers: tuple[tuple[int, float], ...]
+    teacher_layers: Layers
     tasks: tuple[TensorTask, ...]
     norms: tuple[Norm, ...] = ()
     teacher_experts: tuple[ExpertLayer, ...] = ()
@@ -131,3 +135,44 @@ def with_key(unit: UnitOfWork, context: Mapping[str, Any]) -> UnitOfWork:
     content = {"context": dict(context), "unit": asdict(replace(unit, key=""))}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     return replace(unit, key=digest.hexdigest()[:32])
+
+
+def map_depth(depth_map: str | Sequence[float], student_layers: int, teacher_layers: int) -> tuple[Layers, ...]:
+    """The teacher layers behind every student layer: one or two, with weights that sum to 1.
+
+    Args:
+        depth_map: ``linear``, ``endpoints``, ``tanh`` (see ``algebra.interpolation``) or one teacher position a layer.
+        student_layers: Decoder layers of the student.
+        teacher_layers: Decoder layers of the teacher.
+
+    Raises:
+        UsageError: An explicit list of the wrong length, or a position outside the teacher.
+    """
+    from moe_svd_distill.algebra.interpolation import endpoint_depth, linear_depth, tanh_depth
+
+    named = {"linear": linear_depth, "endpoints": endpoint_depth, "tanh": tanh_depth}
+    if isinstance(depth_map, str):
+        steps = named[depth_map](student_layers, teacher_layers)
+        return tuple(_blend(*step) for step in steps)
+    if len(depth_map) != student_layers:
+        raise UsageError(
+            f"depth_map lists {len(depth_map)} positions, expected {student_layers}, one for each student layer",
+            "Correct depth_map",
+        )
+    for layer, position in enumerate(depth_map):
+        if not 0 <= position <= teacher_layers - 1:
+            raise UsageError(
+                f"depth_map sends student layer {layer} to teacher layer {position:g}, expected 0 to "
+                f"{teacher_layers - 1}",
+                "Correct depth_map",
+            )
+    return tuple(
+        _blend(int(position), min(int(position) + 1, teacher_layers - 1), position - int(position))
+        for position in depth_map
+    )
+
+
+def _blend(lower: int, upper: int, weight: float) -> Layers:
+    if lower == upper or weight == 0.0:
+        return ((lower, 1.0),)
+    return ((upper, 1.0),) if weight == 1.0 else ((lower, 1.0 - weight), (upper, weight))

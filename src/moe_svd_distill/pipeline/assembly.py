@@ -6,12 +6,11 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_svd_distill.adapter.configuration import build_configuration
-from moe_svd_distill.adapter.keys import Target, entries
+from moe_svd_distill.adapter.keys import Target, planned_tensors
 from moe_svd_distill.adapter.naming import whole_key
 from moe_svd_distill.adapter.peft_model import modules_of
 from moe_svd_distill.architecture.matrices import Kind
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from moe_svd_distill.adapter.fused import Factors
+    from moe_svd_distill.adapter.keys import Factors
     from moe_svd_distill.pipeline.text_stage import StageResult
     from moe_svd_distill.training.head_rank import HeadRank
 
@@ -72,7 +71,6 @@ def stage_adapter(output: OutputFolder, recipe: Recipe, pair: ModelPair, change:
         ranks = {target.parameter: target.rank(pairs.rank) for target in targets}
         whole = f"{head}#{_WHOLE}" in parts
         configuration = build_configuration(keys, ranks, base_model=base_model(pair), whole_head=whole)
-        planned: dict[str, Planned] = {}
         # PEFT multiplies B·A by alpha / r. With an alpha of the user's own, B carries the inverse: the product stays.
         if recipe.alpha is not None:
             scale = recipe.alpha / configuration["r"]
@@ -80,9 +78,7 @@ def stage_adapter(output: OutputFolder, recipe: Recipe, pair: ModelPair, change:
             configuration |= {"lora_alpha": recipe.alpha, "alpha_pattern": scaled}
             pairs.divisor = scale
         modules = modules_of(student.architecture, configuration) if any(not t.own_keys for t in targets) else {}
-        for target in targets:
-            for entry in entries(keys, target, modules.get(target.parameter, ""), pairs.rank):
-                planned[entry.key] = Planned(entry.shape, pairs.dtype, partial(entry.make, pairs.factors))
+        planned = planned_tensors(keys, targets, modules, pairs)
         if whole:
             slot = parts.slots[f"{head}#{_WHOLE}"]
             module = student.architecture.head_slot.name.removesuffix(".weight")

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_svd_distill.adapter.load_check import check_loads
+from moe_svd_distill.adapter.verify import check_loads
 from moe_svd_distill.errors import BadDataError, NothingToTransferError
 from moe_svd_distill.execution.events import Event
 from moe_svd_distill.execution.publish import OutputFolder

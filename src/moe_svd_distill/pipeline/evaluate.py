@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_svd_distill.adapter.adapter_file import read_json
-from moe_svd_distill.adapter.digest import sha256_of
+from moe_svd_distill.adapter.adapter_file import read_json, sha256_of
 from moe_svd_distill.errors import MissingInputError, UsageError
 from moe_svd_distill.evaluation.code.problems import ProblemSet, is_code_benchmark, load_problems
 from moe_svd_distill.files.names import (

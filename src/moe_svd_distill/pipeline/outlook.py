@@ -85,8 +85,8 @@ def look_ahead(recipe: Recipe, on_measuring: Callable[[], None] = lambda: None) 
     return {
         "preset": _preset(recipe),
         "depth": [
-            [str(blend.student), " + ".join(f"{weight:.2f} × {layer}" for layer, weight in blend.teacher)]
-            for blend in plan.depth
+            [str(number), " + ".join(f"{weight:.2f} × {layer}" for layer, weight in behind)]
+            for number, behind in enumerate(plan.depth)
         ],
         "roles": [
             [role, str(changed[role]), str(kept[role]), ", ".join(map(str, sorted(ranks[role])))]

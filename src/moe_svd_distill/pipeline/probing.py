@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.errors import DistillError
 from moe_svd_distill.files.dtypes import FLOATS
-from moe_svd_distill.pairing.depth import map_depth
 from moe_svd_distill.pairing.lineage import ENDS, Comparison, Probe, Vocabularies, VocabularyRelation
+from moe_svd_distill.pairing.unit import map_depth
 from moe_svd_distill.pipeline.pair import ModelPair
 from moe_svd_distill.pipeline.sampling import RowSampler, spread_rows
 from moe_svd_distill.roles import ROLES, Axis, TensorView
@@ -160,7 +160,7 @@ class _Probing:
         """
         layers, teacher_layers = (m.layout.geometry.layers for m in (self.pair.student, self.pair.teacher))
         maps = [map_depth(name, layers, teacher_layers) for name in ("endpoints", "linear")]
-        nearest = [[max(blend.teacher, key=lambda part: part[1])[0] for blend in blends] for blends in maps]
+        nearest = [[max(behind, key=lambda part: part[1])[0] for behind in layers_behind] for layers_behind in maps]
         chosen = dict.fromkeys((0, layers // 2, layers - 1))
         return {layer: list(dict.fromkeys(found[layer] for found in nearest)) for layer in chosen}
 

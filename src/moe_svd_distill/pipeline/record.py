@@ -160,7 +160,9 @@ def make_record(
         "recipe": recipe.model_dump(mode="json"),
         "method": "+".join(stages.names),
         "method_choice": stages.as_dict(),
-        "depth_map": [[blend.student, [list(step) for step in blend.teacher]] for blend in plan.depth] if plan else [],
+        "depth_map": [[layer, [list(step) for step in behind]] for layer, behind in enumerate(plan.depth)]
+        if plan
+        else [],
         "summary": summarise(tensors),
         "tensors": tensors,
         "units": [{key: value for key, value in unit.items() if key != "tensors"} for unit in units],

@@ -35,5 +35,5 @@ class DistillWork:
         """Compute ``unit`` on ``device``."""
         from moe_svd_distill.transfer.unit import transfer_unit
 
-        models = (self.teacher, self.student, self.geometries)
-        return PartContent(*transfer_unit(unit, *models, self.settings, device, report_progress))
+        models = self.teacher, self.student
+        return PartContent(*transfer_unit(unit, models, self.geometries, self.settings, device, report_progress))

@@ -1,12 +1,16 @@
-"""The sizes of a model: from the shapes of its tensors where they say it, otherwise from config.json."""
+"""What config.json says of a model's sizes, and whether the weights agree with it and are all there.
+
+Sizes come from the shapes of the tensors where they say it, otherwise from config.json.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.roles.layout import Meaning
 
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
@@ -18,30 +22,12 @@ PER_TOKEN = (
     *("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k", "moe_k"),
     *("top_k_experts", "num_selected_experts"),
 )
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The sizes of a model; 0 where it has nothing of the kind.
-
-    Attributes:
-        neurons: Width of a dense MLP.
-        experts: Routed experts of a mixture-of-experts layer, the most that a layer has.
-        expert_neurons: Width of one routed expert.
-        tied_embeddings: Whether the head is the embedding matrix.
-    """
-
-    layers: int
-    hidden: int
-    query_heads: int
-    key_value_heads: int
-    head_dimension: int
-    vocabulary: int
-    neurons: int
-    experts: int
-    experts_per_token: int
-    expert_neurons: int
-    tied_embeddings: bool
+# Where other layers have the second beside the first, a layer without it is not whole.
+TOGETHER = (
+    *(("attention.q", "attention.o"), ("attention.o", "attention.q"), ("attention.kv_a", "attention.kv_b")),
+    *(("dense.up", "dense.down"), ("dense.down", "dense.up"), ("dense.down", "dense.gate")),
+    *(("shared.down", "shared.gate"), ("shared.down", "shared.up"), ("experts.down", "router")),
+)
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -81,3 +67,43 @@ def is_tied(config: Mapping[str, Any], head_stored: bool) -> bool:
         if part.get("tie_word_embeddings") is not None:
             return bool(part["tie_word_embeddings"])
     return not head_stored
+
+
+def find_faults(
+    meanings: Collection[Meaning], others: Collection[int | None], layers: int, text: Mapping[str, Any]
+) -> Iterator[str]:
+    """What is missing, or contradicts the number of experts.
+
+    Args:
+        meanings: Everything with a role.
+        others: Layers that have a tensor without one.
+        layers: How many there must be.
+        text: What config.json says of the text model.
+    """
+    present: dict[str, set[int]] = defaultdict(set)
+    experts: dict[int, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+    rows: dict[int, int] = {}
+    for m in meanings:
+        if m.layer is not None:
+            present[m.role].add(m.layer)
+            if m.expert is not None:
+                experts[m.layer][m.role].add(m.expert)
+            if m.role == "router":
+                rows[m.layer] = m.shape[0]
+    seen = set(others).union(*present.values())
+    yield from (f"layer {layer} is missing" for layer in range(layers) if layer not in seen)
+    for one, other in TOGETHER:
+        if present[one] & present[other]:
+            lacking = sorted(present[one] - present[other])
+            yield from (f"layer {layer} has no {other}, which other layers have beside {one}" for layer in lacking)
+    given = {key: value for key in EXPERTS if type(value := text.get(key)) is int}
+    for layer in sorted(present["experts.down"]):
+        count = max(experts[layer]["experts.down"]) + 1
+        if given and count not in given.values():
+            if rows.get(layer) not in given.values():
+                key, value = next(iter(given.items()))
+                yield f"config.json: {key} is {value}, but layer {layer} has {count} experts"
+            count = max(count, rows.get(layer, 0))
+        for role, found in experts[layer].items():
+            if left := set(range(count)) - found:
+                yield f"layer {layer}: {role} of expert {min(left)} is missing"

@@ -1,4 +1,4 @@
-"""A model's tensors, each with its meaning."""
+"""A model's tensors, each with its meaning, and the matrices inside them: the weights stage works on these."""
 
 from __future__ import annotations
 
@@ -7,11 +7,55 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import TYPE_CHECKING
 
 from moe_svd_distill.roles import table
-from moe_svd_distill.roles.geometry import Geometry
 from moe_svd_distill.roles.table import ROLES
-from moe_svd_distill.roles.view import TensorView
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TensorView:
+    """A matrix ``(out, in)`` in a stored tensor: of an expert, transposed, some of its rows; or the whole tensor.
+
+    Attributes:
+        stored: Hub name of the stored tensor.
+        expert: Where along its first dimension, if it has three.
+        part: What the rows are called, where they are not all.
+        transposed: Whether it is stored ``(in, out)``.
+        start: First row.
+        step: From one row to the next: 2 where two matrices are interleaved.
+        rows: How many; None for all.
+    """
+
+    stored: str
+    expert: int | None = None
+    part: str = ""
+    transposed: bool = False
+    start: int = 0
+    step: int = 1
+    rows: int | None = None
+
+    @property
+    def matrix(self) -> str:
+        """Name of the whole matrix it lies in, as `architecture.matrices` has it."""
+        return self.stored if self.expert is None else f"{self.stored}[{self.expert}]"
+
+    @property
+    def name(self) -> str:
+        """Its own name: that of the matrix if it is all of it."""
+        return f"{self.matrix}.{self.part}" if self.part else self.matrix
+
+    def within(self, matrix: Tensor) -> Tensor:
+        """The rows in the matrix as it is stored, without a copy."""
+        return self.rows_of(matrix.mT if self.transposed else matrix)
+
+    def rows_of(self, matrix: Tensor) -> Tensor:
+        """The rows in the whole matrix, (out, in), without a copy."""
+        return matrix if self.rows is None else matrix[self.start :: self.step][: self.rows]
+
 
 Shape = tuple[int, ...]
 Place = tuple[str, int | None, int | None]
@@ -39,6 +83,30 @@ class Meaning:
     def is_matrix(self) -> bool:
         """Whether the weights stage can change it."""
         return self.role in ROLES and ROLES[self.role].is_matrix
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of a model; 0 where it has nothing of the kind.
+
+    Attributes:
+        neurons: Width of a dense MLP.
+        experts: Routed experts of a mixture-of-experts layer, the most that a layer has.
+        expert_neurons: Width of one routed expert.
+        tied_embeddings: Whether the head is the embedding matrix.
+    """
+
+    layers: int
+    hidden: int
+    query_heads: int
+    key_value_heads: int
+    head_dimension: int
+    vocabulary: int
+    neurons: int
+    experts: int
+    experts_per_token: int
+    expert_neurons: int
+    tied_embeddings: bool
 
 
 @dataclass(frozen=True)

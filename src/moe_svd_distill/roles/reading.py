@@ -11,7 +11,6 @@ from typing import Any
 
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.roles import table
-from moe_svd_distill.roles.completeness import find_faults
 from moe_svd_distill.roles.geometry import (
     EXPERTS,
     HEADS,
@@ -20,15 +19,14 @@ from moe_svd_distill.roles.geometry import (
     LAYERS,
     PER_TOKEN,
     VOCABULARY,
-    Geometry,
     agreed,
     declared,
+    find_faults,
     is_tied,
     text_config,
 )
-from moe_svd_distill.roles.layout import Meaning, ModelLayout, Shape
+from moe_svd_distill.roles.layout import Geometry, Meaning, ModelLayout, Shape, TensorView
 from moe_svd_distill.roles.table import ROLES, Axis
-from moe_svd_distill.roles.view import TensorView
 
 NUMBER = re.compile(r"(?P<list>(?:[^.]+\.)*?[^.]+)\.(?P<layer>\d+)\.(?P<below>.+)")
 _FETCH = "Download the model again, or repair config.json"

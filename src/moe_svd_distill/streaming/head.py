@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moe_svd_distill.algebra.logits import LogitTransform
+from moe_svd_distill.algebra.divergence import LogitTransform
 from moe_svd_distill.architecture.head import MeasuredHead, check_is_linear, measure_head
 from moe_svd_distill.architecture.skeleton import HEAD, build_skeleton
 from moe_svd_distill.architecture.stored import CheckpointMap

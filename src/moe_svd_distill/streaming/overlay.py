@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_svd_distill.adapter.adapter_file import adapter_header, read_tensor
-from moe_svd_distill.adapter.load_check import check_loads
+from moe_svd_distill.adapter.verify import check_loads
 from moe_svd_distill.architecture.skeleton import HEAD, OUTSIDE, Part, Skeleton
 from moe_svd_distill.architecture.stored import CheckpointMap, in_memory
 from moe_svd_distill.errors import BadDataError, UsageError

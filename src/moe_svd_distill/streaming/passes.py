@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe_svd_distill.adapter.digest import sha256_of
+from moe_svd_distill.adapter.adapter_file import sha256_of
 from moe_svd_distill.algebra.dtypes import compute_dtype
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.errors import UsageError

@@ -12,8 +12,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from moe_svd_distill.algebra.distribution import kl_divergence
-from moe_svd_distill.algebra.divergence import Divergence, divergence_and_gradient
+from moe_svd_distill.algebra.divergence import Divergence, divergence_and_gradient, kl_divergence
 from moe_svd_distill.algebra.whitening import Whitening
 from moe_svd_distill.streaming import Head
 from moe_svd_distill.training.text import Batch

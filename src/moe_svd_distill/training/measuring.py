@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe_svd_distill.algebra.distribution import kl_divergence, measure_tokens
+from moe_svd_distill.algebra.divergence import kl_divergence, measure_tokens
 from moe_svd_distill.algebra.figures import Measurement
 from moe_svd_distill.calibration.paired import PairedText
 from moe_svd_distill.streaming import Head

@@ -1,4 +1,7 @@
-"""From a target matrix to the LoRA pair of its difference to the student."""
+"""What a unit of work produces: the LoRA pair of a target's difference to the student, and the record of what was done.
+
+Ranks can be cut by energy: to the least that keeps a share of every delta, uniform where adapters need it uniform.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,47 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_svd_distill.algebra.dtypes import matmul_dtype
-from moe_svd_distill.algebra.low_rank import LowRank, batched_truncated_svd, truncated_svd
-from moe_svd_distill.algebra.sparsity import keep_largest
-from moe_svd_distill.transfer.outcome import TensorOutcome, changed
+from moe_svd_distill.algebra.low_rank import LowRank, batched_truncated_svd, rank_for_energy, truncated_svd
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_svd_distill.pairing.unit import TensorTask
     from moe_svd_distill.transfer.settings import TransferSettings
+
+
+@dataclass(frozen=True)
+class TensorOutcome:
+    """The fate of one student tensor.
+
+    Attributes:
+        name: Name of the view.
+        left: LoRA B, (rows, rank), or None where nothing is changed.
+        right: LoRA A, (rank, columns), or None.
+        record: Facts for the run's record; plain JSON types.
+    """
+
+    name: str
+    left: Tensor | None
+    right: Tensor | None
+    record: dict[str, Any]
+
+
+def kept(task: TensorTask, reason: str) -> TensorOutcome:
+    """The outcome of a tensor that stays as it is."""
+    return TensorOutcome(task.name, None, None, {**_identity(task), "fate": "kept", "reason": reason})
+
+
+def changed(task: TensorTask, left: Tensor, right: Tensor, facts: dict[str, Any]) -> TensorOutcome:
+    """The outcome of a tensor with a delta."""
+    return TensorOutcome(task.name, left, right, {**_identity(task), "fate": "lora", "rank": left.shape[1], **facts})
+
+
+def _identity(task: TensorTask) -> dict[str, Any]:
+    identity: dict[str, Any] = {"name": task.name, "role": task.role, "shape": list(task.shape)}
+    if task.expert is not None:
+        identity["expert"] = task.expert
+    return identity
 
 
 @dataclass(frozen=True)
@@ -36,17 +71,6 @@ class Delta:
     matrix: Tensor
     student_norm: float
     facts: dict[str, Any]
-
-
-def make_delta(
-    task: TensorTask, target: Tensor, student: Tensor, facts: dict[str, Any], settings: TransferSettings
-) -> Delta:
-    """Difference of target and student, thinned out where the recipe asks for it."""
-    matrix = target - student
-    if settings.delta_sparsity < 1.0:
-        matrix = keep_largest(matrix, settings.delta_sparsity, rescale=True)
-        facts = {**facts, "kept_entries": settings.delta_sparsity}
-    return Delta(task, matrix, float(torch.linalg.vector_norm(student)), facts)
 
 
 def factorise(delta: Delta, settings: TransferSettings, *, rank: int | None = None) -> TensorOutcome:
@@ -93,3 +117,50 @@ def _outcome(delta: Delta, factors: LowRank) -> TensorOutcome:
         "factorisation": factors.method,
     }
     return changed(delta.task, factors.left, factors.right, facts)
+
+
+def cut_to_energy(outcomes: Sequence[TensorOutcome], energy: float | None) -> list[TensorOutcome]:
+    """Cut every pair to the rank its energy asks for.
+
+    All experts of a layer, and their three projections, keep one rank: fused experts and servers need it.
+
+    Args:
+        outcomes: The unit's outcomes; factors are balanced and sorted by singular value.
+        energy: Share of each delta's squared norm to keep, or None to leave the ranks alone.
+    """
+    if energy is None:
+        return list(outcomes)
+    needed: dict[str, int] = {}
+    for outcome in outcomes:
+        if outcome.left is not None and outcome.right is not None:
+            group = _group(outcome)
+            needed[group] = max(needed.get(group, 1), _needed(outcome.left, outcome.right, outcome.record, energy))
+    return [_cut(outcome, needed.get(_group(outcome), 1)) for outcome in outcomes]
+
+
+def _group(outcome: TensorOutcome) -> str:
+    role = str(outcome.record["role"])
+    return "experts" if role.startswith("experts.") else role
+
+
+def _needed(left: Tensor, right: Tensor, record: dict[str, object], energy: float) -> int:
+    """A rank whose leading factors keep the share; the whole rank where the factors are not singular vectors."""
+    if record.get("factorisation") == "exact":
+        return left.shape[1]
+    sigma = torch.linalg.vector_norm(left, dim=0) * torch.linalg.vector_norm(right, dim=1)
+    norm = float(str(record["delta_norm"]))
+    return rank_for_energy(sigma, energy, norm**2)
+
+
+def _cut(outcome: TensorOutcome, rank: int) -> TensorOutcome:
+    if outcome.left is None or outcome.right is None:
+        return outcome
+    left, right = outcome.left[:, :rank], outcome.right[:rank]
+    sigma = torch.linalg.vector_norm(left, dim=0) * torch.linalg.vector_norm(right, dim=1)
+    norm = float(outcome.record.get("delta_norm", 0.0))
+    kept = float(sigma.double().square().sum())
+    facts: dict[str, float] = {"rank": rank}
+    if norm and outcome.record.get("factorisation") != "exact":
+        share = min(1.0, kept / norm**2)
+        facts |= {"energy": share, "residual": (1.0 - share) ** 0.5}
+    return TensorOutcome(outcome.name, left, right, {**outcome.record, **facts})

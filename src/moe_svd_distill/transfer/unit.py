@@ -9,17 +9,17 @@ import torch
 
 from moe_svd_distill.pairing.unit import TensorTask, UnitOfWork
 from moe_svd_distill.roles import Geometry
-from moe_svd_distill.transfer.attention import transfer_attention
-from moe_svd_distill.transfer.context import UnitContext
-from moe_svd_distill.transfer.ends import transfer_ends
-from moe_svd_distill.transfer.energy import cut_to_energy
-from moe_svd_distill.transfer.experts import transfer_experts
-from moe_svd_distill.transfer.mlp import transfer_alone, transfer_mlp
-from moe_svd_distill.transfer.outcome import TensorOutcome, kept
+from moe_svd_distill.transfer.context import UnitContext, residual_map
+from moe_svd_distill.transfer.factors import TensorOutcome, cut_to_energy, kept
 from moe_svd_distill.transfer.reader import NonFiniteTensorError, TensorReader
-from moe_svd_distill.transfer.residual import residual_map
 from moe_svd_distill.transfer.settings import TransferSettings
-from moe_svd_distill.transfer.shaping import Shaper
+from moe_svd_distill.transfer.tensor_groups import (
+    transfer_alone,
+    transfer_attention,
+    transfer_embedding_and_head,
+    transfer_experts,
+    transfer_mlp,
+)
 
 if TYPE_CHECKING:
     from moe_svd_distill.checkpoints import Checkpoint
@@ -30,8 +30,7 @@ Produced: TypeAlias = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 def transfer_unit(
     unit: UnitOfWork,
-    teacher: Checkpoint,
-    student: Checkpoint,
+    models: tuple[Checkpoint, Checkpoint],
     geometries: tuple[Geometry, Geometry],
     settings: TransferSettings,
     device: str,
@@ -41,9 +40,8 @@ def transfer_unit(
 
     Args:
         unit: What to do.
-        teacher: The teacher.
-        student: The student.
-        geometries: Sizes of teacher and student.
+        models: Teacher and student.
+        geometries: Their sizes.
         settings: The recipe's numbers.
         device: Where to compute.
         report: Told the share of the unit that is done, 0 to 1.
@@ -55,10 +53,10 @@ def transfer_unit(
     Raises:
         BadDataError: NaN or Inf in a weight, where the recipe says to fail.
     """
+    teacher, student = models
     reader = TensorReader(teacher, student, device, nan=settings.nan, interpolation=settings.interpolation)
     mapped = residual_map(teacher, student, unit.embeddings, device) if settings.projection == "procrustes" else None
-    shaper = Shaper(settings.projection, mapped)
-    context = UnitContext(unit, reader, shaper, settings, *geometries, report=report)
+    context = UnitContext(unit, reader, settings, *geometries, mapped, report=report)
     outcomes: list[TensorOutcome] = []
     for group, transfer in GROUPS.items():
         outcomes += _transfer_or_skip(transfer, tuple(t for t in unit.tasks if _group(t) == group), context)
@@ -71,15 +69,15 @@ GROUPS: dict[str, Group] = {
     "dense": lambda tasks, context: transfer_mlp("dense", tasks, context),
     "shared": lambda tasks, context: transfer_mlp("shared", tasks, context),
     "experts": transfer_experts,
-    "ends": transfer_ends,
+    "embedding and head": transfer_embedding_and_head,
     "alone": transfer_alone,
 }
 _GROUP_OF = {
     **dict.fromkeys(("attention.q", "attention.k", "attention.v", "attention.o"), "attention"),
     **{f"{prefix}.{side}": prefix for prefix in ("dense", "shared", "experts") for side in ("gate", "up", "down")},
     "router": "experts",
-    "embedding": "ends",
-    "head": "ends",
+    "embedding": "embedding and head",
+    "head": "embedding and head",
 }
 
 

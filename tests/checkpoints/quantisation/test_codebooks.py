@@ -169,7 +169,7 @@ def test_states_that_do_not_fit_are_refused(change: dict[str, Any], words: str, 
 
 
 def test_the_state_of_a_model_whose_headers_alone_are_here(tmp_path: Path) -> None:
-    from moe_svd_distill.checkpoints.checks import survey
+    from moe_svd_distill.checkpoints.survey import survey
     from moe_svd_distill.files.header import read_header
 
     folder = quantised_model(tmp_path, four_bits((16, 64), 64, None)[0], NF4)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_svd_distill.checkpoints.quantisation.schemes import read_schemes, scheme_of
+from moe_svd_distill.checkpoints.quantisation.compressed import read_schemes, scheme_of
 from moe_svd_distill.errors import BadDataError
 from tests.checkpoints.quantisation.quantisers import opened, quantised_model, same, seeded
 from tests.checkpoints.refusals import refusal

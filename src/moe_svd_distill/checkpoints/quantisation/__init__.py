@@ -1,4 +1,4 @@
 """Quantised checkpoints: which stored tensors make up which weight, and how its numbers come out of the codes.
 
-Everything but ``decoding`` and ``unpacking`` works on headers alone and imports no torch.
+Everything but ``decoding`` works on headers alone and imports no torch.
 """

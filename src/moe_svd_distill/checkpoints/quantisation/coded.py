@@ -11,6 +11,9 @@ from moe_svd_distill.files.header import TensorInfo
 
 Part = Literal["codes", "scale", "global_scale", "zero", "column_group", "absmax", "map", "nested_absmax", "nested_map"]
 
+WORD = 32
+"""Bits of what codes of a few bits are packed in."""
+
 
 @dataclass(frozen=True, slots=True)
 class Scaled:

@@ -6,14 +6,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_svd_distill.checkpoints.quantisation.bitsandbytes import read_bitsandbytes
-from moe_svd_distill.checkpoints.quantisation.claims import Bytes, Claims
+from moe_svd_distill.checkpoints.quantisation.claims import (
+    USE_PLAIN,
+    Bytes,
+    Claims,
+    declared_quantisation,
+    model_dtype,
+)
 from moe_svd_distill.checkpoints.quantisation.coded import Coded
 from moe_svd_distill.checkpoints.quantisation.compressed import read_compressed
-from moe_svd_distill.checkpoints.quantisation.declared import USE_PLAIN, Declared, declared_quantisation, model_dtype
-from moe_svd_distill.checkpoints.quantisation.float8 import read_float8
-from moe_svd_distill.checkpoints.quantisation.mxfp4 import read_mxfp4
-from moe_svd_distill.checkpoints.quantisation.packed import read_awq, read_gptq
+from moe_svd_distill.checkpoints.quantisation.formats import (
+    read_awq,
+    read_bitsandbytes,
+    read_float8,
+    read_gptq,
+    read_mxfp4,
+)
 from moe_svd_distill.errors import BadDataError, DistillError, shown
 from moe_svd_distill.files.header import TensorInfo
 
@@ -61,14 +69,14 @@ def view_of(
     """
     claims = Claims(stored, model_dtype(config), read_bytes)
     try:
-        declared = declared_quantisation(config, source)
-        if declared is not None:
-            READERS[declared.method](claims, declared.settings)
+        method, settings = declared_quantisation(config, source) or (None, {})
+        if method is not None:
+            READERS[method](claims, settings)
             claims.set_cache_aside()
     except DistillError as fault:
         return View(stored), [fault, *claims.faults]
     if not claims.faults:
-        claims.faults += _unexplained(claims, declared, source)
+        claims.faults += _unexplained(claims, method, source)
     accounted = claims.companions.keys() | claims.set_aside.keys() | claims.coded.keys()
     tensors = {name: info for name, info in stored.items() if name not in accounted}
     place = {info.name: number for number, info in enumerate(stored.values())}
@@ -79,16 +87,16 @@ def view_of(
         claims.coded,
         claims.companions,
         claims.set_aside,
-        _words(declared, claims),
+        _words(method, claims),
     )
     return view, claims.faults
 
 
-def _unexplained(claims: Claims, declared: Declared | None, source: str) -> list[DistillError]:
+def _unexplained(claims: Claims, method: str | None, source: str) -> list[DistillError]:
     """Codes and companions that belong to no weight."""
     faults: list[DistillError] = []
-    if declared is not None:
-        why, action = f"{declared.method} does not explain it", USE_PLAIN
+    if method is not None:
+        why, action = f"{method} does not explain it", USE_PLAIN
     else:
         why = "config.json declares no quantisation"
         action = "Add the quantization_config of the original model to config.json"
@@ -101,8 +109,8 @@ def _unexplained(claims: Claims, declared: Declared | None, source: str) -> list
     return faults
 
 
-def _words(declared: Declared | None, claims: Claims) -> str | None:
-    if declared is None:
+def _words(method: str | None, claims: Claims) -> str | None:
+    if method is None:
         return None
     labels = sorted({coded.label for coded in claims.coded.values()})
-    return f"{declared.method}: {', '.join(labels) or 'declared, but every tensor is stored plainly'}"
+    return f"{method}: {', '.join(labels) or 'declared, but every tensor is stored plainly'}"

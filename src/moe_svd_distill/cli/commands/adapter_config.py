@@ -22,8 +22,7 @@ import click
 )
 def command(file: Path, student: Path | None, base_model: str | None, write: bool, repair_names: Path | None) -> None:
     """Rebuild the configuration of the adapter FILE from its header; no weight is loaded."""
-    from moe_svd_distill.adapter.key_repair import repair_keys
-    from moe_svd_distill.adapter.rebuild import rebuild_configuration
+    from moe_svd_distill.adapter.repair import rebuild_configuration, repair_keys
     from moe_svd_distill.files.names import CONFIGURATION_FILE
     from moe_svd_distill.files.writing import write_json
 

@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moe_svd_distill.adapter.digest import sha256_of
-from moe_svd_distill.adapter.load_check import check_loads
+from moe_svd_distill.adapter.adapter_file import sha256_of
+from moe_svd_distill.adapter.verify import check_loads
 from moe_svd_distill.calibration.tokenizer import auto_tokenizer
 from moe_svd_distill.evaluation.code.completions import CompletionFile, WritingSettings, complete
 from moe_svd_distill.evaluation.code.greedy import Continuation

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from moe_svd_distill.adapter.fused import Factors, expert_factors, fuse, fused_rank, of_matrix
+from moe_svd_distill.adapter.keys import Factors, expert_factors, fuse, fused_rank, of_matrix
 from moe_svd_distill.adapter.low_rank_pairs import norm_of_pair
 from moe_svd_distill.architecture.matrices import Kind, Matrix
 from moe_svd_distill.architecture.skeleton import ParameterSlot

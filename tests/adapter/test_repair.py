@@ -9,10 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moe_svd_distill.adapter.key_repair import repair_keys, repaired_keys
-from moe_svd_distill.adapter.load_check import check_loads
 from moe_svd_distill.adapter.naming import lora_keys, parse_key
-from moe_svd_distill.adapter.rebuild import rebuild_configuration
+from moe_svd_distill.adapter.repair import rebuild_configuration, repair_keys, repaired_keys
+from moe_svd_distill.adapter.verify import check_loads
 from moe_svd_distill.errors import BadDataError, CannotWriteError, MissingInputError
 from moe_svd_distill.files.writing import write_json
 from tests.adapter.conftest import Case

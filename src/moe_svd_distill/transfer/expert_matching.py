@@ -21,7 +21,7 @@ from moe_svd_distill.algebra.clustering import (
     kmeans_from_gram,
 )
 from moe_svd_distill.algebra.matching import cosine_similarity, expert_probe_features
-from moe_svd_distill.algebra.residual_map import apply_residual_map
+from moe_svd_distill.algebra.projection import apply_residual_map
 from moe_svd_distill.errors import UsageError
 from moe_svd_distill.pairing.unit import ExpertLayer, TensorTask
 from moe_svd_distill.roles import TensorView
@@ -30,6 +30,7 @@ from moe_svd_distill.transfer.factors import generator_for
 
 if TYPE_CHECKING:
     from torch import Tensor
+
 
 PROBES = 8
 PIECE_ENTRIES = 1 << 22  # entries of a fingerprint piece over all experts: 16 MiB in float32
@@ -144,8 +145,8 @@ def _probes(context: UnitContext) -> tuple[Tensor, Tensor]:
 
 
 def _to_teacher(vectors: Tensor, context: UnitContext) -> Tensor:
-    if context.shaper.residual_map is not None:
-        return context.shaper.residual_map.mT @ vectors
+    if context.residual_map is not None:
+        return context.residual_map.mT @ vectors
     lifted = vectors.new_zeros(context.teacher.hidden, vectors.shape[1])
     shared = min(context.teacher.hidden, context.student.hidden)
     lifted[:shared] = vectors[:shared]
@@ -154,8 +155,8 @@ def _to_teacher(vectors: Tensor, context: UnitContext) -> Tensor:
 
 def _to_student(vectors: Tensor, context: UnitContext) -> Tensor:
     """Rows in the teacher's residual stream, (n, teacher hidden), as rows in the student's."""
-    if context.shaper.residual_map is not None:
-        return apply_residual_map(vectors, None, context.shaper.residual_map)
+    if context.residual_map is not None:
+        return apply_residual_map(vectors, None, context.residual_map)
     shared = min(context.teacher.hidden, context.student.hidden)
     lowered = vectors.new_zeros(vectors.shape[0], context.student.hidden)
     lowered[:, :shared] = vectors[:, :shared]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from moe_svd_distill.algebra import distribution
-from moe_svd_distill.algebra.distribution import cross_entropy, kl_divergence, top1_agreement
+from moe_svd_distill.algebra import divergence
+from moe_svd_distill.algebra.divergence import cross_entropy, kl_divergence, top1_agreement
 
 
 def logits(tokens: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
@@ -13,7 +13,7 @@ def logits(tokens: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("entries", [1, 1 << 24])
 def test_kl_divergence_is_the_plain_formula(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distribution, "CHUNK_ENTRIES", entries)
+    monkeypatch.setattr(divergence, "CHUNK_ENTRIES", entries)
     teacher, student = logits(6, 5000), logits(6, 5000, seed=1)
     p, q = (tensor.double().log_softmax(-1) for tensor in (teacher, student))
     expected = (p.exp() * (p - q)).sum(-1)

@@ -1,0 +1,265 @@
+"""The formats that need no schemes of their own, one reader each: FP8, MXFP4, GPTQ, AWQ, bitsandbytes.
+
+FP8 (``quant_method`` fp8 and fbgemm_fp8), with scales in blocks, per row or per tensor: DeepSeek-V3, Qwen3-FP8 and
+others store ``weight`` (e4m3) with ``weight_scale_inv``, which despite its name is multiplied. Fused experts of three
+dimensions have the suffix at the parameter's own name.
+
+MXFP4 experts as gpt-oss stores them: ``…_blocks (experts, rows, groups, 16)`` with ``…_scales (experts, rows,
+groups)``. Each byte holds two e2m1 numbers, each scale is the exponent of a power of two for 32 of them. The weight is
+what transformers has in memory, ``(experts, groups·32, rows)``: the transpose of what is stored.
+
+GPTQ and AWQ: integers in 32-bit words, ``qweight`` with ``qzeros``, ``scales`` and the ``g_idx`` of GPTQ. Both store
+the input dimension first; the weight is ``(out, in)``. The first GPTQ format stores each zero point less one (its
+second, ``gptq_v2``, does not). ``g_idx`` names the group of each input, which activation order permutes.
+
+bitsandbytes: 4-bit codes of a codebook (nf4, fp4) and 8-bit rows, as transformers saves them. The codebook, the scales
+and the state (a JSON object in a tensor of bytes) lie in the checkpoint, so the library itself is not needed for
+reading. 4 bits: ``weight`` (bytes in a column), ``weight.absmax``, ``weight.quant_map``,
+``weight.quant_state.bitsandbytes__nf4``, and with double quantisation ``weight.nested_absmax``,
+``weight.nested_quant_map``. 8 bits: ``weight`` (I8) and ``SCB``, the largest magnitude of each row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from moe_svd_distill.checkpoints.quantisation.claims import USE_PLAIN, Claims, block_size, plain, whole_number
+from moe_svd_distill.checkpoints.quantisation.coded import (
+    WORD,
+    Codebook,
+    InputMajor,
+    Part,
+    Scaled,
+    blocks,
+    fit_grid,
+    grid_words,
+)
+from moe_svd_distill.errors import BadDataError, shown
+from moe_svd_distill.files.header import TensorInfo
+from moe_svd_distill.files.reading import json_object
+
+FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
+SCALES = ("_scale_inv", "_scale")
+FLOAT8_SCALES = frozenset({"F32", "F16", "BF16", "F8_E8M0"})
+
+MXFP4_GROUP = 32
+
+ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
+GPTQ_BITS = (2, 3, 4, 8)
+WORD_SCALES = ("F16", "BF16", "F32")
+
+STATE = ".quant_state.bitsandbytes__"
+KINDS = ("nf4", "fp4")
+LARGEST = 127.0
+ROW_MAJOR = b"\0"
+
+
+def read_float8(claims: Claims, settings: Mapping[str, Any]) -> None:
+    """Claim every FP8 tensor with its scale."""
+    declared = block_size(settings.get("weight_block_size"))
+    for info in claims.stored.values():
+        if info.dtype not in FLOAT8:
+            continue
+        scales = [claims.stored[name] for suffix in SCALES if (name := info.name + suffix) in claims.stored]
+        if len(scales) != 1:
+            found = " and ".join(shown(scale.name) for scale in scales) or "none"
+            claims.fault(f"{shown(info.name)} is {info.dtype} and needs one scale beside it, found {found}")
+            continue
+        _claim_float8(claims, info, scales[0], declared)
+
+
+def _claim_float8(claims: Claims, info: TensorInfo, scale: TensorInfo, declared: tuple[int, int] | None) -> None:
+    if len(info.shape) not in (2, 3):
+        claims.fault(f"{shown(info.name)} is {info.dtype} of shape {list(info.shape)} (expected 2 or 3 dimensions)")
+        return
+    block = fit_grid(info.shape, scale.shape, declared)
+    if block is None or scale.dtype not in FLOAT8_SCALES:
+        expected = f"a scale per tensor, per row, or per block of {'×'.join(map(str, declared or ()))}"
+        if declared is None:
+            expected = "a scale per tensor or per row, as config.json has no weight_block_size"
+        claims.misfit(info, scale, expected)
+        return
+    module = info.name.removesuffix("weight") if info.name.endswith(".weight") else f"{info.name}_"
+    label = f"float8 {grid_words(block, info.shape)}"
+    unused = claims.activations(module)
+    claims.claim(info.name, info.shape, Scaled("element", block), {"codes": info, "scale": scale}, label, unused)
+
+
+def read_mxfp4(claims: Claims, settings: Mapping[str, Any]) -> None:
+    """Claim every pair of blocks and scales."""
+    for name, codes in claims.named("_blocks"):
+        scale = claims.stored.get(f"{name}_scales")
+        if scale is None:
+            claims.fault(f"{shown(codes.name)} has no {shown(name + '_scales')} beside it")
+        elif codes.dtype != "U8" or len(codes.shape) != 4 or codes.shape[-1] != MXFP4_GROUP // 2:
+            found = f"{codes.dtype} of shape {list(codes.shape)}"
+            claims.fault(f"{shown(codes.name)} is {found} (expected U8 of shape [experts, rows, groups, 16])")
+        elif scale.dtype not in ("U8", "F8_E8M0") or scale.shape != codes.shape[:-1]:
+            claims.misfit(codes, scale, f"U8 {list(codes.shape[:-1])}")
+        else:
+            experts, rows, groups, _ = codes.shape
+            coding = Scaled("e2m1", (1, 1, MXFP4_GROUP), exponents=True, transposed=True)
+            label = f"mxfp4 in groups of {MXFP4_GROUP}"
+            claims.claim(name, (experts, groups * MXFP4_GROUP, rows), coding, {"codes": codes, "scale": scale}, label)
+
+
+def read_gptq(claims: Claims, settings: Mapping[str, Any]) -> None:
+    """Claim every ``qweight``. With ``g_idx`` its bits follow from the shapes, as a model may mix them.
+
+    Raises:
+        BadDataError: A packing that is not known.
+    """
+    written = settings.get("checkpoint_format") or "gptq"
+    if written not in ZERO_OFFSETS:
+        what = f"config.json has the GPTQ checkpoint_format {plain(written)} (expected {' or '.join(ZERO_OFFSETS)})"
+        raise BadDataError(what, USE_PLAIN)
+    bits, group = whole_number(settings, "bits", 4), whole_number(settings, "group_size", 128)
+    for module, codes in claims.named(".qweight"):
+        if not _is_words(claims, codes):
+            continue
+        index = claims.stored.get(f"{module}.g_idx")
+        inputs = codes.shape[0] * WORD // bits if index is None or len(index.shape) != 1 else index.shape[0]
+        own_bits = codes.shape[0] * WORD // max(1, inputs)
+        if own_bits not in GPTQ_BITS or own_bits * inputs != codes.shape[0] * WORD:
+            claims.misfit(codes, index or codes, f"{' or '.join(map(str, GPTQ_BITS))} bits for each input")
+            continue
+        if index is not None and (index.dtype not in ("I32", "I64") or len(index.shape) != 1):
+            claims.misfit(codes, index, f"I32 [{inputs}]")
+            continue
+        coding = InputMajor("gptq", own_bits, group if group > 0 else inputs, ZERO_OFFSETS[written])
+        _claim_words(claims, module, (codes.shape[1], inputs), coding)
+
+
+def read_awq(claims: Claims, settings: Mapping[str, Any]) -> None:
+    """Claim every ``qweight``.
+
+    Raises:
+        BadDataError: A packing that is not known.
+    """
+    version, bits = str(settings.get("version") or "gemm").lower(), whole_number(settings, "bits", 4)
+    if version != "gemm" or bits != 4:
+        what = f"config.json has AWQ version {plain(version)} of {bits} bits (expected gemm of 4 bits)"
+        raise BadDataError(what, USE_PLAIN)
+    group = whole_number(settings, "group_size", 128)
+    for module, codes in claims.named(".qweight"):
+        if not _is_words(claims, codes):
+            continue
+        inputs, words = codes.shape
+        coding = InputMajor("awq", bits, group if group > 0 else inputs, 0)
+        symmetric = settings.get("zero_point") is False
+        _claim_words(claims, module, (words * WORD // bits, inputs), coding, symmetric=symmetric)
+
+
+def _is_words(claims: Claims, codes: TensorInfo) -> bool:
+    if codes.dtype == "I32" and len(codes.shape) == 2:
+        return True
+    found = f"{codes.dtype} of shape {list(codes.shape)}"
+    claims.fault(f"{shown(codes.name)} is {found} (expected I32 with 2 dimensions)")
+    return False
+
+
+def _claim_words(
+    claims: Claims, module: str, shape: tuple[int, int], coding: InputMajor, *, symmetric: bool = False
+) -> None:
+    codes, outputs, inputs = claims.stored[f"{module}.qweight"], *shape
+    scale, zero = claims.stored.get(f"{module}.scales"), claims.stored.get(f"{module}.qzeros")
+    index = claims.stored.get(f"{module}.g_idx") if coding.packing == "gptq" else None
+    if scale is None or (zero is None and not symmetric):
+        missing = shown(module + (".scales" if scale is None else ".qzeros"))
+        claims.fault(f"{shown(codes.name)} has no {missing} beside it")
+        return
+    groups = blocks(inputs, coding.group)
+    if scale.shape != (groups, outputs) or scale.dtype not in WORD_SCALES:
+        claims.misfit(codes, scale, f"F16 {[groups, outputs]}")
+        return
+    words = blocks(outputs * coding.bits, WORD)
+    if zero is not None and (zero.shape != (groups, words) or zero.dtype != "I32"):
+        claims.misfit(codes, zero, f"I32 {[groups, words]}")
+        return
+    parts: dict[Part, TensorInfo] = {"codes": codes, "scale": scale}
+    if zero is not None:
+        parts["zero"] = zero
+    if index is not None:
+        parts["column_group"] = index
+    claims.claim(f"{module}.weight", shape, coding, parts, f"int{coding.bits} in groups of {coding.group}")
+
+
+def read_bitsandbytes(claims: Claims, settings: Mapping[str, Any]) -> None:
+    """Claim the 8-bit and the 4-bit weights."""
+    for module, scale in claims.named(".SCB"):
+        _claim_rows(claims, module, scale)
+    for kind in KINDS:
+        for name, state in claims.named(STATE + kind):
+            try:
+                _claim_codebook(claims, name, state, kind)
+            except BadDataError as fault:
+                claims.faults.append(fault)
+
+
+def _claim_rows(claims: Claims, module: str, scale: TensorInfo) -> None:
+    name = f"{module}.weight"
+    codes, layout = claims.stored.get(name), claims.stored.get(f"{module}.weight_format")
+    if codes is None or codes.dtype != "I8" or len(codes.shape) != 2:
+        claims.fault(f"{shown(scale.name)} has no {shown(name)} of dtype I8 and 2 dimensions beside it")
+    elif scale.dtype != "F32" or scale.shape != codes.shape[:1]:
+        claims.misfit(codes, scale, f"F32 [{codes.shape[0]}]")
+    elif layout is not None and claims.read_bytes(layout) not in (None, ROW_MAJOR):
+        claims.fault(f"{shown(name)} is not stored row by row", "Save the model again with a current bitsandbytes")
+    else:
+        unused = {} if layout is None else {layout.name: layout}
+        coding = Scaled("element", (1, codes.shape[1]), divisor=LARGEST)
+        claims.claim(name, codes.shape, coding, {"codes": codes, "scale": scale}, "int8 per channel", unused)
+
+
+def _claim_codebook(claims: Claims, name: str, state: TensorInfo, kind: str) -> None:
+    raw = claims.read_bytes(state)
+    if raw is None:
+        what = f"{shown(state.name)} says the shape of a weight, and is not at hand with the headers alone"
+        claims.fault(what, "Download the model and give its folder")
+        return
+    fields = json_object(raw, shown(state.name), unique_keys=True)
+    shape = fields.get("shape")
+    if not isinstance(shape, list) or not all(type(side) is int and side >= 0 for side in shape):
+        raise BadDataError(f"{shown(state.name)} has the shape {shown(shape)}", "Save the model again")
+    nested = "nested_blocksize" in fields
+    offset = fields.get("nested_offset", 0.0)
+    coding = Codebook(
+        whole_number(fields, "blocksize", 64),
+        whole_number(fields, "nested_blocksize", 0),
+        float(offset) if isinstance(offset, (int, float)) else math.nan,
+    )
+    if (
+        coding.block < 2
+        or coding.block % 2
+        or (nested and coding.nested_block < 1)
+        or not math.isfinite(coding.nested_offset)
+    ):
+        raise BadDataError(f"{shown(state.name)} has no usable block sizes and offset", "Save the model again")
+    parts = _parts(claims, name, math.prod(shape), coding, nested)
+    if parts is not None:
+        label = f"{kind} in groups of {coding.block}" + (", nested" if nested else "")
+        claims.claim(name, tuple(shape), coding, parts, label, {state.name: state})
+
+
+def _parts(claims: Claims, name: str, count: int, coding: Codebook, nested: bool) -> dict[Part, TensorInfo] | None:
+    """The companions, each of the dtype and number of elements that it must have."""
+    scales = blocks(count, coding.block)
+    wanted: dict[Part, tuple[str, str, int]] = {
+        "codes": ("", "U8", blocks(count, 2)),
+        "absmax": (".absmax", "U8" if nested else "F32", scales),
+        "map": (".quant_map", "F32", 16),
+    }
+    if nested:
+        wanted["nested_absmax"] = (".nested_absmax", "F32", blocks(scales, coding.nested_block))
+        wanted["nested_map"] = (".nested_quant_map", "F32", 256)
+    parts: dict[Part, TensorInfo] = {}
+    for part, (suffix, dtype, elements) in wanted.items():
+        info = claims.stored.get(name + suffix)
+        if info is None or info.dtype != dtype or math.prod(info.shape) != elements:
+            found = "nothing" if info is None else f"{info.dtype} of shape {list(info.shape)}"
+            claims.fault(f"{shown(name + suffix)} should be {elements} elements of {dtype}, found {found}")
+            return None
+        parts[part] = info
+    return parts
