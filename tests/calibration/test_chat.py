@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from moe_svd_distill.calibration.chat_template import FIXED_DATE
+from moe_svd_distill.calibration.chat import FIXED_DATE
 from moe_svd_distill.calibration.documents import Document, cut_long_documents, without
 from moe_svd_distill.calibration.reading import read_documents
-from moe_svd_distill.calibration.text import load_tokenizer, tokenize
+from moe_svd_distill.calibration.text import tokenize
+from moe_svd_distill.calibration.tokenizer import load_tokenizer
 from moe_svd_distill.errors import BadDataError, MissingInputError
 from tests.calibration.tokenizers_made import END, byte_level, sentencepiece
 

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from moe_svd_distill.calibration.text import Document, TokenizedText, load_tokenizer, tokenize
+from moe_svd_distill.calibration.documents import Document
+from moe_svd_distill.calibration.text import TokenizedText, tokenize
+from moe_svd_distill.calibration.tokenizer import load_tokenizer
 
 LENGTH = 64
 _WORDS = "red green blue cat dog bird runs sleeps sings fast slowly today and but the a small big".split()  # noqa: SIM905

@@ -11,8 +11,8 @@ from moe_svd_distill.algebra.figures import Measurement
 from moe_svd_distill.evaluation.adapted import AdaptedStudent
 from moe_svd_distill.evaluation.guard import Guard
 from moe_svd_distill.evaluation.loading import load_model
-from moe_svd_distill.evaluation.resident import measure, record_teacher
 from moe_svd_distill.evaluation.scale_search import Evaluate, search_scale
+from moe_svd_distill.evaluation.sources import measure, record_teacher
 from tests.evaluation.conftest import Lab
 
 GROUPS = ("attention", "experts", "head")

@@ -12,8 +12,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_svd_distill.calibration.chat import Chat
-from moe_svd_distill.calibration.chat_template import render_chat
+from moe_svd_distill.calibration.chat import Chat, render_chat
 from moe_svd_distill.errors import BadDataError, MissingInputError
 
 IntArray: TypeAlias = NDArray[np.int64]

@@ -21,14 +21,13 @@ from torch import Tensor
 from moe_svd_distill.algebra.distribution import measure_tokens
 from moe_svd_distill.algebra.figures import Measurement
 from moe_svd_distill.calibration.paired import PairedText
-from moe_svd_distill.calibration.text import IntArray, TokenizedText
+from moe_svd_distill.calibration.text import TokenizedText
+from moe_svd_distill.calibration.tokenizer import IntArray
 from moe_svd_distill.errors import BadDataError, IncompatiblePairError
+from moe_svd_distill.evaluation.request import Progress
 from moe_svd_distill.evaluation.result import Aligned
 from moe_svd_distill.fitting.check import Places, predicting_places
 from moe_svd_distill.streaming import Head, head_over_common_tokens
-
-Progress: TypeAlias = Callable[[str, int, int], None]
-"""Called with the name of a pass, the tokens done and the tokens to do."""
 
 Block: TypeAlias = tuple[slice, Tensor]
 """Rows of a text, and their states at every position that predicts, (rows, length-1, d)."""
@@ -105,18 +104,18 @@ class TeacherRecord:
         Raises:
             IncompatiblePairError: The student's head has fewer tokens than are compared.
         """
-        mine, theirs = states.flatten(0, 1), self.hidden[rows].flatten(0, 1)
-        _require_states(rows, self.text.length, mine, theirs)
+        student, teacher = states.flatten(0, 1), self.hidden[rows].flatten(0, 1)
+        _require_states(rows, self.text.length, student, teacher)
         ids, most = torch.from_numpy(self.student_ids), int(self.student_ids[-1]) + 1
         for part in _parts(self.places, rows, self.text.length, _chunk_tokens(most)):
-            given = logits(mine[part.student.to(mine.device)])
+            given = logits(student[part.student.to(student.device)])
             if given.shape[-1] < most:
                 raise IncompatiblePairError(
                     f"The student's head has {given.shape[-1]} tokens, fewer than the {most} to compare",
                     "Compare only the tokens both models have",
                 )
             given = (given[:, :most] if most == len(ids) else given[:, ids.to(given.device)]).float()
-            wanted = self.head.logits(theirs[part.teacher.to(theirs.device)])
+            wanted = self.head.logits(teacher[part.teacher.to(teacher.device)])
             yield wanted.to(given.device), given, part.target.to(given.device)
 
 

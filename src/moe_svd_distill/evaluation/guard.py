@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Literal, TypeAlias
 
 from moe_svd_distill.algebra.figures import Measurement
-from moe_svd_distill.evaluation.change import Change, cross_entropy_change, kl_change, tokens_needed
+from moe_svd_distill.evaluation.uncertainty import Change, cross_entropy_change, kl_change, tokens_needed
 
 Kind: TypeAlias = Literal["kept", "harm", "none", "unproven"]
 """What was found: a fall; a rise of KL or cross-entropy; no fall that counts; or too little text to tell."""

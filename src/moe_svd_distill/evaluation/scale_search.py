@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from moe_svd_distill.algebra.figures import Measurement, plain
-from moe_svd_distill.evaluation.change import kl_change
 from moe_svd_distill.evaluation.guard import Guard, Kind, Tried, kept_sentence, kind_of, refusal
+from moe_svd_distill.evaluation.uncertainty import kl_change
 
 Evaluate: TypeAlias = Callable[[Mapping[str, float]], Measurement]
 """Measures the student at one scale per group; must be the untouched student at 0."""

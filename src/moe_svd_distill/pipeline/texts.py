@@ -122,8 +122,8 @@ def read_run_text(recipe: Recipe, pair: ModelPair, stages: Sequence[str]) -> Run
         BadDataError: There is too little text, or no record has the field that is to name its source.
         IncompatiblePairError: The models have different vocabularies, and the recipe does not say ``shared``.
     """
-    from moe_svd_distill.calibration.paired import pair_text
-    from moe_svd_distill.calibration.text import read_documents
+    from moe_svd_distill.calibration.paired import PairTokenizers
+    from moe_svd_distill.calibration.reading import read_documents
 
     documents = read_documents(recipe.calibration, field=recipe.text_field, group_field=recipe.text_group)
     if recipe.text_group is not None and all(document.group is None for document in documents):
@@ -134,15 +134,9 @@ def read_run_text(recipe: Recipe, pair: ModelPair, stages: Sequence[str]) -> Run
     fitting = "calibrated" in stages or "refined" in stages
     budgets = {"check": check_tokens(recipe), "fit": recipe.tokens} if fitting else {}
     budgets["search"] = recipe.scale_search_tokens  # last: more of it leaves the fit as it is
-    parts = pair_text(
-        documents,
-        pair.teacher.checkpoint.folder,
-        pair.student.checkpoint.folder,
-        budgets,
-        length=sequence_length(recipe, longest_sequence(pair)),
-        mode=recipe.vocabulary,
-        seed=recipe.seed,
-    )
+    folders = pair.teacher.checkpoint.folder, pair.student.checkpoint.folder
+    length = sequence_length(recipe, longest_sequence(pair))
+    parts = PairTokenizers(*folders, recipe.vocabulary).parts(documents, budgets, length=length, seed=recipe.seed)
     return RunText(parts["search"], parts.get("fit"), parts.get("check"))
 
 
