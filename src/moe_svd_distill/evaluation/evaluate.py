@@ -17,7 +17,7 @@ from moe_svd_distill.calibration.domain import domain_distance
 from moe_svd_distill.calibration.paired import PairedText, PairTokenizers
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.evaluation.from_states import Reader, TeacherRecord, compare
-from moe_svd_distill.evaluation.loading import load_model, place_of
+from moe_svd_distill.evaluation.loading import load_model, residency_of
 from moe_svd_distill.evaluation.request import EvaluationRequest, Progress
 from moe_svd_distill.evaluation.result import Control, Evaluation, effect_of
 from moe_svd_distill.evaluation.sources import (
@@ -64,19 +64,19 @@ def evaluate(
     texts = _texts(request, tokenizers, documents, calibration)
     read = [text.student for text in texts]
     check_loads(request.adapter, student_folder)
-    teacher_place, student_place = (
-        place_of(Path(folder), device, request.mode) for folder in (teacher_folder, student_folder)
+    of_teacher, of_student = (
+        residency_of(Path(folder), device, request.mode) for folder in (teacher_folder, student_folder)
     )
     with ExitStack() as stack:
         seeds = range(seed, seed + request.controls)
         controls = stack.enter_context(_random_controls(request.adapter, seeds, student_folder))
-        if teacher_place == "resident":
+        if of_teacher == "resident":
             records = resident_records(teacher_folder, texts, device, on_progress)
         else:
             records = streamed_records(teacher_folder, texts, request.kept, device, on_progress)
         kept = [record.hidden.states.path for record in records[:1] if isinstance(record.hidden, PredictingRows)]
         source: Student
-        if student_place == "resident":
+        if of_student == "resident":
             source = ResidentStudent(load_model(student_folder, device))
         else:
             source = stack.enter_context(StreamedStudent(student_folder, read, request.kept, device=device))
@@ -87,7 +87,7 @@ def evaluate(
     return replace(
         result,
         domain=domain_distance(read[1], read[0], seed=seed) if len(read) > 1 else None,
-        places={"teacher": teacher_place, "student": student_place},
+        places={"teacher": of_teacher, "student": of_student},
         kept_states=tuple(map(str, kept)),
         seconds=time.monotonic() - start,
     )

@@ -13,6 +13,7 @@ from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError
 if TYPE_CHECKING:
     import torch
 
+Residency: TypeAlias = Literal["resident", "streamed"]
 Mode: TypeAlias = Literal["auto", "resident", "streamed"]
 """In memory as transformers loads it, layer by layer from its files, or in memory where it fits."""
 
@@ -69,7 +70,7 @@ def fits(folder: Path, device: str) -> bool:
     return _needed_bytes(folder, default_dtype(device)) <= available_bytes(device)
 
 
-def place_of(folder: Path, device: str, mode: Mode) -> Literal["resident", "streamed"]:
+def residency_of(folder: Path, device: str, mode: Mode) -> Residency:
     """Decide for one model: as asked, or resident where the free memory of the device is enough."""
     if mode == "auto":
         return "resident" if fits(folder, device) else "streamed"

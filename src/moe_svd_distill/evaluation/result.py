@@ -9,11 +9,11 @@ import numpy as np
 
 from moe_svd_distill.algebra.figures import Figures, Interval, Measurement, plain
 from moe_svd_distill.calibration.domain import DomainDistance
+from moe_svd_distill.evaluation.loading import Residency
 from moe_svd_distill.evaluation.temperature import TemperatureControl
 from moe_svd_distill.evaluation.uncertainty import GapClosed, cross_entropy_change, kl_change, mean_gap
 
 Effect: TypeAlias = Literal["helps", "recalibrates", "mixed", "harms", "none", "unproven"]
-Place: TypeAlias = Literal["resident", "streamed"]
 
 ERRORS = 3.0
 BAND = 0.02  # of KL: an interval within this is no effect, one beyond it says that the text is too little
@@ -90,7 +90,7 @@ class Evaluation:
     sequence_length: int
     unit: str
     seconds: float
-    places: dict[str, Place]
+    places: dict[str, Residency]
     domain: DomainDistance | None = None
     kept_states: tuple[str, ...] = ()
     aligned: Aligned | None = None

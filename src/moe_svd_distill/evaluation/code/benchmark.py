@@ -188,11 +188,11 @@ class _Run:
         passed, reasons, total = [], [], len(self._problems.problems)
         for done, problem in enumerate(self._problems.problems):
             self._on_progress(f"{self._problems.name}: {who} is run", done, total)
-            outcome = run_program(problem.program(written[problem.task_id].text), self.limits, self.guards)
-            if outcome.passed:
+            reason = run_program(problem.program(written[problem.task_id].text), self.limits, self.guards)
+            if reason is None:
                 passed.append(problem.task_id)
             else:
-                reasons.append(outcome.reason)
+                reasons.append(reason)
         self._on_progress(f"{self._problems.name}: {who} is run", total, total)
         counts = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
         unfinished = sum(found.ended == "limit" for found in written.values())

@@ -45,7 +45,6 @@ class Continuation:
 
 @dataclass
 class _Row:
-    number: int
     ids: list[int] = field(default_factory=list)
     ended: str = ""
 
@@ -89,7 +88,7 @@ class Writer:
 
     def _continue_texts(self, prompts: Sequence[str], limit: int) -> list[Continuation]:
         ids, mask = self._left_padded([self._tokenizer(prompt)["input_ids"] for prompt in prompts])
-        rows = [_Row(number) for number in range(len(prompts))]
+        rows = [_Row() for _ in prompts]
         going, cache, fed = rows, None, ids
         for _ in range(limit):
             output = self._forward(fed, mask, cache)
