@@ -14,7 +14,7 @@ from moe_svd_distill.calibration.reading import read_documents
 from moe_svd_distill.calibration.text import tokenize
 from moe_svd_distill.calibration.tokenizer import load_tokenizer
 from moe_svd_distill.errors import BadDataError, MissingInputError
-from tests.calibration.tokenizers_made import END, byte_level, sentencepiece
+from tests.support.tokenizers import END, byte_level, sentencepiece
 
 TEMPLATE = (
     "{{ bos_token }}{% for tool in tools or [] %}[{{ tool.name }}]{% endfor %}"

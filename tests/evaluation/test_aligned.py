@@ -26,8 +26,8 @@ from moe_svd_distill.evaluation.result import Evaluation
 from moe_svd_distill.fitting.check import predicting_places
 from moe_svd_distill.streaming import load_head, stream_states
 from tests.adapter.tiny import random_pairs, save_adapter
-from tests.calibration.tokenizers_made import byte_level, sentencepiece
-from tests.evaluation.conftest import LENGTH, Lab, documents, llama, qwen3_moe
+from tests.support.language import LENGTH, Lab, documents, llama, qwen3_moe
+from tests.support.tokenizers import byte_level, sentencepiece
 
 TOKENS = 3000
 LAB_TEXT = Path(__file__).parents[2] / "lab" / "text" / "heldout.jsonl"

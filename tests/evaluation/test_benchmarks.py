@@ -20,7 +20,7 @@ from moe_svd_distill.evaluation.adapted import AdaptedStudent
 from moe_svd_distill.evaluation.benchmarks import EXTRA, require_harness, run_benchmarks
 from moe_svd_distill.evaluation.loading import load_model
 from moe_svd_distill.evaluation.request import BenchmarkRequest, EvaluationRequest
-from tests.evaluation.conftest import Lab
+from tests.support.language import Lab
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from moe_svd_distill.errors import BadDataError, IncompatiblePairError
 from moe_svd_distill.evaluation.evaluate import evaluate
 from moe_svd_distill.evaluation.request import EvaluationRequest
 from moe_svd_distill.files.names import ADAPTER_FILE
-from tests.evaluation.conftest import LENGTH, Lab, documents, llama, write_tokenizer
+from tests.support.language import LENGTH, Lab, documents, llama, write_tokenizer
 
 
 def test_the_adapter_that_makes_the_teacher_closes_the_gap(lab: Lab) -> None:

@@ -13,7 +13,7 @@ from moe_svd_distill.evaluation.guard import Guard
 from moe_svd_distill.evaluation.loading import load_model
 from moe_svd_distill.evaluation.scale_search import Evaluate, search_scale
 from moe_svd_distill.evaluation.sources import measure, record_teacher
-from tests.evaluation.conftest import Lab
+from tests.support.language import Lab
 
 GROUPS = ("attention", "experts", "head")
 

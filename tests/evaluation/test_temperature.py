@@ -13,7 +13,7 @@ from moe_svd_distill.evaluation.evaluate import evaluate_student
 from moe_svd_distill.evaluation.from_states import compare
 from moe_svd_distill.evaluation.sources import ResidentStudent, measure, record_teacher
 from moe_svd_distill.evaluation.temperature import HIGHEST, TemperatureCurve, TemperatureReader
-from tests.evaluation.conftest import Lab, llama, qwen3_moe
+from tests.support.language import Lab, llama, qwen3_moe
 
 
 def _curve(student: Any, record: Any) -> TemperatureCurve:

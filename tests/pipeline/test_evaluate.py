@@ -17,8 +17,8 @@ from moe_svd_distill.evaluation.code import benchmark
 from moe_svd_distill.files.names import EVALUATION_FILE
 from moe_svd_distill.pipeline.evaluate import BenchmarkRequest, EvaluationRequest, evaluate_adapter, held_out
 from moe_svd_distill.report.facts import text_note
-from tests.evaluation.code.problems import GREEN, WRONG, write_problems
 from tests.support.models import saved
+from tests.support.problems import GREEN, WRONG, write_problems
 
 REQUEST = BenchmarkRequest(("task",), limit=7, include_path=Path("tasks"))
 

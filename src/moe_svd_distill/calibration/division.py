@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from moe_svd_distill.calibration.allocation import ENOUGH, WIDEST, Spread, allocate, complete
-from moe_svd_distill.calibration.documents import MINIMUM_UNITS, Document, cut_long_documents, drawing_key
-from moe_svd_distill.calibration.repeats import Repeats
+from moe_svd_distill.calibration.documents import MINIMUM_UNITS, Document, Repeats, cut_long_documents, drawing_key
 from moe_svd_distill.calibration.text import (
     BATCH,
     Division,

@@ -63,7 +63,9 @@ def teacher_pass(
     folder: str | Path, text: TokenizedText, *, vocabulary: int, device: str, on_progress: Progress | None = None
 ) -> TeacherRecord:
     """Load the teacher, record its pass over a text that the student reads in the same tokens, and let go of it."""
-    return resident_records(folder, [PairedText.read_alike(text, vocabulary)], device, on_progress)[0]
+    record = record_teacher(load_model(folder, device), text, vocabulary=vocabulary, on_progress=on_progress)
+    gc.collect()
+    return record
 
 
 def resident_records(

@@ -142,7 +142,7 @@ def held_out(documents: Sequence[Document], search: Mapping[str, Any], calibrati
 
 
 def _not_repeated(documents: Sequence[Document], seen: Sequence[Document]) -> tuple[Document, ...]:
-    from moe_svd_distill.calibration.repeats import Repeats
+    from moe_svd_distill.calibration.documents import Repeats
 
     repeats = Repeats()
     for document in seen:

@@ -15,8 +15,8 @@ from moe_svd_distill.evaluation.code.benchmark import LocalModel, run_code_bench
 from moe_svd_distill.evaluation.code.problems import ProblemSet, load_problems
 from moe_svd_distill.evaluation.request import BenchmarkRequest, EvaluationRequest
 from moe_svd_distill.files.names import ADAPTER_FILE
-from tests.evaluation.code.problems import GREEN, WRONG, write_problems
-from tests.evaluation.conftest import Lab
+from tests.support.language import Lab
+from tests.support.problems import GREEN, WRONG, write_problems
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from moe_svd_distill.errors import BadDataError, IncompatiblePairError, MissingI
 from moe_svd_distill.evaluation import from_states, loading
 from moe_svd_distill.evaluation.loading import load_model, model_bytes
 from moe_svd_distill.evaluation.sources import measure, record_teacher
-from tests.evaluation.conftest import LENGTH, Lab, llama, qwen3_moe
 from tests.support import architectures
+from tests.support.language import LENGTH, Lab, llama, qwen3_moe
 
 
 def _naive(teacher: Any, student: Any, text: TokenizedText, vocabulary: int) -> tuple[float, float, float, float]:
