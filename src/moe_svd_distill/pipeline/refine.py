@@ -105,8 +105,8 @@ class _Refinement:
     def __init__(self, given: Given, report: Report, note: Callable[[str], None], stack: ExitStack) -> None:
         recipe, pair, text = given.recipe, given.pair, given.text
         assert text.fit is not None
-        assert text.check is not None
-        self.check_tokens = text.check.student.tokens
+        assert text.validation is not None
+        self.check_tokens = text.validation.student.tokens
         self.recipe, self.pair, self.text, self.fit_text = recipe, pair, text, text.fit
         self.folder, self.begin_with, self.report, self.stack = given.folder, given.start, report, stack
         self.note, self.points = note, 0

@@ -118,7 +118,7 @@ class StateReader:
         Args:
             head: The student's head over the common tokens, from which the copies are drawn.
         """
-        fit, check = self._text.fit, self._text.check
+        fit, check = self._text.fit, self._text.validation
         assert fit is not None
         assert check is not None
         count = len(fit.student.sequences)

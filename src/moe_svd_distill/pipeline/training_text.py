@@ -40,7 +40,7 @@ def training_texts(
     Returns:
         The text to train on and the text to measure on meanwhile; both point into the file of the teacher's states.
     """
-    fit, check = text.fit, text.check
+    fit, check = text.fit, text.validation
     assert fit is not None
     assert check is not None
     count = len(fit.student.sequences)
