@@ -87,7 +87,7 @@ def test_programming_problems_need_consent_and_stay_beside_the_rest(
     def measured(asked: EvaluationRequest, problems: Any, student: Any, teacher: Any, on_progress: Any) -> Any:
         how = asked.benchmarks
         assert how is not None
-        where = (student.folder, asked.adapter, asked.kept, teacher)
+        where = (student.folder, asked.adapter, asked.cache_folder, teacher)
         told.append((len(problems.problems), *where, how.new_tokens, how.batch))
         return SimpleNamespace(name=problems.name, as_dict=lambda: {"name": problems.name})
 

@@ -73,13 +73,13 @@ def evaluate(
         if of_teacher == "resident":
             records = resident_records(teacher_folder, texts, device, on_progress)
         else:
-            records = streamed_records(teacher_folder, texts, request.kept, device, on_progress)
+            records = streamed_records(teacher_folder, texts, request.cache_folder, device, on_progress)
         kept = [record.hidden.states.path for record in records[:1] if isinstance(record.hidden, PredictingRows)]
         source: Student
         if of_student == "resident":
             source = ResidentStudent(load_model(student_folder, device))
         else:
-            source = stack.enter_context(StreamedStudent(student_folder, read, request.kept, device=device))
+            source = stack.enter_context(StreamedStudent(student_folder, read, request.cache_folder, device=device))
         result = evaluate_student(
             source, records, request.adapter, seed=seed, controls=controls, on_progress=on_progress
         )

@@ -89,6 +89,6 @@ class EvaluationRequest:
     vocabulary: VocabularyMode | None = None
 
     @property
-    def kept(self) -> Path:
-        """Folder of what may stay for the next evaluation."""
+    def cache_folder(self) -> Path:
+        """Where what stays for the next evaluation lies."""
         return self.cache or self.adapter / CACHE_FOLDER

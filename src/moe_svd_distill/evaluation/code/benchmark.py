@@ -119,7 +119,7 @@ def run_code_benchmark(
         dtype=str(fastest_dtype(device)).removeprefix("torch."),
         device=device.partition(":")[0],
     )
-    run = _Run(problems, settings, request.kept, on_progress)
+    run = _Run(problems, settings, request.cache_folder, on_progress)
     loaded = _Loaded(student.folder, device)
     before = run.solve("student", student, None, lambda: loaded.untouched)
     after = run.solve(
