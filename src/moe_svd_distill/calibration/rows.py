@@ -75,12 +75,11 @@ def common_cuts(student: TokenSpans, teacher: TokenSpans, characters: int) -> In
 class _PairedDocument:
     """One document in both tokenisations, cut where it is to end, each ended.
 
-    `cuts`, (cuts, 2), are where both have read the same characters; `breaks`, (breaks, 2), where a row may end.
+    A row may end at its `breaks`, (breaks, 2): where both have read the same characters, and last at its end.
     """
 
     document: Document
     ids: tuple[IntArray, IntArray]
-    cuts: IntArray
     breaks: IntArray
 
 
@@ -113,7 +112,8 @@ class _Rows:
             to = paired.breaks[min([reachable[-1], *enough[:1]])]
             for side in (0, 1):
                 self._write(side, paired.ids[side][at[side] : to[side]], number)
-            inside = paired.cuts[(paired.cuts > at).all(axis=1) & (paired.cuts <= to).all(axis=1)]
+            cuts = paired.breaks[:-1]
+            inside = cuts[(cuts > at).all(axis=1) & (cuts <= to).all(axis=1)]
             self.positions.append(inside - at - 1 + self.used + self.done * self.length)
             self.tokens += int(to[0] - at[0])
             self.used = [int(used) for used in self.used + to - at]
@@ -206,4 +206,4 @@ def _paired_documents(
                     taken = (taken[0][: cuts[-1, 0]], taken[1][: cuts[-1, 1]])
             complete = (ended(taken[0], student.end_of_text), ended(taken[1], teacher.end_of_text))
             end = np.asarray([[len(complete[0]), len(complete[1])]], dtype=np.int64)
-            yield _PairedDocument(document, complete, cuts, np.concatenate([cuts, end]))
+            yield _PairedDocument(document, complete, np.concatenate([cuts, end]))
