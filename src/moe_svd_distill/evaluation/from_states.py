@@ -26,8 +26,8 @@ from moe_svd_distill.calibration.tokenizer import IntArray
 from moe_svd_distill.errors import BadDataError, IncompatiblePairError
 from moe_svd_distill.evaluation.request import Progress
 from moe_svd_distill.evaluation.result import Aligned
-from moe_svd_distill.fitting.check import Places, predicting_places
 from moe_svd_distill.streaming import Head, head_over_common_tokens
+from moe_svd_distill.training.measuring import Places, predicting_places
 
 Block: TypeAlias = tuple[slice, Tensor]
 """Rows of a text, and their states at every position that predicts, (rows, length-1, d)."""
