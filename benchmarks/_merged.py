@@ -9,10 +9,12 @@ import torch
 
 from moe_svd_distill.adapter.merge import merge
 from moe_svd_distill.adapter.verify import verify
-from moe_svd_distill.calibration.text import load_tokenizer, read_documents, tokenize
+from moe_svd_distill.calibration.reading import read_documents
+from moe_svd_distill.calibration.text import tokenize
+from moe_svd_distill.calibration.tokenizer import load_tokenizer
 from moe_svd_distill.evaluation.adapted import AdaptedStudent
 from moe_svd_distill.evaluation.loading import load_model
-from moe_svd_distill.evaluation.resident import measure, record_teacher
+from moe_svd_distill.evaluation.sources import measure, record_teacher
 
 TOKENS = 16_384
 

@@ -26,11 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the f
 from benchmarks.calibrated import MODELS
 from benchmarks.guard import BLOCK_TOKENS, BLOCKS
 from moe_svd_distill.algebra.figures import Measurement
-from moe_svd_distill.calibration.text import Document, TokenizedText, load_tokenizer, read_documents, without
+from moe_svd_distill.calibration.documents import Document, without
+from moe_svd_distill.calibration.reading import read_documents
+from moe_svd_distill.calibration.text import TokenizedText
+from moe_svd_distill.calibration.tokenizer import load_tokenizer
 from moe_svd_distill.evaluation.adapted import AdaptedStudent
 from moe_svd_distill.evaluation.loading import load_model
-from moe_svd_distill.evaluation.resident import measure, record_teacher
 from moe_svd_distill.evaluation.scale_search import ScaleSearch
+from moe_svd_distill.evaluation.sources import measure, record_teacher
 from moe_svd_distill.pipeline.distill import distill
 from moe_svd_distill.pipeline.lab import lab_folder
 from moe_svd_distill.recipe import parse_recipe

@@ -21,18 +21,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the f
 from benchmarks._lora import GRID, Search, Training, check_saved, search
 from benchmarks._measure import machine, one_thread, print_machine
 from moe_svd_distill.algebra.figures import Measurement, cross_entropy_gap_closed, kl_gap_closed, plain
-from moe_svd_distill.calibration.text import (
-    Document,
-    TokenizedText,
-    load_tokenizer,
-    read_documents,
-    require_shared_vocabulary,
-    split_documents,
-    tokenize,
-)
-from moe_svd_distill.evaluation.bootstrap import Bootstrap
+from moe_svd_distill.calibration.documents import Document, split_documents
+from moe_svd_distill.calibration.reading import read_documents
+from moe_svd_distill.calibration.text import TokenizedText, tokenize
+from moe_svd_distill.calibration.tokenizer import load_tokenizer
+from moe_svd_distill.calibration.vocabulary import require_shared_vocabulary
+from moe_svd_distill.evaluation.from_states import TeacherRecord
 from moe_svd_distill.evaluation.loading import load_model
-from moe_svd_distill.evaluation.resident import TeacherRecord, measure, record_teacher
+from moe_svd_distill.evaluation.sources import measure, record_teacher
+from moe_svd_distill.evaluation.uncertainty import Bootstrap
 from moe_svd_distill.pipeline.lab import LabPair, lab_pair
 
 PAIRS = ("pruned", "independent", "sibling", "dense", "moe-to-dense", "dense-to-moe")

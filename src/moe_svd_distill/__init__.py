@@ -11,12 +11,15 @@ if TYPE_CHECKING:
     from moe_svd_distill.adapter.merge import merge as merge
     from moe_svd_distill.adapter.repair import rebuild_configuration
     from moe_svd_distill.adapter.verify import verify as verify
+    from moe_svd_distill.evaluation.request import BenchmarkRequest, EvaluationRequest
     from moe_svd_distill.pipeline.distill import Adapter, Listener, distill, load_adapter
     from moe_svd_distill.pipeline.evaluate import evaluate_adapter
     from moe_svd_distill.recipe import Recipe, load_recipe, parse_recipe
 
 __all__ = [
     "Adapter",
+    "BenchmarkRequest",
+    "EvaluationRequest",
     "Listener",
     "Recipe",
     "distill",
@@ -34,6 +37,8 @@ _HOMES = {
     "Listener": "pipeline.distill",
     "distill": "pipeline.distill",
     "load_adapter": "pipeline.distill",
+    "BenchmarkRequest": "evaluation.request",
+    "EvaluationRequest": "evaluation.request",
     "evaluate_adapter": "pipeline.evaluate",
     "Recipe": "recipe",
     "load_recipe": "recipe",

@@ -24,8 +24,9 @@ from benchmarks._lora import (
 from benchmarks.lora_training import PAIRS, any_pair, line, outcome, table, texts, tokenized
 from moe_svd_distill.calibration.text import TokenizedText
 from moe_svd_distill.errors import BadDataError, IncompatiblePairError, UsageError
+from moe_svd_distill.evaluation.from_states import TeacherRecord
 from moe_svd_distill.evaluation.loading import load_model
-from moe_svd_distill.evaluation.resident import TeacherRecord, measure, record_teacher
+from moe_svd_distill.evaluation.sources import measure, record_teacher
 from tests.support.models import build, logits, saved
 
 LENGTH = 32

@@ -19,8 +19,8 @@ from benchmarks.real_pair.places import DEFAULT, VARIABLE, Places, pins
 from benchmarks.real_pair.product import pairs
 from benchmarks.real_pair.rows import Row
 from benchmarks.real_pair.trl_row import TrlOptions
-from tests.evaluation.code.problems import GREEN, WRONG, write_problems
-from tests.evaluation.conftest import write_tokenizer
+from tests.support.language import write_tokenizer
+from tests.support.problems import GREEN, WRONG, write_problems
 
 VOCABULARY = 151_936
 WORDS = "red green blue cat dog bird runs sleeps sings fast slowly today and but the a small big".split()  # noqa: SIM905

@@ -10,7 +10,7 @@ from tokenizers import normalizers
 
 from moe_svd_distill.calibration.documents import Document
 from moe_svd_distill.calibration.reading import read_documents
-from tests.calibration.tokenizers_made import byte_level, sentencepiece
+from tests.support.tokenizers import byte_level, sentencepiece
 
 LAB_TEXT = Path(__file__).parents[2] / "lab" / "text" / "calibration.jsonl"
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from moe_svd_distill.calibration.chat_template import FIXED_DATE
+from moe_svd_distill.calibration.chat import FIXED_DATE
 from moe_svd_distill.calibration.documents import Document, cut_long_documents, without
 from moe_svd_distill.calibration.reading import read_documents
-from moe_svd_distill.calibration.text import load_tokenizer, tokenize
+from moe_svd_distill.calibration.text import tokenize
+from moe_svd_distill.calibration.tokenizer import load_tokenizer
 from moe_svd_distill.errors import BadDataError, MissingInputError
-from tests.calibration.tokenizers_made import END, byte_level, sentencepiece
+from tests.support.tokenizers import END, byte_level, sentencepiece
 
 TEMPLATE = (
     "{{ bos_token }}{% for tool in tools or [] %}[{{ tool.name }}]{% endfor %}"

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from moe_svd_distill.calibration.division import divide_text
 from moe_svd_distill.calibration.documents import Document, without
-from moe_svd_distill.calibration.text import load_tokenizer
+from moe_svd_distill.calibration.tokenizer import load_tokenizer
 from moe_svd_distill.errors import BadDataError, UsageError
-from tests.calibration.characters import PLAIN
+from tests.support.characters import PLAIN
 
 BUDGETS = {"fit": 20_000, "search": 2000}
 

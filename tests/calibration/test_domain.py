@@ -13,7 +13,8 @@ from scipy.spatial.distance import jensenshannon
 
 from moe_svd_distill.calibration.documents import Document
 from moe_svd_distill.calibration.domain import domain_distance, jensen_shannon
-from moe_svd_distill.calibration.text import TokenizedText, load_tokenizer, tokenize
+from moe_svd_distill.calibration.text import TokenizedText, tokenize
+from moe_svd_distill.calibration.tokenizer import load_tokenizer
 from tests.calibration.conftest import LAB_TEXT
 
 TOKENIZER = Path(__file__).parents[2] / "lab" / "models" / "llama-student"

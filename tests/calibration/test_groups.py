@@ -17,7 +17,7 @@ from moe_svd_distill.calibration.division import divide, divide_text
 from moe_svd_distill.calibration.documents import Document, cut_long_documents, without_groups
 from moe_svd_distill.calibration.reading import read_documents
 from moe_svd_distill.errors import BadDataError
-from tests.calibration.characters import PLAIN
+from tests.support.characters import PLAIN
 from tests.support.windows import windows
 
 BUDGETS = {"fit": 20_000, "search": 2000}

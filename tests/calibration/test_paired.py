@@ -11,8 +11,9 @@ import pytest
 from tokenizers import Tokenizer as FastTokenizer
 
 from moe_svd_distill.calibration.documents import Document
-from moe_svd_distill.calibration.paired import PairedText, pair_text
-from moe_svd_distill.calibration.text import TokenizedText, load_tokenizer
+from moe_svd_distill.calibration.paired import PairedText, PairTokenizers
+from moe_svd_distill.calibration.text import TokenizedText
+from moe_svd_distill.calibration.tokenizer import load_tokenizer
 from moe_svd_distill.errors import BadDataError, IncompatiblePairError
 from tests.calibration.conftest import Kinds
 
@@ -34,7 +35,7 @@ def test_both_have_the_same_context_where_they_align(
     kinds: Kinds, lab_documents: tuple[Document, ...], student: str, teacher: str
 ) -> None:
     folders = (getattr(kinds, student), getattr(kinds, teacher))
-    parts = pair_text(lab_documents, folders[1], folders[0], BUDGETS, length=LENGTH, mode="shared")
+    parts = PairTokenizers(folders[1], folders[0], "shared").parts(lab_documents, BUDGETS, length=LENGTH)
     text = parts["fit"]
     assert not text.identical
     assert text.student.sequences.shape == text.teacher.sequences.shape
@@ -49,7 +50,7 @@ def test_both_have_the_same_context_where_they_align(
 
 
 def test_pieces_and_bytes(kinds: Kinds, lab_documents: tuple[Document, ...]) -> None:
-    text = pair_text(lab_documents, kinds.pieces, kinds.small, {"fit": 8000}, length=LENGTH, mode="shared")["fit"]
+    text = PairTokenizers(kinds.pieces, kinds.small, "shared").parts(lab_documents, {"fit": 8000}, length=LENGTH)["fit"]
     rows = text.student_position // LENGTH
     assert (rows == text.teacher_position // LENGTH).all()
     assert set(rows) == set(range(len(text.student.sequences)))
@@ -60,7 +61,7 @@ def test_pieces_and_bytes(kinds: Kinds, lab_documents: tuple[Document, ...]) -> 
 
 
 def test_padding_counts_for_nothing_and_budgets_are_met(kinds: Kinds, lab_documents: tuple[Document, ...]) -> None:
-    parts = pair_text(lab_documents, kinds.large, kinds.small, BUDGETS, length=LENGTH, mode="shared")
+    parts = PairTokenizers(kinds.large, kinds.small, "shared").parts(lab_documents, BUDGETS, length=LENGTH)
     assert list(parts) == list(BUDGETS)
     for name, text in parts.items():
         assert 0 <= text.student.tokens - BUDGETS[name] // LENGTH * LENGTH < LENGTH
@@ -78,7 +79,9 @@ def test_padding_counts_for_nothing_and_budgets_are_met(kinds: Kinds, lab_docume
 
 
 def test_every_token_of_the_documents_is_there_in_order(kinds: Kinds, lab_documents: tuple[Document, ...]) -> None:
-    text = pair_text(lab_documents[:40], kinds.large, kinds.small, {"all": 10**8}, length=LENGTH, mode="shared")["all"]
+    text = PairTokenizers(kinds.large, kinds.small, "shared").parts(lab_documents[:40], {"all": 10**8}, length=LENGTH)[
+        "all"
+    ]
     by_source = {document.source: document.text for document in lab_documents}
     for side, folder in ((text.student, kinds.small), (text.teacher, kinds.large)):
         tokenizer = load_tokenizer(folder)
@@ -99,9 +102,9 @@ def test_equal_vocabularies_pair_every_position(
     inner.add_special_tokens(["<think>"])
     inner.save(str(student / "tokenizer.json"))
     for mode in ("equal", "shared"):
-        parts: dict[str, PairedText] = pair_text(
-            lab_documents, kinds.small, student, BUDGETS, length=LENGTH, mode="shared" if mode == "shared" else "equal"
-        )
+        parts: dict[str, PairedText] = PairTokenizers(
+            kinds.small, student, "shared" if mode == "shared" else "equal"
+        ).parts(lab_documents, BUDGETS, length=LENGTH)
         text = parts["search"]
         assert text.identical
         assert text.aligned == 1.0
@@ -111,7 +114,7 @@ def test_equal_vocabularies_pair_every_position(
 
 def test_different_vocabularies_are_refused_unless_asked_for(kinds: Kinds, lab_documents: tuple[Document, ...]) -> None:
     with pytest.raises(IncompatiblePairError, match="vocabulary: shared"):
-        pair_text(lab_documents, kinds.large, kinds.small, BUDGETS, length=LENGTH)
+        PairTokenizers(kinds.large, kinds.small)
 
 
 def test_documents_with_tokens_a_head_has_no_row_for_are_skipped(
@@ -120,7 +123,7 @@ def test_documents_with_tokens_a_head_has_no_row_for_are_skipped(
     teacher = shutil.copytree(kinds.large, tmp_path / "teacher")
     rows = FastTokenizer.from_file(str(teacher / "tokenizer.json")).get_vocab_size() - 20
     (teacher / "config.json").write_text(json.dumps({"vocab_size": rows}))
-    text = pair_text(lab_documents, teacher, kinds.small, {"all": 10**8}, length=LENGTH, mode="shared")["all"]
+    text = PairTokenizers(teacher, kinds.small, "shared").parts(lab_documents, {"all": 10**8}, length=LENGTH)["all"]
     assert 0 < text.student.skipped < len(lab_documents)
     assert text.teacher.sequences.max() < rows
     assert text.teacher_ids.max() < rows
@@ -128,4 +131,4 @@ def test_documents_with_tokens_a_head_has_no_row_for_are_skipped(
 
 def test_too_little_text(kinds: Kinds) -> None:
     with pytest.raises(BadDataError, match="too short"):
-        pair_text([Document("a", "few words")], kinds.large, kinds.small, BUDGETS, length=LENGTH, mode="shared")
+        PairTokenizers(kinds.large, kinds.small, "shared").parts([Document("a", "few words")], BUDGETS, length=LENGTH)

@@ -8,15 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_svd_distill.calibration.text import (
-    Document,
-    compare_vocabularies,
-    load_tokenizer,
-    require_shared_vocabulary,
-    tokenize,
-)
+from moe_svd_distill.calibration.documents import Document
+from moe_svd_distill.calibration.text import tokenize
+from moe_svd_distill.calibration.tokenizer import load_tokenizer
+from moe_svd_distill.calibration.vocabulary import compare_vocabularies, require_shared_vocabulary
 from moe_svd_distill.errors import BadDataError, IncompatiblePairError, MissingInputError
-from tests.evaluation.conftest import write_tokenizer
+from tests.support.language import write_tokenizer
 
 TEXTS = ["the cat sat on the mat and the dog sat on the cat"] * 3
 

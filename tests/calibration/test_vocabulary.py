@@ -17,7 +17,7 @@ from moe_svd_distill.calibration.vocabulary import (
 )
 from moe_svd_distill.errors import IncompatiblePairError
 from tests.calibration.conftest import Kinds
-from tests.calibration.tokenizers_made import byte_level
+from tests.support.tokenizers import byte_level
 
 TEXTS = ["the cat sat on the mat and the dog sat"] * 4
 

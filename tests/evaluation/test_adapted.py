@@ -11,7 +11,7 @@ import torch
 from moe_svd_distill.errors import BadDataError, UsageError
 from moe_svd_distill.evaluation.adapted import AdaptedStudent
 from moe_svd_distill.streaming import group_of
-from tests.evaluation.conftest import qwen3_moe
+from tests.support.language import qwen3_moe
 
 IDS = torch.arange(1, 65).reshape(2, 32)
 _SETTINGS: dict[str, dict[str, Any]] = {

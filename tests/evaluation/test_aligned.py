@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,20 @@ import pytest
 import torch
 
 from moe_svd_distill.algebra.figures import Measurement
-from moe_svd_distill.calibration.documents import Document
-from moe_svd_distill.calibration.paired import pair_text
+from moe_svd_distill.calibration.documents import Document, without
+from moe_svd_distill.calibration.paired import PairTokenizers
 from moe_svd_distill.calibration.reading import read_documents
 from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.errors import BadDataError, IncompatiblePairError
 from moe_svd_distill.evaluation import from_states
 from moe_svd_distill.evaluation.evaluate import evaluate
+from moe_svd_distill.evaluation.request import EvaluationRequest
 from moe_svd_distill.evaluation.result import Evaluation
 from moe_svd_distill.streaming import ScaledAdapter, load_head, stream_states
 from moe_svd_distill.training.measuring import predicting_places
 from tests.adapter.tiny import random_pairs, save_adapter
-from tests.calibration.tokenizers_made import byte_level, sentencepiece
-from tests.evaluation.conftest import LENGTH, Lab, documents, llama, qwen3_moe
+from tests.support.language import LENGTH, Lab, documents, llama, qwen3_moe
+from tests.support.tokenizers import byte_level, sentencepiece
 
 TOKENS = 3000
 LAB_TEXT = Path(__file__).parents[2] / "lab" / "text" / "heldout.jsonl"
@@ -67,8 +68,10 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def _evaluate(pair: Unequal, mode: Any, cache: Path, **changes: Any) -> Evaluation:
-    settings = {"limit_tokens": TOKENS, "length": LENGTH, "mode": mode, "cache": cache, "vocabulary": "shared"}
-    return evaluate(pair.adapter, pair.teacher, pair.student, pair.documents[:40], **(settings | changes))
+    read, calibration = changes.pop("documents", pair.documents[:40]), changes.pop("calibration", ())
+    settings = {"tokens": TOKENS, "length": LENGTH, "mode": mode, "cache": cache, "vocabulary": "shared"}
+    request = EvaluationRequest(pair.adapter, **(settings | changes))
+    return evaluate(request, pair.teacher, pair.student, read, calibration)
 
 
 def test_figures_are_those_over_the_common_tokens(pair: Unequal, tmp_path: Path) -> None:
@@ -77,9 +80,8 @@ def test_figures_are_those_over_the_common_tokens(pair: Unequal, tmp_path: Path)
     resident, streamed = results
     assert streamed.places == {"teacher": "streamed", "student": "streamed"}
     assert len(streamed.kept_states) == 2
-    text = pair_text(
-        pair.documents[:40], pair.teacher, pair.student, {"held-out": TOKENS}, length=LENGTH, mode="shared"
-    )["held-out"]
+    tokenizers = PairTokenizers(pair.teacher, pair.student, "shared")
+    text = tokenizers.parts(pair.documents[:40], {"held-out": TOKENS}, length=LENGTH)["held-out"]
     expected = {adapter: _expected(pair, text, tmp_path / "own", adapter) for adapter in (None, pair.adapter)}
     mass = _teacher_mass(pair, text, tmp_path / "own")
     for result in results:
@@ -154,14 +156,14 @@ def test_without_being_asked_the_pair_is_refused(pair: Unequal, tmp_path: Path) 
 def test_used_documents_are_left_out(pair: Unequal, tmp_path: Path) -> None:
     used = {document.digest for document in pair.documents[:40]}
     with pytest.raises(BadDataError, match="All of the text was used"):
-        _evaluate(pair, "resident", tmp_path, used=used)
+        _evaluate(pair, "resident", tmp_path, documents=without(pair.documents[:40], used))
 
 
 def test_a_teacher_that_only_numbers_its_tokens_otherwise_is_reached(lab: Lab, tmp_path: Path) -> None:
     renumbered = _renumbered(lab.teacher, tmp_path / "teacher")
-    settings: dict[str, Any] = {"length": LENGTH, "controls": 0, "limit_tokens": 4000}
+    request = EvaluationRequest(lab.good_adapter, length=LENGTH, controls=0, tokens=4000)
     text = documents(40, seed=9)
-    result = evaluate(lab.good_adapter, renumbered, lab.student, text, vocabulary="shared", **settings)
+    result = evaluate(replace(request, vocabulary="shared"), renumbered, lab.student, text)
     assert result.effect == "helps"
     assert result.adapted.kl < 1e-4
     assert result.gap_closed.kl == pytest.approx(100, abs=0.1)
@@ -169,18 +171,16 @@ def test_a_teacher_that_only_numbers_its_tokens_otherwise_is_reached(lab: Lab, t
     assert result.aligned.places_share > 0.95
     assert result.teacher.cross_entropy == pytest.approx(result.adapted.cross_entropy, abs=1e-3)
     # The text is packed otherwise, and its ends are not predicted: close to the figures of equal numbers, not equal.
-    equal = evaluate(lab.good_adapter, lab.teacher, lab.student, text, **settings)
+    equal = evaluate(request, lab.teacher, lab.student, text)
     assert result.student.kl == pytest.approx(equal.student.kl, rel=0.1)
 
 
 def test_equal_numbers_take_the_same_way_in_both_modes(lab: Lab) -> None:
+    equal = EvaluationRequest(lab.good_adapter, length=LENGTH, vocabulary="equal", tokens=1000)
     results = [
-        evaluate(
-            lab.good_adapter, lab.teacher, lab.student, documents(20, seed=9), length=LENGTH, vocabulary=mode,
-            limit_tokens=1000,
-        ).as_dict() | {"seconds": 0}
-        for mode in ("equal", "shared")
-    ]  # fmt: skip
+        evaluate(request, lab.teacher, lab.student, documents(20, seed=9)).as_dict() | {"seconds": 0}
+        for request in (equal, replace(equal, vocabulary="shared"))
+    ]
     assert results[0] == results[1]
     assert results[0]["aligned"] is None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from moe_svd_distill.evaluation import benchmarks
 from moe_svd_distill.evaluation.adapted import AdaptedStudent
 from moe_svd_distill.evaluation.benchmarks import EXTRA, require_harness, run_benchmarks
 from moe_svd_distill.evaluation.loading import load_model
-from tests.evaluation.conftest import Lab
+from moe_svd_distill.evaluation.request import BenchmarkRequest, EvaluationRequest
+from tests.support.language import Lab
 
 
 @pytest.fixture
@@ -55,6 +57,10 @@ metadata:
     return tmp_path
 
 
+def _asked(lab: Lab, task: str = "next_word", **how: Any) -> EvaluationRequest:
+    return EvaluationRequest(lab.good_adapter, benchmarks=BenchmarkRequest((task,), **how))
+
+
 def _accuracy(model: Any, lab: Lab, task_folder: Path, limit: int = 20) -> float:
     """The share of examples whose first choice is the likeliest, from the model's own logits."""
     tokenizer = load_tokenizer(lab.student)
@@ -79,9 +85,8 @@ def test_student_and_adapter_side_by_side(
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("HF_HOME", str(task_folder / "home"))
     stages: list[str] = []
-    found = run_benchmarks(
-        lab.good_adapter, lab.student, ["next_word"], limit=20, include_path=task_folder, on_stage=stages.append
-    )
+    asked = _asked(lab, limit=20, include_path=task_folder)
+    found = run_benchmarks(asked, lab.student, lambda name, done, total: stages.append(name))
     assert stages == ["benchmarks: student", "benchmarks: adapter"]
     assert capsys.readouterr().out == ""
     (score,) = [score for score in found.scores if score.metric == "acc"]
@@ -96,7 +101,7 @@ def test_student_and_adapter_side_by_side(
     assert score.change_error is not None
     assert json.loads(json.dumps(found.as_dict(), allow_nan=False))["scores"][0]["task"] == "next_word"
     with pytest.raises(UsageError, match="knows no task nowhere"):
-        run_benchmarks(lab.good_adapter, lab.student, ["nowhere"], include_path=task_folder)
+        run_benchmarks(_asked(lab, "nowhere", include_path=task_folder), lab.student)
 
 
 def _result(values: list[float], **changes: Any) -> dict[str, Any]:
@@ -146,7 +151,7 @@ def test_a_missing_or_old_harness_is_refused_with_the_name_of_the_extra(
 
     monkeypatch.setattr(benchmarks, "version", version)
     with pytest.raises(MissingInputError) as refused:
-        run_benchmarks(lab.good_adapter, lab.student, ["next_word"])
+        run_benchmarks(_asked(lab), lab.student)
     assert f"pip install '{EXTRA}'" in str(refused.value)
     assert f"found lm-eval {installed or 'none'}, expected at least 0.4.10" in str(refused.value)
     monkeypatch.setattr(benchmarks, "version", lambda name: "0.4.10")
@@ -156,14 +161,14 @@ def test_a_missing_or_old_harness_is_refused_with_the_name_of_the_extra(
 def test_what_cannot_work_is_refused_before_a_model_is_loaded(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmarks, "version", lambda name: "0.4.13")
     with pytest.raises(MissingInputError, match="is not a folder"):
-        run_benchmarks(lab.good_adapter, lab.student, ["next_word"], include_path="/nowhere")
+        run_benchmarks(_asked(lab, include_path=Path("/nowhere")), lab.student)
     with pytest.raises(UsageError, match="no benchmark is named"):
-        run_benchmarks(lab.good_adapter, lab.student, [])
+        run_benchmarks(EvaluationRequest(lab.good_adapter), lab.student)
     with pytest.raises(MissingInputError):
-        run_benchmarks("/nowhere", lab.student, ["next_word"])
+        run_benchmarks(replace(_asked(lab), adapter=Path("/nowhere")), lab.student)
     monkeypatch.setattr(benchmarks, "require_memory", lambda *_: (_ for _ in ()).throw(UsageError("too large", "x")))
     with pytest.raises(UsageError, match="too large"):
-        run_benchmarks(lab.good_adapter, lab.student, ["next_word"])
+        run_benchmarks(_asked(lab), lab.student)
 
 
 def test_a_failing_task_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,5 +179,6 @@ def test_a_failing_task_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyError("no such column\nand a long story")
 
     monkeypatch.setitem(sys.modules, "lm_eval", types.SimpleNamespace(simple_evaluate=fail))
+    asked = BenchmarkRequest(("a", "b"))
     with pytest.raises(BadDataError, match=r"failed on a, b \(KeyError: 'no such column"):
-        benchmarks._run({}, ["a", "b"], None, None, "cpu", 0)
+        benchmarks._run({}, EvaluationRequest(Path()), asked, None)

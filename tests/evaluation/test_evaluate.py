@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,24 +13,23 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from moe_svd_distill.calibration.text import Document
+from moe_svd_distill.calibration.documents import Document, without
 from moe_svd_distill.errors import BadDataError, IncompatiblePairError
 from moe_svd_distill.evaluation.evaluate import evaluate
+from moe_svd_distill.evaluation.request import EvaluationRequest
 from moe_svd_distill.files.names import ADAPTER_FILE
-from tests.evaluation.conftest import LENGTH, Lab, documents, llama, write_tokenizer
+from tests.support.language import LENGTH, Lab, documents, llama, write_tokenizer
 
 
 def test_the_adapter_that_makes_the_teacher_closes_the_gap(lab: Lab) -> None:
     passes: list[str] = []
-    result = evaluate(
-        lab.good_adapter,
-        lab.teacher,
-        lab.student,
-        documents(40, seed=9),
-        length=LENGTH,
-        controls=2,
-        on_progress=lambda name, done, total: passes.append(name) if done == 0 else None,
-    )
+    request = EvaluationRequest(lab.good_adapter, length=LENGTH, controls=2)
+
+    def told(name: str, done: int, total: int) -> None:
+        if done == 0:
+            passes.append(name)
+
+    result = evaluate(request, lab.teacher, lab.student, documents(40, seed=9), on_progress=told)
     assert passes == ["teacher", "student", "adapter", "control", "control"]
     assert result.effect == "helps"
     assert result.gap_closed.kl == pytest.approx(100, abs=0.1)
@@ -47,7 +47,8 @@ def test_the_adapter_that_makes_the_teacher_closes_the_gap(lab: Lab) -> None:
 
 
 def test_a_random_adapter_is_called_harmful(lab: Lab) -> None:
-    result = evaluate(lab.random_adapter, lab.teacher, lab.student, documents(40, seed=9), length=LENGTH, controls=0)
+    request = EvaluationRequest(lab.random_adapter, length=LENGTH, controls=0)
+    result = evaluate(request, lab.teacher, lab.student, documents(40, seed=9))
     assert result.effect == "harms"
     assert result.verdict.startswith("Harms the student: KL ")
     assert result.control_gap_closed is None
@@ -56,7 +57,7 @@ def test_a_random_adapter_is_called_harmful(lab: Lab) -> None:
 def test_text_that_was_used_before_is_left_out(lab: Lab) -> None:
     used = {document.digest for document in lab.documents}
     with pytest.raises(BadDataError, match="All of the text was used"):
-        evaluate(lab.good_adapter, lab.teacher, lab.student, lab.documents, used=used)
+        evaluate(EvaluationRequest(lab.good_adapter), lab.teacher, lab.student, without(lab.documents, used))
 
 
 def test_an_adapter_scaled_to_nothing_changes_nothing(lab: Lab, tmp_path: Path) -> None:
@@ -64,7 +65,8 @@ def test_an_adapter_scaled_to_nothing_changes_nothing(lab: Lab, tmp_path: Path) 
     tensors = load_file(lab.good_adapter / ADAPTER_FILE)
     zeros = {key: torch.zeros_like(value) if "lora_B" in key else value for key, value in tensors.items()}
     save_file(zeros, tmp_path / ADAPTER_FILE)
-    result = evaluate(tmp_path, lab.teacher, lab.student, documents(10, seed=9), limit_tokens=1024, length=LENGTH)
+    request = EvaluationRequest(tmp_path, tokens=1024, length=LENGTH)
+    result = evaluate(request, lab.teacher, lab.student, documents(10, seed=9))
     assert result.effect == "none"
     assert result.adapted == result.student == result.controls[0].figures
     assert result.verdict.startswith("The adapter changes nothing: nothing was transferred (KL ")
@@ -77,11 +79,10 @@ def test_an_adapter_whose_names_cannot_be_read_is_refused_before_any_pass(lab: L
     passes: list[str] = []
     with pytest.raises(BadDataError, match="z_proj"):
         evaluate(
-            tmp_path,
+            EvaluationRequest(tmp_path, length=LENGTH),
             lab.teacher,
             lab.student,
             lab.documents,
-            length=LENGTH,
             on_progress=lambda name, done, total: passes.append(name),
         )
     assert passes == []
@@ -90,7 +91,7 @@ def test_an_adapter_whose_names_cannot_be_read_is_refused_before_any_pass(lab: L
 def test_another_vocabulary_is_refused_before_anything_runs(lab: Lab, tmp_path: Path) -> None:
     write_tokenizer(tmp_path, ["a wholly other text to learn from"] * 3)
     with pytest.raises(IncompatiblePairError, match="different vocabularies"):
-        evaluate(lab.good_adapter, tmp_path, lab.student, [Document("a", "text")])
+        evaluate(EvaluationRequest(lab.good_adapter), tmp_path, lab.student, [Document("a", "text")])
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -111,11 +112,9 @@ def test_a_head_that_is_saved_whole_has_its_random_control(lab: Lab, tmp_path: P
     configuration = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(configuration | {"base_model_name_or_path": "no/where"}))
 
-    found = [
-        evaluate(adapter, lab.teacher, student, documents(20, seed=9), length=LENGTH, controls=controls, mode=mode,
-                 limit_tokens=1000)
-        for mode, controls in (("resident", 2), ("streamed", 1))
-    ]  # fmt: skip
+    resident = EvaluationRequest(adapter, length=LENGTH, controls=2, mode="resident", tokens=1000)
+    requests = (resident, replace(resident, controls=1, mode="streamed"))
+    found = [evaluate(request, lab.teacher, student, documents(20, seed=9)) for request in requests]
     one, other = (control.figures for control in found[0].controls)
     assert abs(one.kl - found[0].student.kl) > 1e-3
     assert one.kl != other.kl

@@ -15,8 +15,8 @@ from moe_svd_distill.algebra.figures import (
     kl_gap_closed,
     mean_and_error,
 )
-from moe_svd_distill.evaluation.bootstrap import Bootstrap
-from moe_svd_distill.evaluation.verdict import effect_of, sentence
+from moe_svd_distill.evaluation.result import Evaluation, effect_of
+from moe_svd_distill.evaluation.uncertainty import Bootstrap, GapClosed
 
 
 def _measurement(kl: float, entropy: float, noise: float, rng: np.random.Generator, documents: int = 40) -> Measurement:
@@ -114,7 +114,8 @@ def test_little_text_is_not_called_no_effect(rng: np.random.Generator) -> None:
     little, much = (_measurement(1.0, 4.0, 0.3, rng, documents) for documents in (6, 600))
     assert effect_of(little, _shifted(little, -0.02, -0.02, 0.05, rng)) == "unproven"
     assert effect_of(much, _shifted(much, 0.0, 0.0, 0.05, rng)) == "none"
-    words = sentence("unproven", little.figures, little.figures, kl=(1.0, None), cross_entropy=(1.0, None))
+    figures, gap = little.figures, GapClosed(1.0, 1.0)
+    words = Evaluation("unproven", figures, figures, figures, gap, (), None, 320, 64, "documents", 1.0, {}).verdict
     assert words.startswith("Not proven on so little text")
     assert "harm" not in words.lower()
 

@@ -11,9 +11,9 @@ from moe_svd_distill.algebra.figures import Measurement
 from moe_svd_distill.evaluation.adapted import AdaptedStudent
 from moe_svd_distill.evaluation.guard import Guard
 from moe_svd_distill.evaluation.loading import load_model
-from moe_svd_distill.evaluation.resident import measure, record_teacher
 from moe_svd_distill.evaluation.scale_search import Evaluate, search_scale
-from tests.evaluation.conftest import Lab
+from moe_svd_distill.evaluation.sources import measure, record_teacher
+from tests.support.language import Lab
 
 GROUPS = ("attention", "experts", "head")
 
@@ -55,7 +55,7 @@ def test_the_best_scale_is_found_and_confirmed() -> None:
     assert search.accepted
     assert all(scale == pytest.approx(0.6, abs=0.05) for scale in search.scales.values())
     (kept,) = [trial for trial in search.trials if trial.scales == search.scales]
-    assert kept.kl_fall == pytest.approx(0.3, abs=0.02)
+    assert kept.kl.fall == pytest.approx(0.3, abs=0.02)
     assert len(calls) <= 16
     assert len(calls) == len(search.trials)
     assert "on text that nothing was fitted on, KL falls by 29.8% (" in search.decision
@@ -143,7 +143,7 @@ def test_a_gain_at_small_scales_is_kept_where_the_whole_adapter_harms() -> None:
     evaluate, _ = _landscape(dict.fromkeys(GROUPS, 0.3), dict.fromkeys(GROUPS, 0.03), noise=0.002)
     search = search_scale(evaluate, GROUPS, by_group=False)
     whole = next(trial for trial in search.trials if set(trial.scales.values()) == {1.0})
-    assert whole.kl_fall < 0
+    assert whole.kl.fall < 0
     assert search.accepted
     assert set(search.scales.values()) < {0.25, *np.round(np.arange(0.25, 0.5, 0.001), 3)}
 

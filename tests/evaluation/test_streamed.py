@@ -11,18 +11,19 @@ from typing import Any
 import pytest
 import torch
 
+from moe_svd_distill.calibration.documents import Document
 from moe_svd_distill.calibration.paired import PairedText
-from moe_svd_distill.calibration.text import Document, tokenize
+from moe_svd_distill.calibration.text import tokenize
 from moe_svd_distill.calibration.tokenizer import load_tokenizer
 from moe_svd_distill.errors import UsageError
 from moe_svd_distill.evaluation import evaluate as evaluation
-from moe_svd_distill.evaluation import loading, streamed
+from moe_svd_distill.evaluation import loading, sources
 from moe_svd_distill.evaluation.evaluate import evaluate
+from moe_svd_distill.evaluation.request import EvaluationRequest
 from moe_svd_distill.evaluation.result import Evaluation
-from moe_svd_distill.evaluation.streamed import PredictingRows
-from moe_svd_distill.evaluation.teacher import streamed_records
+from moe_svd_distill.evaluation.sources import PredictingRows, streamed_records
 from tests.adapter.tiny import random_pairs, save_adapter
-from tests.evaluation.conftest import LENGTH, Lab, documents, llama, qwen3_moe
+from tests.support.language import LENGTH, Lab, documents, llama, qwen3_moe
 from tests.support.passes import a_journal_of_every_layer
 
 
@@ -55,8 +56,10 @@ def pair(request: pytest.FixtureRequest, lab: Lab, tmp_path_factory: pytest.Temp
 
 
 def _evaluate(pair: Pair, mode: Any, cache: Path, **changes: Any) -> Evaluation:
-    settings = {"length": LENGTH, "mode": mode, "cache": cache, "calibration": documents(12, seed=21), **changes}
-    return evaluate(pair.adapter, pair.teacher, pair.student, documents(24, seed=9), **settings)
+    calibration = changes.pop("calibration", documents(12, seed=21))
+    told = changes.pop("on_progress", None)
+    request = EvaluationRequest(pair.adapter, length=LENGTH, mode=mode, cache=cache, **changes)
+    return evaluate(request, pair.teacher, pair.student, documents(24, seed=9), calibration, told)
 
 
 def test_figures_are_those_of_models_in_memory(pair: Pair, tmp_path: Path) -> None:
@@ -91,14 +94,14 @@ def test_states_of_teacher_and_student_are_kept_and_used_again(
     assert len(first.kept_states) == 2
     assert json.loads(json.dumps(first.as_dict()))["kept_states"] == list(first.kept_states)
     passes: list[Any] = []
-    stream = streamed.stream_states
+    stream = sources.stream_states
 
     def watched(*arguments: Any, **options: Any) -> Any:
         states = stream(*arguments, **options)
         passes.append((options["adapter"] is not None if "adapter" in options else False, states.record))
         return states
 
-    monkeypatch.setattr(streamed, "stream_states", watched)
+    monkeypatch.setattr(sources, "stream_states", watched)
     again = _evaluate(pair, "streamed", tmp_path)
     assert [(adapted, record.layers_computed) for adapted, record in passes] == [
         (False, 0),
@@ -122,14 +125,14 @@ def test_a_stopped_evaluation_goes_on(pair: Pair, tmp_path: Path, monkeypatch: p
 
     with a_journal_of_every_layer(), pytest.raises(StoppedError):
         _evaluate(pair, "streamed", tmp_path, on_progress=stop)
-    stream = streamed.stream_states
+    stream = sources.stream_states
 
     def watched(*arguments: Any, **options: Any) -> Any:
         states = stream(*arguments, **options)
         computed.append((str(options.get("adapter") and options["adapter"].name), states.record.layers_computed))
         return states
 
-    monkeypatch.setattr(streamed, "stream_states", watched)
+    monkeypatch.setattr(sources, "stream_states", watched)
     result = _evaluate(pair, "streamed", tmp_path)
     assert [layers for _, layers in computed][:2] == [0, 0]
     assert computed[2][0] == "adapter"
@@ -152,10 +155,8 @@ def test_each_model_is_streamed_only_where_it_does_not_fit(
 def test_the_cache_lies_in_the_adapters_folder(pair: Pair, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     shutil.copytree(pair.adapter, adapter)
-    evaluate(
-        adapter, pair.teacher, pair.student, documents(10, seed=9), length=LENGTH, controls=0, mode="streamed",
-        limit_tokens=512,
-    )  # fmt: skip
+    request = EvaluationRequest(adapter, length=LENGTH, controls=0, mode="streamed", tokens=512)
+    evaluate(request, pair.teacher, pair.student, documents(10, seed=9))
     assert len(list((adapter / "cache").iterdir())) == 2
 
 

@@ -11,9 +11,9 @@ import torch
 
 from moe_svd_distill.evaluation.evaluate import evaluate_student
 from moe_svd_distill.evaluation.from_states import compare
-from moe_svd_distill.evaluation.resident import ResidentStudent, measure, record_teacher
+from moe_svd_distill.evaluation.sources import ResidentStudent, measure, record_teacher
 from moe_svd_distill.evaluation.temperature import HIGHEST, TemperatureCurve, TemperatureReader
-from tests.evaluation.conftest import Lab, llama, qwen3_moe
+from tests.support.language import Lab, llama, qwen3_moe
 
 
 def _curve(student: Any, record: Any) -> TemperatureCurve:
@@ -56,7 +56,7 @@ def test_what_lies_beyond_the_range_stands_at_its_edge(lab: Lab) -> None:
         teacher.lm_head.weight.mul_(5)
         student.lm_head.weight.mul_(5 * 10)
     record = record_teacher(teacher, lab.text)
-    result = evaluate_student(ResidentStudent(student), record, _nothing(lab, student))
+    result = evaluate_student(ResidentStudent(student), [record], _nothing(lab, student))
     assert result.temperature_control is not None
     assert result.temperature_control.at_edge
     assert result.temperature_control.temperature == pytest.approx(HIGHEST, rel=0.01)
@@ -78,7 +78,7 @@ def test_an_adapter_that_only_cools_is_recalibration(lab: Lab, tmp_path: Any) ->
         layer.lora_B.default.weight.copy_(layer.base_layer.weight * (1 / 1.5 - 1))
     adapted.save_pretrained(tmp_path, save_embedding_layers=False)
     plain = adapted.unload()
-    result = evaluate_student(ResidentStudent(plain), record_teacher(teacher, lab.text), tmp_path)
+    result = evaluate_student(ResidentStudent(plain), [record_teacher(teacher, lab.text)], tmp_path)
     control = result.temperature_control
     assert control is not None
     assert control.temperature == pytest.approx(1.5, rel=0.05)
@@ -95,7 +95,8 @@ def test_one_sequence_leaves_no_text_to_measure_on(lab: Lab) -> None:
     text = replace(lab.text, sequences=lab.text.sequences[:1], document_of_token=lab.text.document_of_token[:1])
     text = replace(text, sources=text.sources[: int(text.document_of_token.max()) + 1])
     student = llama(320)
-    result = evaluate_student(ResidentStudent(student), record_teacher(qwen3_moe(320), text), _nothing(lab, student))
+    records = [record_teacher(qwen3_moe(320), text)]
+    result = evaluate_student(ResidentStudent(student), records, _nothing(lab, student))
     assert result.temperature_control is None
     assert result.as_dict()["temperature_control"] is None
 

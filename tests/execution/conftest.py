@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from moe_svd_distill.execution import crew
+from moe_svd_distill.execution import pool
 from moe_svd_distill.execution.events import Event
 from moe_svd_distill.execution.supervisor import ExecutionSummary, Settings, execute
 from tests.execution.workload import ToyUnit, ToyWork, consolidated, toy_units
@@ -20,7 +20,7 @@ from tests.execution.workload import ToyUnit, ToyWork, consolidated, toy_units
 def quick_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that start in a few milliseconds. The product spawns; tests that are about starting do so too."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "tests.execution.workload"])
-    monkeypatch.setattr(crew, "START_METHOD", "forkserver")
+    monkeypatch.setattr(pool, "START_METHOD", "forkserver")
 
 
 @dataclass

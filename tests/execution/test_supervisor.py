@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from moe_svd_distill.errors import BadDataError, CannotWriteError, IncompleteError
-from moe_svd_distill.execution import crew, events
+from moe_svd_distill.execution import events, pool
 from moe_svd_distill.execution.parts import part_path, read_record
 from moe_svd_distill.execution.supervisor import Settings, UnitsSetAsideError, execute
 from tests.execution.conftest import Runner
@@ -57,7 +57,7 @@ class TestQuickly:
 
     def test_a_second_run_starts_no_process(self, runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
         runner.run()
-        monkeypatch.setattr(crew.Crew, "hire", None)
+        monkeypatch.setattr(pool.WorkerPool, "hire", None)
         summary = runner.run()
         assert (summary.computed, summary.reused) == (0, 6)
         assert [event.reused for event in runner.seen(events.UnitFinished)] == [True] * 6
@@ -217,7 +217,7 @@ class TestQuickly:
             execute(toy_units(2), work, tmp_path, Settings(2), lambda event: None)
 
     def test_workers_that_die_at_once(self, runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(crew, "run_worker", exit)
+        monkeypatch.setattr(pool, "run_worker", exit)
         with pytest.raises(IncompleteError, match="No worker process can start"):
             runner.run(2)
 

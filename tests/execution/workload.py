@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_svd_distill.errors import BadDataError
-from moe_svd_distill.execution.consolidation import Parts, Planned, write_tensors
-from moe_svd_distill.execution.parts import PartContent
+from moe_svd_distill.execution.parts import PartContent, Parts, Planned, write_tensors
 from moe_svd_distill.execution.worker import report_progress
 
 

@@ -184,8 +184,7 @@ def _kl_on_text(
 ) -> dict[str, float]:
     """Mean KL on a part of the text, models in memory and adapters as PEFT loads them, times scales."""
     from moe_svd_distill.evaluation.adapted import AdaptedStudent
-    from moe_svd_distill.evaluation.evaluate import teacher_pass
-    from moe_svd_distill.evaluation.resident import measure
+    from moe_svd_distill.evaluation.sources import measure, teacher_pass
 
     with open_pair(recipe.teacher, recipe.student) as pair:
         text = read_run_text(recipe, pair, recipe.method.split("+")).parts[part]

@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 
+from moe_svd_distill.calibration.documents import Document
 from moe_svd_distill.errors import MissingInputError, UsageError
 from moe_svd_distill.evaluation import benchmarks, evaluate
 from moe_svd_distill.evaluation.code import benchmark
 from moe_svd_distill.files.names import EVALUATION_FILE
-from moe_svd_distill.pipeline.evaluate import BenchmarkRequest, evaluate_adapter
-from tests.evaluation.code.problems import GREEN, WRONG, write_problems
+from moe_svd_distill.pipeline.evaluate import BenchmarkRequest, EvaluationRequest, evaluate_adapter, held_out
+from moe_svd_distill.report.facts import text_note
 from tests.support.models import saved
+from tests.support.problems import GREEN, WRONG, write_problems
 
 REQUEST = BenchmarkRequest(("task",), limit=7, include_path=Path("tasks"))
 
@@ -34,15 +36,17 @@ def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(benchmarks, "version", lambda name: "0.4.13")
     monkeypatch.setattr(
         benchmarks, "run_benchmarks",
-        lambda *where, **how: SimpleNamespace(as_dict=lambda: {"tasks": list(where[2]), "limit": how["limit"]}),
+        lambda asked, *_: SimpleNamespace(
+            as_dict=lambda: {"tasks": list(asked.benchmarks.harness), "limit": asked.benchmarks.limit}
+        ),
     )  # fmt: skip
     return folder
 
 
 def _evaluate(folder: Path, texts: bool, request: BenchmarkRequest | None) -> dict[str, Any]:
     student = str(folder.parent / "student")
-    named = [folder.parent / "text.txt"] if texts else []
-    result = evaluate_adapter(folder, student, student, named, benchmarks=request)
+    named = (folder.parent / "text.txt",) if texts else ()
+    result = evaluate_adapter(EvaluationRequest(folder, student, student, named, request))
     assert json.loads((folder / EVALUATION_FILE).read_text()) == json.loads(json.dumps(result.evaluation))
     return result.evaluation
 
@@ -80,8 +84,11 @@ def test_programming_problems_need_consent_and_stay_beside_the_rest(
         _evaluate(adapter, False, code)
     told: list[Any] = []
 
-    def measured(problems: Any, student: Any, folder: Path, kept: Path, **how: Any) -> Any:
-        told.append((len(problems.problems), student.folder, folder, kept, how["teacher"], how["limit"], how["batch"]))
+    def measured(asked: EvaluationRequest, problems: Any, student: Any, teacher: Any, on_progress: Any) -> Any:
+        how = asked.benchmarks
+        assert how is not None
+        where = (student.folder, asked.adapter, asked.cache_folder, teacher)
+        told.append((len(problems.problems), *where, how.new_tokens, how.batch))
         return SimpleNamespace(name=problems.name, as_dict=lambda: {"name": problems.name})
 
     monkeypatch.setattr(benchmark, "run_code_benchmark", measured)
@@ -106,13 +113,72 @@ def test_vocabulary_is_what_is_asked_for_or_what_the_run_had(
 ) -> None:
     told: dict[str, Any] = {}
 
-    def watched(*_: Any, **how: Any) -> Any:
-        told.update(how)
+    def watched(asked: EvaluationRequest, *_: Any) -> Any:
+        told["vocabulary"] = asked.vocabulary
         return SimpleNamespace(as_dict=lambda: {"verdict": "new"})
 
     monkeypatch.setattr(evaluate, "evaluate", watched)
     if recorded:
         (adapter / "run.json").write_text(json.dumps({"recipe": {"vocabulary": recorded}}))
     student = str(adapter.parent / "student")
-    evaluate_adapter(adapter, student, student, [adapter.parent / "text.txt"], vocabulary=asked)
+    evaluate_adapter(EvaluationRequest(adapter, student, student, (adapter.parent / "text.txt",), vocabulary=asked))
     assert told["vocabulary"] == expected
+
+
+def _text(name: str, words: int = 60) -> str:
+    return " ".join(f"{name}{n}" for n in range(words))
+
+
+USED = Document("used", _text("used"), group="a")
+SAME = Document("same", _text("same"), group="a")
+COPY = Document("copy", _text("used", 50) + " and the end", group="b")
+OTHER = Document("other", _text("other"), group="b")
+SEARCH = {"used_documents": [USED.digest], "used_groups": [USED.group_digest]}
+
+
+def test_documents_their_groups_and_what_repeats_them_are_left_out_and_counted() -> None:
+    found = held_out([USED, SAME, COPY, OTHER], SEARCH, [USED])
+    assert found.documents == (OTHER,)
+    assert (found.used, found.of_used_groups, found.repeated, found.apart) == (1, 1, 1, True)
+
+
+def test_without_the_text_it_was_made_of_repetitions_are_not_known() -> None:
+    found = held_out([USED, SAME, COPY, OTHER], SEARCH, [])
+    assert found.documents == (COPY, OTHER)
+    assert found.as_dict()["documents_repeated"] is None
+
+
+def test_where_nothing_else_is_left_other_documents_of_the_same_sources_are_read() -> None:
+    found = held_out([USED, SAME], SEARCH, [USED])
+    assert found.documents == (SAME,)
+    assert (found.used, found.of_used_groups, found.apart) == (1, 0, False)
+
+
+def test_an_adapter_without_a_record_and_text_that_is_all_used() -> None:
+    assert held_out([USED, OTHER], {}, []).documents == (USED, OTHER)
+    assert held_out([USED], SEARCH, []).documents == ()
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_the_verdict_and_the_note_say_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: bool) -> None:
+    told: list[Any] = []
+
+    def measured(asked: Any, teacher: Any, student: Any, documents: Any, *_: Any) -> Any:
+        told.extend(documents)
+        return SimpleNamespace(as_dict=lambda: {"verdict": "It helps.", "student": {"tokens": 7}})
+
+    monkeypatch.setattr(evaluate, "evaluate", measured)
+    student = str(saved("llama", tmp_path / "student"))
+    rows = [{"text": SAME.text, "site": "a"}, {"text": USED.text, "site": "a"}]
+    rows += [] if same else [{"text": OTHER.text, "site": "b"}]
+    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "adapter").mkdir()
+    record = {"recipe": {"text_group": "site"}, "scale_search": SEARCH}
+    (tmp_path / "adapter" / "run.json").write_text(json.dumps(record))
+    request = EvaluationRequest(tmp_path / "adapter", student, student, (tmp_path / "text.jsonl",))
+    figures = evaluate_adapter(request).evaluation
+    assert [document.text for document in told] == [SAME.text if same else OTHER.text]
+    assert figures["held_out"]["groups_apart"] != same
+    assert ("larger than on other sources" in figures["verdict"]) == same
+    expected = "of the sources it was made on" if same else "1 documents left out that it was made on, 1 of the same"
+    assert expected in text_note(figures)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from moe_svd_distill.calibration.reading import read_documents
 from moe_svd_distill.pipeline.lab import lab_pair
-from tests.calibration.tokenizers_made import byte_level
 from tests.support.models import saved
+from tests.support.tokenizers import byte_level
 
 TEXT = lab_pair("independent").calibration
 TRAINED: dict[str, Any] = {

@@ -20,7 +20,7 @@ from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.architecture.matrices import Kind
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.errors import BadDataError
-from moe_svd_distill.execution.consolidation import Planned, write_tensors
+from moe_svd_distill.execution.parts import Planned, write_tensors
 from moe_svd_distill.files.names import ADAPTER_FILE, CONFIGURATION_FILE
 from moe_svd_distill.files.writing import new_folder, write_json
 

@@ -1,4 +1,4 @@
-"""Conversations: what records of chat messages hold, before a tokenizer makes one text of them."""
+"""Conversations: what records of chat messages hold, and the text a tokenizer's chat template makes of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from moe_svd_distill.errors import BadDataError, MissingInputError
 
 SHAREGPT_ROLES = {
     "system": "system",
@@ -24,6 +26,11 @@ SHAREGPT_ROLES = {
     "function_response": "tool",
 }
 """`from` of the ShareGPT form to the role that chat templates know."""
+
+FIXED_DATE = "26 Jul 2024"
+"""What templates that write today's date write instead: the same record must be the same text tomorrow."""
+
+_FIXED_CLOCK = "{%- macro strftime_now(format) -%}" + FIXED_DATE + "{%- endmacro -%}"
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,49 @@ def as_chat(value: Any, record: Mapping[str, Any]) -> Chat:
     if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
     return Chat(json.dumps({"messages": messages, "tools": _tools(record.get("tools"))}, ensure_ascii=False))
+
+
+def render_chat(chat: Chat, tokenizer: Any, *, where: str, begins: bool) -> str:
+    """Apply the chat template of a transformers tokenizer.
+
+    The token that begins a text is left away where encoding puts it there anyway, and white space after the last
+    end-of-text token as well, so that packing finds the token and adds no second one.
+
+    Args:
+        chat: What to render.
+        tokenizer: Loaded by transformers; its template runs in the sandbox of transformers.
+        where: The record, for the error.
+        begins: Whether encoding a text puts the begin-of-text token before it.
+
+    Raises:
+        MissingInputError: The tokenizer has no chat template.
+        BadDataError: The template refuses the conversation, for example its order of roles.
+    """
+    messages, tools = chat.messages, chat.tools
+    try:
+        template = tokenizer.get_chat_template(None, tools)
+    except ValueError as error:
+        raise MissingInputError(
+            f"{where} is a conversation, and the tokenizer in {tokenizer.name_or_path} has no chat template",
+            "Put the chat_template.jinja of the model's instruct version into that folder, or calibrate on plain text",
+        ) from error
+    if "strftime_now" in template:
+        template = _FIXED_CLOCK + template
+    try:
+        text = str(
+            tokenizer.apply_chat_template(
+                messages, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=False
+            )
+        )
+    except Exception as error:  # whatever a template does, besides raising on purpose
+        raise BadDataError(
+            f"{where} cannot be rendered by the chat template in {tokenizer.name_or_path} ({error})",
+            "Mend or remove the record",
+        ) from error
+    if begins and tokenizer.bos_token:
+        text = text.removeprefix(tokenizer.bos_token)
+    ended = text.rstrip()
+    return ended if tokenizer.eos_token and ended.endswith(tokenizer.eos_token) else text
 
 
 def _message(message: Any, number: int) -> dict[str, Any]:

@@ -1,42 +1,37 @@
-"""Several named parts from one text, by budgets of tokens, so that no source of text is in two of them."""
+"""Several named parts from one text, by budgets of tokens, so that no source of text is in two of them.
+
+Documents are read as far as the parts need them: without repeated blocks, tokenised, group by group.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from moe_svd_distill.calibration.allocation import allocate
-from moe_svd_distill.calibration.documents import MINIMUM_UNITS, Document, cut_long_documents, drawing_key
-from moe_svd_distill.calibration.gathering import gather
-from moe_svd_distill.calibration.text import Division, TokenizedText, even_share, pack, rendered, too_short, whole
+import numpy as np
+
+from moe_svd_distill.calibration.allocation import ENOUGH, WIDEST, Spread, allocate, complete
+from moe_svd_distill.calibration.documents import MINIMUM_UNITS, Document, Repeats, cut_long_documents, drawing_key
+from moe_svd_distill.calibration.text import (
+    BATCH,
+    Division,
+    TextPart,
+    TokenizedText,
+    encode_documents,
+    even_share,
+    fits,
+    pack,
+    rendered,
+    too_short,
+    whole,
+)
 from moe_svd_distill.calibration.tokenizer import IntArray, Tokenizer
 from moe_svd_distill.errors import UsageError
 
 LEAST_APART = 0.4
 """Parts share groups rather than have less than this share of the tokens they could have with shared groups."""
 
-
-@dataclass(frozen=True)
-class TextPart:
-    """The documents of one part.
-
-    Attributes:
-        documents: In the order they are packed in, rendered.
-        ids: Tokens of each.
-        wanted: Tokens to pack, whole sequences.
-        asked: Tokens that were asked for; more than `wanted` if there is too little text.
-        longest: Tokens to take of one document at most.
-        skipped: Documents of the whole text that hold a token one of the two models lacks.
-        division: How far it is apart from the others.
-    """
-
-    documents: tuple[Document, ...]
-    ids: tuple[IntArray, ...]
-    wanted: int
-    asked: int
-    longest: int
-    skipped: int
-    division: Division
+_CHUNK = 1 << 16
+"""Characters read of every group before more is read of any: a large one must not be read whole for a small part."""
 
 
 def divide_text(
@@ -75,20 +70,7 @@ def divide_text(
         BadDataError: There is less text than one sequence for each part.
     """
     parts = divide(documents, tokenizer, budgets, length=length, vocabulary=vocabulary, seed=seed)
-    return {
-        name: pack(
-            part.documents,
-            part.ids,
-            tokenizer.end_of_text,
-            length=length,
-            wanted=part.wanted,
-            longest=part.longest,
-            skipped=part.skipped,
-            asked=part.asked,
-            division=part.division,
-        )
-        for name, part in parts.items()
-    }
+    return {name: pack(part, tokenizer.end_of_text, length) for name, part in parts.items()}
 
 
 def divide(
@@ -110,25 +92,27 @@ def divide(
     apart = len(groups) >= len(names)
     if not apart:
         groups = [[unit] for unit in sorted(units, key=lambda unit: drawing_key(seed, unit.digest))]
-    read = gather(groups, tokenizer, full, vocabulary)
-    allocation = allocate(read.lengths, read.groups, full, length)
+    read = _read_groups(groups, tokenizer, full, vocabulary)
+    order, numbers = read.by_group()
+    lengths = read.lengths[order]
+    allocation = allocate(lengths, numbers, full, length)
     if apart and len(groups) < len(units) and (allocation is None or allocation.share < LEAST_APART):
-        mixed = read.each_by_itself(seed)
-        closer = allocate(mixed.lengths, mixed.groups, full, length)
+        mixed = np.asarray(sorted(order, key=read.drawn(seed)), dtype=np.int64)
+        closer = allocate(read.lengths[mixed], np.arange(len(mixed)), full, length)
         if closer is not None and (allocation is None or allocation.share < LEAST_APART * closer.share):
-            apart, read, allocation = False, mixed, closer
+            apart, order, lengths, allocation = False, mixed, read.lengths[mixed], closer
     if allocation is None:
-        raise too_short(int(read.lengths.sum()), length * len(full), read.skipped)
-    division = Division(apart, read.removed, read.left_out)
+        raise too_short(int(lengths.sum()), length * len(full), read.skipped)
+    division = Division(apart, read.repeats.share, read.repeats.left_out)
     parts = {}
     for name, tokens, places in zip(names, allocation.wanted, allocation.places, strict=True):
-        chosen = sorted(places, key=lambda place: drawing_key(seed, read.documents[place].digest))
+        chosen = sorted(order[places], key=read.drawn(seed))
         parts[name] = TextPart(
             documents=tuple(read.documents[place] for place in chosen),
             ids=tuple(read.ids[place] for place in chosen),
             wanted=tokens,
+            longest=even_share(lengths[places], tokens),
             asked=budgets[name],
-            longest=even_share(read.lengths[places], tokens),
             skipped=read.skipped,
             division=division,
         )
@@ -153,3 +137,83 @@ def _groups(units: Sequence[Document], seed: int) -> list[list[Document]]:
     return [
         sorted(group, key=lambda unit: drawing_key(seed, unit.digest)) for group in sorted(found.values(), key=drawn)
     ]
+
+
+class _Reading:
+    """Documents read so far, in the order they were read; `groups` has the number of each one's group."""
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int | None, *, repeats_stay: bool) -> None:
+        self.tokenizer, self.vocabulary = tokenizer, vocabulary
+        self.repeats, self.repeats_stay = Repeats(), repeats_stay
+        self.documents: list[Document] = []
+        self.ids: list[IntArray] = []
+        self.groups: list[int] = []
+        self.skipped = 0
+
+    def read(self, chunk: Sequence[tuple[int, Document]]) -> None:
+        """Read documents, each given with the number of its group."""
+        fresh = [(group, document if self.repeats_stay else self.repeats.fresh(document)) for group, document in chunk]
+        kept = [(group, document) for group, document in fresh if document is not None]
+        encoded = encode_documents([document for _, document in kept], self.tokenizer)
+        for (group, _), (document, ids) in zip(kept, encoded, strict=True):
+            if fits(ids, self.vocabulary):
+                self.documents.append(document)
+                self.ids.append(ids)
+                self.groups.append(group)
+            else:
+                self.skipped += 1
+
+    @property
+    def lengths(self) -> IntArray:
+        """Tokens of each document, (documents,)."""
+        return np.asarray([len(ids) for ids in self.ids], dtype=np.int64)
+
+    def by_group(self) -> tuple[IntArray, IntArray]:
+        """The order that has those of a group side by side, and the number of each one's group, ascending."""
+        groups = np.asarray(self.groups, dtype=np.int64)
+        order = np.argsort(groups, kind="stable")
+        return order, groups[order]
+
+    def drawn(self, seed: int) -> Callable[[int], bytes]:
+        """What to sort places by for an order that depends on nothing but content and seed."""
+        return lambda place: drawing_key(seed, self.documents[place].digest)
+
+    def suffices(self, full: Sequence[int], spreads: Sequence[Spread]) -> bool:
+        """Whether every part can have its tokens over one of these spreads."""
+        order, groups = self.by_group()
+        return complete(self.lengths[order], groups, full, spreads) is not None
+
+
+def _read_groups(
+    groups: Sequence[Sequence[Document]], tokenizer: Tokenizer, full: Sequence[int], vocabulary: int | None
+) -> _Reading:
+    """Read groups in their order until every part has its tokens, over as many groups and documents as is wanted.
+
+    Blocks that documents share are removed where there are several parts.
+    """
+    reading = _Reading(tokenizer, vocabulary, repeats_stay=len(full) == 1)
+    for chunks in _rounds(groups):
+        for begin in range(0, len(chunks), BATCH):
+            reading.read(chunks[begin : begin + BATCH])
+            if reading.suffices(full, (WIDEST,)):
+                return reading
+        if reading.suffices(full, ENOUGH):
+            break
+    return reading
+
+
+def _rounds(groups: Sequence[Sequence[Document]]) -> Iterator[list[tuple[int, Document]]]:
+    """The next characters of every group, again and again, until all have been read."""
+    left = {number: iter(group) for number, group in enumerate(groups)}
+    while left:
+        chunks: list[tuple[int, Document]] = []
+        for number, documents in list(left.items()):
+            characters = 0
+            for document in documents:
+                chunks.append((number, document))
+                characters += len(document.text)
+                if characters >= _CHUNK:
+                    break
+            else:
+                del left[number]
+        yield chunks

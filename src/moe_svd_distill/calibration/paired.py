@@ -12,7 +12,7 @@ import numpy as np
 from moe_svd_distill.calibration.division import divide, divide_text
 from moe_svd_distill.calibration.documents import Document
 from moe_svd_distill.calibration.rows import pack_pair
-from moe_svd_distill.calibration.text import TokenizedText
+from moe_svd_distill.calibration.text import TokenizedText, tokenize
 from moe_svd_distill.calibration.tokenizer import IntArray, load_tokenizer
 from moe_svd_distill.calibration.vocabulary import (
     common_tokens,
@@ -77,51 +77,86 @@ class PairedText:
         )
 
 
-def pair_text(
-    documents: Sequence[Document],
-    teacher_folder: str | Path,
-    student_folder: str | Path,
-    budgets: Mapping[str, int],
-    *,
-    length: int = 512,
-    mode: VocabularyMode = "equal",
-    seed: int = 0,
-) -> dict[str, PairedText]:
-    """Draw the parts of a text (see `divide_text`) and tokenise them for both models.
+class PairTokenizers:
+    """Both models' tokenizers and what their vocabularies have in common.
 
-    Conversations are rendered by the student's chat template for both; a teacher of another family reads the student's
-    turn markers as plain characters. Budgets are in student tokens.
-
-    Args:
-        documents: Text from `read_documents`.
-        teacher_folder: The teacher with its tokenizer.
-        student_folder: The student with its tokenizer.
-        budgets: Name of the part → tokens.
-        length: Tokens of one sequence, for both models.
-        mode: `equal` demands that both number their tokens alike. `shared` takes any two tokenizers and pairs what
-            they have in common; where they are equal anyway it does the same as `equal`.
-        seed: Of the order of documents.
-
-    Raises:
-        IncompatiblePairError: The vocabularies differ in mode `equal`, or have nothing in common.
-        BadDataError: There is too little text.
-        UsageError: A budget is not above 0.
+    Attributes:
+        comparison: Whether they number their tokens alike.
+        student: The student's tokenizer; a pair that numbers its tokens alike needs no other.
     """
-    compare = require_shared_vocabulary if mode == "equal" else compare_vocabularies
-    comparison = compare(teacher_folder, student_folder)
-    tokenizer = load_tokenizer(student_folder)
-    if comparison.equal:
-        texts = divide_text(documents, tokenizer, budgets, length=length, vocabulary=comparison.shared, seed=seed)
-        return {name: PairedText.read_alike(text, comparison.shared) for name, text in texts.items()}
-    student_ids, teacher_ids = common_tokens(teacher_folder, student_folder)
-    limits = (read_vocabulary(student_folder).rows, read_vocabulary(teacher_folder).rows)
-    parts = divide(documents, tokenizer, budgets, length=length, vocabulary=limits[0], seed=seed)
-    other = load_tokenizer(teacher_folder)
-    result = {}
-    for name, part in parts.items():
-        rows = pack_pair(part, tokenizer, other, length=length, teacher_vocabulary=limits[1])
-        result[name] = PairedText(*rows, student_ids=student_ids, teacher_ids=teacher_ids)
-    return result
+
+    def __init__(self, teacher_folder: str | Path, student_folder: str | Path, mode: VocabularyMode = "equal") -> None:
+        """Load them from the models' folders.
+
+        Args:
+            teacher_folder: The teacher with its tokenizer.
+            student_folder: The student with its tokenizer.
+            mode: `equal` demands that both number their tokens alike. `shared` takes any two tokenizers and pairs what
+                they have in common; where they are equal anyway it does the same as `equal`.
+
+        Raises:
+            IncompatiblePairError: The vocabularies differ in mode `equal`.
+        """
+        compare = require_shared_vocabulary if mode == "equal" else compare_vocabularies
+        self.comparison = compare(teacher_folder, student_folder)
+        self.student = load_tokenizer(student_folder)
+        self._folders = teacher_folder, student_folder
+
+    def parts(
+        self, documents: Sequence[Document], budgets: Mapping[str, int], *, length: int = 512, seed: int = 0
+    ) -> dict[str, PairedText]:
+        """Draw the parts of a text (see `divide_text`) and tokenise them for both models.
+
+        Conversations are rendered by the student's chat template for both; a teacher of another family reads the
+        student's turn markers as plain characters.
+
+        Args:
+            documents: Text from `read_documents`.
+            budgets: Name of the part → student tokens.
+            length: Tokens of one sequence, for both models.
+            seed: Of the order of documents.
+
+        Raises:
+            IncompatiblePairError: The vocabularies have nothing in common.
+            BadDataError: There is too little text.
+            UsageError: A budget is not above 0.
+        """
+        if self.comparison.equal:
+            shared = self.comparison.shared
+            texts = divide_text(documents, self.student, budgets, length=length, vocabulary=shared, seed=seed)
+            return {name: PairedText.read_alike(text, shared) for name, text in texts.items()}
+        student_ids, teacher_ids = common_tokens(*self._folders)
+        teacher_limit, student_limit = (read_vocabulary(folder).rows for folder in self._folders)
+        parts = divide(documents, self.student, budgets, length=length, vocabulary=student_limit, seed=seed)
+        teacher = load_tokenizer(self._folders[0])
+        result = {}
+        for name, part in parts.items():
+            rows = pack_pair(part, self.student, teacher, length=length, teacher_vocabulary=teacher_limit)
+            result[name] = PairedText(*rows, student_ids=student_ids, teacher_ids=teacher_ids)
+        return result
+
+    def first(self, documents: Sequence[Document], tokens: int | None, *, length: int, seed: int) -> PairedText:
+        """About so many student tokens of a text, in the order of its documents if both models read it alike.
+
+        Args:
+            documents: Text from `read_documents`.
+            tokens: None for all.
+            length: Tokens of one sequence, for both models.
+            seed: Of the order of documents where the tokenizers differ.
+
+        Raises:
+            IncompatiblePairError: The vocabularies have nothing in common.
+            BadDataError: There is less than one sequence.
+        """
+        if self.comparison.equal:
+            shared = self.comparison.shared
+            return PairedText.read_alike(
+                tokenize(documents, self.student, tokens, length=length, vocabulary=shared), shared
+            )
+        # No text has more tokens than bytes, the one that ends a document and the one that begins it included.
+        everything = sum(len(document.text.encode("utf-8", "surrogatepass")) + 2 for document in documents)
+        budget = everything if tokens is None else tokens
+        return self.parts(documents, {"all": budget}, length=length, seed=seed)["all"]
 
 
 def _beginning(text: TokenizedText, count: int) -> TokenizedText:

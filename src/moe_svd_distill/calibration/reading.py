@@ -1,22 +1,37 @@
-"""Reading documents from files, folders and named data sets."""
+"""Reading documents: from files, folders, and data sets of the hub (streamed, by the optional package `datasets`)."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from moe_svd_distill.calibration.datasets_source import DATASET_CHARACTERS, DATASET_PREFIX, dataset_documents
+from moe_svd_distill.calibration.chat import as_chat
 from moe_svd_distill.calibration.documents import Document
-from moe_svd_distill.calibration.records import document_of_record
-from moe_svd_distill.errors import BadDataError, MissingInputError
+from moe_svd_distill.errors import BadDataError, MissingInputError, RemoteError, UsageError
+
+FIELDS = ("text", "messages", "conversations")
+"""Where a record's content is looked for unless a field is named, in this order."""
+
+GROUP_FIELDS = ("group", "repo", "repository", "repo_name", "package", "conversation_id")
+"""Where the source a record belongs to is looked for unless a field is named, in this order."""
 
 RECORD_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 TEXT_SUFFIXES = re.compile(
     r"\.(txt|text|md|markdown|rst|tex|html?|xml|csv|tsv|ya?ml|toml|ini|cfg|json|ipynb"
     r"|pyi?|[jt]sx?|c|cc|cpp|h|hpp|cu|java|kt|scala|go|rs|rb|php|swift|m|r|jl|lua|pl|sh|bash|sql|css)"
 )
+
+DATASET_PREFIX = "datasets:"
+DATASET_CHARACTERS = 50_000_000
+"""Read of each data set at most unless told otherwise: about 12 million tokens, more than any preset asks for."""
+
+_OLDEST = 4  # the first major version that runs no code from a data set's repository
+_FORM = "Write datasets:NAME[:CONFIG][:SPLIT][#FIELD], for example datasets:org/name::train#text"
 
 
 def read_documents(
@@ -59,9 +74,78 @@ def read_documents(
     return tuple(found.values())
 
 
+def document_of_record(
+    record: Any, where: str, field: str | None = None, *, group_field: str | None = None
+) -> Document:
+    """Read a text, or a list of messages in the `role`/`content` or the ShareGPT form.
+
+    Args:
+        record: The record's fields.
+        where: File and line, or data set and row; becomes the document's source.
+        field: The one field to look in; default: the first of `FIELDS` that is there and not null.
+        group_field: The one field that names the source the record belongs to, a string or a number; default: the
+            first of `GROUP_FIELDS` that holds one. A record without is a source by itself.
+
+    Raises:
+        BadDataError: The record holds neither.
+    """
+    if not isinstance(record, Mapping):
+        raise BadDataError(f"{where} is not a record (found: {type(record).__name__})", "Write one JSON object a line")
+    for name in FIELDS if field is None else (field,):
+        value = record.get(name)
+        if isinstance(value, str):
+            return Document(where, value, group=_group(record, where, group_field))
+        if value is None or (field is None and not isinstance(value, list)):
+            continue
+        try:
+            return Document.of_chat(where, as_chat(value, record), _group(record, where, group_field))
+        except ValueError as error:
+            raise BadDataError(
+                f"{where} has no text in the field {name!r}, and no conversation either: {error}",
+                "Mend or remove the record, or name the field that holds its text",
+            ) from error
+    looked = repr(field) if field is not None else f"{FIELDS[0]!r} and no messages in {' or '.join(FIELDS[1:])}"
+    there = ", ".join(sorted(map(str, record))) or "nothing"
+    raise BadDataError(f"{where} has no text in the field {looked} (found: {there})", "Name the field that holds it")
+
+
+@dataclass(frozen=True)
+class DatasetName:
+    """What `datasets:NAME[@REVISION][:CONFIG][:SPLIT][#FIELD]` names.
+
+    Attributes:
+        name: Repository on the hub, or a local folder of data files.
+        config: Configuration (subset) or None for the only one.
+        split: Which part, `train` unless given.
+        field: Field of a row that holds its text or messages, or None to look for it.
+        revision: Commit, tag or branch on the hub, or None.
+    """
+
+    name: str
+    config: str | None = None
+    split: str = "train"
+    field: str | None = None
+    revision: str | None = None
+
+
+def parse_dataset(source: str) -> DatasetName:
+    """Read `datasets:NAME[@REVISION][:CONFIG][:SPLIT][#FIELD]`; an empty place is the default (`NAME::validation`).
+
+    Raises:
+        UsageError: It is not of that form.
+    """
+    rest, _, field = source.removeprefix(DATASET_PREFIX).partition("#")
+    places = rest.split(":")
+    name, _, revision = places[0].partition("@")
+    if not source.startswith(DATASET_PREFIX) or not name or len(places) > 3:
+        raise UsageError(f"{source!r} does not name a data set", _FORM)
+    config, split = (*places[1:], "", "")[:2]
+    return DatasetName(name, config or None, split or "train", field or None, revision or None)
+
+
 def _source(path: str | Path, field: str | None, group_field: str | None, limit_characters: int) -> Iterator[Document]:
     if str(path).startswith(DATASET_PREFIX):
-        yield from dataset_documents(str(path), field=field, group_field=group_field, limit_characters=limit_characters)
+        yield from _dataset_documents(str(path), field, group_field, limit_characters)
         return
     for file, folder in _files(Path(path)):
         if file.suffix.lower() in RECORD_SUFFIXES:
@@ -115,3 +199,64 @@ def _read(file: Path) -> str:
     if "\0" in text:
         raise BadDataError(f"{file} is a binary file, not text", "Leave it out, or export it as text or JSON lines")
     return text
+
+
+def _group(record: Mapping[str, Any], where: str, field: str | None) -> str | None:
+    for name in GROUP_FIELDS if field is None else (field,):
+        value = record.get(name)
+        if isinstance(value, str) and value.strip():
+            return value.strip()
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            # Another file that counts from 0 means other sources by the same numbers.
+            return f"{where.rpartition(':')[0]}:{value}"
+    return None
+
+
+def _dataset_documents(
+    source: str, field: str | None, group_field: str | None, limit_characters: int
+) -> Iterator[Document]:
+    """A data set's rows in its order, until the limit is reached; a field that the source names goes before `field`."""
+    named = parse_dataset(source)
+    characters = 0
+    for number, row in enumerate(_rows(source, named), start=1):
+        document = document_of_record(row, f"{source}:{number}", named.field or field, group_field=group_field)
+        yield document
+        characters += len(document.text)
+        if characters >= limit_characters:
+            return
+
+
+def _rows(source: str, named: DatasetName) -> Iterator[Any]:
+    library = _library(source)
+    try:
+        yield from library.load_dataset(
+            named.name, named.config, split=named.split, revision=named.revision, streaming=True
+        )
+    except (FileNotFoundError, ValueError) as error:  # no such data set; no such configuration or split
+        raise MissingInputError(f"{source} cannot be read ({_first_line(error)})", _FORM) from error
+    except (ConnectionError, TimeoutError, OSError) as error:
+        raise RemoteError(
+            f"{source} cannot be fetched ({_first_line(error)})", "Try again, or name a local file of JSON lines"
+        ) from error
+    except RuntimeError as error:  # among them: a data set that would need its own code
+        raise BadDataError(
+            f"{source} cannot be read ({_first_line(error)})", "Save it as JSON lines and name that file"
+        ) from error
+
+
+def _library(source: str) -> Any:
+    """Import `datasets`, which is not among what every installation has."""
+    install = "Install it with: pip install 'moe-svd-distill[datasets]'"
+    try:
+        library = importlib.import_module("datasets")
+    except ImportError as error:
+        raise UsageError(f"{source} needs the package 'datasets' ({error})", install) from error
+    version = str(getattr(library, "__version__", "unknown"))
+    major = re.match(r"\d+", version)
+    if major is None or int(major[0]) < _OLDEST:
+        raise UsageError(f"{source} needs the package 'datasets' from version {_OLDEST} on (found {version})", install)
+    return library
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

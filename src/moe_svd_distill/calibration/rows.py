@@ -1,4 +1,4 @@
-"""Packing one text for two tokenizers, so that row i of both holds the same characters.
+"""Where two tokenisations have read the same characters, and packing one text for both into rows that hold the same.
 
 Each row of both begins and ends at a character where both tokenisations have a boundary; what is left of a row is
 padded. So wherever two positions of a row align, both models have seen the same context, up to the row's beginning: had
@@ -8,28 +8,78 @@ models would partly be one of context. Padding costs a few tokens a row, and the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from moe_svd_distill.calibration.alignment import common_cuts
-from moe_svd_distill.calibration.division import TextPart
 from moe_svd_distill.calibration.documents import Document
-from moe_svd_distill.calibration.text import BATCH, TokenizedText, all_digests, all_groups, ended, fits, too_short
-from moe_svd_distill.calibration.tokenizer import IntArray, Tokenizer
+from moe_svd_distill.calibration.text import (
+    BATCH,
+    TextPart,
+    TokenizedText,
+    all_digests,
+    all_groups,
+    ended,
+    fits,
+    too_short,
+)
+from moe_svd_distill.calibration.tokenizer import IntArray, Tokenizer, TokenSpans
+
+
+def clean_cuts(spans: TokenSpans, characters: int) -> tuple[IntArray, IntArray]:
+    """After which tokens a whole number of characters has been read, with none in between left out.
+
+    Characters that take several tokens (bytes of a multi-byte character) are not read until the last of them, and one
+    that a normaliser folded into its neighbour gives no cut beside it.
+
+    Args:
+        spans: The tokens of a text.
+        characters: Characters of that text.
+
+    Returns:
+        Characters read, (cuts,), ascending and above 0; and tokens read by then, (cuts,), special ones before and
+        between included.
+    """
+    place = np.flatnonzero(spans.read)
+    if not len(place):
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    reached = np.maximum.accumulate(spans.end[place])
+    to_come = np.minimum.accumulate(spans.begin[place][::-1])[::-1]
+    clean = reached == np.append(to_come[1:], characters)
+    read, tokens = reached[clean], place[clean] + 1
+    last = np.append(read[1:] != read[:-1], True) if len(read) else np.zeros(0, dtype=bool)
+    kept = last & (read > 0)
+    return read[kept], tokens[kept]
+
+
+def common_cuts(student: TokenSpans, teacher: TokenSpans, characters: int) -> IntArray:
+    """Tokens that each of two models has read where both have read exactly the same characters.
+
+    Args:
+        student: One tokenisation of a text.
+        teacher: The other.
+        characters: Characters of that text.
+
+    Returns:
+        (cuts, 2), ascending in both columns: student tokens, teacher tokens.
+    """
+    student_read, student_tokens = clean_cuts(student, characters)
+    teacher_read, teacher_tokens = clean_cuts(teacher, characters)
+    _, of_student, of_teacher = np.intersect1d(student_read, teacher_read, assume_unique=True, return_indices=True)
+    return np.stack([student_tokens[of_student], teacher_tokens[of_teacher]], axis=1).astype(np.int64)
 
 
 @dataclass(frozen=True)
 class _PairedDocument:
     """One document in both tokenisations, cut where it is to end, each ended.
 
-    `cuts`, (cuts, 2), are where both have read the same characters; `breaks`, (breaks, 2), where a row may end.
+    A row may end at its `breaks`, (breaks, 2): where both have read the same characters, and last at its end.
     """
 
     document: Document
     ids: tuple[IntArray, IntArray]
-    cuts: IntArray
     breaks: IntArray
 
 
@@ -46,7 +96,7 @@ class _Rows:
     owners: tuple[list[IntArray], list[IntArray]] = field(default_factory=lambda: ([], []))
     positions: list[IntArray] = field(default_factory=list)
 
-    def add(self, paired: _PairedDocument, number: int, wanted: int) -> bool:
+    def add(self, paired: _PairedDocument, number: int, wanted: float) -> bool:
         """Write a document, until `wanted` student tokens are there; False if a stretch of it fits in no row."""
         at = np.zeros(2, dtype=np.int64)
         end = paired.breaks[-1]
@@ -62,7 +112,8 @@ class _Rows:
             to = paired.breaks[min([reachable[-1], *enough[:1]])]
             for side in (0, 1):
                 self._write(side, paired.ids[side][at[side] : to[side]], number)
-            inside = paired.cuts[(paired.cuts > at).all(axis=1) & (paired.cuts <= to).all(axis=1)]
+            cuts = paired.breaks[:-1]
+            inside = cuts[(cuts > at).all(axis=1) & (cuts <= to).all(axis=1)]
             self.positions.append(inside - at - 1 + self.used + self.done * self.length)
             self.tokens += int(to[0] - at[0])
             self.used = [int(used) for used in self.used + to - at]
@@ -100,16 +151,17 @@ def pack_pair(
     Raises:
         BadDataError: Nothing could be packed.
     """
+    wanted = math.inf if part.wanted is None else part.wanted
     rows = _Rows(length, (student.end_of_text or 0, teacher.end_of_text or 0))
     used: list[Document] = []
     skipped = 0
     for paired in _paired_documents(part, student, teacher, teacher_vocabulary):
-        if rows.tokens >= part.wanted:
+        if rows.tokens >= wanted:
             break
         if paired is None:
             skipped += 1
             continue
-        complete = rows.add(paired, len(used), part.wanted)
+        complete = rows.add(paired, len(used), wanted)
         skipped += not complete
         used.append(paired.document)
     if any(rows.used):
@@ -141,16 +193,17 @@ def _paired_documents(
         documents = part.documents[begin : begin + BATCH]
         texts = [document.text for document in documents]
         both = zip(documents, student.encode_spans(texts), teacher.encode_spans(texts), strict=True)
-        for document, mine, other in both:
-            if not fits(other.ids, teacher_vocabulary):
+        for document, student_spans, teacher_spans in both:
+            if not fits(teacher_spans.ids, teacher_vocabulary):
                 yield None
                 continue
-            cuts = common_cuts(mine, other, len(document.text))
-            taken = (mine.ids, other.ids)
-            far_enough = np.flatnonzero(cuts[:, 0] >= part.longest)
-            if len(far_enough) and part.longest < len(mine.ids):
-                cuts = cuts[: far_enough[0] + 1]
-                taken = (mine.ids[: cuts[-1, 0]], other.ids[: cuts[-1, 1]])
+            cuts = common_cuts(student_spans, teacher_spans, len(document.text))
+            taken = (student_spans.ids, teacher_spans.ids)
+            if part.longest is not None and part.longest < len(student_spans.ids):
+                far_enough = np.flatnonzero(cuts[:, 0] >= part.longest)
+                if len(far_enough):
+                    cuts = cuts[: far_enough[0] + 1]
+                    taken = (taken[0][: cuts[-1, 0]], taken[1][: cuts[-1, 1]])
             complete = (ended(taken[0], student.end_of_text), ended(taken[1], teacher.end_of_text))
             end = np.asarray([[len(complete[0]), len(complete[1])]], dtype=np.int64)
-            yield _PairedDocument(document, complete, cuts, np.concatenate([cuts, end]))
+            yield _PairedDocument(document, complete, np.concatenate([cuts, end]))

@@ -8,38 +8,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moe_svd_distill.calibration.documents import (
-    MINIMUM_UNITS,
-    Document,
-    split_documents,
-    without,
-    without_groups,
-)
-from moe_svd_distill.calibration.reading import read_documents
-from moe_svd_distill.calibration.tokenizer import IntArray, Tokenizer, load_tokenizer
-from moe_svd_distill.calibration.vocabulary import (
-    VocabularyComparison,
-    compare_vocabularies,
-    require_shared_vocabulary,
-)
+from moe_svd_distill.calibration.documents import MINIMUM_UNITS, Document
+from moe_svd_distill.calibration.tokenizer import IntArray, Tokenizer
 from moe_svd_distill.errors import BadDataError
-
-__all__ = [
-    "Division",
-    "Document",
-    "IntArray",
-    "TokenizedText",
-    "Tokenizer",
-    "VocabularyComparison",
-    "compare_vocabularies",
-    "load_tokenizer",
-    "read_documents",
-    "require_shared_vocabulary",
-    "split_documents",
-    "tokenize",
-    "without",
-    "without_groups",
-]
 
 FEWEST_DOCUMENTS = 8
 SHORTEST_SHARE = 64
@@ -120,6 +91,29 @@ class TokenizedText:
         return np.broadcast_to(np.arange(len(self.sequences))[:, None], self.sequences.shape)
 
 
+@dataclass(frozen=True)
+class TextPart:
+    """Tokenised documents that are to be packed into sequences, one after another.
+
+    Attributes:
+        documents: In the order they are packed in, rendered.
+        ids: Tokens of each.
+        wanted: Tokens to pack, whole sequences; None for all.
+        longest: Tokens to take of one document at most, the one that ends it not counted; None for all.
+        asked: Tokens that were asked for; more than `wanted` if there is too little text.
+        skipped: Documents of the whole text that hold a token one of the two models lacks.
+        division: How far it is apart from other parts of the same text; None if it is no part.
+    """
+
+    documents: tuple[Document, ...]
+    ids: tuple[IntArray, ...]
+    wanted: int | None
+    longest: int | None
+    asked: int | None
+    skipped: int = 0
+    division: Division | None = None
+
+
 def tokenize(
     documents: Sequence[Document],
     tokenizer: Tokenizer,
@@ -158,54 +152,37 @@ def tokenize(
     longest = None
     if wanted is not None and share is not None:
         longest = max(share, even_share([len(part) for part in ids], wanted))
-    end = tokenizer.end_of_text
-    return pack(used, ids, end, length=length, wanted=wanted, longest=longest, skipped=skipped, asked=limit_tokens)
+    part = TextPart(tuple(used), tuple(ids), wanted, longest, asked=limit_tokens, skipped=skipped)
+    return pack(part, tokenizer.end_of_text, length)
 
 
-def pack(
-    documents: Sequence[Document],
-    ids: Sequence[IntArray],
-    end_of_text: int | None,
-    *,
-    length: int,
-    wanted: int | None,
-    longest: int | None,
-    skipped: int = 0,
-    asked: int | None = None,
-    division: Division | None = None,
-) -> TokenizedText:
+def pack(part: TextPart, end_of_text: int | None, length: int) -> TokenizedText:
     """Put tokenised documents one after another, each ended, into sequences of `length` tokens.
 
     Args:
-        documents: What the tokens are of.
-        ids: Tokens of each document.
+        part: The documents and how much of them to take.
         end_of_text: What ends each, if anything.
         length: Tokens of one sequence.
-        wanted: Tokens to take at most, whole sequences; None for all.
-        longest: Tokens to take of one document at most, the one that ends it not counted; None for all.
-        skipped: As in `TokenizedText`.
-        asked: As in `TokenizedText`.
-        division: As in `TokenizedText`.
 
     Raises:
         BadDataError: There is not even one sequence.
     """
-    parts = [ended(part[:longest], end_of_text) for part in ids]
-    total = sum(len(part) for part in parts)
-    count = (total if wanted is None else min(total, wanted)) // length
+    parts = [ended(ids[: part.longest], end_of_text) for ids in part.ids]
+    total = sum(len(ids) for ids in parts)
+    count = (total if part.wanted is None else min(total, part.wanted)) // length
     if count == 0:
-        raise too_short(total, length, skipped)
-    owners = np.repeat(np.arange(len(parts)), [len(part) for part in parts])[: count * length]
-    used = documents[: int(owners[-1]) + 1]
+        raise too_short(total, length, part.skipped)
+    owners = np.repeat(np.arange(len(parts)), [len(ids) for ids in parts])[: count * length]
+    used = part.documents[: int(owners[-1]) + 1]
     return TokenizedText(
         sequences=np.concatenate(parts)[: count * length].reshape(count, length),
         document_of_token=owners.reshape(count, length),
         sources=tuple(document.source for document in used),
         digests=all_digests(used),
-        skipped=skipped,
-        asked=asked,
+        skipped=part.skipped,
+        asked=part.asked,
         groups=all_groups(used),
-        division=division,
+        division=part.division,
     )
 
 

@@ -12,8 +12,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_svd_distill.calibration.chat import Chat
-from moe_svd_distill.calibration.chat_template import render_chat
+from moe_svd_distill.calibration.chat import Chat, render_chat
 from moe_svd_distill.errors import BadDataError, MissingInputError
 
 IntArray: TypeAlias = NDArray[np.int64]
@@ -53,51 +52,43 @@ class Tokenizer(Protocol):
         """The text that the chat template makes of a conversation; `where` names the record in errors."""
 
 
-@dataclass(frozen=True)
-class _FastTokenizer:
-    folder: Path
-    inner: Any
-    end_of_text: int | None
+class _FolderTokenizer:
+    """`tokenizer.json` read directly, or where there is none, the tokenizer that transformers makes."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._fast = folder, None
+        if (folder / "tokenizer.json").is_file():
+            self._fast = _fast(folder)
+            self._fast.no_truncation()
+            self._fast.no_padding()
+            self.end_of_text = _end_of_text(folder, self._fast)
+        else:
+            self.end_of_text = self._transformers.eos_token_id
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.inner.encode_batch_fast(list(texts))]
+        if self._fast is not None:
+            return [encoding.ids for encoding in self._fast.encode_batch_fast(list(texts))]
+        return [list(ids) for ids in self._transformers(list(texts), verbose=False)["input_ids"]]
 
     def encode_spans(self, texts: Sequence[str]) -> list[TokenSpans]:
-        return _spans(self._exact, texts)
+        result = []
+        for encoding in self._exact.encode_batch(list(texts)):
+            offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+            read = np.asarray(encoding.special_tokens_mask, dtype=np.int64) == 0
+            result.append(TokenSpans(np.asarray(encoding.ids, dtype=np.int64), offsets[:, 0], offsets[:, 1], read))
+        return result
 
     def render(self, chat: Chat, where: str) -> str:
-        return render_chat(chat, self._transformers, where=where, begins=_begins(self, self._transformers))
+        begins = self.encode([""])[0][:1] == [self._transformers.bos_token_id]
+        return render_chat(chat, self._transformers, where=where, begins=begins)
 
     @cached_property
     def _exact(self) -> Any:
-        return _with_exact_offsets(self.inner)
+        return _with_exact_offsets(backend(self._folder))
 
     @cached_property
     def _transformers(self) -> Any:
-        return auto_tokenizer(self.folder)
-
-
-@dataclass(frozen=True)
-class _AutoTokenizer:
-    folder: Path
-    inner: Any
-
-    @property
-    def end_of_text(self) -> int | None:
-        return self.inner.eos_token_id
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [list(ids) for ids in self.inner(list(texts), verbose=False)["input_ids"]]
-
-    def encode_spans(self, texts: Sequence[str]) -> list[TokenSpans]:
-        return _spans(self._exact, texts)
-
-    def render(self, chat: Chat, where: str) -> str:
-        return render_chat(chat, self.inner, where=where, begins=_begins(self, self.inner))
-
-    @cached_property
-    def _exact(self) -> Any:
-        return _with_exact_offsets(backend(self.folder))
+        return auto_tokenizer(self._folder)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -107,13 +98,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         MissingInputError: The folder has no tokenizer.
         BadDataError: Its files are damaged.
     """
-    folder = Path(folder)
-    if (folder / "tokenizer.json").is_file():
-        inner = _fast(folder)
-        inner.no_truncation()
-        inner.no_padding()
-        return _FastTokenizer(folder, inner, _end_of_text(folder, inner))
-    return _AutoTokenizer(folder, auto_tokenizer(folder))
+    return _FolderTokenizer(Path(folder))
 
 
 def backend(folder: Path) -> Any:
@@ -151,19 +136,6 @@ def model_settings(folder: Path) -> dict[str, Any]:
     """The folder's config.json, the part on text where there are several; empty without one."""
     settings = _json(folder / "config.json")
     return {**settings, **(settings.get("text_config") or {})}
-
-
-def _begins(tokenizer: Tokenizer, inner: Any) -> bool:
-    return tokenizer.encode([""])[0][:1] == [inner.bos_token_id]
-
-
-def _spans(inner: Any, texts: Sequence[str]) -> list[TokenSpans]:
-    result = []
-    for encoding in inner.encode_batch(list(texts)):
-        offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-        read = np.asarray(encoding.special_tokens_mask, dtype=np.int64) == 0
-        result.append(TokenSpans(np.asarray(encoding.ids, dtype=np.int64), offsets[:, 0], offsets[:, 1], read))
-    return result
 
 
 def _with_exact_offsets(inner: Any) -> Any:

@@ -103,13 +103,7 @@ class AdaptedStudent:
 
 
 class _LowRankPart:
-    """One adapted weight: a layer, an embedding, or a parameter that holds all experts.
-
-    Args:
-        name: Of the layer in the model.
-        layer: PEFT's.
-        shared: Whether another module has the same weight.
-    """
+    """One adapted weight: a layer, an embedding, or a parameter that holds all experts; maybe another module's too."""
 
     def __init__(self, name: str, layer: Any, shared: bool) -> None:
         self.group = group_of(f"{name}.{_parameter_of(layer)}")

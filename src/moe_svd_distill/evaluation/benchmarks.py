@@ -10,7 +10,7 @@ import contextlib
 import gc
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 from moe_svd_distill.adapter.verify import check_loads
 from moe_svd_distill.errors import BadDataError, MissingInputError, UsageError
 from moe_svd_distill.evaluation.loading import default_dtype, require_memory
+from moe_svd_distill.evaluation.request import BenchmarkRequest, EvaluationRequest, Progress
 
 EXTRA = "moe-svd-distill[benchmarks]"
 OLDEST = (0, 4, 10)  # older ones ask transformers for AutoModelForVision2Seq, which version 5 does not have
@@ -82,51 +83,39 @@ class Benchmarks:
 
 
 def run_benchmarks(
-    adapter_folder: str | Path,
-    student_folder: str | Path,
-    tasks: Sequence[str],
-    *,
-    limit: int | None = None,
-    include_path: str | Path | None = None,
-    device: str = "cpu",
-    seed: int = 0,
-    on_stage: Callable[[str], None] | None = None,
+    request: EvaluationRequest, student_folder: str | Path, on_progress: Progress | None = None
 ) -> Benchmarks:
     """Run tasks of the lm-evaluation-harness on the student with and without the adapter.
 
     Args:
-        adapter_folder: The adapter.
+        request: Its adapter, benchmarks, device and seed.
         student_folder: Local folder of the student, with its tokenizer.
-        tasks: Names as `lm_eval ls tasks` shows them, or of task files in `include_path`.
-        limit: Examples of each task at most.
-        include_path: Folder with task files (YAML) of one's own.
-        device: Where the models run.
-        seed: Of the examples in the prompt and of sampled answers.
-        on_stage: Told which model is next.
+        on_progress: Told which model is next.
 
     Raises:
         MissingInputError: The harness is not installed, or the folder of tasks is not there.
-        UsageError: A task is not known, or the student does not fit in memory.
+        UsageError: No task is named or one is not known, or the student does not fit in memory.
         BadDataError: PEFT would not load the adapter whole, or the harness fails.
     """
     harness = require_harness()
-    if not tasks:
+    asked, device = request.benchmarks, request.device
+    if asked is None or not asked.harness:
         raise UsageError("no benchmark is named", "Give --benchmark TASK")
-    if include_path is not None and not Path(include_path).is_dir():
-        raise MissingInputError(f"{include_path} is not a folder", "Give the folder that holds the task files")
+    if asked.include_path is not None and not asked.include_path.is_dir():
+        raise MissingInputError(f"{asked.include_path} is not a folder", "Give the folder that holds the task files")
     # The harness takes PEFT's word for it, and PEFT drops keys that it does not recognise.
-    check_loads(adapter_folder, student_folder)
+    check_loads(request.adapter, student_folder)
     dtype = str(default_dtype(device)).removeprefix("torch.")
     require_memory(Path(student_folder), device, default_dtype(device))
     with _quiet_output():
-        manager = _task_manager(tasks, include_path)
+        manager = _task_manager(asked)
         results = []
-        for name, peft in (("student", None), ("adapter", str(adapter_folder))):
-            if on_stage:
-                on_stage(f"benchmarks: {name}")
+        for name, peft in (("student", None), ("adapter", str(request.adapter))):
+            if on_progress:
+                on_progress(f"benchmarks: {name}", 0, 0)
             arguments = {"pretrained": str(student_folder), "dtype": dtype, "trust_remote_code": False}
             arguments |= {"peft": peft} if peft else {}
-            results.append(_run(arguments, tasks, manager, limit, device, seed))
+            results.append(_run(arguments, request, asked, manager))
             gc.collect()
     before, after = results
     return Benchmarks(
@@ -135,7 +124,7 @@ def run_benchmarks(
             task: {"version": before["versions"].get(task), "examples_in_prompt": before["n-shot"].get(task)}
             for task in before["results"]
         },
-        limit=limit,
+        limit=asked.limit,
         dtype=dtype,
         harness=harness,
     )
@@ -161,11 +150,11 @@ def require_harness() -> str:
     return found
 
 
-def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> Any:
+def _task_manager(asked: BenchmarkRequest) -> Any:
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    manager = TaskManager(include_path=None if asked.include_path is None else str(asked.include_path))
+    unknown = [task for task in asked.harness if not manager.match_tasks([task])]
     if unknown:
         raise UsageError(
             f"the lm-evaluation-harness knows no task {', '.join(unknown)}",
@@ -175,19 +164,20 @@ def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> Any:
 
 
 def _run(
-    arguments: Mapping[str, Any], tasks: Sequence[str], manager: Any, limit: int | None, device: str, seed: int
+    arguments: Mapping[str, Any], request: EvaluationRequest, asked: BenchmarkRequest, manager: Any
 ) -> Mapping[str, Any]:
     import lm_eval
 
+    seed = request.seed
     try:
         found = lm_eval.simple_evaluate(
             model="hf",
             model_args=dict(arguments),
-            tasks=list(tasks),
+            tasks=list(asked.harness),
             task_manager=manager,
-            device=device,
+            device=request.device,
             batch_size=_BATCH,
-            limit=limit,
+            limit=asked.limit,
             log_samples=True,
             random_seed=seed,
             numpy_random_seed=seed,
@@ -197,11 +187,11 @@ def _run(
     except Exception as error:  # tasks bring their own data and code, and fail in their own ways
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason'}"
         raise BadDataError(
-            f"the lm-evaluation-harness failed on {', '.join(tasks)} ({reason[:300]})",
+            f"the lm-evaluation-harness failed on {', '.join(asked.harness)} ({reason[:300]})",
             "Try the task with lm_eval itself",
         ) from error
     if not found or not found.get("results"):
-        raise BadDataError(f"the lm-evaluation-harness gave no result for {', '.join(tasks)}", "Check the task")
+        raise BadDataError(f"the lm-evaluation-harness gave no result for {', '.join(asked.harness)}", "Check the task")
     return found
 
 

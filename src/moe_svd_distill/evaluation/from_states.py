@@ -21,14 +21,13 @@ from torch import Tensor
 from moe_svd_distill.algebra.divergence import measure_tokens
 from moe_svd_distill.algebra.figures import Measurement
 from moe_svd_distill.calibration.paired import PairedText
-from moe_svd_distill.calibration.text import IntArray, TokenizedText
+from moe_svd_distill.calibration.text import TokenizedText
+from moe_svd_distill.calibration.tokenizer import IntArray
 from moe_svd_distill.errors import BadDataError, IncompatiblePairError
+from moe_svd_distill.evaluation.request import Progress
 from moe_svd_distill.evaluation.result import Aligned
 from moe_svd_distill.streaming import Head, head_over_common_tokens
 from moe_svd_distill.training.measuring import Places, predicting_places
-
-Progress: TypeAlias = Callable[[str, int, int], None]
-"""Called with the name of a pass, the tokens done and the tokens to do."""
 
 Block: TypeAlias = tuple[slice, Tensor]
 """Rows of a text, and their states at every position that predicts, (rows, length-1, d)."""
@@ -105,19 +104,19 @@ class TeacherRecord:
         Raises:
             IncompatiblePairError: The student's head has fewer tokens than are compared.
         """
-        mine, theirs = states.flatten(0, 1), self.hidden[rows].flatten(0, 1)
-        _require_states(rows, self.text.length, mine, theirs)
+        student, teacher = states.flatten(0, 1), self.hidden[rows].flatten(0, 1)
+        _require_states(rows, self.text.length, student, teacher)
         ids, most = torch.from_numpy(self.student_ids), int(self.student_ids[-1]) + 1
-        for part in _parts(self.places, rows, self.text.length, _chunk_tokens(most)):
-            given = logits(mine[part.student.to(mine.device)])
+        for of_student, of_teacher, target in _parts(self.places, rows, self.text.length, _chunk_tokens(most)):
+            given = logits(student[of_student.to(student.device)])
             if given.shape[-1] < most:
                 raise IncompatiblePairError(
                     f"The student's head has {given.shape[-1]} tokens, fewer than the {most} to compare",
                     "Compare only the tokens both models have",
                 )
             given = (given[:, :most] if most == len(ids) else given[:, ids.to(given.device)]).float()
-            wanted = self.head.logits(theirs[part.teacher.to(theirs.device)])
-            yield wanted.to(given.device), given, part.target.to(given.device)
+            wanted = self.head.logits(teacher[of_teacher.to(teacher.device)])
+            yield wanted.to(given.device), given, target.to(given.device)
 
 
 def record_states(hidden: Hidden, head: Head, text: PairedText, on_progress: Progress | None = None) -> TeacherRecord:
@@ -149,15 +148,15 @@ def record_states(hidden: Hidden, head: Head, text: PairedText, on_progress: Pro
         for rows, states in blocks_of(hidden, "teacher's head", on_progress):
             flat = states.flatten(0, 1)
             _require_states(rows, length, flat)
-            for part in _parts(places, rows, length, _chunk_tokens(len(head.weight))):
-                chosen = flat[part.teacher.to(flat.device)]
+            for _, of_teacher, target in _parts(places, rows, length, _chunk_tokens(len(head.weight))):
+                chosen = flat[of_teacher.to(flat.device)]
                 if text.identical:
                     common = common_head.logits(chosen)
                 else:
                     whole = head.logits(chosen)
                     common = whole[:, ids_of_head]
                     mass += float((common.logsumexp(-1) - whole.logsumexp(-1)).exp().double().sum())
-                yield common, common, part.target.to(common.device)
+                yield common, common, target.to(common.device)
 
     measurement, count = measure_tokens(chunks(), places.unit), len(places.target)
     compared = Aligned(len(text.teacher_ids), count, count / text.student.predicted, mass / count)
@@ -222,25 +221,21 @@ def _require_states(rows: slice, length: int, *flat: Tensor) -> None:
         raise ValueError(f"{' and '.join(str(len(states)) for states in flat)} states for {predicting} positions")
 
 
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """Where the states of some places lie in a block of rows, and the tokens that follow; each (places,)."""
+def _parts(places: Places, rows: slice, length: int, step: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The places of a block of rows, `step` at a time. Row i of both models holds the same text.
 
-    student: Tensor
-    teacher: Tensor
-    target: Tensor
-
-
-def _parts(places: Places, rows: slice, length: int, step: int) -> Iterator[_Part]:
-    """The places of a block of rows, `step` at a time. Row i of both models holds the same text."""
+    Returns:
+        Where their states lie among those of the block, for student and teacher, and the tokens that follow; (places,)
+        each.
+    """
     first, last = np.searchsorted(places.student_position, [rows.start * length, rows.stop * length])
     for begin in range(int(first), int(last), step):
         part = slice(begin, min(begin + step, int(last)))
-        yield _Part(
-            _predictor(places.student_position[part], rows.start, length),
-            _predictor(places.teacher_position[part], rows.start, length),
-            torch.from_numpy(places.target[part]),
+        of_student, of_teacher = (
+            _predictor(position[part], rows.start, length)
+            for position in (places.student_position, places.teacher_position)
         )
+        yield of_student, of_teacher, torch.from_numpy(places.target[part])
 
 
 def _predictor(position: IntArray, row: int, length: int) -> Tensor:

@@ -10,13 +10,14 @@ documents or more (docs/decisions/0024, measured).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from moe_svd_distill.algebra.figures import Measurement
-from moe_svd_distill.evaluation.change import Change, cross_entropy_change, kl_change, tokens_needed
+from moe_svd_distill.evaluation.uncertainty import Change, cross_entropy_change, kl_change, tokens_needed
 
 Kind: TypeAlias = Literal["kept", "harm", "none", "unproven"]
 """What was found: a fall; a rise of KL or cross-entropy; no fall that counts; or too little text to tell."""
@@ -48,7 +49,7 @@ class Guard:
 
 
 @dataclass(frozen=True, eq=False)
-class Tried:
+class Trial:
     """A setting beside the untouched student.
 
     Attributes:
@@ -81,6 +82,20 @@ class Tried:
         """The same of cross-entropy."""
         return cross_entropy_change(self.after, self.before)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Its figures and what fell, in nats per token, for JSON; what is not a number becomes None."""
+        tokens = self.after.tokens.sum()
+        figures = {
+            "kl": float(self.after.kl.sum() / tokens),
+            "cross_entropy": float(self.after.cross_entropy.sum() / tokens),
+            "kl_fall": self.kl.fall,
+            "kl_fall_error": self.kl.error,
+            "cross_entropy_fall": self.cross_entropy.fall,
+            "cross_entropy_fall_error": self.cross_entropy.error,
+        }
+        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        return {"scales": dict(self.scales), **finite, "documents": self.kl.documents}
+
     def counts(self, guard: Guard, tries: int = 1) -> bool:
         """Whether it is proven to help: KL falls, not certainly by too little, and cross-entropy with it."""
         enough = self.most(guard) >= guard.share
@@ -95,7 +110,7 @@ class Tried:
         return self.kl.share(self.kl.fall + self.kl.margin(guard.errors))
 
 
-def kind_of(trials: Sequence[Tried], guard: Guard) -> Literal["harm", "none", "unproven"]:
+def kind_of(trials: Sequence[Trial], guard: Guard) -> Literal["harm", "none", "unproven"]:
     """What to call an adapter that is not kept.
 
     Harm and no effect are claims and need their proof: KL can fall nowhere by a share that counts; or wherever it was
@@ -116,7 +131,7 @@ def kind_of(trials: Sequence[Tried], guard: Guard) -> Literal["harm", "none", "u
     return "unproven"
 
 
-def kept_sentence(kept: Tried) -> str:
+def kept_sentence(kept: Trial) -> str:
     """Say what is kept, with the figures it rests on."""
     scales = ", ".join(f"{group} {scale:g}" for group, scale in kept.scales.items())
     kl, entropy = kept.kl, kept.cross_entropy
@@ -127,7 +142,7 @@ def kept_sentence(kept: Tried) -> str:
     )
 
 
-def refusal(kind: Kind, trials: Sequence[Tried], guard: Guard, tokens: int) -> tuple[str, int | None]:
+def refusal(kind: Kind, trials: Sequence[Trial], guard: Guard, tokens: int) -> tuple[str, int | None]:
     """Say why nothing is kept and what to do about it, and how much search text would settle it.
 
     Args:
@@ -158,7 +173,7 @@ def refusal(kind: Kind, trials: Sequence[Tried], guard: Guard, tokens: int) -> t
     )
 
 
-def _figures(trial: Tried, guard: Guard) -> str:
+def _figures(trial: Trial, guard: Guard) -> str:
     """A setting's figures and the interval they are judged by."""
     kl, entropy, scales = trial.kl, trial.cross_entropy, set(trial.scales.values())
     named = f"{scales.pop():g}" if len(scales) == 1 else ", ".join(f"{g} {s:g}" for g, s in trial.scales.items())

@@ -6,12 +6,16 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError, UsageError
 
 if TYPE_CHECKING:
     import torch
+
+Residency: TypeAlias = Literal["resident", "streamed"]
+Mode: TypeAlias = Literal["auto", "resident", "streamed"]
+"""In memory as transformers loads it, layer by layer from its files, or in memory where it fits."""
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _HEADROOM = 1.1
@@ -64,6 +68,13 @@ def require_memory(folder: Path, device: str, dtype: torch.dtype) -> None:
 def fits(folder: Path, device: str) -> bool:
     """Whether `load_model` would find enough free memory on the device."""
     return _needed_bytes(folder, default_dtype(device)) <= available_bytes(device)
+
+
+def residency_of(folder: Path, device: str, mode: Mode) -> Residency:
+    """Decide for one model: as asked, or resident where the free memory of the device is enough."""
+    if mode == "auto":
+        return "resident" if fits(folder, device) else "streamed"
+    return mode
 
 
 def default_dtype(device: str) -> torch.dtype:

@@ -1,43 +1,22 @@
-"""What an evaluation finds, as data."""
+"""What an evaluation finds, as data, in one word and in one sentence."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from moe_svd_distill.algebra.figures import (
-    Figures,
-    Interval,
-    Measurement,
-    cross_entropy_gap_closed,
-    kl_gap_closed,
-    plain,
-)
+from moe_svd_distill.algebra.figures import Figures, Interval, Measurement, plain
 from moe_svd_distill.calibration.domain import DomainDistance
-from moe_svd_distill.evaluation.bootstrap import Bootstrap
-from moe_svd_distill.evaluation.verdict import Effect
+from moe_svd_distill.evaluation.loading import Residency
+from moe_svd_distill.evaluation.temperature import TemperatureControl
+from moe_svd_distill.evaluation.uncertainty import GapClosed, cross_entropy_change, kl_change, mean_gap
 
-Place: TypeAlias = Literal["resident", "streamed"]
+Effect: TypeAlias = Literal["helps", "recalibrates", "mixed", "harms", "none", "unproven"]
 
-
-@dataclass(frozen=True)
-class GapClosed:
-    """Percent of the way from the untouched student to the teacher; None where the student is not behind.
-
-    Attributes:
-        kl: (before − after) / before, of KL to the teacher.
-        cross_entropy: (before − after) / (before − teacher's), of cross-entropy.
-        kl_interval: 95 % bootstrap interval over documents.
-        cross_entropy_interval: The same.
-    """
-
-    kl: float | None
-    cross_entropy: float | None
-    kl_interval: Interval | None = None
-    cross_entropy_interval: Interval | None = None
+ERRORS = 3.0
+BAND = 0.02  # of KL: an interval within this is no effect, one beyond it says that the text is too little
 
 
 @dataclass(frozen=True)
@@ -47,35 +26,6 @@ class Control:
     seed: int
     figures: Figures
     gap_closed: GapClosed
-
-
-@dataclass(frozen=True)
-class TemperatureControl:
-    """The untouched student with its logits divided by one temperature, which was fitted on other text.
-
-    Attributes:
-        temperature: T of the lowest KL on the text it was fitted on.
-        fitted_on: `calibration text`, or `half of the text`: then the rest is about the other half.
-        at_edge: Whether T stands at the end of the range that was searched.
-        student: The untouched student on the documents measured here.
-        figures: The student at temperature T on them.
-        gap_closed: What the temperature closes there.
-        adapter_gap_closed: What the adapter closes on the same documents.
-        adapter_ahead: By how much KL is lower with the adapter than with the temperature, in nats per token; 95 %.
-    """
-
-    temperature: float
-    fitted_on: str
-    at_edge: bool
-    student: Figures
-    figures: Figures
-    gap_closed: GapClosed
-    adapter_gap_closed: GapClosed
-    adapter_ahead: Interval | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**plain(self), "student": self.student.as_dict(), "figures": self.figures.as_dict()}
 
 
 @dataclass(frozen=True)
@@ -113,7 +63,6 @@ class Evaluation:
 
     Attributes:
         effect: In one word, from figures beyond noise.
-        verdict: In one or two sentences, for the user.
         teacher: The teacher itself.
         student: The untouched student.
         adapted: The student with the adapter as PEFT loads it.
@@ -131,7 +80,6 @@ class Evaluation:
     """
 
     effect: Effect
-    verdict: str
     teacher: Figures
     student: Figures
     adapted: Figures
@@ -142,7 +90,7 @@ class Evaluation:
     sequence_length: int
     unit: str
     seconds: float
-    places: dict[str, Place]
+    places: dict[str, Residency]
     domain: DomainDistance | None = None
     kept_states: tuple[str, ...] = ()
     aligned: Aligned | None = None
@@ -152,10 +100,19 @@ class Evaluation:
         """The controls' mean; None without controls."""
         return mean_gap([control.gap_closed for control in self.controls]) if self.controls else None
 
+    @property
+    def verdict(self) -> str:
+        """What is found in one or two sentences for the user, with the figures it rests on."""
+        note = " Calibrated on text of another domain." if self.domain is not None and self.domain.different else ""
+        note += "" if self.aligned is None else f" {self.aligned.note}"
+        return _sentence(self) + note
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         control, temperature = self.control_gap_closed, self.temperature_control
         return {
+            "effect": self.effect,
+            "verdict": self.verdict,
             **plain(self),
             "teacher": self.teacher.as_dict(),
             "student": self.student.as_dict(),
@@ -167,26 +124,87 @@ class Evaluation:
         }
 
 
-def gap_between(before: Measurement, after: Measurement, teacher: Measurement, bootstrap: Bootstrap) -> GapClosed:
-    """The gap that is closed from one measurement to another, with its intervals."""
-    old, new = before.figures, after.figures
-    return GapClosed(
-        kl_gap_closed(old.kl, new.kl),
-        cross_entropy_gap_closed(old.cross_entropy, new.cross_entropy, teacher.figures.cross_entropy),
-        *bootstrap.gaps(before, after, teacher),
-    )
+def effect_of(
+    before: Measurement,
+    after: Measurement,
+    errors: float = ERRORS,
+    *,
+    kl_interval: Interval | None = None,
+    ahead_of_temperature: Interval | None = None,
+) -> Effect:
+    """Judge by paired changes over documents, beyond `errors` standard errors.
+
+    `mixed` is KL that falls while cross-entropy rises, which is no transfer; `recalibrates` is a fall that is not
+    beyond that of one temperature on the student's logits. `none` is a fall whose interval lies within 2 % of KL around
+    0; a wider one that holds 0 is `unproven`.
+
+    Args:
+        before: The untouched student.
+        after: The student with the adapter.
+        errors: Standard errors, as `Change.margin` reckons them.
+        kl_interval: 95 % of the KL gap closed; what holds 0 does not help.
+        ahead_of_temperature: 95 % of how much lower KL is with the adapter than with the temperature; None where no
+            temperature was measured.
+    """
+    kl, risen = kl_change(before, after), cross_entropy_change(after, before)
+    if kl_change(after, before).falls(errors):
+        return "harms"
+    if not kl.falls(errors) or (kl_interval is not None and kl_interval.low <= 0):
+        if risen.falls(errors):
+            return "harms"
+        return "none" if abs(kl.fall) + kl.margin(errors) <= BAND * kl.before else "unproven"
+    if risen.falls(1.0):
+        return "mixed"
+    if ahead_of_temperature is not None and ahead_of_temperature.low <= 0:
+        return "recalibrates"
+    return "helps"
 
 
-def mean_gap(gaps: Sequence[GapClosed]) -> GapClosed:
-    """The mean of several, without intervals unless there is only one."""
-    if len(gaps) == 1:
-        return gaps[0]
+def _sentence(found: Evaluation) -> str:
+    before, after, gap = found.student, found.adapted, found.gap_closed
+    ways = f"KL {before.kl:.4f} → {after.kl:.4f}, cross-entropy {before.cross_entropy:.4f} → {after.cross_entropy:.4f}"
+    control = found.control_gap_closed
+    temperature = None if found.temperature_control is None else found.temperature_control.gap_closed
+    match found.effect:
+        case "helps":
+            entropy = (
+                "; the student's cross-entropy was no worse than the teacher's"
+                if gap.cross_entropy is None
+                else f" and {gap.cross_entropy:.1f} % of the cross-entropy gap{_within(gap.cross_entropy_interval)}"
+            )
+            controls = (
+                ""
+                if control is None or control.kl is None
+                else f" A random change of the same size: {_percent(control)}."
+            )
+            if temperature is not None and temperature.kl is not None:
+                controls += f" One temperature on its logits: {_percent(temperature)}."
+            of_kl = f"{gap.kl:.1f} % of the KL gap to the teacher{_within(gap.kl_interval)}"
+            return f"Closes {of_kl}{entropy}: {ways}.{controls}"
+        case "recalibrates":
+            return (
+                f"No more than recalibration: closes {_percent(gap)} of the KL gap, one temperature on the untouched "
+                f"student's logits {_percent(temperature)} ({ways})."
+            )
+        case "mixed":
+            return f"No transfer: KL falls but cross-entropy rises ({ways})."
+        case "harms":
+            return f"Harms the student: {ways}."
+        case "none" if before == after:
+            return f"The adapter changes nothing: nothing was transferred ({ways})."
+        case "none":
+            return f"No effect: {ways}."
+        case "unproven":
+            return f"Not proven on so little text: {ways}. Give more held-out text, or more of it (--tokens)."
 
-    def mean(values: Sequence[float | None]) -> float | None:
-        known = [value for value in values if value is not None]
-        return float(np.mean(known)) if known else None
 
-    return GapClosed(mean([gap.kl for gap in gaps]), mean([gap.cross_entropy for gap in gaps]))
+def _percent(gap: GapClosed | None) -> str:
+    """Of the KL gap."""
+    return "unknown" if gap is None or gap.kl is None else f"{gap.kl:.1f} %{_within(gap.kl_interval)}"
+
+
+def _within(interval: Interval | None) -> str:
+    return "" if interval is None else f" (95 %: {interval.low:.1f} to {interval.high:.1f})"
 
 
 def _finite(value: float) -> float | None:

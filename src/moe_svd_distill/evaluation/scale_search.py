@@ -7,14 +7,14 @@ What is not proven is scaled to nothing, in words that say whether it harms, doe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from moe_svd_distill.algebra.figures import Measurement, plain
-from moe_svd_distill.evaluation.change import kl_change
-from moe_svd_distill.evaluation.guard import Guard, Kind, Tried, kept_sentence, kind_of, refusal
+from moe_svd_distill.evaluation.guard import Guard, Kind, Trial, kept_sentence, kind_of, refusal
+from moe_svd_distill.evaluation.uncertainty import kl_change
 
 Evaluate: TypeAlias = Callable[[Mapping[str, float]], Measurement]
 """Measures the student at one scale per group; must be the untouched student at 0."""
@@ -22,20 +22,6 @@ Evaluate: TypeAlias = Callable[[Mapping[str, float]], Measurement]
 GLOBAL_SCALES = (0.125, 0.25, 0.5, 0.75, 1.0)
 _SMALLEST_STEP = 1e-3  # of the untouched KL: what a group's scale must gain to be worth having
 _ALONE = 0.5
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One setting that was tried: its figures and what fell, in nats per token, with the errors of `Change`."""
-
-    scales: Mapping[str, float]
-    kl: float
-    cross_entropy: float
-    kl_fall: float
-    kl_fall_error: float
-    cross_entropy_fall: float
-    cross_entropy_fall_error: float
-    documents: int
 
 
 @dataclass(frozen=True)
@@ -63,7 +49,7 @@ class ScaleSearch:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return plain(self)
+        return plain(replace(self, trials=())) | {"trials": [trial.as_dict() for trial in self.trials]}
 
 
 def search_scale(
@@ -89,11 +75,11 @@ def search_scale(
 class _Search:
     def __init__(self, evaluate: Evaluate, groups: Sequence[str], guard: Guard) -> None:
         self.evaluate, self.groups, self.guard = evaluate, tuple(groups), guard
-        self.known: dict[tuple[float, ...], Tried] = {}
+        self.known: dict[tuple[float, ...], Trial] = {}
         self.nothing = dict.fromkeys(self.groups, 0.0)
         self.untouched = evaluate(dict(self.nothing))
-        self.known[(0.0,) * len(self.groups)] = Tried(self.nothing, self.untouched, self.untouched)
-        self.best: Tried | None = None
+        self.known[(0.0,) * len(self.groups)] = Trial(self.nothing, self.untouched, self.untouched)
+        self.best: Trial | None = None
 
     def run(self, global_scales: Sequence[float], by_group: bool) -> ScaleSearch:
         self.search_globally(global_scales)
@@ -104,13 +90,13 @@ class _Search:
                 self.refine_groups(self.best)
         return self.verdict()
 
-    def tried(self, scales: Mapping[str, float]) -> Tried:
+    def tried(self, scales: Mapping[str, float]) -> Trial:
         key = tuple(scales[group] for group in self.groups)
         if key not in self.known:
-            self.known[key] = Tried(dict(scales), self.untouched, self.evaluate(dict(scales)))
+            self.known[key] = Trial(dict(scales), self.untouched, self.evaluate(dict(scales)))
         return self.known[key]
 
-    def consider(self, tried: Tried) -> None:
+    def consider(self, tried: Trial) -> None:
         """Take a setting that is proven, if KL falls further there."""
         if self.best is None or tried.kl.fall > self.best.kl.fall:
             self.best = tried
@@ -137,7 +123,7 @@ class _Search:
             if between.counts(self.guard):
                 self.consider(between)
 
-    def descend(self, grid: Sequence[float]) -> list[Tried]:
+    def descend(self, grid: Sequence[float]) -> list[Trial]:
         """From the largest scale down, until one and the next above it are proven and KL falls less far below.
 
         Smaller ones would be proven too and fall less far still: KL is nearly a parabola in the scale.
@@ -145,7 +131,7 @@ class _Search:
         Returns:
             What was tried, the smallest scale first.
         """
-        tried: list[Tried] = []
+        tried: list[Trial] = []
         for scale in reversed(grid):
             tried.insert(0, self.tried(dict.fromkeys(self.groups, scale)))
             lower, *above = tried
@@ -160,7 +146,7 @@ class _Search:
             if tried.counts(self.guard, tries=4 * len(self.groups)):
                 self.consider(tried)
 
-    def refine_groups(self, start: Tried) -> None:
+    def refine_groups(self, start: Trial) -> None:
         """For each group that acts: half its scale, and nothing if that helped, else half as much again."""
         scales = dict(start.scales)
         for group, scale in start.scales.items():
@@ -185,7 +171,7 @@ class _Search:
         return change.falls(1.0) and change.fall > _SMALLEST_STEP * change.before
 
     def verdict(self) -> ScaleSearch:
-        trials = tuple(map(_trial, self.known.values()))
+        trials = tuple(self.known.values())
         if self.best is not None:
             return ScaleSearch(self.best.scales, "kept", kept_sentence(self.best), trials)
         tried = list(self.known.values())[1:]
@@ -199,17 +185,3 @@ def _lowest(points: Sequence[float], heights: Sequence[float]) -> float:
     a, b, _ = np.polyfit(points, heights, 2)
     lowest = float(-b / (2 * a)) if a > 0 else points[1]
     return round(min(max(lowest, points[0]), points[2]), 3) or points[1]
-
-
-def _trial(tried: Tried) -> Trial:
-    after, tokens = tried.after, tried.after.tokens.sum()
-    return Trial(
-        scales=dict(tried.scales),
-        kl=float(after.kl.sum() / tokens),
-        cross_entropy=float(after.cross_entropy.sum() / tokens),
-        kl_fall=tried.kl.fall,
-        kl_fall_error=tried.kl.error,
-        cross_entropy_fall=tried.cross_entropy.fall,
-        cross_entropy_fall_error=tried.cross_entropy.error,
-        documents=tried.kl.documents,
-    )

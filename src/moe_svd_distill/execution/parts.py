@@ -1,20 +1,23 @@
-"""One file per finished unit of work: its tensors, and the record of what became of every tensor.
+"""One file per finished unit of work, with the record of what became of every tensor; and one file from many parts.
 
 Parts are the journal of a run. A part counts only if its name, its header and every byte of its tensors agree with the
-digests inside; "it opens" is no proof. A damaged part is moved aside under another name and never deleted.
+digests inside; "it opens" is no proof. A damaged part is moved aside under another name and never deleted. Parts are
+put together without ever holding the adapter in memory: one tensor is made at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.errors import BadDataError, DistillError
+from moe_svd_distill.execution.memory import give_back
 from moe_svd_distill.files.dtypes import dtype_code, tensor_bytes
 from moe_svd_distill.files.header import Header, Slot, encode_header, lay_out, read_header
 from moe_svd_distill.files.reading import opened, read_pieces
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 _METADATA = "moe_svd_distill"  # the one metadata key: with two, the library's hash map would shuffle the file
+_LARGE = 1 << 20  # bytes of a tensor worth giving back at once
 _RUN_AGAIN = "Run the same command again; damaged parts are computed anew"
 
 
@@ -172,6 +176,102 @@ def open_part(path: Path) -> PartTensors:
         BadDataError: The part is damaged.
     """
     return PartTensors(path)
+
+
+class Parts(Mapping[str, "torch.Tensor"]):
+    """The tensors of several parts, each read from its file when it is asked for. Use it in a ``with`` block.
+
+    Attributes:
+        slots: Name to type and shape.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """Verify the parts once more, since hours may have passed.
+
+        Raises:
+            BadDataError: A part is damaged, or two parts hold a tensor of the same name.
+        """
+        self.slots: dict[str, Slot] = {}
+        self._part_of: dict[str, Path] = {}
+        for path in paths:
+            if (fault := find_fault(path)) is not None:
+                raise BadDataError(
+                    f"Part {path} cannot be used: {fault}",
+                    _RUN_AGAIN,
+                )
+            for slot in read_header(path).slots:
+                if slot.name in self.slots:
+                    raise BadDataError(
+                        f"Tensor {slot.name} is in two parts: {self._part_of[slot.name].name} and {path.name}",
+                        "Give every tensor to one unit of work; this is a fault of the plan, please report it",
+                    )
+                self.slots[slot.name], self._part_of[slot.name] = slot, path
+        self._opened: dict[Path, PartTensors] = {}
+        self._stack = ExitStack()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        path = self._part_of[name]
+        if path not in self._opened:
+            self._opened[path] = self._stack.enter_context(open_part(path))
+        return self._opened[path][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.slots)
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def __enter__(self) -> Parts:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor of a file that is to be written.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its type.
+        make: Makes it, when its turn comes.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], torch.Tensor]
+
+
+def write_tensors(planned: Mapping[str, Planned], output: Path) -> str:
+    """Write one safetensors file, sorted by name, each tensor made when its turn comes.
+
+    Args:
+        planned: Name to what is to be written.
+        output: The file, replaced only when the new one is whole.
+
+    Returns:
+        The sha256 of the file.
+
+    Raises:
+        CannotWriteError: The output cannot be written.
+        ValueError: A tensor is made of another type or shape than planned; a fault of the caller.
+    """
+    slots = lay_out((name, dtype_code(plan.dtype), plan.shape) for name, plan in planned.items())
+    with durable_file(output) as sink:
+        sink.write(encode_header(slots, {"format": "pt"}))
+        for slot in slots:
+            plan, tensor = planned[slot.name], planned[slot.name].make()
+            if tuple(tensor.shape) != plan.shape or tensor.dtype != plan.dtype:
+                raise ValueError(f"{slot.name} is {tensor.dtype} {tuple(tensor.shape)}, planned {plan}")
+            sink.write(tensor_bytes(tensor.to("cpu")))
+            large = tensor.nbytes >= _LARGE
+            del tensor
+            if large:
+                give_back()
+    return sink.sha256
 
 
 def _body(header: Header) -> dict[str, Any]:

@@ -17,12 +17,11 @@ from typing import Any
 
 from moe_svd_distill.errors import IncompleteError
 from moe_svd_distill.execution import events
-from moe_svd_distill.execution.backoff import Unit, Work
-from moe_svd_distill.execution.crew import Crew, Worker
 from moe_svd_distill.execution.events import Event
 from moe_svd_distill.execution.parts import find_fault, part_path, reject_part
-from moe_svd_distill.execution.signals import StopSignals
-from moe_svd_distill.execution.worker import Done, Failed, Hopeless, NotStarted, Progress, Ready
+from moe_svd_distill.execution.pool import Worker, WorkerPool
+from moe_svd_distill.execution.processes import StopSignals
+from moe_svd_distill.execution.worker import Done, Failed, Hopeless, Ready, Underway, Unit, Work
 from moe_svd_distill.files.writing import make_folder, remove_stale_temporaries
 
 __all__ = ["ExecutionSummary", "Settings", "Unit", "UnitsSetAsideError", "Work", "execute"]
@@ -98,7 +97,7 @@ def execute(
     Raises:
         UnitsSetAsideError: Some units failed on every attempt.
         DistillError: Work raised it, or a part cannot be written; the run stops at once.
-        KeyboardInterrupt: SIGINT or SIGTERM (`signals.Terminated`); the parts that were finished stay.
+        KeyboardInterrupt: SIGINT or SIGTERM (`processes.Terminated`); the parts that were finished stay.
     """
     begun = time.monotonic()
     if len({unit.key for unit in units}) != len(units):
@@ -155,31 +154,31 @@ class _Run:
         if not units:
             return
         self._queue = deque(sorted(units, key=lambda unit: -unit.weight))
-        crew = Crew(self.work, self.folder, self.settings.devices, self.settings.threads_per_worker)
+        pool = WorkerPool(self.work, self.folder, self.settings.devices, self.settings.threads_per_worker)
         try:
-            while self._staff(crew):
-                self._hand_out(crew)
-                woken = self._listen(crew, stop)
-                self._end_the_hung(crew, woken)
+            while self._staff(pool):
+                self._hand_out(pool)
+                woken = self._listen(pool, stop)
+                self._end_the_hung(pool, woken)
         finally:
-            crew.dismiss()
+            pool.dismiss()
             remove_stale_temporaries(self.folder)
 
-    def _staff(self, crew: Crew) -> bool:
+    def _staff(self, pool: WorkerPool) -> bool:
         """Start workers as long as there are units for them; False when there is nothing left to do."""
-        held = sum(worker.unit is not None for worker in crew.workers.values())
+        held = sum(worker.unit is not None for worker in pool.workers.values())
         wanted = min(self.settings.workers, len(self._queue) + held)
         for slot in range(self.settings.workers):
-            if slot not in crew.workers and len(crew.workers) < wanted:
-                crew.hire(slot)
+            if slot not in pool.workers and len(pool.workers) < wanted:
+                pool.hire(slot)
         return wanted > 0
 
-    def _hand_out(self, crew: Crew) -> None:
+    def _hand_out(self, pool: WorkerPool) -> None:
         """Give units to those who wait. A last attempt has the machine to itself, in case memory was what it lacked."""
-        for worker in crew.workers.values():
+        for worker in pool.workers.values():
             if not worker.idle or not self._queue:
                 continue
-            held = [other.unit for other in crew.workers.values() if other.unit is not None]
+            held = [other.unit for other in pool.workers.values() if other.unit is not None]
             if held and any(self._is_last_attempt(unit) for unit in (*held, self._queue[0])):
                 return
             unit = self._queue.popleft()
@@ -189,9 +188,9 @@ class _Run:
     def _is_last_attempt(self, unit: Unit) -> bool:
         return 1 < self.settings.attempts == self._attempts.get(unit.key, 0) + 1
 
-    def _listen(self, crew: Crew, stop: StopSignals) -> float:
+    def _listen(self, pool: WorkerPool, stop: StopSignals) -> float:
         """Wait for news and take it in; returns when the news was collected."""
-        workers = list(crew.workers.values())
+        workers = list(pool.workers.values())
         waited_since = time.monotonic()
         timeout = max(0.0, min([self._limit(worker) + worker.last_heard for worker in workers]) - waited_since)
         timeout = min(timeout, _LONGEST_WAIT_S)
@@ -208,12 +207,12 @@ class _Run:
             dead = worker.process.sentinel in heard
             if dead or worker.pipe in heard:
                 for message in worker.hear():
-                    self._take(crew, worker, message)
-            if dead and worker.slot in crew.workers:
-                self._lose(crew, worker, None)
+                    self._take(pool, worker, message)
+            if dead and worker.slot in pool.workers:
+                self._lose(pool, worker, None)
         return woken
 
-    def _take(self, crew: Crew, worker: Worker, message: object) -> None:
+    def _take(self, pool: WorkerPool, worker: Worker, message: object) -> None:
         worker.last_heard = time.monotonic()
         unit = worker.unit
         match message:
@@ -221,36 +220,36 @@ class _Run:
                 worker.ready = True
                 self._bad_starts = 0
                 self.on_event(events.WorkerStarted(worker.slot, worker.device, worker.process.pid))
-            case Progress(fraction):
+            case Underway(fraction):
                 if unit is not None:
                     self.on_event(events.UnitProgress(worker.slot, unit.label, fraction))
             case Done(seconds, peak, backoff):
                 worker.unit = None
                 self._note_memory(worker, peak)
                 self.on_event(events.UnitFinished(worker.slot, unit.label, seconds, reused=False, backoff=backoff))
+            case Failed(reason, detail, _) if not worker.ready:
+                raise RuntimeError(f"the workers cannot load the work: {reason}\n{detail}")
             case Failed(reason, detail, peak):
                 self._note_memory(worker, peak)
-                crew.drop(worker)
+                pool.drop(worker)
                 self._fail(worker, unit, reason, detail)
             case Hopeless(error, detail):
                 error.add_note(f"In a worker process, at {unit.label if unit else 'its start'}:\n{detail}")
                 raise error
-            case NotStarted(reason, detail):
-                raise RuntimeError(f"the workers cannot load the work: {reason}\n{detail}")
 
-    def _end_the_hung(self, crew: Crew, woken: float) -> None:
+    def _end_the_hung(self, pool: WorkerPool, woken: float) -> None:
         """End workers that were silent until ``woken``. What they said since, while a listener was busy, comes next."""
-        for worker in list(crew.workers.values()):
+        for worker in list(pool.workers.values()):
             if woken - worker.last_heard >= self._limit(worker):
-                self._lose(crew, worker, f"no sign of life for {self._limit(worker):g} s")
+                self._lose(pool, worker, f"no sign of life for {self._limit(worker):g} s")
 
     def _limit(self, worker: Worker) -> float:
         if not worker.ready:
             return max(_STARTING_LIMIT_S, self.settings.heartbeat_limit_s)
         return self.settings.heartbeat_limit_s if worker.unit is not None else float("inf")
 
-    def _lose(self, crew: Crew, worker: Worker, reason: str | None) -> None:
-        ended = crew.drop(worker)
+    def _lose(self, pool: WorkerPool, worker: Worker, reason: str | None) -> None:
+        ended = pool.drop(worker)
         remove_stale_temporaries(self.folder)
         reason = reason or f"its process ended ({ended})"
         unit = worker.unit

@@ -6,6 +6,7 @@ decompositions change bits with the number of threads. The process leaves within
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
@@ -16,15 +17,42 @@ import traceback
 from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from moe_svd_distill.errors import DistillError
 from moe_svd_distill.execution.memory import MemoryWatch, give_back
-from moe_svd_distill.execution.spawning import leave_with_parent
+from moe_svd_distill.execution.parts import PartContent, write_part
+from moe_svd_distill.execution.processes import leave_with_parent
 from moe_svd_distill.files.writing import explain_writing
+
+FREED_CACHE = "freed the device's cache and tried again"
+USED_CPU = "computed on the CPU"
 
 _PROGRESS_EVERY_S = 0.5
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+
+class Unit(Protocol):
+    """A piece of work that can be done anywhere; it must survive pickling."""
+
+    @property
+    def key(self) -> str:
+        """The hash, in hex, of everything the result depends on."""
+
+    @property
+    def label(self) -> str:
+        """What people call it, such as "layer 3"."""
+
+    @property
+    def weight(self) -> float:
+        """What it costs, relative to the others; the heaviest go first."""
+
+
+class Work(Protocol):
+    """Computes a unit; it must survive pickling, and gives the same bytes wherever it runs."""
+
+    def __call__(self, unit: Any, device: str) -> PartContent:
+        """Compute ``unit`` on ``device``."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +61,7 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class Progress:
+class Underway:
     """The unit goes on."""
 
     fraction: float
@@ -50,7 +78,10 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """This attempt failed in a way that another may not. The process ends: what it has loaded may be broken too."""
+    """This attempt failed in a way that another may not, or the work cannot be loaded.
+
+    The process ends: what it has loaded may be broken too.
+    """
 
     reason: str
     detail: str
@@ -62,14 +93,6 @@ class Hopeless:
     """Every attempt would fail like this one."""
 
     error: DistillError
-    detail: str
-
-
-@dataclass(frozen=True)
-class NotStarted:
-    """The work cannot be loaded."""
-
-    reason: str
     detail: str
 
 
@@ -87,7 +110,7 @@ class _Reporter:
         now = time.monotonic()
         if self._pipe is not None and now - self._last >= _PROGRESS_EVERY_S:
             self._last = now
-            self._pipe.send(Progress(fraction))
+            self._pipe.send(Underway(fraction))
 
 
 _reporter = _Reporter()
@@ -117,12 +140,12 @@ def run_worker(
             pipe.send(Hopeless(_portable(error), traceback.format_exc()))
             return
         except Exception as error:
-            pipe.send(NotStarted(_one_line(error), traceback.format_exc()))
+            pipe.send(Failed(_one_line(error), traceback.format_exc(), memory.look()))
             return
         _reporter.attach(pipe)
         pipe.send(Ready())
         while True:
-            answer = _compute(work, pickle.loads(pipe.recv_bytes()), device, folder, memory)  # noqa: S301
+            answer = _answer(work, pickle.loads(pipe.recv_bytes()), device, folder, memory)  # noqa: S301
             pipe.send(answer)
             if not isinstance(answer, Done):
                 return
@@ -145,10 +168,7 @@ def _load(pickled_work: bytes, threads: int) -> Any:
     return pickle.loads(pickled_work)  # noqa: S301 - bytes that the parent made
 
 
-def _compute(work: Any, unit: Any, device: str, folder: Path, memory: MemoryWatch) -> Done | Failed | Hopeless:
-    from moe_svd_distill.execution.backoff import compute
-    from moe_svd_distill.execution.parts import write_part
-
+def _answer(work: Any, unit: Any, device: str, folder: Path, memory: MemoryWatch) -> Done | Failed | Hopeless:
     begun = time.monotonic()
     try:
         content, steps = compute(work, unit, device)
@@ -161,6 +181,54 @@ def _compute(work: Any, unit: Any, device: str, folder: Path, memory: MemoryWatc
         if explained is not None:
             return Hopeless(explained, traceback.format_exc())
         return Failed(_one_line(error), traceback.format_exc(), memory.look())
+
+
+def compute(work: Work, unit: Unit, device: str) -> tuple[PartContent, tuple[str, ...]]:
+    """Compute a unit; when the device's memory runs out, free what is cached and try again, then use the CPU.
+
+    The algorithm is never exchanged for another one, and nothing is retried in silence.
+
+    Returns:
+        The content, its record completed by the kind of device and the steps taken, and the steps.
+    """
+    steps: tuple[str, ...] = ()
+    content = _attempt(work, unit, device)
+    if content is None:
+        _free(device)
+        steps = (FREED_CACHE,)
+        content = _attempt(work, unit, device)
+    if content is None:
+        _free(device)
+        steps = (FREED_CACHE, USED_CPU)
+        device = "cpu"
+        content = work(unit, device)
+    record = {**content.record, "device": device.split(":")[0]}  # not which GPU: that depends on chance
+    if steps:
+        record["backoff"] = list(steps)
+    return PartContent(content.tensors, record), steps
+
+
+def _attempt(work: Work, unit: Unit, device: str) -> PartContent | None:
+    """None when memory ran out. The exception dies here, and with it the frames that hold the tensors."""
+    try:
+        return work(unit, device)
+    except RuntimeError as error:
+        if device == "cpu" or not _is_out_of_memory(error):
+            raise
+        return None
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return "out of memory" in text or "_alloc_failed" in text  # CUDA itself, and its libraries
+
+
+def _free(device: str) -> None:
+    gc.collect()
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.empty_cache()
 
 
 def _portable(error: DistillError) -> DistillError:

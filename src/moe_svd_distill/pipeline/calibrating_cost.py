@@ -8,7 +8,7 @@ from moe_svd_distill.pipeline.cost import Rows, readable, state_bytes
 from moe_svd_distill.pipeline.extra_text import for_fit
 from moe_svd_distill.pipeline.pair import ModelPair
 from moe_svd_distill.pipeline.placement import LIBRARIES_BYTES
-from moe_svd_distill.pipeline.texts import check_tokens
+from moe_svd_distill.pipeline.texts import validation_tokens
 from moe_svd_distill.recipe import Recipe
 from moe_svd_distill.training.settings import passes_over_little, step_over_little
 
@@ -87,7 +87,7 @@ def cost_of_calibrating(recipe: Recipe, pair: ModelPair, *, as_start: bool) -> C
     text = min(recipe.tokens, recipe.training.start_tokens) if as_start else recipe.tokens
     extra = for_fit(recipe, text, 1, identical=recipe.vocabulary == "equal")
     copies = extra.sequences(1)
-    check, search = check_tokens(recipe), recipe.scale_search_tokens
+    check, search = validation_tokens(recipe), recipe.scale_search_tokens
     teacher, student = pair.teacher, pair.student
     states = state_bytes(recipe, teacher) + state_bytes(recipe, student) * (2 if recipe.last_layers else 1)
     mine, theirs = (of.layout.geometry.vocabulary * of.layout.geometry.hidden for of in (student, teacher))

@@ -16,7 +16,7 @@ from moe_svd_distill.pipeline.placement import Placement, TrainedParts, place_tr
 from moe_svd_distill.pipeline.preparation import execution_settings
 from moe_svd_distill.pipeline.ranks import trained_numbers, trained_ranks, trained_shapes
 from moe_svd_distill.pipeline.steps import checks, epochs, optimiser_steps, sequence_length, trains_head
-from moe_svd_distill.pipeline.texts import check_tokens, longest_sequence
+from moe_svd_distill.pipeline.texts import longest_sequence, validation_tokens
 from moe_svd_distill.recipe import Recipe
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -122,7 +122,7 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
     length = sequence_length(recipe, longest_sequence(pair))
     once, search = whole(recipe.tokens, length), whole(recipe.scale_search_tokens, length)
     head_moves = trains_head(recipe, student.layout.geometry.vocabulary)
-    check = whole(check_tokens(recipe), length)
+    check = whole(validation_tokens(recipe), length)
     extra = for_training(recipe, once, once // length, recipe.vocabulary == "equal", head_moves)
     text = once + extra.sequences(once // length) * length
     passes = bool(extra.copies) + ROUNDS * bool(extra.generated)

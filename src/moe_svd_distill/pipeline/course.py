@@ -129,7 +129,7 @@ def calibrated_course(given: Given) -> Course:
 def refined_course(given: Given) -> Course:
     """All layers, and the head where the text is enough for it; from a start or from zero."""
     recipe, pair, text, asked = given.recipe, given.pair, given.fit_text.student, given.recipe.training
-    assert given.text.check is not None
+    assert given.text.validation is not None
     ranks, count = trained_ranks(recipe, pair.student), len(text.sequences)
     head_moves = trains_head(recipe, len(given.fit_text.student_ids))
     extra = for_training(recipe, text.tokens, count, given.fit_text.identical, head_moves)
@@ -150,7 +150,7 @@ def refined_course(given: Given) -> Course:
         divergence=asked.divergence,
         cross_entropy_share=asked.cross_entropy_share,
         head="whole" if head_moves else "fixed",
-        checks=checks(recipe, steps * step_tokens, given.text.check.student.tokens),
+        checks=checks(recipe, steps * step_tokens, given.text.validation.student.tokens),
         patience=asked.patience,
         weight_decay=asked.weight_decay,
         seed=recipe.seed,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.adapter.adapter_file import read_json, sha256_of
 from moe_svd_distill.errors import MissingInputError, UsageError
-from moe_svd_distill.evaluation.code.problems import ProblemSet, is_code_benchmark, load_problems
+from moe_svd_distill.evaluation.code.problems import ProblemSet, load_problems
+from moe_svd_distill.evaluation.request import BenchmarkRequest, EvaluationRequest, Progress
 from moe_svd_distill.files.names import (
     ADAPTER_FILE,
     CARD_FILE,
@@ -19,16 +20,22 @@ from moe_svd_distill.files.names import (
     REPORT_FILE,
 )
 from moe_svd_distill.files.writing import write_json, write_text
-from moe_svd_distill.pipeline.held_out import SAME_SOURCES, held_out
 from moe_svd_distill.pipeline.pair import open_model, open_pair
 from moe_svd_distill.pipeline.texts import longest_sequence
 from moe_svd_distill.report.card import adapter_card
 from moe_svd_distill.report.html import html_report
 
 if TYPE_CHECKING:
+    from moe_svd_distill.calibration.documents import Document
     from moe_svd_distill.calibration.paired import VocabularyMode
-    from moe_svd_distill.calibration.text import Document
-    from moe_svd_distill.evaluation.sources import Mode
+
+__all__ = ["BenchmarkRequest", "EvaluatedAdapter", "EvaluationRequest", "evaluate_adapter", "held_out"]
+
+MOSTLY = 0.5
+SAME_SOURCES = (
+    "The text is of the sources the adapter was made on, so the gain shown may be larger than on other sources: name "
+    "text of others."
+)
 
 
 @dataclass(frozen=True)
@@ -39,56 +46,7 @@ class EvaluatedAdapter:
     report: Path | None
 
 
-@dataclass(frozen=True)
-class BenchmarkRequest:
-    """Which benchmarks to run.
-
-    Attributes:
-        tasks: `humaneval` and `humaneval:FILE`, programming problems; other names are the lm-evaluation-harness's.
-        limit: Examples of each task at most.
-        include_path: Folder with task files of one's own for the harness.
-        run_generated_code: Whether programs that the models write may be run; programming problems need it.
-        new_tokens: Tokens of each program at most.
-        batch: Programs that are written at a time.
-        teacher: Whether the teacher is given the programming problems as well.
-    """
-
-    tasks: tuple[str, ...]
-    limit: int | None = None
-    include_path: Path | None = None
-    run_generated_code: bool = False
-    new_tokens: int = 384
-    batch: int = 32
-    teacher: bool = False
-
-    @property
-    def code(self) -> tuple[str, ...]:
-        """The tasks that are programming problems."""
-        return tuple(task for task in self.tasks if is_code_benchmark(task))
-
-    @property
-    def harness(self) -> tuple[str, ...]:
-        """The tasks of the lm-evaluation-harness."""
-        return tuple(task for task in self.tasks if not is_code_benchmark(task))
-
-
-def evaluate_adapter(
-    folder: Path,
-    teacher: str | None,
-    student: str | None,
-    texts: Sequence[Path],
-    *,
-    tokens: int = 50_000,
-    seed: int = 0,
-    device: str = "cpu",
-    controls: int = 1,
-    mode: Mode = "auto",
-    cache: Path | None = None,
-    vocabulary: VocabularyMode | None = None,
-    benchmarks: BenchmarkRequest | None = None,
-    on_progress: Callable[[str, int, int], None] | None = None,
-    on_stage: Callable[[str], None] | None = None,
-) -> EvaluatedAdapter:
+def evaluate_adapter(request: EvaluationRequest, on_progress: Progress | None = None) -> EvaluatedAdapter:
     """Measure teacher, untouched student, adapter and controls on text, and run benchmarks.
 
     Documents the adapter was made on are left out, and so are others of the same sources, unless nothing else is left:
@@ -96,68 +54,27 @@ def evaluate_adapter(
     report.html where the folder holds the record of a run. Text or benchmarks alone leave the figures that an earlier
     evaluation of the same adapter has of the other.
 
-    Args:
-        folder: The adapter.
-        teacher: The teacher; default: the one in run.json.
-        student: The student; default: the one in run.json or adapter_config.json.
-        texts: Held-out text.
-        tokens: Tokens to read at most.
-        seed: Of the order of documents and the control.
-        device: Where the models run.
-        controls: Random deltas to measure.
-        mode: Whether the models are held in memory.
-        cache: Where streamed states and written programs lie; default: `cache` in the adapter's folder.
-        vocabulary: Whether the models must number their tokens alike; default: what the run asked for, else `equal`.
-        benchmarks: Benchmarks to run.
-        on_progress: Told the pass, and how much of how much is done.
-        on_stage: Told what has no count.
-
     Raises:
         DistillError: One of its kinds, each with its exit code.
     """
-    if not texts and not benchmarks:
+    folder, benchmarks = request.adapter, request.benchmarks
+    if not request.texts and not benchmarks:
         raise UsageError("no text to evaluate on", "Give --text FILE")
-    problems = _check(benchmarks) if benchmarks else ()
+    problems = _problems(benchmarks) if benchmarks else ()
     record = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else {}
-    student = student or record.get("student", {}).get("source") or _base_model(folder)
-    teacher = teacher or record.get("teacher", {}).get("source")
-    if not teacher and (texts or (benchmarks and benchmarks.teacher)):
+    student = request.student or record.get("student", {}).get("source") or _base_model(folder)
+    teacher = request.teacher or record.get("teacher", {}).get("source")
+    if not teacher and (request.texts or (benchmarks and benchmarks.teacher)):
         raise UsageError(f"{folder} does not say which teacher it came from", "Give --teacher")
+    request = replace(request, teacher=teacher, student=student)
     digest = sha256_of(folder / ADAPTER_FILE) if (folder / ADAPTER_FILE).is_file() else None
-    figures = _kept(folder, digest, bool(texts), bool(benchmarks and benchmarks.harness))
-    if texts:
-        from moe_svd_distill.calibration.text import read_documents
-        from moe_svd_distill.evaluation.evaluate import evaluate
-
-        assert teacher
-        search, calibration = record.get("scale_search", {}), _calibration(record)
-        chosen = held_out(read_documents(texts, group_field=_asked(record, "text_group")), search, calibration)
-        with open_pair(teacher, student) as pair:
-            result = evaluate(
-                folder,
-                pair.teacher.checkpoint.folder,
-                pair.student.checkpoint.folder,
-                chosen.documents,
-                limit_tokens=tokens,
-                length=longest_sequence(pair),
-                seed=seed,
-                controls=controls,
-                calibration=calibration,
-                device=device,
-                mode=mode,
-                cache=cache,
-                vocabulary=vocabulary or _vocabulary(record),
-                on_progress=_reading(on_progress) if on_progress else None,
-            )
-        figures |= result.as_dict() | {"texts": [str(path) for path in texts], "held_out": chosen.as_dict()}
-        if not chosen.apart:
-            figures["verdict"] = f"{figures['verdict']} {SAME_SOURCES}"
+    figures = _kept(folder, digest, bool(request.texts), bool(benchmarks and benchmarks.harness))
+    if request.texts:
+        figures |= _text_figures(request, record, on_progress)
     if benchmarks and benchmarks.harness:
-        figures["benchmarks"] = _benchmarks(folder, student, benchmarks, device, seed, on_stage)
-    if benchmarks and problems:
-        asked = teacher if benchmarks.teacher else None
-        kept = cache or folder / "cache"
-        found = _code_benchmarks(folder, student, asked, problems, benchmarks, kept, device, on_progress)
+        figures["benchmarks"] = _benchmarks(request, on_progress)
+    if problems:
+        found = _code_benchmarks(request, problems, on_progress)
         figures["code_benchmarks"] = {**figures.get("code_benchmarks", {}), **found}
     figures["adapter_sha256"] = digest
     write_json(folder / EVALUATION_FILE, figures)
@@ -169,7 +86,70 @@ def evaluate_adapter(
     return EvaluatedAdapter(figures, folder / REPORT_FILE)
 
 
-def _check(request: BenchmarkRequest) -> tuple[ProblemSet, ...]:
+@dataclass(frozen=True)
+class HeldOut:
+    """A text without what an adapter has seen.
+
+    Attributes:
+        documents: What is left.
+        used: Documents left out because the adapter was made on them.
+        of_used_groups: Others left out because they are of the same sources.
+        repeated: Others left out because most of their words stand in what the adapter was made on; None if that is
+            not known, because that text is not here.
+        apart: Whether this was possible; if nothing is left, only the documents themselves are left out.
+    """
+
+    documents: tuple[Document, ...]
+    used: int
+    of_used_groups: int = 0
+    repeated: int | None = None
+    apart: bool = True
+
+    def as_dict(self) -> dict[str, Any]:
+        """For evaluation.json."""
+        return {
+            "documents_used": self.used,
+            "documents_of_used_groups": self.of_used_groups,
+            "documents_repeated": self.repeated,
+            "groups_apart": self.apart,
+        }
+
+
+def held_out(documents: Sequence[Document], search: Mapping[str, Any], calibration: Sequence[Document]) -> HeldOut:
+    """Leave out of a text what an adapter was made on.
+
+    Args:
+        documents: The text.
+        search: `scale_search` of the adapter's run.json, which names the documents and groups that were used.
+        calibration: The text the adapter was made of, as far as it is here.
+    """
+    from moe_svd_distill.calibration.documents import without, without_groups
+
+    used: Collection[str] = set(search.get("used_documents", ()))
+    fresh = without(documents, used)
+    others = without_groups(fresh, set(search.get("used_groups", ())))
+    seen = [document for document in calibration if document.digest in used]
+    left = _not_repeated(others, seen) if seen else others
+    if not left:
+        return HeldOut(fresh, len(documents) - len(fresh), apart=not fresh)
+    return HeldOut(
+        left,
+        len(documents) - len(fresh),
+        len(fresh) - len(others),
+        len(others) - len(left) if seen else None,
+    )
+
+
+def _not_repeated(documents: Sequence[Document], seen: Sequence[Document]) -> tuple[Document, ...]:
+    from moe_svd_distill.calibration.documents import Repeats
+
+    repeats = Repeats()
+    for document in seen:
+        repeats.fresh(document)
+    return tuple(document for document in documents if repeats.repeated_share(document.text) <= MOSTLY)
+
+
+def _problems(request: BenchmarkRequest) -> tuple[ProblemSet, ...]:
     """Refuse what cannot be run before anything is measured; the programming problems."""
     if request.harness:
         from moe_svd_distill.evaluation.benchmarks import require_harness
@@ -194,87 +174,69 @@ def _kept(folder: Path, digest: str | None, texts: bool, harness: bool) -> dict[
     return {key: value for key, value in earlier.items() if key not in dropped}
 
 
-def _reading(on_progress: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
+def _text_figures(
+    request: EvaluationRequest, record: Mapping[str, Any], on_progress: Progress | None
+) -> dict[str, Any]:
+    from moe_svd_distill.calibration.reading import read_documents
+    from moe_svd_distill.evaluation.evaluate import evaluate
+
+    recipe = record.get("recipe") or {}
+    calibration = _calibration(recipe)
+    documents = read_documents(request.texts, group_field=recipe.get("text_group"))
+    chosen = held_out(documents, record.get("scale_search", {}), calibration)
+    asked: VocabularyMode = "shared" if recipe.get("vocabulary") == "shared" else "equal"
+    assert request.teacher
+    assert request.student
+    with open_pair(request.teacher, request.student) as pair:
+        length = min(request.length, longest_sequence(pair))
+        settled = replace(request, length=length, vocabulary=request.vocabulary or asked)
+        folders = pair.teacher.checkpoint.folder, pair.student.checkpoint.folder
+        told = _reading(on_progress) if on_progress else None
+        result = evaluate(settled, *folders, chosen.documents, calibration, told)
+    figures = result.as_dict() | {"texts": [str(path) for path in request.texts], "held_out": chosen.as_dict()}
+    if not chosen.apart:
+        figures["verdict"] = f"{figures['verdict']} {SAME_SOURCES}"
+    return figures
+
+
+def _reading(on_progress: Progress) -> Progress:
     return lambda name, done, total: on_progress(f"reading: {name}", done, total)
 
 
-def _vocabulary(record: Mapping[str, Any]) -> VocabularyMode:
-    return "shared" if _asked(record, "vocabulary") == "shared" else "equal"
-
-
-def _asked(record: Mapping[str, Any], key: str) -> Any:
-    """What the recipe of the run says, if there was one."""
-    return (record.get("recipe") or {}).get(key)
-
-
-def _calibration(record: Mapping[str, Any]) -> Sequence[Document]:
+def _calibration(recipe: Mapping[str, Any]) -> Sequence[Document]:
     """The text the adapter was calibrated on, where the run names files that are still here; else nothing."""
-    from moe_svd_distill.calibration.text import read_documents
+    from moe_svd_distill.calibration.reading import read_documents
 
-    paths = [Path(str(path)).expanduser() for path in _asked(record, "calibration") or ()]
+    paths = [Path(str(path)).expanduser() for path in recipe.get("calibration") or ()]
     if not paths or not all(path.exists() for path in paths):
         return ()
-    return read_documents(paths, field=_asked(record, "text_field"), group_field=_asked(record, "text_group"))
+    return read_documents(paths, field=recipe.get("text_field"), group_field=recipe.get("text_group"))
 
 
-def _benchmarks(
-    folder: Path,
-    student: str,
-    request: BenchmarkRequest,
-    device: str,
-    seed: int,
-    on_stage: Callable[[str], None] | None,
-) -> dict[str, Any]:
+def _benchmarks(request: EvaluationRequest, on_progress: Progress | None) -> dict[str, Any]:
     from moe_svd_distill.evaluation.benchmarks import run_benchmarks
 
-    model = open_model(student)
-    student_folder = model.checkpoint.folder
-    model.checkpoint.close()
-    return run_benchmarks(
-        folder,
-        student_folder,
-        request.harness,
-        limit=request.limit,
-        include_path=request.include_path,
-        device=device,
-        seed=seed,
-        on_stage=on_stage,
-    ).as_dict()
+    assert request.student
+    checkpoint = open_model(request.student).checkpoint
+    checkpoint.close()
+    return run_benchmarks(request, checkpoint.folder, on_progress).as_dict()
 
 
 def _code_benchmarks(
-    folder: Path,
-    student: str,
-    teacher: str | None,
-    problems: Sequence[ProblemSet],
-    request: BenchmarkRequest,
-    kept: Path,
-    device: str,
-    on_progress: Callable[[str, int, int], None] | None,
+    request: EvaluationRequest, problems: Sequence[ProblemSet], on_progress: Progress | None
 ) -> dict[str, Any]:
     from moe_svd_distill.evaluation.code.benchmark import LocalModel, run_code_benchmark
 
-    def local(source: str) -> LocalModel:
+    def local(source: str | None) -> LocalModel:
+        assert source
         checkpoint = open_model(source).checkpoint
         try:
             return LocalModel(checkpoint.folder, checkpoint.fingerprint())
         finally:
             checkpoint.close()
 
-    results = [
-        run_code_benchmark(
-            each,
-            local(student),
-            folder,
-            kept,
-            teacher=local(teacher) if teacher else None,
-            limit=request.new_tokens,
-            batch=request.batch,
-            device=device,
-            on_progress=on_progress,
-        )
-        for each in problems
-    ]
+    teacher = local(request.teacher) if request.benchmarks and request.benchmarks.teacher else None
+    results = [run_code_benchmark(request, each, local(request.student), teacher, on_progress) for each in problems]
     return {result.name: result.as_dict() for result in results}
 
 

@@ -138,8 +138,7 @@ def decide_scale(
 def _resident(
     adapter_folder: Path, pair: ModelPair, text: PairedText, device: str, cache: Path
 ) -> Iterator[tuple[At, tuple[str, ...]]]:
-    from moe_svd_distill.evaluation.evaluate import teacher_pass
-    from moe_svd_distill.evaluation.resident import measure
+    from moe_svd_distill.evaluation.sources import measure, teacher_pass
 
     vocabulary = len(text.student_ids)
     record = teacher_pass(pair.teacher.checkpoint.folder, text.student, vocabulary=vocabulary, device=device)

@@ -141,7 +141,7 @@ def stage_texts(
     Returns:
         The text to train on and the text to measure on meanwhile.
     """
-    fit, check = text.fit, text.check
+    fit, check = text.fit, text.validation
     assert fit is not None
     assert check is not None
     count = len(fit.student.sequences)

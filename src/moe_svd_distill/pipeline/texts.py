@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 LONGEST_SEQUENCE = 512
 MUCH_REPEATED = 0.05
 """More repeated blocks than this share of the words are worth a note."""
-FEWEST_CHECK_TOKENS, MOST_CHECK_TOKENS = 1024, 4096
+FEWEST_VALIDATION_TOKENS, MOST_VALIDATION_TOKENS = 1024, 4096
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,17 @@ class RunText:
     Attributes:
         search: Text the scale is searched on, which nothing else is chosen by.
         fit: Text that is fitted or trained on; None where only the weights stage runs.
-        check: Text that passes, steps and the head's rank are chosen by; with `fit`, all that a fit depends on.
+        validation: Text that passes, steps and the head's rank are chosen by; with `fit`, all that a fit depends on.
     """
 
     search: PairedText
     fit: PairedText | None
-    check: PairedText | None
+    validation: PairedText | None
 
     @property
     def parts(self) -> Mapping[str, PairedText]:
-        """By name."""
-        found = {"search": self.search, "fit": self.fit, "check": self.check}
+        """By the name they have in run.json."""
+        found = {"search": self.search, "fit": self.fit, "check": self.validation}
         return {name: part for name, part in found.items() if part is not None}
 
     @property
@@ -122,8 +122,8 @@ def read_run_text(recipe: Recipe, pair: ModelPair, stages: Sequence[str]) -> Run
         BadDataError: There is too little text, or no record has the field that is to name its source.
         IncompatiblePairError: The models have different vocabularies, and the recipe does not say ``shared``.
     """
-    from moe_svd_distill.calibration.paired import pair_text
-    from moe_svd_distill.calibration.text import read_documents
+    from moe_svd_distill.calibration.paired import PairTokenizers
+    from moe_svd_distill.calibration.reading import read_documents
 
     documents = read_documents(recipe.calibration, field=recipe.text_field, group_field=recipe.text_group)
     if recipe.text_group is not None and all(document.group is None for document in documents):
@@ -132,23 +132,17 @@ def read_run_text(recipe: Recipe, pair: ModelPair, stages: Sequence[str]) -> Run
             "Name the field that does, or leave text_group out",
         )
     fitting = "calibrated" in stages or "refined" in stages
-    budgets = {"check": check_tokens(recipe), "fit": recipe.tokens} if fitting else {}
+    budgets = {"validation": validation_tokens(recipe), "fit": recipe.tokens} if fitting else {}
     budgets["search"] = recipe.scale_search_tokens  # last: more of it leaves the fit as it is
-    parts = pair_text(
-        documents,
-        pair.teacher.checkpoint.folder,
-        pair.student.checkpoint.folder,
-        budgets,
-        length=sequence_length(recipe, longest_sequence(pair)),
-        mode=recipe.vocabulary,
-        seed=recipe.seed,
-    )
-    return RunText(parts["search"], parts.get("fit"), parts.get("check"))
+    folders = pair.teacher.checkpoint.folder, pair.student.checkpoint.folder
+    length = sequence_length(recipe, longest_sequence(pair))
+    parts = PairTokenizers(*folders, recipe.vocabulary).parts(documents, budgets, length=length, seed=recipe.seed)
+    return RunText(parts["search"], parts.get("fit"), parts.get("validation"))
 
 
-def check_tokens(recipe: Recipe) -> int:
+def validation_tokens(recipe: Recipe) -> int:
     """Tokens that passes, steps and ranks are chosen by: a quarter of what is fitted on, within bounds."""
-    return min(max(recipe.tokens // 4, FEWEST_CHECK_TOKENS), MOST_CHECK_TOKENS)
+    return min(max(recipe.tokens // 4, FEWEST_VALIDATION_TOKENS), MOST_VALIDATION_TOKENS)
 
 
 def longest_sequence(pair: ModelPair) -> int:

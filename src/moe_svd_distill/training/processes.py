@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moe_svd_distill.execution.spawning import START_METHOD, bare_main, leave_with_parent, signals_held
+from moe_svd_distill.execution.processes import START_METHOD, bare_main, leave_with_parent, signals_held
 from moe_svd_distill.training.job import Listener, StudentInTraining, TrainingJob, TrainingReport, threads
 from moe_svd_distill.training.process_group import Distributed, SingleProcess
 

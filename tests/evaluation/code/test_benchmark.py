@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from moe_svd_distill.errors import BadDataError
-from moe_svd_distill.evaluation.code import benchmark, completions, greedy
+from moe_svd_distill.evaluation.code import benchmark, writing
 from moe_svd_distill.evaluation.code.benchmark import LocalModel, run_code_benchmark
 from moe_svd_distill.evaluation.code.problems import ProblemSet, load_problems
+from moe_svd_distill.evaluation.request import BenchmarkRequest, EvaluationRequest
 from moe_svd_distill.files.names import ADAPTER_FILE
-from tests.evaluation.code.problems import GREEN, WRONG, write_problems
-from tests.evaluation.conftest import Lab
+from tests.support.language import Lab
+from tests.support.problems import GREEN, WRONG, write_problems
 
 
 @pytest.fixture
@@ -27,21 +28,22 @@ def problems(tmp_path: Path) -> ProblemSet:
 def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, list[str]]]:
     """What was continued, by whom (with an adapter or not); the adapted student stops at once."""
     seen: list[tuple[bool, list[str]]] = []
-    plain = greedy.Writer.continue_texts
+    plain = writing.Writer.continue_texts
 
-    def watched(self: greedy.Writer, prompts: list[str], limit: int) -> list[greedy.Continuation]:
+    def watched(self: writing.Writer, prompts: list[str], limit: int) -> list[writing.Continuation]:
         adapted = any("lora" in name for name, _ in self._model.named_modules())
         seen.append((adapted, list(prompts)))
         found = plain(self, prompts, limit)
-        return [greedy.Continuation("", 1, "end") for _ in found] if adapted else found
+        return [writing.Continuation("", 1, "end") for _ in found] if adapted else found
 
-    monkeypatch.setattr(greedy.Writer, "continue_texts", watched)
+    monkeypatch.setattr(writing.Writer, "continue_texts", watched)
     return seen
 
 
 def _run(lab: Lab, problems: ProblemSet, kept: Path, **options: Any) -> benchmark.CodeBenchmark:
-    options = {"limit": 5, "batch": 1} | options
-    return run_code_benchmark(problems, LocalModel(lab.student, "student"), lab.good_adapter, kept, **options)
+    how = {"new_tokens": options.pop("limit", 5), "batch": options.pop("batch", 1)}
+    request = EvaluationRequest(lab.good_adapter, benchmarks=BenchmarkRequest(("humaneval",), **how), cache=kept)
+    return run_code_benchmark(request, problems, LocalModel(lab.student, "student"), **options)
 
 
 def test_gained_and_lost_are_paired_over_problems(
@@ -71,15 +73,15 @@ def test_a_killed_run_goes_on_with_the_next_batch(
     lab: Lab, problems: ProblemSet, tmp_path: Path, written: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = tmp_path / "kept"
-    write = completions.CompletionFile.write
+    write = writing.CompletionFile.write
 
-    def killed(self: completions.CompletionFile, done: Any) -> None:
+    def killed(self: writing.CompletionFile, done: Any) -> None:
         write(self, done)
         if self.depends_on["adapter"] and len(done) == 1:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(completions.CompletionFile, "write", killed)
+        patch.setattr(writing.CompletionFile, "write", killed)
         with pytest.raises(KeyboardInterrupt):
             _run(lab, problems, kept)
     assert [adapted for adapted, _ in written] == [False, False, True]
@@ -101,11 +103,10 @@ def test_completions_of_something_else_are_not_taken(
     kept, adapter = tmp_path / "kept", tmp_path / "adapter"
     shutil.copytree(lab.good_adapter, adapter)
 
-    def run(student: str = "student", **options: Any) -> None:
-        chosen = options.pop("problems", problems)
-        run_code_benchmark(
-            chosen, LocalModel(lab.student, student), adapter, kept, **{"limit": 5, "batch": 2, **options}
-        )
+    def run(student: str = "student", limit: int = 5, batch: int = 2, problems: ProblemSet = problems) -> None:
+        asked = BenchmarkRequest(("humaneval",), new_tokens=limit, batch=batch)
+        request = EvaluationRequest(adapter, benchmarks=asked, cache=kept)
+        run_code_benchmark(request, problems, LocalModel(lab.student, student))
 
     run()
     written.clear()

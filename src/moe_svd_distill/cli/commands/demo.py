@@ -33,7 +33,7 @@ def command(output: Path, pairs: tuple[str, ...], as_json: bool) -> None:
     from moe_svd_distill.cli.screen import Monitor, print_json
     from moe_svd_distill.cli.screen import output as screen
     from moe_svd_distill.pipeline.distill import Listener, distill
-    from moe_svd_distill.pipeline.evaluate import evaluate_adapter
+    from moe_svd_distill.pipeline.evaluate import EvaluationRequest, evaluate_adapter
     from moe_svd_distill.pipeline.lab import lab_pair
     from moe_svd_distill.recipe import parse_recipe
 
@@ -58,14 +58,8 @@ def command(output: Path, pairs: tuple[str, ...], as_json: bool) -> None:
             screen.print(f"\n[bold]{name}[/bold]: {pair.description}", soft_wrap=True, highlight=False)
         with Monitor(quiet=as_json) as monitor:
             adapter = distill(recipe, Listener(monitor.on_plan, monitor.on_event, monitor.on_stage, monitor.say))
-            evaluated = evaluate_adapter(
-                adapter.folder,
-                None,
-                None,
-                [pair.heldout],
-                tokens=EVALUATION_TOKENS,
-                on_progress=partial(_show, monitor),
-            )
+            request = EvaluationRequest(adapter.folder, texts=(pair.heldout,), tokens=EVALUATION_TOKENS)
+            evaluated = evaluate_adapter(request, partial(_show, monitor))
         decision = str(adapter.record["scale_search"]["decision"])
         results[name] = {
             "decision": decision,

@@ -12,7 +12,7 @@ from moe_svd_distill.cli.options import json_option
 
 if TYPE_CHECKING:
     from moe_svd_distill.calibration.paired import VocabularyMode
-    from moe_svd_distill.evaluation.sources import Mode
+    from moe_svd_distill.evaluation.loading import Mode
 
 
 @click.command("evaluate", short_help="Measure what an adapter does.")
@@ -107,7 +107,7 @@ def command(
     """
     from moe_svd_distill.cli.screen import Monitor, print_json
     from moe_svd_distill.errors import MissingInputError, UsageError
-    from moe_svd_distill.pipeline.evaluate import BenchmarkRequest, evaluate_adapter
+    from moe_svd_distill.pipeline.evaluate import BenchmarkRequest, EvaluationRequest, evaluate_adapter
 
     if not folder.is_dir():
         raise MissingInputError(f"{folder} is not a folder", "Give the folder of an adapter")
@@ -115,31 +115,32 @@ def command(
     options = (benchmark_limit, benchmark_include_path, benchmark_teacher, run_generated_code)
     if not tasks and (benchmarks or any(options)):
         raise UsageError("no benchmark is named", "Give --benchmark TASK")
-    request = BenchmarkRequest(
+    asked = BenchmarkRequest(
         tasks,
-        benchmark_limit,
-        benchmark_include_path,
-        run_generated_code,
-        benchmark_tokens,
-        benchmark_batch,
-        benchmark_teacher,
+        limit=benchmark_limit,
+        include_path=benchmark_include_path,
+        run_generated_code=run_generated_code,
+        new_tokens=benchmark_tokens,
+        batch=benchmark_batch,
+        teacher=benchmark_teacher,
+    )
+    request = EvaluationRequest(
+        folder,
+        teacher,
+        student,
+        texts,
+        asked if tasks else None,
+        tokens=tokens,
+        seed=seed,
+        controls=controls,
+        device=_device(device),
+        mode=cast("Mode", mode),
+        cache=cache,
+        vocabulary=cast("VocabularyMode | None", vocabulary),
     )
     with Monitor(quiet=as_json) as monitor:
         result = evaluate_adapter(
-            folder,
-            teacher,
-            student,
-            texts,
-            tokens=tokens,
-            seed=seed,
-            device=_device(device),
-            controls=controls,
-            mode=cast("Mode", mode),
-            cache=cache,
-            vocabulary=cast("VocabularyMode | None", vocabulary),
-            benchmarks=request if tasks else None,
-            on_progress=lambda name, done, total: monitor.on_stage(name, done / total),
-            on_stage=monitor.on_stage,
+            request, lambda name, done, total: monitor.on_stage(name, done / total if total else None)
         )
     if as_json:
         print_json(result.evaluation)

@@ -12,15 +12,13 @@ from typing import Any
 from moe_svd_distill.adapter.adapter_file import sha256_of
 from moe_svd_distill.adapter.verify import check_loads
 from moe_svd_distill.calibration.tokenizer import auto_tokenizer
-from moe_svd_distill.evaluation.code.completions import CompletionFile, WritingSettings, complete
-from moe_svd_distill.evaluation.code.greedy import Continuation
 from moe_svd_distill.evaluation.code.paired import PairedChange, paired_change
 from moe_svd_distill.evaluation.code.problems import ProblemSet
 from moe_svd_distill.evaluation.code.sandbox import Guards, Limits, guards, run_program
+from moe_svd_distill.evaluation.code.writing import CompletionFile, Continuation, WritingSettings, complete
 from moe_svd_distill.evaluation.loading import fastest_dtype, load_model
+from moe_svd_distill.evaluation.request import EvaluationRequest, Progress
 from moe_svd_distill.files.names import ADAPTER_FILE
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -91,28 +89,20 @@ class LocalModel:
 
 
 def run_code_benchmark(
+    request: EvaluationRequest,
     problems: ProblemSet,
     student: LocalModel,
-    adapter_folder: Path,
-    kept: Path,
-    *,
     teacher: LocalModel | None = None,
-    limit: int,
-    batch: int,
-    device: str = "cpu",
     on_progress: Progress | None = None,
 ) -> CodeBenchmark:
     """Let the models complete the problems, and run what they wrote. Only for users who asked for that.
 
     Args:
+        request: Its adapter, how programs are written, the device, and where they are kept: those that are there are
+            not written again.
         problems: From `load_problems`.
         student: Untouched.
-        adapter_folder: The adapter for it.
-        kept: Folder for completions; those that are there are not written again.
         teacher: Measured as well where it is given.
-        limit: New tokens of each completion at most.
-        batch: Problems that are completed at a time.
-        device: Where the models run.
         on_progress: Told the step, problems done and problems to do.
 
     Raises:
@@ -120,11 +110,16 @@ def run_code_benchmark(
         BadDataError: PEFT would not load the adapter whole, or programs cannot be limited.
         UsageError: A model does not fit in memory.
     """
+    assert request.benchmarks
+    adapter_folder, device = request.adapter, request.device
     check_loads(adapter_folder, student.folder)
     settings = WritingSettings(
-        limit, batch, str(fastest_dtype(device)).removeprefix("torch."), device.partition(":")[0]
+        limit=request.benchmarks.new_tokens,
+        batch=request.benchmarks.batch,
+        dtype=str(fastest_dtype(device)).removeprefix("torch."),
+        device=device.partition(":")[0],
     )
-    run = _Run(problems, settings, kept, device, on_progress)
+    run = _Run(problems, settings, request.cache_folder, on_progress)
     loaded = _Loaded(student.folder, device)
     before = run.solve("student", student, None, lambda: loaded.untouched)
     after = run.solve(
@@ -174,9 +169,9 @@ class _Run:
     """What is the same for all models."""
 
     def __init__(
-        self, problems: ProblemSet, settings: WritingSettings, kept: Path, device: str, on_progress: Progress | None
+        self, problems: ProblemSet, settings: WritingSettings, kept: Path, on_progress: Progress | None
     ) -> None:
-        self._problems, self._settings, self._kept, self._device = problems, settings, kept, device
+        self._problems, self._settings, self._kept = problems, settings, kept
         self._on_progress = on_progress or (lambda step, done, total: None)
         self.limits, self.guards = Limits(), guards()
 
@@ -193,11 +188,11 @@ class _Run:
         passed, reasons, total = [], [], len(self._problems.problems)
         for done, problem in enumerate(self._problems.problems):
             self._on_progress(f"{self._problems.name}: {who} is run", done, total)
-            outcome = run_program(problem.program(written[problem.task_id].text), self.limits, self.guards)
-            if outcome.passed:
+            reason = run_program(problem.program(written[problem.task_id].text), self.limits, self.guards)
+            if reason is None:
                 passed.append(problem.task_id)
             else:
-                reasons.append(outcome.reason)
+                reasons.append(reason)
         self._on_progress(f"{self._problems.name}: {who} is run", total, total)
         counts = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
         unfinished = sum(found.ended == "limit" for found in written.values())

@@ -64,19 +64,6 @@ class Guards:
         return f"{network}; {files}"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a program ended.
-
-    Attributes:
-        passed: It came to its end.
-        reason: Otherwise the name of its exception, or `timed out`.
-    """
-
-    passed: bool
-    reason: str = ""
-
-
 def guards() -> Guards:
     """Try out what this machine allows."""
     network = False
@@ -86,13 +73,16 @@ def guards() -> Guards:
     return Guards(network, sys.platform == "linux" and sandbox_child.landlock_version() > 0)
 
 
-def run_program(source: str, limits: Limits, allowed: Guards) -> Outcome:
+def run_program(source: str, limits: Limits, allowed: Guards) -> str | None:
     """Run one program to its end or its limits.
 
     Args:
         source: Python.
         limits: What it may use.
         allowed: As `guards` found.
+
+    Returns:
+        None if it came to its end; otherwise the name of its exception, or `timed out`.
 
     Raises:
         BadDataError: The limits could not be set; the program was not run.
@@ -114,11 +104,11 @@ def run_program(source: str, limits: Limits, allowed: Guards) -> Outcome:
     if code == sandbox_child.UNPROTECTED:
         raise BadDataError(f"generated code cannot be limited here ({reason})", "Leave this benchmark out")
     if code == sandbox_child.PASSED:
-        return Outcome(True)
+        return None
     # What ended it is told by the time it took: unshare does not hand on the signal.
     if code is None or used >= _NEARLY * limits.cpu_seconds:
-        return Outcome(False, "timed out")
-    return Outcome(False, reason or f"exit code {code}")
+        return "timed out"
+    return reason or f"exit code {code}"
 
 
 def _run(command: list[str], folder: Path, stderr: int, seconds: float) -> int | None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_svd_distill.algebra.figures import Measurement
-from moe_svd_distill.evaluation.change import Change, kl_change, paired_change, tokens_needed
+from moe_svd_distill.evaluation.uncertainty import Change, kl_change, paired_change, tokens_needed
 
 
 def _change(falls: list[float], tokens: list[float]) -> Change:

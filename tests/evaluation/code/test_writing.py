@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_svd_distill.errors import UsageError
-from moe_svd_distill.evaluation.code.greedy import Writer, end_tokens
+from moe_svd_distill.evaluation.code.writing import Writer, end_tokens
 from tests.support.architectures import build
 
 PROMPTS = ("abcdefg", "a", "hello there, this one is longer", "qwerty", "zz", "short")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_svd_distill.errors import IncompleteError
-from moe_svd_distill.execution.spawning import START_METHOD, bare_main, signals_held
+from moe_svd_distill.execution.processes import START_METHOD, bare_main, signals_held
 from moe_svd_distill.execution.worker import run_worker
 
 _GRACE_S = 2.0
@@ -82,7 +82,7 @@ class Worker:
         return f"killed by signal {-code}"
 
 
-class Crew:
+class WorkerPool:
     """All workers of a run."""
 
     def __init__(self, work: Any, folder: Path, devices: tuple[str, ...], threads: int) -> None:
@@ -99,26 +99,26 @@ class Crew:
             IncompleteError: The system gives no more processes or memory.
         """
         context: Any = multiprocessing.get_context(START_METHOD)
-        ours, theirs = context.Pipe()
+        parent_end, worker_end = context.Pipe()
         device = self._devices[slot % len(self._devices)]
         process = context.Process(
             target=run_worker,
-            args=(theirs, self._pickled_work, device, self._folder, self._threads),
+            args=(worker_end, self._pickled_work, device, self._folder, self._threads),
             name=f"moe-svd-distill worker {slot}",
             daemon=True,
         )
         try:
             with signals_held(START_METHOD), bare_main(self._pickled_work):
                 process.start()
-                self.workers[slot] = Worker(slot, device, process, ours)
+                self.workers[slot] = Worker(slot, device, process, parent_end)
         except OSError as error:
-            ours.close()
+            parent_end.close()
             raise IncompleteError(
                 f"Cannot start worker process {slot + 1}: {error.strerror}",
                 "Use fewer workers and run the same command again; finished parts are kept",
             ) from error
         finally:
-            theirs.close()
+            worker_end.close()
 
     def drop(self, worker: Worker) -> str:
         """End a worker, alive or not, and say how its process ended."""

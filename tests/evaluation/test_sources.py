@@ -13,9 +13,9 @@ from moe_svd_distill.calibration.text import TokenizedText, tokenize
 from moe_svd_distill.errors import BadDataError, IncompatiblePairError, MissingInputError, UsageError
 from moe_svd_distill.evaluation import from_states, loading
 from moe_svd_distill.evaluation.loading import load_model, model_bytes
-from moe_svd_distill.evaluation.resident import measure, record_teacher
-from tests.evaluation.conftest import LENGTH, Lab, llama, qwen3_moe
+from moe_svd_distill.evaluation.sources import measure, record_teacher
 from tests.support import architectures
+from tests.support.language import LENGTH, Lab, llama, qwen3_moe
 
 
 def _naive(teacher: Any, student: Any, text: TokenizedText, vocabulary: int) -> tuple[float, float, float, float]:
@@ -129,7 +129,7 @@ def test_a_folder_without_a_model(tmp_path: Any) -> None:
 
 
 def test_a_single_sequence_is_enough(lab: Lab) -> None:
-    from moe_svd_distill.calibration.text import load_tokenizer
+    from moe_svd_distill.calibration.tokenizer import load_tokenizer
 
     text = tokenize(lab.documents[:2], load_tokenizer(lab.student), LENGTH, length=LENGTH)
     figures = measure(llama(320), record_teacher(llama(320), text)).figures

@@ -13,10 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
 
-from moe_svd_distill.calibration.alignment import clean_cuts, common_cuts
 from moe_svd_distill.calibration.documents import Document
-from moe_svd_distill.calibration.text import load_tokenizer
-from moe_svd_distill.calibration.tokenizer import Tokenizer, TokenSpans
+from moe_svd_distill.calibration.rows import clean_cuts, common_cuts
+from moe_svd_distill.calibration.tokenizer import Tokenizer, TokenSpans, load_tokenizer
 from tests.calibration.conftest import Kinds
 
 _ALPHABET = st.sampled_from(["the", "import ", "self", "e", "n", " ", "  ", "\n", "\n    ", "\t", "1", "é", "e\u0301"])
