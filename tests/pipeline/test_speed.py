@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.errors import IncompatiblePairError
 from moe_svd_distill.pipeline import speed
 from moe_svd_distill.pipeline.calibrating_cost import cost_of_calibrating
@@ -19,11 +22,14 @@ from moe_svd_distill.pipeline.duration import (
     training_cost_here,
     weights_cost_here,
 )
-from moe_svd_distill.pipeline.pair import open_pair
+from moe_svd_distill.pipeline.pair import open_model, open_pair
 from moe_svd_distill.pipeline.preparation import plan_pair
 from moe_svd_distill.pipeline.ranks import trained_ranks
 from moe_svd_distill.pipeline.speed import HeadSeconds, LayerSeconds, head_speed, layer_speed, reading_speed
+from moe_svd_distill.streaming import Decoder
 from tests.pipeline.test_cost import LITTLE
+from tests.support import architectures
+from tests.support.models import saved
 from tests.support.pairs import recipe_for
 
 
@@ -38,8 +44,10 @@ class _Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "time", _Clock())
+def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
+    clock = _Clock()
+    monkeypatch.setattr(speed, "time", clock)
+    return clock
 
 
 @pytest.mark.usefixtures("clock")
@@ -54,6 +62,72 @@ def test_all_layers_are_those_that_ran_and_more_like_the_last(tiny: tuple[Path, 
     assert found == LayerSeconds(layers, layers / 64, layers / 64, layers)
     assert read == LayerSeconds(layers, layers / 64 / torch.get_num_threads())
     assert head == HeadSeconds(1 / 128, 1 / 128)
+
+
+def test_a_layer_of_each_kind_behind_the_first_is_run_and_counted_as_often_as_there_are_such(
+    tmp_path: Path, clock: _Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers with experts take ten seconds more to read; those before them have none."""
+    folder, entered = saved("qwen3_moe", tmp_path, num_hidden_layers=6, mlp_only_layers=[0, 1, 2]), []
+    enter = Decoder.enter
+
+    def slowly(decoder: Decoder, layer: int, following: int | None = None) -> None:
+        entered.append(layer)
+        clock.now += 10.0 * (layer > 2)
+        enter(decoder, layer, following)
+
+    monkeypatch.setattr(Decoder, "enter", slowly)
+    with closing(open_checkpoint(str(folder))) as checkpoint:
+        found = layer_speed(checkpoint, "cpu", torch.float32, 16, 64, {})
+    assert entered == [0, 1, 3]
+    assert found == LayerSeconds(6 + 3 * 10.0, 6 / 64)
+
+
+def test_of_many_kinds_some_are_run_and_the_others_count_as_the_nearest_in_size(
+    tmp_path: Path, clock: _Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each layer takes a second more to read than the one before, and none of them is like another."""
+    sizes = [16 * (layer + 1) for layer in range(10)]
+    folder, entered = architectures.saved("gemma3n_text", tmp_path, num_hidden_layers=10, **_kinds(sizes)), []
+    enter = Decoder.enter
+
+    def slowly(decoder: Decoder, layer: int, following: int | None = None) -> None:
+        entered.append(layer)
+        clock.now += layer
+        enter(decoder, layer, following)
+
+    monkeypatch.setattr(Decoder, "enter", slowly)
+    with closing(open_checkpoint(str(folder))) as checkpoint:
+        found = layer_speed(checkpoint, "cpu", torch.float32, 16, 64, {})
+    assert entered == [0, 1, 3, 5, 7, 9]
+    assert found.loading == 10 + sum((0, 1, 3, 3, 5, 5, 7, 7, 9, 9))
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_layer_that_needs_what_one_left_out_hands_on_counts_as_the_nearest_in_size(tmp_path: Path) -> None:
+    """The last four layers take keys and values of the second pair, of which only the first one is run."""
+    changes = {"num_hidden_layers": 8, "layer_types": ["sliding_attention", "full_attention"] * 4}
+    folder = architectures.saved("gemma4_text", tmp_path, num_kv_shared_layers=4, **changes)
+    with closing(open_checkpoint(str(folder))) as checkpoint:
+        assert layer_speed(checkpoint, "cpu", torch.float32, 16, 64, {}) == LayerSeconds(8, 8 / 64)
+
+
+def _kinds(sizes: list[int]) -> dict[str, Any]:
+    return {
+        "intermediate_size": sizes,
+        "activation_sparsity_pattern": [0.0] * len(sizes),
+        "num_kv_shared_layers": 0,
+        "layer_types": ["full_attention"] * len(sizes),
+    }
+
+
+@pytest.mark.parametrize("model_type", ["nemotron_h", "qwen3_5_moe", "gemma4_text", "zamba2", "glm_moe_dsa"])
+def test_layers_of_other_kinds_run_behind_those_that_were_left_out(model_type: str, tmp_path: Path) -> None:
+    model = open_model(str(architectures.saved(model_type, tmp_path)))
+    ranks = dict.fromkeys(model.keys.matrices(), 4)
+    with closing(model.checkpoint):
+        found = layer_speed(model.checkpoint, "cpu", torch.float32, 16, 32, ranks)
+    assert min(found.loading, found.forward, found.learning, found.composing) > 0
 
 
 def test_the_number_of_threads_is_what_it_was(tiny: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
