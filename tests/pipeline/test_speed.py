@@ -13,8 +13,7 @@ import torch
 from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.errors import IncompatiblePairError
 from moe_svd_distill.pipeline import speed
-from moe_svd_distill.pipeline.calibrating_cost import cost_of_calibrating
-from moe_svd_distill.pipeline.cost import TrainingCost, cost_of_training
+from moe_svd_distill.pipeline.cost import TrainingCost, cost_of_calibrating, cost_of_training
 from moe_svd_distill.pipeline.duration import (
     PairSpeed,
     calibrating_cost_here,
@@ -23,14 +22,13 @@ from moe_svd_distill.pipeline.duration import (
     weights_cost_here,
 )
 from moe_svd_distill.pipeline.pair import open_model, open_pair
-from moe_svd_distill.pipeline.preparation import plan_pair
-from moe_svd_distill.pipeline.ranks import trained_ranks
+from moe_svd_distill.pipeline.placement import trained_ranks
 from moe_svd_distill.pipeline.speed import HeadSeconds, LayerSeconds, head_speed, layer_speed, reading_speed
+from moe_svd_distill.pipeline.units import plan_pair
 from moe_svd_distill.streaming import Decoder
-from tests.pipeline.test_cost import LITTLE
 from tests.support import architectures
 from tests.support.models import saved
-from tests.support.pairs import recipe_for
+from tests.support.pairs import LITTLE_TEXT, recipe_for
 
 
 class _Clock:
@@ -55,7 +53,7 @@ def test_all_layers_are_those_that_ran_and_more_like_the_last(tiny: tuple[Path, 
     """Everything takes a second here, so seconds count layers."""
     with open_pair(*map(str, tiny)) as pair:
         checkpoint, layers = pair.student.checkpoint, pair.student.architecture.layers
-        ranks = trained_ranks(recipe_for(*tiny, Path("out"), **LITTLE), pair.student)
+        ranks = trained_ranks(recipe_for(*tiny, Path("out"), **LITTLE_TEXT), pair.student)
         found = layer_speed(checkpoint, "cpu", torch.float32, 16, 64, ranks)
         read = reading_speed(checkpoint, "cpu", torch.float32, 16, 64)
         head = head_speed(checkpoint, "cpu")
@@ -153,7 +151,7 @@ def seconds_of_training(cost: TrainingCost, speed: PairSpeed) -> float:
 
 
 def test_seconds_of_training_count_what_the_plan_counts(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    recipe = recipe_for(*tiny, tmp_path / "out", **LITTLE)
+    recipe = recipe_for(*tiny, tmp_path / "out", **LITTLE_TEXT)
     with open_pair(*map(str, tiny)) as pair:
         cost = cost_of_training(recipe, pair, ("refined",), at_hand=True)
     assert not cost.rows_bytes
@@ -175,7 +173,7 @@ def test_seconds_of_training_count_what_the_plan_counts(tiny: tuple[Path, Path],
 
 
 def test_the_disk_holds_two_saves_and_for_a_moment_three(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    recipe = recipe_for(*tiny, tmp_path / "out", **LITTLE)
+    recipe = recipe_for(*tiny, tmp_path / "out", **LITTLE_TEXT)
     with open_pair(*map(str, tiny)) as pair:
         cost = cost_of_training(recipe, pair, ("refined",), at_hand=True)
     besides, numbers = cost.states_bytes + cost.rows_bytes + 2 * cost.adapter_bytes, cost.saves_bytes // 32
@@ -185,7 +183,7 @@ def test_the_disk_holds_two_saves_and_for_a_moment_three(tiny: tuple[Path, Path]
 
 
 def test_seconds_of_calibrating_count_passes(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    recipe = recipe_for(*tiny, tmp_path / "out", **(LITTLE | {"copies": 2, "fit_passes": 5, "last_layers": 0}))
+    recipe = recipe_for(*tiny, tmp_path / "out", **(LITTLE_TEXT | {"copies": 2, "fit_passes": 5, "last_layers": 0}))
     with open_pair(*map(str, tiny)) as pair:
         cost = cost_of_calibrating(recipe, pair, as_start=False)
     assert (cost.fit_passes, cost.fitted_tokens) == (5, 3 * recipe.tokens)
@@ -199,7 +197,7 @@ def test_seconds_of_calibrating_count_passes(tiny: tuple[Path, Path], tmp_path: 
 
 
 def test_a_real_measurement_is_finite_and_the_weights_stage_is_tried(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    recipe = recipe_for(*tiny, tmp_path / "out", **LITTLE)
+    recipe = recipe_for(*tiny, tmp_path / "out", **LITTLE_TEXT)
     with open_pair(*map(str, tiny)) as pair:
         found = measure_pair(recipe, pair)
         weights = weights_cost_here(recipe, pair, plan_pair(recipe, pair), 1000)

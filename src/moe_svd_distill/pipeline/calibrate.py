@@ -22,9 +22,9 @@ from moe_svd_distill.fitting.rank import RankChoice, choose_rank, head_factors
 from moe_svd_distill.fitting.source import StateSource
 from moe_svd_distill.pipeline.assembly import asked_head_rank
 from moe_svd_distill.pipeline.fitted import Fitted, HeadChange
-from moe_svd_distill.pipeline.preparation import available_cores, digest_of, library_versions
-from moe_svd_distill.pipeline.ranks import trained_ranks
+from moe_svd_distill.pipeline.placement import available_cores, trained_ranks
 from moe_svd_distill.pipeline.states import Body, MeasuredText, Report, StateReader
+from moe_svd_distill.pipeline.units import digest_of, library_versions
 from moe_svd_distill.streaming import Decoder, PassSettings, head_over_common_tokens, load_head
 
 if TYPE_CHECKING:

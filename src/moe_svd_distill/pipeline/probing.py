@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from moe_svd_distill.errors import DistillError
 from moe_svd_distill.files.dtypes import FLOATS
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from moe_svd_distill.algebra.similarity import Similarity
 
+Views: TypeAlias = tuple[TensorView, TensorView]
+"""A tensor of the teacher and one of the student."""
 MIB = 1024 * 1024
 ALLOWANCE = {"embedding": 16 * MIB, "head": 12 * MIB}  # with the following two: 64 MiB of each model
 BODY_ALLOWANCE = 28 * MIB
@@ -126,12 +128,13 @@ class _Probing:
         left = self.teacher.rows(teacher, [token for token, _ in chosen])
         right = self.student.rows(student, [token for _, token in chosen])
         if left.shape == right.shape:
-            self._add(role, teacher, student, Comparison.IN_PLACE, left, right, row_similarity(left, right))
+            self._add(role, (teacher, student), Comparison.IN_PLACE, (left, right), row_similarity(left, right))
             if self.probes[-1].related:
                 return
         flat[role] = flattened(left), flattened(right)
         tested = flat[role][1][:, :: max(1, right.shape[1] // TESTED_CHANNELS)]
-        self._add(role, teacher, student, Comparison.CHANNELS, left, right, match_channels(flat[role][0], tested)[1])
+        matched = match_channels(flat[role][0], tested)[1]
+        self._add(role, (teacher, student), Comparison.CHANNELS, (left, right), matched)
 
     def probe_layers(self) -> None:
         """The same roles at the first, the middle and the last layer of the student, each with the teacher's nearest.
@@ -220,7 +223,7 @@ class _Probing:
         if shapes[0][0] == shapes[1][0] and len(index) > 1:
             left = self._in_channels(self.teacher.rows(teacher, index))
             how = Comparison.IN_PLACE if self.channels is None else Comparison.CHANNELS
-            self._add(role, teacher, student, how, left, right, row_similarity(left, right))
+            self._add(role, (teacher, student), how, (left, right), row_similarity(left, right))
             if self.probes[-1].related:
                 return None
         if not whole:
@@ -228,7 +231,7 @@ class _Probing:
             return None
         left = self._in_channels(self.teacher.rows(teacher, list(range(shapes[0][0]))))
         found, similarity = match_best_rows(left, right)
-        self._add(role, teacher, student, Comparison.ROWS, left, right, similarity)
+        self._add(role, (teacher, student), Comparison.ROWS, (left, right), similarity)
         return found if self.probes[-1].related else None
 
     def _in_channels(self, rows: Tensor) -> Tensor:
@@ -281,20 +284,14 @@ class _Probing:
         return max(1, self.pair.student.layout.experts_at(layer))
 
     def _add(
-        self,
-        role: str,
-        teacher: TensorView,
-        student: TensorView,
-        comparison: Comparison,
-        left: Tensor,
-        right: Tensor,
-        similarity: Similarity,
+        self, role: str, views: Views, comparison: Comparison, rows: tuple[Tensor, Tensor], found: Similarity
     ) -> None:
         import torch
 
-        identical = comparison is Comparison.IN_PLACE and torch.equal(left, right)
-        figures = (similarity.cosine, similarity.chance, similarity.spread)
-        self.probes.append(Probe(role, teacher.name, student.name, comparison, len(right), *figures, identical))
+        identical = comparison is Comparison.IN_PLACE and torch.equal(*rows)
+        figures = (found.cosine, found.chance, found.spread)
+        teacher, student = views
+        self.probes.append(Probe(role, teacher.name, student.name, comparison, len(rows[1]), *figures, identical))
 
     def _related(self, role: str, comparison: Comparison) -> bool:
         return any(p.related for p in self.probes if p.role == role and p.comparison is comparison)

@@ -18,23 +18,14 @@ from moe_svd_distill.algebra.figures import Measurement
 from moe_svd_distill.files.names import CURVE_FILE
 from moe_svd_distill.files.writing import write_json
 from moe_svd_distill.fitting.check import predicting_places
-from moe_svd_distill.pipeline.copying import for_training
 from moe_svd_distill.pipeline.fitted import Fitted
 from moe_svd_distill.pipeline.moving_head import MovingHead
-from moe_svd_distill.pipeline.placement import Placement, TrainedParts, place_training, tokens_at_once
-from moe_svd_distill.pipeline.preparation import digest_of, library_versions
-from moe_svd_distill.pipeline.ranks import trained_ranks
+from moe_svd_distill.pipeline.placement import Placement, place_training
+from moe_svd_distill.pipeline.schedule import TextSize, schedule_training
 from moe_svd_distill.pipeline.states import Body, Report
-from moe_svd_distill.pipeline.steps import (
-    checks,
-    epochs,
-    learning_rate,
-    optimiser,
-    optimiser_steps,
-    trains_head,
-)
 from moe_svd_distill.pipeline.training_start import Start, read_start
 from moe_svd_distill.pipeline.training_text import search_text, training_texts
+from moe_svd_distill.pipeline.units import digest_of, library_versions
 from moe_svd_distill.streaming import PassSettings, StreamedStates, load_head, stream_states
 from moe_svd_distill.training.crew import trained
 from moe_svd_distill.training.expected_rows import ExpectedText, with_expected_rows
@@ -42,9 +33,7 @@ from moe_svd_distill.training.fixed_head import FixedHead
 from moe_svd_distill.training.head import TrainedHead
 from moe_svd_distill.training.job import Trained, Trainee, TrainingJob
 from moe_svd_distill.training.loop import Progress
-from moe_svd_distill.training.settings import TrainingSettings
 from moe_svd_distill.training.text import TrainingText
-from moe_svd_distill.training.trials import worth_trying
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -105,8 +94,6 @@ class _Refinement:
     def __init__(self, given: Given, report: Report, note: Callable[[str], None], stack: ExitStack) -> None:
         recipe, pair, text = given.recipe, given.pair, given.text
         assert text.fit is not None
-        assert text.check is not None
-        self.check_tokens = text.check.student.tokens
         self.recipe, self.pair, self.text, self.fit_text = recipe, pair, text, text.fit
         self.folder, self.begin_with, self.report, self.stack = given.folder, given.start, report, stack
         self.note, self.points = note, 0
@@ -115,15 +102,9 @@ class _Refinement:
         self.device = torch.device(given.devices[0])
         self.dtype: torch.dtype = getattr(torch, recipe.dtype)
         self.passes: dict[str, Any] = {}
-        self.ranks = trained_ranks(recipe, pair.student)
-        tokenized, length = self.fit_text.student, self.fit_text.student.length
-        count = len(tokenized.sequences)
-        self.head_moves = trains_head(recipe, len(self.fit_text.student_ids))
-        self.copying = for_training(recipe, tokenized.tokens, count, self.fit_text.identical, self.head_moves)
-        tokens = (count + self.copying.sequences(count)) * length
-        self.epochs = epochs(recipe, given.stages, self.head_moves)
-        self.steps, self.step_tokens = optimiser_steps(recipe, self.epochs, tokens, length)
-        trained = TrainedParts(self.ranks, self.head_moves, self.step_tokens // length, self.step_tokens)
+        self.schedule = schedule_training(recipe, pair.student, given.stages, TextSize.of(text), given.devices[0])
+        trained = self.schedule.trained
+        self.ranks = trained.ranks
         self.placement: Placement = place_training(recipe, pair, given.devices, given.workers, trained)
 
     def run(self) -> Fitted:
@@ -166,8 +147,8 @@ class _Refinement:
     def job(self, start: Start) -> TrainingJob:
         """Read the text by the teacher, and write down what every process needs to know."""
         fit = self.fit_text
-        text, check = training_texts(self.recipe, self.pair, self.text, self.copying, self.read)
-        settings = self.settings()
+        text, check = training_texts(self.recipe, self.pair, self.text, self.schedule.copying, self.read)
+        settings = self.schedule.settings
         identity = {
             "algorithm": ALGORITHM,
             "versions": library_versions(),
@@ -191,7 +172,7 @@ class _Refinement:
             self.ranks,
             start.path,
             settings,
-            self.recipe.training.learning_rate == "auto" and worth_trying(self.steps),
+            self.schedule.tries_rates,
             self.placement.resident,
             self.placement.torch_dtype,
             self.placement.devices,
@@ -199,27 +180,6 @@ class _Refinement:
             self.folder,
             key,
             self.recipe.training.save_seconds,
-        )
-
-    def settings(self) -> TrainingSettings:
-        """How to train."""
-        asked, hidden = self.recipe.training, self.pair.student.architecture.head_slot.shape[1]
-        moved_by = optimiser(self.recipe, self.head_moves)
-        rate = learning_rate(self.recipe, moved_by, hidden)
-        return TrainingSettings(
-            epochs=self.epochs,
-            step_tokens=self.step_tokens,
-            batch_tokens=tokens_at_once(self.recipe, self.placement.devices[0]),
-            rate=rate,
-            head_rate=rate * asked.head_rate,
-            optimiser=moved_by,
-            divergence=asked.divergence,
-            cross_entropy_share=asked.cross_entropy_share,
-            head="whole" if self.head_moves else "fixed",
-            checks=checks(self.recipe, self.steps * self.step_tokens, self.check_tokens),
-            patience=asked.patience,
-            weight_decay=asked.weight_decay,
-            seed=self.recipe.seed,
         )
 
     def stored_pair(self, trainee: Trainee, name: str, scale: float) -> tuple[Tensor, Tensor]:
@@ -269,8 +229,8 @@ class _Refinement:
         outcome = run.outcome
         return {
             "trained_on_tokens": int(job.text.ids.size),
-            "copies_of_the_text": self.copying.copies,
-            "own_text_sequences": self.copying.own,
+            "copies_of_the_text": self.schedule.copying.copies,
+            "own_text_sequences": self.schedule.copying.own,
             "common_tokens": len(self.fit_text.student_ids),
             "start_pairs": len(start.names),
             "curve": [asdict(point) for point in outcome.curve],

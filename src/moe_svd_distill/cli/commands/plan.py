@@ -25,9 +25,9 @@ def command(recipe: Path | None, as_json: bool, **given: Any) -> None:
     wanted = read_recipe(recipe, given)
     from moe_svd_distill.cli.relation import show_choice, show_relatedness
     from moe_svd_distill.cli.screen import grouped, print_json, print_table
-    from moe_svd_distill.pipeline.outlook import look_ahead
+    from moe_svd_distill.pipeline.plan import make_plan
 
-    outlook = look_ahead(wanted, lambda: click.echo("measuring the speed of this machine", err=True))
+    outlook = make_plan(wanted, lambda: click.echo("measuring the speed of this machine", err=True)).as_dict()
     if as_json:
         print_json(outlook)
         return
