@@ -23,6 +23,7 @@ from moe_svd_distill.pipeline.speed import HeadSeconds, LayerSeconds, head_speed
 from moe_svd_distill.pipeline.texts import longest_sequence
 from moe_svd_distill.pipeline.units import make_work
 from moe_svd_distill.streaming import PassSettings
+from moe_svd_distill.training.job import threads
 
 if TYPE_CHECKING:
     from moe_svd_distill.pairing.plan import Plan
@@ -137,15 +138,11 @@ def weights_cost_here(recipe: Recipe, pair: ModelPair, plan: Plan, adapter_bytes
     """What the weights stage would take, from a unit of middle size, which is done."""
     if not plan.units:
         return StageCost(0.0, 0, 0)
-    settings, before = execution_settings(recipe), torch.get_num_threads()
+    settings = execution_settings(recipe)
     by_size = sorted(plan.units, key=lambda unit: sum(task.rank * sum(task.shape) for task in unit.tasks))
-    torch.set_num_threads(settings.threads_per_worker)
     begin = time.perf_counter()
-    try:
-        with peak_of() as grown:
-            make_work(recipe, pair)(by_size[len(by_size) // 2], settings.devices[0])
-    finally:
-        torch.set_num_threads(before)
+    with threads(settings.threads_per_worker), peak_of() as grown:
+        make_work(recipe, pair)(by_size[len(by_size) // 2], settings.devices[0])
     workers = min(settings.workers, len(plan.units))
     seconds = (time.perf_counter() - begin) * len(plan.units) / workers
     return StageCost(seconds, workers * (LIBRARIES_BYTES + grown()), 2 * adapter_bytes)

@@ -63,7 +63,8 @@ def probe_pair(pair: ModelPair, vocabulary: VocabularyRelation, *, same_shape: b
     run = _Probing(pair, vocabulary)
     run.probe_ends()
     run.probe_layers()
-    alike = same_shape and bool(run.probes) and all(probe.identical for probe in run.probes) and run.confirm()
+    alike = same_shape and bool(run.probes) and all(probe.identical for probe in run.probes)
+    alike = alike and run.attempt("whether all weights are the same", run.all_alike) is True
     return Found(tuple(run.probes), tuple(run.skipped), alike, (run.teacher.bytes_read, run.student.bytes_read))
 
 
@@ -87,7 +88,7 @@ class _Probing:
             elif len(tokens) < LEAST_TOKENS:
                 self.skipped.append(f"{role}: only {len(tokens)} tokens are known to mean the same in both")
             else:
-                self._try(role, self._probe_end, role, *names, tokens, flat)
+                self.attempt(role, self._probe_end, role, *names, tokens, flat)
         related = [role for role in flat if self._related(role, Comparison.CHANNELS)]
         if related and not any(self._related(role, Comparison.IN_PLACE) for role in ENDS):
             from moe_svd_distill.algebra.similarity import match_channels
@@ -171,7 +172,9 @@ class _Probing:
         """The probes of one pair of layers, taken out of ``probes``."""
         before = len(self.probes)
         for role, share in self._roles(teacher_layer, student_layer, allowance):
-            self._try(f"{role} of layer {student_layer}", self._probe_role, role, teacher_layer, student_layer, share)
+            self.attempt(
+                f"{role} of layer {student_layer}", self._probe_role, role, teacher_layer, student_layer, share
+            )
         found = self.probes[before:]
         del self.probes[before:]
         return found
@@ -238,15 +241,7 @@ class _Probing:
         """The columns of the teacher's rows in the student's order."""
         return rows if self.channels is None else rows[:, self.channels]
 
-    def confirm(self) -> bool:
-        """Whether nothing contradicts that the weights are the same."""
-        try:
-            return self._all_alike()
-        except DistillError as error:
-            self.skipped.append(f"whether all weights are the same: {error.what}")
-            return False
-
-    def _all_alike(self) -> bool:
+    def all_alike(self) -> bool:
         """Whether the middle row of every tensor (of one expert in each layer) is identical in both models."""
         import torch
 
@@ -256,7 +251,8 @@ class _Probing:
         chosen: list[tuple[TensorView, TensorView | None]] = [
             (meaning.view, teacher.view(meaning.role, meaning.layer, meaning.expert))
             for meaning in student.meanings.values()
-            if meaning.expert is None or meaning.expert == (meaning.layer or 0) % self._experts_at(meaning.layer or 0)
+            if meaning.expert is None
+            or meaning.expert == (meaning.layer or 0) % max(1, student.experts_at(meaning.layer or 0))
         ]
         held = self.pair.teacher.checkpoint
         chosen += [(TensorView(name), TensorView(name) if name in held else None) for name in student.without_role]
@@ -280,9 +276,6 @@ class _Probing:
                 return False
         return True
 
-    def _experts_at(self, layer: int) -> int:
-        return max(1, self.pair.student.layout.experts_at(layer))
-
     def _add(
         self, role: str, views: Views, comparison: Comparison, rows: tuple[Tensor, Tensor], found: Similarity
     ) -> None:
@@ -296,12 +289,13 @@ class _Probing:
     def _related(self, role: str, comparison: Comparison) -> bool:
         return any(p.related for p in self.probes if p.role == role and p.comparison is comparison)
 
-    def _try(self, what: str, measure: Callable[..., None], *arguments: Any) -> None:
+    def attempt(self, what: str, measure: Callable[..., Any], *arguments: Any) -> Any:
         """Measure, or note why not: one unreadable tensor does not hide the others."""
         try:
-            measure(*arguments)
+            return measure(*arguments)
         except DistillError as error:
             self.skipped.append(f"{what}: {error.what}")
+            return None
 
 
 def _expert(role: str) -> int | None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import prod
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -15,6 +14,7 @@ from torch import Tensor
 from moe_svd_distill.algebra.dtypes import matmul_dtype
 from moe_svd_distill.streaming import Decoder, load_head
 from moe_svd_distill.training.factors import FactorBank
+from moe_svd_distill.training.job import threads
 
 if TYPE_CHECKING:
     from moe_svd_distill.checkpoints import Checkpoint
@@ -60,7 +60,8 @@ def reading_speed(
     """Seconds of all layers where a pass reads a text, which it does with a batch on each core of a CPU."""
     if device != "cpu":
         return layer_speed(checkpoint, device, dtype, length, batch_tokens, {})
-    with _one_thread() as cores:
+    cores = torch.get_num_threads()
+    with threads(1):
         found = layer_speed(checkpoint, device, dtype, length, batch_tokens, {})
     return LayerSeconds(found.loading, found.forward / cores)
 
@@ -212,14 +213,3 @@ def _timed(act: Callable[[], Result], place: torch.device, times: int = _REPEATS
             torch.cuda.synchronize(place)
         seconds.append(time.perf_counter() - begin)
     return min(seconds), cast("Result", result)
-
-
-@contextmanager
-def _one_thread() -> Iterator[int]:
-    """With one thread for torch; gives the number it had."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield before
-    finally:
-        torch.set_num_threads(before)

@@ -6,16 +6,16 @@ Every worker process imports this file, so torch comes with the first unit.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from moe_svd_distill.execution.parts import PartContent
 from moe_svd_distill.execution.worker import report_progress
 from moe_svd_distill.pairing.plan import Plan, make_plan
 from moe_svd_distill.pairing.unit import UnitOfWork, with_key
 from moe_svd_distill.pipeline.sampling import embedding_similarity
-from moe_svd_distill.roles import Geometry
 from moe_svd_distill.transfer.settings import ALGORITHM_VERSION, TransferSettings, transfer_settings
 
 if TYPE_CHECKING:
@@ -23,36 +23,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from moe_svd_distill.checkpoints import Checkpoint
-    from moe_svd_distill.execution.supervisor import Settings
+    from moe_svd_distill.execution.supervisor import Settings, Work
     from moe_svd_distill.pipeline.pair import ModelPair
     from moe_svd_distill.recipe import Recipe
+    from moe_svd_distill.roles import Geometry
+
+    Models: TypeAlias = tuple[Checkpoint, Checkpoint, tuple[Geometry, Geometry]]
 
 NUMERIC_LIBRARIES = ("torch", "numpy", "scipy", "scikit-learn", "safetensors")
 PROJECT = "moe-svd-distill"
-
-
-@dataclass(frozen=True)
-class DistillWork:
-    """Does units of one pair of models.
-
-    Attributes:
-        teacher: Reopens itself in the process it is sent to.
-        student: The same.
-        geometries: Sizes of teacher and student.
-        settings: The recipe's numbers.
-    """
-
-    teacher: Checkpoint
-    student: Checkpoint
-    geometries: tuple[Geometry, Geometry]
-    settings: TransferSettings
-
-    def __call__(self, unit: UnitOfWork, device: str) -> PartContent:
-        """Compute ``unit`` on ``device``."""
-        from moe_svd_distill.transfer.unit import transfer_unit
-
-        models = (self.teacher, self.student, self.geometries)
-        return PartContent(*transfer_unit(unit, *models, self.settings, device, report_progress))
 
 
 def prepare(recipe: Recipe, pair: ModelPair, execution: Settings) -> Plan:
@@ -107,14 +86,17 @@ def digest_of(*numbers: NDArray[np.int64]) -> str:
     return hashlib.sha256(b"".join(part.tobytes() for part in numbers)).hexdigest()
 
 
-def make_work(recipe: Recipe, pair: ModelPair) -> DistillWork:
-    """The work for the units of ``prepare``."""
-    return DistillWork(
-        teacher=pair.teacher.checkpoint,
-        student=pair.student.checkpoint,
-        geometries=(pair.teacher.layout.geometry, pair.student.layout.geometry),
-        settings=transfer_settings(recipe),
-    )
+def make_work(recipe: Recipe, pair: ModelPair) -> Work:
+    """What computes the units of ``prepare``; the models reopen themselves in the process it is sent to."""
+    geometries = (pair.teacher.layout.geometry, pair.student.layout.geometry)
+    models = (pair.teacher.checkpoint, pair.student.checkpoint, geometries)
+    return partial(_computed, models, transfer_settings(recipe))
+
+
+def _computed(models: Models, settings: TransferSettings, unit: UnitOfWork, device: str) -> PartContent:
+    from moe_svd_distill.transfer.unit import transfer_unit
+
+    return PartContent(*transfer_unit(unit, *models, settings, device, report_progress))
 
 
 def _device_kind(device: str) -> str:
