@@ -7,13 +7,8 @@ from dataclasses import dataclass
 
 from moe_svd_distill.calibration.text import whole
 from moe_svd_distill.files.dtypes import BYTES_PER_ELEMENT
-from moe_svd_distill.fitting.copies import ROUNDS
-from moe_svd_distill.fitting.head import passes_of_fit
-from moe_svd_distill.fitting.last_layers import STEP_TOKENS
-from moe_svd_distill.fitting.rank import SERVED_RANKS
-from moe_svd_distill.fitting.source import batch_places
 from moe_svd_distill.pipeline.assembly import asked_head_rank, head_is_whole
-from moe_svd_distill.pipeline.copying import for_fit
+from moe_svd_distill.pipeline.extra_text import ROUNDS, for_fit
 from moe_svd_distill.pipeline.pair import Model, ModelPair
 from moe_svd_distill.pipeline.placement import (
     LIBRARIES_BYTES,
@@ -26,7 +21,8 @@ from moe_svd_distill.pipeline.schedule import TextSize, schedule_training, seque
 from moe_svd_distill.pipeline.texts import check_tokens, longest_sequence
 from moe_svd_distill.recipe import Recipe
 from moe_svd_distill.streaming import PassSettings
-from moe_svd_distill.training.settings import needs_rows
+from moe_svd_distill.training.head_rank import SERVED_RANKS
+from moe_svd_distill.training.settings import needs_rows, passes_over_little, step_over_little
 from moe_svd_distill.training.trials import MULTIPLES, trial_steps
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -197,14 +193,14 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
     teacher, student, execution = pair.teacher, pair.student, execution_settings(recipe)
     text = expected_text(recipe, pair)
     schedule = schedule_training(recipe, student, stages, text, execution.devices[0])
-    trained, settings, copying = schedule.trained, schedule.settings, schedule.copying
+    trained, settings, extra = schedule.trained, schedule.settings, schedule.extra
     placed = place_training(recipe, pair, execution.devices, execution.workers, trained) if at_hand else None
     resident = placed.resident if placed else {"resident": True, "streamed": False}.get(recipe.training.placement)
     processes = len(placed.devices) if placed else len(execution.devices)
     search = whole(recipe.scale_search_tokens, text.length)
-    read = (text.sequences + copying.sequences(text.sequences)) * text.length + text.check + search
-    own = copying.own * text.length
-    read_by_student = text.tokens * bool(copying.copies) + ROUNDS * own
+    read = (text.sequences + extra.sequences(text.sequences)) * text.length + text.check + search
+    own = extra.generated * text.length
+    read_by_student = text.tokens * bool(extra.copies) + ROUNDS * own
     trials = len(MULTIPLES) if schedule.tries_rates else 0
     tried = trials * trial_steps(schedule.steps)
     trained_tokens = (schedule.steps + tried) * trained.step_tokens
@@ -223,10 +219,10 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
     moving = trained_numbers(shapes, trained.ranks) + (head if trained.head_moves else 0)
     stored = sum(rank * sum(shapes[name]) for name, rank in trained.ranks.items())  # padded where a side is smaller
     pass_bytes = student.checkpoint.total_bytes * processes if resident is False else 0
-    passes = bool(copying.copies) + ROUNDS * bool(copying.own)
+    passes = bool(extra.copies) + ROUNDS * bool(extra.generated)
     return TrainingCost(
         teacher_tokens=read,
-        copies=copying.copies,
+        copies=extra.copies,
         own_text=own,
         weights_read=2 * teacher.checkpoint.total_bytes + student.checkpoint.total_bytes * passes,
         states_bytes=state_bytes(recipe, teacher) * read + state_bytes(recipe, student) * read_by_student,
@@ -259,15 +255,15 @@ def cost_of_calibrating(recipe: Recipe, pair: ModelPair, *, as_start: bool) -> C
         as_start: Whether the refined stage follows, for which it is fitted on less text.
     """
     text = min(recipe.tokens, recipe.training.start_tokens) if as_start else recipe.tokens
-    copying = for_fit(recipe, text, 1, identical=recipe.vocabulary == "equal")
-    copies = copying.sequences(1)
+    extra = for_fit(recipe, text, 1, identical=recipe.vocabulary == "equal")
+    copies = extra.sequences(1)
     check, search = check_tokens(recipe), recipe.scale_search_tokens
     teacher, student = pair.teacher, pair.student
     states = state_bytes(recipe, teacher) + state_bytes(recipe, student) * (2 if recipe.last_layers else 1)
     mine, theirs = (of.layout.geometry.vocabulary * of.layout.geometry.hidden for of in (student, teacher))
-    step = STEP_TOKENS if recipe.last_layers else batch_places(text * (1 + copies))
+    step = step_over_little(text * (1 + copies), head_alone=not recipe.last_layers)
     batches = max(1, text * (1 + copies) // step)
-    passes = passes_of_fit(None if recipe.fit_passes == "auto" else recipe.fit_passes, batches)
+    passes = passes_over_little(None if recipe.fit_passes == "auto" else recipe.fit_passes, batches)
     return CalibratingCost(
         text=text,
         copies=copies,

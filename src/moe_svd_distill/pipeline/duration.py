@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_svd_distill.execution.memory import peak_of
-from moe_svd_distill.fitting.rank import SERVED_RANKS
 from moe_svd_distill.pipeline.cost import SAVED_BYTES, SAVES_KEPT, CalibratingCost, TrainingCost
 from moe_svd_distill.pipeline.placement import (
     LIBRARIES_BYTES,
@@ -23,6 +22,7 @@ from moe_svd_distill.pipeline.speed import HeadSeconds, LayerSeconds, head_speed
 from moe_svd_distill.pipeline.texts import longest_sequence
 from moe_svd_distill.pipeline.units import make_work
 from moe_svd_distill.streaming import PassSettings
+from moe_svd_distill.training.head_rank import SERVED_RANKS
 from moe_svd_distill.training.job import threads
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from moe_svd_distill.pairing.lineage import (
     judge,
     shapes_agree,
 )
-from moe_svd_distill.pipeline.copying import MUCH_TEXT
+from moe_svd_distill.pipeline.extra_text import MUCH_TEXT
 from moe_svd_distill.pipeline.pair import Model, ModelPair, open_pair
 from moe_svd_distill.pipeline.schedule import trains_head
 from moe_svd_distill.recipe import Recipe

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moe_svd_distill.pipeline.copying import MUCH_TEXT, Copying, for_training
+from moe_svd_distill.pipeline.extra_text import MUCH_TEXT, ExtraText, for_training
 from moe_svd_distill.pipeline.placement import TrainedParts, tokens_at_once, trained_ranks
 from moe_svd_distill.training.settings import TrainingSettings
 from moe_svd_distill.training.trials import worth_trying
@@ -62,14 +62,14 @@ class TrainingSchedule:
 
     Attributes:
         trained: What moves, and how much text goes into a step.
-        copying: What is read beside the text.
+        extra: What is read beside the text.
         steps: Of the optimiser, at most.
         tries_rates: Whether the learning rates of the settings are a guess to be tried.
         settings: Of the training.
     """
 
     trained: TrainedParts
-    copying: Copying
+    extra: ExtraText
     steps: int
     tries_rates: bool
     settings: TrainingSettings
@@ -89,9 +89,9 @@ def schedule_training(
     """
     asked, length = recipe.training, text.length
     head_moves = trains_head(recipe, text.rows)
-    copying = for_training(recipe, text.tokens, text.sequences, text.identical, head_moves)
+    extra = for_training(recipe, text.tokens, text.sequences, text.identical, head_moves)
     passes = epochs(recipe, stages, head_moves)
-    tokens = (text.sequences + copying.sequences(text.sequences)) * length
+    tokens = (text.sequences + extra.sequences(text.sequences)) * length
     steps, step_tokens = optimiser_steps(recipe, passes, tokens, length)
     moved_by = optimiser(recipe, head_moves)
     rate = learning_rate(recipe, moved_by, student.architecture.head_slot.shape[1])
@@ -112,7 +112,7 @@ def schedule_training(
     )
     trained = TrainedParts(trained_ranks(recipe, student), head_moves, step_tokens // length, step_tokens)
     tries_rates = asked.learning_rate == "auto" and worth_trying(steps)
-    return TrainingSchedule(trained, copying, steps, tries_rates, settings)
+    return TrainingSchedule(trained, extra, steps, tries_rates, settings)
 
 
 def epochs(recipe: Recipe, stages: Sequence[str], head_moves: bool) -> float:

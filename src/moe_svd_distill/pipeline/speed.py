@@ -13,8 +13,8 @@ from torch import Tensor
 
 from moe_svd_distill.algebra.dtypes import matmul_dtype
 from moe_svd_distill.streaming import Decoder, load_head
-from moe_svd_distill.training.factors import FactorBank
 from moe_svd_distill.training.job import threads
+from moe_svd_distill.training.lora_parameters import LoraParameters
 
 if TYPE_CHECKING:
     from moe_svd_distill.checkpoints import Checkpoint
@@ -156,7 +156,7 @@ class _Trial:
         decoder, place, tokens = self.decoder, self.place, self.ids.numel()
         bank = None
         if self.ranks:  # before the layer is there: pairs act in copies that are made of it
-            bank = FactorBank({layer: decoder.matrices.of_layer.get(layer, ())}, self.ranks, place, {}, 0)
+            bank = LoraParameters({layer: decoder.matrices.of_layer.get(layer, ())}, self.ranks, place, {}, 0)
         loading, _ = _timed(lambda: decoder.enter(layer), place, 1)
         try:
             if layer > self.at:
@@ -167,7 +167,7 @@ class _Trial:
                 forward, after = _timed(lambda: self._run(layer, self.ids, _copies(self.given)), place)
             if bank is not None:
                 composing, _ = _timed(lambda: bank.compose(layer, bank.bases(layer)), place)
-                bank.collect(layer)
+                bank.hook_gradients(layer)
                 learning, _ = _timed(lambda: self._learn(layer), place)
         except Exception as error:  # what it misses of the layers in between shows itself in its own code
             if not self.skipped or isinstance(error, torch.OutOfMemoryError):
