@@ -12,27 +12,13 @@ import pytest
 
 from moe_svd_distill.errors import MissingInputError
 from moe_svd_distill.files.names import ADAPTER_FILE
-from moe_svd_distill.pipeline.cost import (
-    active_parameters,
-    cost_of_training,
-    operations,
-    readable,
-)
+from moe_svd_distill.pipeline.cost import cost_of_training, operations, readable
 from moe_svd_distill.pipeline.distill import distill
-from moe_svd_distill.pipeline.outlook import look_ahead
 from moe_svd_distill.pipeline.pair import open_model, open_pair
-from tests.support.heads import TEXT, student_with_tokenizer, teacher_with_other_head, trained_tokenizer
+from moe_svd_distill.pipeline.plan import make_plan
+from tests.support.heads import student_with_tokenizer, teacher_with_other_head, trained_tokenizer
 from tests.support.models import saved
-from tests.support.pairs import recipe_for
-
-LITTLE = {
-    "calibration": [str(TEXT)],
-    "method": "refined",
-    "start": "zero",
-    "tokens": 1600,
-    "scale_search_tokens": 1100,
-    "copies": 0,
-}
+from tests.support.pairs import LITTLE_TEXT, recipe_for
 
 CHECKS = 2
 """Of twelve that may be made: measuring 1,024 tokens takes an eighth of the time of training on 6,144 then."""
@@ -49,7 +35,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def outlook_of(tiny: tuple[Path, Path], output: Path, **values: Any) -> dict[str, Any]:
     """What is planned, which is plain JSON."""
-    outlook = look_ahead(recipe_for(*tiny, output, **(LITTLE | values)))
+    outlook = make_plan(recipe_for(*tiny, output, **(LITTLE_TEXT | values))).as_dict()
     return dict(json.loads(json.dumps(outlook)))
 
 
@@ -62,7 +48,7 @@ def test_what_is_planned_is_what_happens(tiny: tuple[Path, Path], tmp_path: Path
     values = {"copies": 2, "training": {"epochs": 1.75, "step_tokens": 600, "learning_rate": 0.01}}
     cost = outlook_of(tiny, tmp_path / "plan", **values)["refined"]
     out = tmp_path / "out"
-    record = distill(recipe_for(*tiny, out, **(LITTLE | values))).record
+    record = distill(recipe_for(*tiny, out, **(LITTLE_TEXT | values))).record
     refined, last = record["refinement"], record["refinement"]["curve"][-1]
     assert cost["steps"] == refined["steps"] == last["step"]
     assert (cost["trained_tokens"], cost["step_tokens"]) == (last["tokens"], last["tokens"] / last["step"])
@@ -88,7 +74,7 @@ def test_the_plan_of_training_from_zero(tiny: tuple[Path, Path], tmp_path: Path)
     assert cost["weights_read"] == 2 * open_model(str(tiny[0])).checkpoint.total_bytes
     assert cost["states_bytes"] == 3584 * 32 * 4
     with open_pair(*map(str, tiny)) as pair:
-        (body, head), (_, taught) = active_parameters(pair.student), active_parameters(pair.teacher)
+        (body, head), (_, taught) = pair.student.active_parameters, pair.teacher.active_parameters
     measured = 1024 * (1 + CHECKS) + 1024 * 3  # before, at each check; three scales of the search
     assert cost["teacher_operations"] == 2 * body * 3584 + 2 * taught * (12 * 512 + measured)
     assert cost["student_operations"] == 6 * (body + head) * 12 * 512 + 2 * (body + head) * measured
@@ -113,7 +99,7 @@ def test_streamed_training_reads_the_student_twice_in_each_step(tiny: tuple[Path
     assert rows(outlook)["student"] == "one layer at a time: asked for"
     assert rows(outlook)["weights read in each step"] == readable(2 * once)
     with open_pair(*map(str, tiny)) as pair:
-        body, _ = active_parameters(pair.student)
+        body, _ = pair.student.active_parameters
     assert cost["student_operations"] - resident["student_operations"] == 2 * body * cost["trained_tokens"]
     assert cost["teacher_operations"] == resident["teacher_operations"]
 
@@ -122,10 +108,10 @@ def test_where_the_weights_are_not_at_hand_nothing_is_said_of_the_place(
     tiny: tuple[Path, Path], tmp_path: Path
 ) -> None:
     with open_pair(*map(str, tiny)) as pair:
-        cost = cost_of_training(recipe_for(*tiny, tmp_path, **LITTLE), pair, ["refined"], at_hand=False)
+        cost = cost_of_training(recipe_for(*tiny, tmp_path, **LITTLE_TEXT), pair, ["refined"], at_hand=False)
         assert (cost.resident, cost.placement, cost.step_bytes) == (None, "", 0)
         assert not any(name == "refined stage: student" for name, _ in cost.rows())
-        asked = recipe_for(*tiny, tmp_path, **(LITTLE | {"training": {"placement": "streamed"}}))
+        asked = recipe_for(*tiny, tmp_path, **(LITTLE_TEXT | {"training": {"placement": "streamed"}}))
         assert (
             cost_of_training(asked, pair, ["refined"], at_hand=False).step_bytes
             == 2 * pair.student.checkpoint.total_bytes
@@ -162,7 +148,7 @@ def test_of_the_experts_only_those_a_token_is_sent_to_count(model_type: str, tmp
     outside = sum(size for name, size in layers.items() if not routed.search(name))
     inside = sum(size for name, size in layers.items() if routed.search(name))
     assert (inside > 0) == (model_type != "llama")
-    assert active_parameters(model) == (outside + inside // 2, 96 * 32)  # two of four experts for each token
+    assert model.active_parameters == (outside + inside // 2, 96 * 32)  # two of four experts for each token
 
 
 def test_units() -> None:

@@ -3,14 +3,20 @@ from pathlib import Path
 import pytest
 
 from moe_svd_distill.pipeline.pair import open_pair
-from moe_svd_distill.pipeline.placement import Placement, TrainedParts, place_training
-from moe_svd_distill.pipeline.ranks import trained_ranks
-from tests.pipeline.test_cost import LITTLE
-from tests.support.pairs import recipe_for
+from moe_svd_distill.pipeline.placement import (
+    Placement,
+    TrainedParts,
+    place_training,
+    trained_numbers,
+    trained_ranks,
+)
+from tests.support.models import saved
+from tests.support.pairs import LITTLE_TEXT, recipe_for
+from tests.training.setting import setting
 
 
 def _place(tiny: tuple[Path, Path], tmp_path: Path, workers: int, together: int, tokens: int) -> Placement:
-    recipe = recipe_for(*tiny, tmp_path, **LITTLE)
+    recipe = recipe_for(*tiny, tmp_path, **LITTLE_TEXT)
     with open_pair(*map(str, tiny)) as pair:
         trained = TrainedParts(trained_ranks(recipe, pair.student), True, together, tokens)
         return place_training(recipe, pair, ("cpu",), workers, trained)
@@ -46,3 +52,10 @@ def test_processes_share_a_step_and_the_threads(
     placed = _place(tiny, tmp_path, workers, together, tokens)
     assert placed.resident
     assert (placed.devices, placed.threads) == (("cpu",) * processes, threads)
+
+
+@pytest.mark.parametrize("rank", [4, 12, 20, 31, 32, 100])
+def test_as_many_numbers_as_move(tmp_path: Path, rank: int) -> None:
+    bank = setting(saved("qwen3_moe", tmp_path / "student"), tmp_path, rank=rank).bank
+    shapes = {name: (len(b), a.shape[1]) for name, (b, a) in bank.pairs()}
+    assert trained_numbers(shapes, dict.fromkeys(shapes, rank)) == len(bank.values)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.errors import IncompatiblePairError
 from moe_svd_distill.pipeline import speed
-from moe_svd_distill.pipeline.calibrating_cost import cost_of_calibrating
-from moe_svd_distill.pipeline.cost import TrainingCost, cost_of_training
+from moe_svd_distill.pipeline.cost import TrainingCost, cost_of_calibrating, cost_of_training
 from moe_svd_distill.pipeline.duration import (
     PairSpeed,
     calibrating_cost_here,
@@ -19,12 +21,14 @@ from moe_svd_distill.pipeline.duration import (
     training_cost_here,
     weights_cost_here,
 )
-from moe_svd_distill.pipeline.pair import open_pair
-from moe_svd_distill.pipeline.preparation import plan_pair
-from moe_svd_distill.pipeline.ranks import trained_ranks
+from moe_svd_distill.pipeline.pair import open_model, open_pair
+from moe_svd_distill.pipeline.placement import trained_ranks
 from moe_svd_distill.pipeline.speed import HeadSeconds, LayerSeconds, head_speed, layer_speed, reading_speed
-from tests.pipeline.test_cost import LITTLE
-from tests.support.pairs import recipe_for
+from moe_svd_distill.pipeline.units import plan_pair
+from moe_svd_distill.streaming import Decoder
+from tests.support import architectures
+from tests.support.models import saved
+from tests.support.pairs import LITTLE_TEXT, recipe_for
 
 
 class _Clock:
@@ -38,8 +42,10 @@ class _Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "time", _Clock())
+def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
+    clock = _Clock()
+    monkeypatch.setattr(speed, "time", clock)
+    return clock
 
 
 @pytest.mark.usefixtures("clock")
@@ -47,13 +53,79 @@ def test_all_layers_are_those_that_ran_and_more_like_the_last(tiny: tuple[Path, 
     """Everything takes a second here, so seconds count layers."""
     with open_pair(*map(str, tiny)) as pair:
         checkpoint, layers = pair.student.checkpoint, pair.student.architecture.layers
-        ranks = trained_ranks(recipe_for(*tiny, Path("out"), **LITTLE), pair.student)
+        ranks = trained_ranks(recipe_for(*tiny, Path("out"), **LITTLE_TEXT), pair.student)
         found = layer_speed(checkpoint, "cpu", torch.float32, 16, 64, ranks)
         read = reading_speed(checkpoint, "cpu", torch.float32, 16, 64)
         head = head_speed(checkpoint, "cpu")
     assert found == LayerSeconds(layers, layers / 64, layers / 64, layers)
     assert read == LayerSeconds(layers, layers / 64 / torch.get_num_threads())
     assert head == HeadSeconds(1 / 128, 1 / 128)
+
+
+def test_a_layer_of_each_kind_behind_the_first_is_run_and_counted_as_often_as_there_are_such(
+    tmp_path: Path, clock: _Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers with experts take ten seconds more to read; those before them have none."""
+    folder, entered = saved("qwen3_moe", tmp_path, num_hidden_layers=6, mlp_only_layers=[0, 1, 2]), []
+    enter = Decoder.enter
+
+    def slowly(decoder: Decoder, layer: int, following: int | None = None) -> None:
+        entered.append(layer)
+        clock.now += 10.0 * (layer > 2)
+        enter(decoder, layer, following)
+
+    monkeypatch.setattr(Decoder, "enter", slowly)
+    with closing(open_checkpoint(str(folder))) as checkpoint:
+        found = layer_speed(checkpoint, "cpu", torch.float32, 16, 64, {})
+    assert entered == [0, 1, 3]
+    assert found == LayerSeconds(6 + 3 * 10.0, 6 / 64)
+
+
+def test_of_many_kinds_some_are_run_and_the_others_count_as_the_nearest_in_size(
+    tmp_path: Path, clock: _Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each layer takes a second more to read than the one before, and none of them is like another."""
+    sizes = [16 * (layer + 1) for layer in range(10)]
+    folder, entered = architectures.saved("gemma3n_text", tmp_path, num_hidden_layers=10, **_kinds(sizes)), []
+    enter = Decoder.enter
+
+    def slowly(decoder: Decoder, layer: int, following: int | None = None) -> None:
+        entered.append(layer)
+        clock.now += layer
+        enter(decoder, layer, following)
+
+    monkeypatch.setattr(Decoder, "enter", slowly)
+    with closing(open_checkpoint(str(folder))) as checkpoint:
+        found = layer_speed(checkpoint, "cpu", torch.float32, 16, 64, {})
+    assert entered == [0, 1, 3, 5, 7, 9]
+    assert found.loading == 10 + sum((0, 1, 3, 3, 5, 5, 7, 7, 9, 9))
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_layer_that_needs_what_one_left_out_hands_on_counts_as_the_nearest_in_size(tmp_path: Path) -> None:
+    """The last four layers take keys and values of the second pair, of which only the first one is run."""
+    changes = {"num_hidden_layers": 8, "layer_types": ["sliding_attention", "full_attention"] * 4}
+    folder = architectures.saved("gemma4_text", tmp_path, num_kv_shared_layers=4, **changes)
+    with closing(open_checkpoint(str(folder))) as checkpoint:
+        assert layer_speed(checkpoint, "cpu", torch.float32, 16, 64, {}) == LayerSeconds(8, 8 / 64)
+
+
+def _kinds(sizes: list[int]) -> dict[str, Any]:
+    return {
+        "intermediate_size": sizes,
+        "activation_sparsity_pattern": [0.0] * len(sizes),
+        "num_kv_shared_layers": 0,
+        "layer_types": ["full_attention"] * len(sizes),
+    }
+
+
+@pytest.mark.parametrize("model_type", ["nemotron_h", "qwen3_5_moe", "gemma4_text", "zamba2", "glm_moe_dsa"])
+def test_layers_of_other_kinds_run_behind_those_that_were_left_out(model_type: str, tmp_path: Path) -> None:
+    model = open_model(str(architectures.saved(model_type, tmp_path)))
+    ranks = dict.fromkeys(model.keys.matrices(), 4)
+    with closing(model.checkpoint):
+        found = layer_speed(model.checkpoint, "cpu", torch.float32, 16, 32, ranks)
+    assert min(found.loading, found.forward, found.learning, found.composing) > 0
 
 
 def test_the_number_of_threads_is_what_it_was(tiny: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +151,7 @@ def seconds_of_training(cost: TrainingCost, speed: PairSpeed) -> float:
 
 
 def test_seconds_of_training_count_what_the_plan_counts(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    recipe = recipe_for(*tiny, tmp_path / "out", **LITTLE)
+    recipe = recipe_for(*tiny, tmp_path / "out", **LITTLE_TEXT)
     with open_pair(*map(str, tiny)) as pair:
         cost = cost_of_training(recipe, pair, ("refined",), at_hand=True)
     assert not cost.rows_bytes
@@ -101,7 +173,7 @@ def test_seconds_of_training_count_what_the_plan_counts(tiny: tuple[Path, Path],
 
 
 def test_the_disk_holds_two_saves_and_for_a_moment_three(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    recipe = recipe_for(*tiny, tmp_path / "out", **LITTLE)
+    recipe = recipe_for(*tiny, tmp_path / "out", **LITTLE_TEXT)
     with open_pair(*map(str, tiny)) as pair:
         cost = cost_of_training(recipe, pair, ("refined",), at_hand=True)
     besides, numbers = cost.states_bytes + cost.rows_bytes + 2 * cost.adapter_bytes, cost.saves_bytes // 32
@@ -111,7 +183,7 @@ def test_the_disk_holds_two_saves_and_for_a_moment_three(tiny: tuple[Path, Path]
 
 
 def test_seconds_of_calibrating_count_passes(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    recipe = recipe_for(*tiny, tmp_path / "out", **(LITTLE | {"copies": 2, "fit_passes": 5, "last_layers": 0}))
+    recipe = recipe_for(*tiny, tmp_path / "out", **(LITTLE_TEXT | {"copies": 2, "fit_passes": 5, "last_layers": 0}))
     with open_pair(*map(str, tiny)) as pair:
         cost = cost_of_calibrating(recipe, pair, as_start=False)
     assert (cost.fit_passes, cost.fitted_tokens) == (5, 3 * recipe.tokens)
@@ -125,7 +197,7 @@ def test_seconds_of_calibrating_count_passes(tiny: tuple[Path, Path], tmp_path: 
 
 
 def test_a_real_measurement_is_finite_and_the_weights_stage_is_tried(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    recipe = recipe_for(*tiny, tmp_path / "out", **LITTLE)
+    recipe = recipe_for(*tiny, tmp_path / "out", **LITTLE_TEXT)
     with open_pair(*map(str, tiny)) as pair:
         found = measure_pair(recipe, pair)
         weights = weights_cost_here(recipe, pair, plan_pair(recipe, pair), 1000)

@@ -12,11 +12,23 @@ from safetensors.torch import save_file
 from moe_svd_distill.execution.parts import PartContent
 from moe_svd_distill.pairing.unit import UnitOfWork
 from moe_svd_distill.pipeline.pair import open_model, open_pair
-from moe_svd_distill.pipeline.preparation import execution_settings, make_work, prepare
+from moe_svd_distill.pipeline.placement import execution_settings
+from moe_svd_distill.pipeline.units import make_work, prepare
 from moe_svd_distill.recipe import Recipe, parse_recipe
 from tests.support import architectures
+from tests.support.heads import TEXT
 from tests.support.models import save, saved
 from tests.support.planted import Planted, plant
+
+LITTLE_TEXT: dict[str, Any] = {
+    "calibration": [str(TEXT)],
+    "method": "refined",
+    "start": "zero",
+    "tokens": 1600,
+    "scale_search_tokens": 1100,
+    "copies": 0,
+}
+"""Of a recipe that trains for seconds."""
 
 FAMILIES = ("glm4_moe", "llama", "mixtral", "qwen3", "qwen3_moe")  # with a tiny form in `models`
 

@@ -12,7 +12,7 @@ import torch
 
 from moe_svd_distill.pairing.plan import EXPERTS, Plan
 from moe_svd_distill.pipeline.pair import open_model, open_pair
-from moe_svd_distill.pipeline.preparation import plan_pair
+from moe_svd_distill.pipeline.units import plan_pair
 from tests.support import architectures
 from tests.support.models import save
 from tests.support.pairs import delta, recipe_for, run_units, with_tensors

@@ -11,7 +11,7 @@ from moe_svd_distill.cli.screen import print_json, print_table
 
 def show_pair(teacher: str, student: str, *, as_json: bool) -> None:
     """Print two models side by side, their relatedness, and what ``method: auto`` would run."""
-    from moe_svd_distill.pipeline.comparison import compare_models
+    from moe_svd_distill.pipeline.method import compare_models
 
     facts = compare_models(teacher, student)
     if as_json:

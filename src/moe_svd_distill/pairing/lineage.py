@@ -170,6 +170,10 @@ class MethodChoice:
     stages: tuple[str, ...]
     reason: str
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {"stages": list(self.stages), "reason": self.reason}
+
 
 def shapes_agree(families: tuple[str, str], differences: tuple[SizeDifference, ...]) -> bool:
     """Whether two models of these sizes hold tensors of the same shapes, the vocabulary apart."""

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from math import prod
-from typing import Any
+from dataclasses import dataclass
 
 from moe_svd_distill.calibration.text import whole
 from moe_svd_distill.files.dtypes import BYTES_PER_ELEMENT
 from moe_svd_distill.pipeline.assembly import asked_head_rank, head_is_whole
-from moe_svd_distill.pipeline.extra_text import ROUNDS, for_training
+from moe_svd_distill.pipeline.extra_text import ROUNDS, for_fit
 from moe_svd_distill.pipeline.pair import Model, ModelPair
-from moe_svd_distill.pipeline.placement import Placement, TrainedParts, place_training
-from moe_svd_distill.pipeline.preparation import execution_settings
-from moe_svd_distill.pipeline.ranks import trained_numbers, trained_ranks, trained_shapes
-from moe_svd_distill.pipeline.steps import checks, epochs, optimiser_steps, sequence_length, trains_head
+from moe_svd_distill.pipeline.placement import (
+    LIBRARIES_BYTES,
+    execution_settings,
+    place_training,
+    trained_numbers,
+    trained_shapes,
+)
+from moe_svd_distill.pipeline.schedule import TextSize, schedule_training, sequence_length
 from moe_svd_distill.pipeline.texts import longest_sequence, validation_tokens
 from moe_svd_distill.recipe import Recipe
+from moe_svd_distill.streaming import PassSettings
+from moe_svd_distill.training.head_rank import SERVED_RANKS
+from moe_svd_distill.training.settings import needs_rows, passes_over_little, step_over_little
+from moe_svd_distill.training.trials import MULTIPLES, trial_steps
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 Rows = list[list[str]]
 _SCALES_TRIED = 3  # of the trained adapter on the search text: none, half, whole; fewer gain needs more
 SAVES_KEPT, SAVED_BYTES = 2, 4 * 4  # files in turn; value, best value and at most two moments, float32
+_TEACHER_PASSES = 2  # of the calibrated stage
+_SAVED_OF_FIT, _HELD_OF_FIT = 4 * 4, 4 * 13  # bytes for each number of the head: value, moments, the best of them
 
 
 @dataclass(frozen=True)
@@ -78,10 +86,6 @@ class TrainingCost:
     step_bytes: int
     training_bytes: int
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return asdict(self)
-
     def rows(self) -> Rows:
         """For people."""
         trials = f", and {self.trial_steps:,} or somewhat more to choose the learning rate" if self.trial_steps else ""
@@ -109,6 +113,74 @@ class TrainingCost:
         return [[f"refined stage: {name}", value] for name, value in rows]
 
 
+@dataclass(frozen=True)
+class CalibratingCost:
+    """What the calibrated stage takes.
+
+    Attributes:
+        text: Tokens of the text it is fitted on.
+        copies: Of that text.
+        check_tokens: By which passes and ranks are chosen.
+        search_tokens: By which the scale is chosen.
+        fit_passes: Over what it is fitted on.
+        fit_steps: Of all passes.
+        layers: Of the student.
+        last_layers: Of these, fitted with the head.
+        student_passes: Of the student over all of it.
+        teacher_bytes: Stored bytes of the teacher.
+        student_bytes: Stored bytes of the student.
+        states_bytes: Hidden states kept on the disk.
+        saves_bytes: The state of the fit that a stopped run goes on from, on the disk.
+        memory_bytes: Of the process that fits the head, about.
+    """
+
+    text: int
+    copies: int
+    check_tokens: int
+    search_tokens: int
+    fit_passes: int
+    fit_steps: int
+    layers: int
+    last_layers: int
+    student_passes: int
+    teacher_bytes: int
+    student_bytes: int
+    states_bytes: int
+    saves_bytes: int
+    memory_bytes: int
+
+    @property
+    def fitted_tokens(self) -> int:
+        """The text and its copies."""
+        return self.text * (1 + self.copies)
+
+    @property
+    def tokens(self) -> int:
+        """All that is read."""
+        return self.fitted_tokens + self.check_tokens + self.search_tokens
+
+    def rows(self) -> Rows:
+        """For people."""
+        teacher = f"{readable(_TEACHER_PASSES * self.teacher_bytes)} (teacher {_TEACHER_PASSES} times)"
+        student = f"{readable(self.student_passes * self.student_bytes)} (student {self.student_passes} times)"
+        rows = [
+            ("tokens read", f"{self.tokens:,} ({self.copies} copies of {self.text:,}, checking and search text)"),
+            ("weights read", f"{teacher}, {student}"),
+            ("hidden states kept", readable(self.states_bytes)),
+            ("saves of the fit, at most", readable(self.saves_bytes)),
+            ("memory", readable(self.memory_bytes)),
+        ]
+        return [[f"calibrated stage: {name}", value] for name, value in rows]
+
+
+def expected_text(recipe: Recipe, pair: ModelPair) -> TextSize:
+    """The text to train on and to check by, before it is read."""
+    length = sequence_length(recipe, longest_sequence(pair))
+    tokens, check = whole(recipe.tokens, length), whole(validation_tokens(recipe), length)
+    rows = pair.student.layout.geometry.vocabulary
+    return TextSize(tokens, tokens // length, length, check, recipe.vocabulary == "equal", rows)
+
+
 def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, at_hand: bool) -> TrainingCost:
     """What the refined stage would read, compute and keep.
 
@@ -118,76 +190,96 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
         stages: Of the run.
         at_hand: Whether the weights are on this machine, so that it can be said where the student would be trained.
     """
-    teacher, student = pair.teacher, pair.student
-    length = sequence_length(recipe, longest_sequence(pair))
-    once, search = whole(recipe.tokens, length), whole(recipe.scale_search_tokens, length)
-    head_moves = trains_head(recipe, student.layout.geometry.vocabulary)
-    check = whole(validation_tokens(recipe), length)
-    extra = for_training(recipe, once, once // length, recipe.vocabulary == "equal", head_moves)
-    text = once + extra.sequences(once // length) * length
-    passes = bool(extra.copies) + ROUNDS * bool(extra.generated)
-    read_by_student = once * bool(extra.copies) + ROUNDS * extra.generated * length
-    ranks = trained_ranks(recipe, student)
-    asked = recipe.training.placement
-    steps, step_tokens = optimiser_steps(recipe, epochs(recipe, stages, head_moves), text, length)
-    trained_parts = TrainedParts(ranks, head_moves, step_tokens // length, step_tokens)
-    placed = _place(recipe, pair, trained_parts) if at_hand else None
-    resident = placed.resident if placed else {"resident": True, "streamed": False}.get(asked)
-    trials, trial_steps = _trials(recipe, steps)
-    trained = (steps + trials * trial_steps) * step_tokens
-    measurements = 1 + min(checks(recipe, steps * step_tokens, check), steps) + trials
-    measured = check * measurements + search * _SCALES_TRIED
-    read = text + check + search
-    body, head = active_parameters(teacher)
-    times = read if _rows_bytes(recipe, read, student) else trained + measured
-    teacher_operations = 2 * body * read + 2 * head * times
-    body, head = active_parameters(student)
-    moving = head if head_moves else 0
+    teacher, student, execution = pair.teacher, pair.student, execution_settings(recipe)
+    text = expected_text(recipe, pair)
+    schedule = schedule_training(recipe, student, stages, text, execution.devices[0])
+    trained, settings, extra = schedule.trained, schedule.settings, schedule.extra
+    placed = place_training(recipe, pair, execution.devices, execution.workers, trained) if at_hand else None
+    resident = placed.resident if placed else {"resident": True, "streamed": False}.get(recipe.training.placement)
+    processes = len(placed.devices) if placed else len(execution.devices)
+    search = whole(recipe.scale_search_tokens, text.length)
+    read = (text.sequences + extra.sequences(text.sequences)) * text.length + text.check + search
+    own = extra.generated * text.length
+    read_by_student = text.tokens * bool(extra.copies) + ROUNDS * own
+    trials = len(MULTIPLES) if schedule.tries_rates else 0
+    tried = trials * trial_steps(schedule.steps)
+    trained_tokens = (schedule.steps + tried) * trained.step_tokens
+    measurements = 1 + min(settings.checks, schedule.steps) + trials
+    measured = text.check * measurements + search * _SCALES_TRIED
+    rows_bytes = 0
+    if needs_rows(not trained.head_moves, settings.divergence):
+        rows_bytes = 4 * read * (student.layout.geometry.hidden + 1)
+    body, head = teacher.active_parameters
+    teacher_operations = 2 * body * read + 2 * head * (read if rows_bytes else trained_tokens + measured)
+    body, head = student.active_parameters
     # Forward, and twice that for both gradients; streamed, every layer is computed once more on the way back.
-    student_operations = (8 if resident is False else 6) * body * trained + (6 if head_moves else 4) * head * trained
-    student_operations += 2 * (body + head) * measured
-    states = state_bytes(recipe, teacher) * read + state_bytes(recipe, student) * read_by_student
-    shapes = trained_shapes(student, ranks)
-    factors = trained_numbers(shapes, ranks)
-    stored = sum(rank * sum(shapes[name]) for name, rank in ranks.items())  # padded where a side is smaller
-    processes = len(placed.devices) if placed else len(execution_settings(recipe).devices)
-    pass_bytes = 0
-    if resident is False:
-        pass_bytes = student.checkpoint.total_bytes * processes
+    student_operations = (8 if resident is False else 6) * body * trained_tokens + 2 * (body + head) * measured
+    student_operations += (6 if trained.head_moves else 4) * head * trained_tokens
+    shapes = trained_shapes(student, trained.ranks)
+    moving = trained_numbers(shapes, trained.ranks) + (head if trained.head_moves else 0)
+    stored = sum(rank * sum(shapes[name]) for name, rank in trained.ranks.items())  # padded where a side is smaller
+    pass_bytes = student.checkpoint.total_bytes * processes if resident is False else 0
+    passes = bool(extra.copies) + ROUNDS * bool(extra.generated)
     return TrainingCost(
         teacher_tokens=read,
         copies=extra.copies,
-        own_text=extra.generated * length,
+        own_text=own,
         weights_read=2 * teacher.checkpoint.total_bytes + student.checkpoint.total_bytes * passes,
-        states_bytes=states,
-        steps=steps,
-        step_tokens=step_tokens,
-        trial_steps=trials * trial_steps,
-        trained_tokens=trained,
+        states_bytes=state_bytes(recipe, teacher) * read + state_bytes(recipe, student) * read_by_student,
+        steps=schedule.steps,
+        step_tokens=trained.step_tokens,
+        trial_steps=tried,
+        trained_tokens=trained_tokens,
         measured_tokens=measured,
         read_by_student=read_by_student,
         teacher_operations=teacher_operations,
         student_operations=student_operations,
-        adapter_bytes=stored * BYTES[recipe.dtype] + (_head_bytes(recipe, pair) if head_moves else 0),
-        saves_bytes=SAVES_KEPT * SAVED_BYTES * (factors + moving),
-        rows_bytes=_rows_bytes(recipe, read, student) * processes,
+        adapter_bytes=stored * BYTES[recipe.dtype] + (_head_bytes(recipe, pair) if trained.head_moves else 0),
+        saves_bytes=SAVES_KEPT * SAVED_BYTES * moving,
+        rows_bytes=rows_bytes * processes,
         resident=resident,
         placement=placed.reason if placed else "",
         processes=processes,
         memory_bytes=placed.memory_bytes if placed and placed.resident else 0,
         step_bytes=2 * pass_bytes,
-        training_bytes=pass_bytes * (2 * (steps + trials * trial_steps) + measurements),
+        training_bytes=pass_bytes * (2 * (schedule.steps + tried) + measurements),
     )
 
 
-def active_parameters(model: Model) -> tuple[int, int]:
-    """Parameters of the layers and of the head that one token goes through.
+def cost_of_calibrating(recipe: Recipe, pair: ModelPair, *, as_start: bool) -> CalibratingCost:
+    """What the calibrated stage would read, compute and keep.
 
-    Of the routed experts only as many count as a token is sent to; embeddings are looked up and count nothing.
+    Args:
+        recipe: What is asked for.
+        pair: Teacher and student.
+        as_start: Whether the refined stage follows, for which it is fitted on less text.
     """
-    layout = model.layout
-    outside = sum(prod(meaning.shape) for meaning in layout.meanings.values() if meaning.layer is None)
-    return layout.parameters(model.shapes)[1] - outside, layout.geometry.vocabulary * layout.geometry.hidden
+    text = min(recipe.tokens, recipe.training.start_tokens) if as_start else recipe.tokens
+    extra = for_fit(recipe, text, 1, identical=recipe.vocabulary == "equal")
+    copies = extra.sequences(1)
+    check, search = validation_tokens(recipe), recipe.scale_search_tokens
+    teacher, student = pair.teacher, pair.student
+    states = state_bytes(recipe, teacher) + state_bytes(recipe, student) * (2 if recipe.last_layers else 1)
+    mine, theirs = (of.layout.geometry.vocabulary * of.layout.geometry.hidden for of in (student, teacher))
+    step = step_over_little(text * (1 + copies), head_alone=not recipe.last_layers)
+    batches = max(1, text * (1 + copies) // step)
+    passes = passes_over_little(None if recipe.fit_passes == "auto" else recipe.fit_passes, batches)
+    return CalibratingCost(
+        text=text,
+        copies=copies,
+        check_tokens=check,
+        search_tokens=search,
+        fit_passes=passes,
+        fit_steps=passes * batches,
+        layers=student.layout.geometry.layers,
+        last_layers=recipe.last_layers,
+        student_passes=3 if copies else 2,
+        teacher_bytes=teacher.checkpoint.total_bytes,
+        student_bytes=student.checkpoint.total_bytes,
+        states_bytes=(text * (1 + copies) + check + search) * states,
+        saves_bytes=2 * _SAVED_OF_FIT * mine,
+        memory_bytes=LIBRARIES_BYTES + _HELD_OF_FIT * mine + 4 * theirs,
+    )
 
 
 def readable(size: float) -> str:
@@ -209,32 +301,8 @@ def operations(count: float) -> str:
     return f"{count:,.1f} EFLOP"
 
 
-def _place(recipe: Recipe, pair: ModelPair, trained: TrainedParts) -> Placement:
-    settings = execution_settings(recipe)
-    return place_training(recipe, pair, settings.devices, settings.workers, trained)
-
-
-def _trials(recipe: Recipe, steps: int) -> tuple[int, int]:
-    """Short runs that choose the learning rate, and the steps of each."""
-    from moe_svd_distill.training.trials import MULTIPLES, trial_steps, worth_trying
-
-    tried = recipe.training.learning_rate == "auto" and worth_trying(steps)
-    return (len(MULTIPLES), trial_steps(steps)) if tried else (0, 0)
-
-
-def _rows_bytes(recipe: Recipe, tokens: int, student: Model) -> int:
-    """What one process keeps of the teacher for a head that stands still (`training.fixed_head`)."""
-    from moe_svd_distill.training.settings import needs_rows
-
-    fixed = not trains_head(recipe, student.layout.geometry.vocabulary)
-    needed = needs_rows(fixed, recipe.training.divergence)
-    return 4 * tokens * (student.layout.geometry.hidden + 1) if needed else 0
-
-
 def _head_bytes(recipe: Recipe, pair: ModelPair) -> int:
     """The head's share of the adapter: all of it, or a pair of the highest rank it may get."""
-    from moe_svd_distill.training.head_rank import SERVED_RANKS
-
     geometry = pair.student.layout.geometry
     rows, columns = geometry.vocabulary, geometry.hidden
     if head_is_whole(recipe, pair):
@@ -248,7 +316,5 @@ def _head_bytes(recipe: Recipe, pair: ModelPair) -> int:
 
 def state_bytes(recipe: Recipe, model: Model) -> int:
     """Bytes of a cached hidden state of a token."""
-    from moe_svd_distill.streaming import PassSettings
-
     width = model.layout.geometry.hidden
     return width * PassSettings(execution_settings(recipe).devices).compute_dtype(width).itemsize

@@ -7,11 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from moe_svd_distill.evaluation.scale_search import GLOBAL_SCALES
-from moe_svd_distill.pipeline.extra_text import ExtraText, for_fit, for_training
-from moe_svd_distill.pipeline.placement import Placement, TrainedParts, place_training, tokens_at_once
-from moe_svd_distill.pipeline.ranks import trained_ranks
+from moe_svd_distill.pipeline.extra_text import ExtraText, for_fit
+from moe_svd_distill.pipeline.placement import (
+    Placement,
+    TrainedParts,
+    place_training,
+    tokens_at_once,
+    trained_ranks,
+)
+from moe_svd_distill.pipeline.schedule import TextSize, schedule_training
 from moe_svd_distill.pipeline.stage_text import Beginning
-from moe_svd_distill.pipeline.steps import checks, epochs, learning_rate, optimiser, optimiser_steps, trains_head
 from moe_svd_distill.streaming import ScaledAdapter
 from moe_svd_distill.training.settings import (
     HEAD_RATE,
@@ -20,7 +25,6 @@ from moe_svd_distill.training.settings import (
     passes_over_little,
     step_over_little,
 )
-from moe_svd_distill.training.trials import worth_trying
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -128,33 +132,17 @@ def calibrated_course(given: Given) -> Course:
 
 def refined_course(given: Given) -> Course:
     """All layers, and the head where the text is enough for it; from a start or from zero."""
-    recipe, pair, text, asked = given.recipe, given.pair, given.fit_text.student, given.recipe.training
-    assert given.text.validation is not None
-    ranks, count = trained_ranks(recipe, pair.student), len(text.sequences)
-    head_moves = trains_head(recipe, len(given.fit_text.student_ids))
-    extra = for_training(recipe, text.tokens, count, given.fit_text.identical, head_moves)
-    passes = epochs(recipe, given.stages, head_moves)
-    tokens = (count + extra.sequences(count)) * text.length
-    steps, step_tokens = optimiser_steps(recipe, passes, tokens, text.length)
-    trained = TrainedParts(ranks, head_moves, step_tokens // text.length, step_tokens)
-    placement = place_training(recipe, pair, given.devices, given.workers, trained)
-    moved_by = optimiser(recipe, head_moves)
-    rate = learning_rate(recipe, moved_by, pair.student.architecture.head_slot.shape[1])
-    settings = TrainingSettings(
-        epochs=passes,
-        step_tokens=step_tokens,
-        batch_tokens=tokens_at_once(recipe, placement.devices[0]),
-        rate=rate,
-        head_rate=rate * asked.head_rate,
-        optimiser=moved_by,
-        divergence=asked.divergence,
-        cross_entropy_share=asked.cross_entropy_share,
-        head="whole" if head_moves else "fixed",
-        checks=checks(recipe, steps * step_tokens, given.text.validation.student.tokens),
-        patience=asked.patience,
-        weight_decay=asked.weight_decay,
-        seed=recipe.seed,
+    recipe, pair = given.recipe, given.pair
+    size = TextSize.of(given.text)
+    schedule = schedule_training(recipe, pair.student, given.stages, size, given.devices[0])
+    return Course(
+        "refined",
+        Beginning(0, pair.student.architecture.layers),
+        False,
+        schedule.trained.ranks,
+        schedule.extra,
+        schedule.settings,
+        schedule.tries_rates,
+        _SCALES_OF_A_LONG_RUN,
+        place_training(recipe, pair, given.devices, given.workers, schedule.trained),
     )
-    tries = asked.learning_rate == "auto" and worth_trying(steps)
-    beginning = Beginning(0, pair.student.architecture.layers)
-    return Course("refined", beginning, False, ranks, extra, settings, tries, _SCALES_OF_A_LONG_RUN, placement)

@@ -19,7 +19,7 @@ from moe_svd_distill.pairing.plan import Plan
 from moe_svd_distill.pipeline.assembly import AdapterChange, head_is_whole, stage_adapter, write_head_part
 from moe_svd_distill.pipeline.method import Stages, choose_stages
 from moe_svd_distill.pipeline.pair import ModelPair, open_pair
-from moe_svd_distill.pipeline.preparation import execution_settings, make_work, prepare
+from moe_svd_distill.pipeline.placement import execution_settings
 from moe_svd_distill.pipeline.published import Adapter, load_adapter, refuse_foreign_folder
 from moe_svd_distill.pipeline.record import (
     fitted_records,
@@ -31,6 +31,7 @@ from moe_svd_distill.pipeline.record import (
 )
 from moe_svd_distill.pipeline.scale import ScaleDecision, combined_decision, decide_scale, not_searched
 from moe_svd_distill.pipeline.texts import RunText, read_run_text
+from moe_svd_distill.pipeline.units import make_work, prepare
 from moe_svd_distill.recipe import Recipe
 from moe_svd_distill.report.card import adapter_card
 from moe_svd_distill.streaming import GROUPS

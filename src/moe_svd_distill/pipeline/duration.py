@@ -9,16 +9,21 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_svd_distill.execution.memory import peak_of
-from moe_svd_distill.pipeline.calibrating_cost import CalibratingCost
-from moe_svd_distill.pipeline.cost import SAVED_BYTES, SAVES_KEPT, TrainingCost
-from moe_svd_distill.pipeline.placement import LIBRARIES_BYTES, tokens_at_once, training_dtype
-from moe_svd_distill.pipeline.preparation import execution_settings, make_work
-from moe_svd_distill.pipeline.ranks import trained_ranks
+from moe_svd_distill.pipeline.cost import SAVED_BYTES, SAVES_KEPT, CalibratingCost, TrainingCost
+from moe_svd_distill.pipeline.placement import (
+    LIBRARIES_BYTES,
+    execution_settings,
+    tokens_at_once,
+    trained_ranks,
+    training_dtype,
+)
+from moe_svd_distill.pipeline.schedule import sequence_length
 from moe_svd_distill.pipeline.speed import HeadSeconds, LayerSeconds, head_speed, layer_speed, reading_speed
-from moe_svd_distill.pipeline.steps import sequence_length
 from moe_svd_distill.pipeline.texts import longest_sequence
+from moe_svd_distill.pipeline.units import make_work
 from moe_svd_distill.streaming import PassSettings
 from moe_svd_distill.training.head_rank import SERVED_RANKS
+from moe_svd_distill.training.job import threads
 
 if TYPE_CHECKING:
     from moe_svd_distill.pairing.plan import Plan
@@ -99,13 +104,7 @@ def measure_pair(recipe: Recipe, pair: ModelPair) -> PairSpeed:
 
 
 def training_cost_here(cost: TrainingCost, speed: PairSpeed, save_seconds: float) -> StageCost:
-    """What the refined stage would take; text that the student writes word by word is counted as read.
-
-    Args:
-        cost: What there is to do.
-        speed: How fast that goes.
-        save_seconds: Between two saves.
-    """
+    """What the refined stage would take; text that the student writes word by word is counted as read."""
     layers, fixed, steps = speed.trained, bool(cost.rows_bytes), cost.steps + cost.trial_steps
     mine, theirs = ((of.rounded if fixed else of.plain) for of in (speed.student_head, speed.teacher_head))
     reading = _passes(2, cost.teacher_tokens, speed.teacher) + _passes(1, cost.read_by_student, speed.student)
@@ -123,12 +122,7 @@ def training_cost_here(cost: TrainingCost, speed: PairSpeed, save_seconds: float
 
 
 def calibrating_cost_here(cost: CalibratingCost, speed: PairSpeed) -> StageCost:
-    """What the calibrated stage would take.
-
-    Args:
-        cost: What there is to do.
-        speed: How fast that goes.
-    """
+    """What the calibrated stage would take."""
     theirs, mine = speed.teacher_head.plain, speed.student_head.plain
     last = speed.trained.learning / cost.layers * cost.last_layers
     reading = _passes(2, cost.tokens, speed.teacher) + _passes(cost.student_passes, cost.tokens, speed.student)
@@ -141,25 +135,14 @@ def calibrating_cost_here(cost: CalibratingCost, speed: PairSpeed) -> StageCost:
 
 
 def weights_cost_here(recipe: Recipe, pair: ModelPair, plan: Plan, adapter_bytes: int) -> StageCost:
-    """What the weights stage would take, from a unit of middle size, which is done.
-
-    Args:
-        recipe: What is asked for.
-        pair: Its models, whose weights lie on this machine.
-        plan: Its units.
-        adapter_bytes: What the units make.
-    """
+    """What the weights stage would take, from a unit of middle size, which is done."""
     if not plan.units:
         return StageCost(0.0, 0, 0)
-    settings, before = execution_settings(recipe), torch.get_num_threads()
+    settings = execution_settings(recipe)
     by_size = sorted(plan.units, key=lambda unit: sum(task.rank * sum(task.shape) for task in unit.tasks))
-    torch.set_num_threads(settings.threads_per_worker)
     begin = time.perf_counter()
-    try:
-        with peak_of() as grown:
-            make_work(recipe, pair)(by_size[len(by_size) // 2], settings.devices[0])
-    finally:
-        torch.set_num_threads(before)
+    with threads(settings.threads_per_worker), peak_of() as grown:
+        make_work(recipe, pair)(by_size[len(by_size) // 2], settings.devices[0])
     workers = min(settings.workers, len(plan.units))
     seconds = (time.perf_counter() - begin) * len(plan.units) / workers
     return StageCost(seconds, workers * (LIBRARIES_BYTES + grown()), 2 * adapter_bytes)

@@ -1,18 +1,27 @@
-"""Which stages a run has: what was asked for, or what the relatedness of the pair recommends."""
+"""How related two models are, and which stages a run has: what was asked for, or what that recommends."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moe_svd_distill.errors import MissingInputError, NothingToTransferError, UsageError
+from moe_svd_distill.errors import DistillError, MissingInputError, NothingToTransferError, UsageError
 from moe_svd_distill.files.names import ADAPTER_FILE
-from moe_svd_distill.pairing.lineage import Lineage, MethodChoice, Relatedness, choose_method
+from moe_svd_distill.pairing.lineage import (
+    Lineage,
+    MethodChoice,
+    Relatedness,
+    SizeDifference,
+    Vocabularies,
+    VocabularyRelation,
+    choose_method,
+    judge,
+    shapes_agree,
+)
 from moe_svd_distill.pipeline.extra_text import MUCH_TEXT
-from moe_svd_distill.pipeline.pair import ModelPair
-from moe_svd_distill.pipeline.relatedness import measure_relatedness
-from moe_svd_distill.pipeline.steps import trains_head
+from moe_svd_distill.pipeline.pair import Model, ModelPair, open_pair
+from moe_svd_distill.pipeline.schedule import trains_head
 from moe_svd_distill.recipe import Recipe
 
 _OF_THE_FIT = ("fit_passes", "last_layers", "head_rank", "head_format")
@@ -53,6 +62,30 @@ class Stages:
     def as_dict(self) -> dict[str, Any]:
         """For run.json."""
         return {"stages": list(self.names), "reason": self.reason, "relatedness": self.relatedness.as_dict()}
+
+
+def measure_relatedness(pair: ModelPair, *, sample_weights: bool = True) -> Relatedness:
+    """Compare two models within seconds, whatever their size; at most 64 MiB of weights are read of each.
+
+    Args:
+        pair: Teacher and student.
+        sample_weights: Whether weights may be read; without, the lineage stays unknown.
+    """
+    from moe_svd_distill.pipeline.probing import probe_pair
+
+    families = (pair.teacher.layout.model_type, pair.student.layout.model_type)
+    differences = _size_differences(pair)
+    vocabulary = _relate_vocabularies(pair)
+    same_shape = shapes_agree(families, differences)
+    if not sample_weights:
+        lineage, reason = judge((), same_shape=same_shape, all_alike=False)
+        skipped = ("lineage: only the headers were read, because the weights are not on this machine",)
+        return Relatedness(families, differences, vocabulary, (), skipped, lineage, reason, (0, 0))
+    found = probe_pair(pair, vocabulary, same_shape=same_shape)
+    lineage, reason = judge(found.probes, same_shape=same_shape, all_alike=found.all_alike)
+    return Relatedness(
+        families, differences, vocabulary, found.probes, found.skipped, lineage, reason, found.bytes_read
+    )
 
 
 def choose_stages(recipe: Recipe, pair: ModelPair) -> Stages:
@@ -124,6 +157,25 @@ def automatic_choice(recipe: Recipe, relatedness: Relatedness) -> MethodChoice:
     )
 
 
+def compare_models(teacher: str, student: str) -> dict[str, Any]:
+    """Sizes, relatedness and the automatic choice with text and without. Of a hub model nothing large is fetched.
+
+    Raises:
+        DistillError: A model cannot be opened.
+    """
+    with open_pair(teacher, student, headers_only=True) as pair:
+        relatedness = measure_relatedness(pair, sample_weights=pair.at_hand)
+        return {
+            "teacher": _sizes(pair.teacher),
+            "student": _sizes(pair.student),
+            "relatedness": relatedness.as_dict(),
+            "method": {
+                "with_text": choose_method(relatedness, has_text=True).as_dict(),
+                "without_text": choose_method(relatedness, has_text=False).as_dict(),
+            },
+        }
+
+
 def _from_start(start: str, relatedness: Relatedness) -> Stages:
     """Training from what the recipe names.
 
@@ -155,3 +207,42 @@ def _refuse_pair_of_tied_head(recipe: Recipe, pair: ModelPair) -> None:
             "head_format: pair, but the student ties its head to its embeddings: merged, a pair would change both",
             "Leave head_format at auto, which then saves the head whole",
         )
+
+
+def _sizes(model: Model) -> dict[str, Any]:
+    """Family, sizes and bytes of one model."""
+    layout, checkpoint = model.layout, model.checkpoint
+    return {
+        "model": checkpoint.source,
+        "family": layout.model_type,
+        **asdict(layout.geometry),
+        "tensors": len(checkpoint),
+        "bytes": checkpoint.total_bytes,
+    }
+
+
+def _size_differences(pair: ModelPair) -> tuple[SizeDifference, ...]:
+    """Every size that differs."""
+    teacher, student = asdict(pair.teacher.layout.geometry), asdict(pair.student.layout.geometry)
+    return tuple(
+        SizeDifference(name, int(size), int(student[name])) for name, size in teacher.items() if size != student[name]
+    )
+
+
+def _relate_vocabularies(pair: ModelPair) -> VocabularyRelation:
+    """Whether both number their tokens alike; unknown where a tokenizer is missing or unreadable."""
+    from moe_svd_distill.calibration.vocabulary import compare_vocabularies
+
+    sizes = (pair.teacher.layout.geometry.vocabulary, pair.student.layout.geometry.vocabulary)
+    try:
+        found = compare_vocabularies(pair.teacher.checkpoint.folder, pair.student.checkpoint.folder)
+    except DistillError as error:
+        return VocabularyRelation(Vocabularies.UNKNOWN, min(sizes), reasons=(error.what,))
+    reasons = tuple(found.reasons)
+    if sizes[0] != sizes[1]:
+        reasons += (f"the teacher's embeddings have {sizes[0]} rows and the student's {sizes[1]}",)
+    if not found.equal:
+        kind, reasons = Vocabularies.DIFFERENT, (*reasons, found.overlap)
+    else:
+        kind = Vocabularies.PADDED if reasons else Vocabularies.EQUAL
+    return VocabularyRelation(kind, min(found.shared, *sizes), found.common, reasons)

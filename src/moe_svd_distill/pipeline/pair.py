@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import TYPE_CHECKING
 
 from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint
@@ -53,6 +54,16 @@ class Model:
         return " and ".join(roles) or "matrix"
 
     @property
+    def active_parameters(self) -> tuple[int, int]:
+        """Parameters of the layers and of the head that one token goes through.
+
+        Of the routed experts only as many count as a token is sent to; embeddings are looked up and count nothing.
+        """
+        layout = self.layout
+        outside = sum(prod(meaning.shape) for meaning in layout.meanings.values() if meaning.layer is None)
+        return layout.parameters(self.shapes)[1] - outside, layout.geometry.vocabulary * layout.geometry.hidden
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Hub name to shape."""
         return {name: info.shape for name, info in self.checkpoint.items()}
@@ -64,6 +75,12 @@ class ModelPair:
 
     teacher: Model
     student: Model
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether every weights file of both models is on this machine."""
+        models = (self.teacher, self.student)
+        return all(path.exists() for model in models for path in {it.file for it in model.checkpoint.stored.values()})
 
 
 def open_model(source: str, *, headers_only: bool = False) -> Model:
@@ -84,17 +101,7 @@ def open_model(source: str, *, headers_only: bool = False) -> Model:
 
 @contextmanager
 def open_pair(teacher: str, student: str, *, headers_only: bool = False) -> Iterator[ModelPair]:
-    """Open both models; their files are closed at the end.
-
-    Args:
-        teacher: Folder or hub id.
-        student: Folder or hub id.
-        headers_only: As ``open_model``.
-
-    Raises:
-        MissingInputError: As ``open_model``.
-        BadDataError: As ``open_model``.
-    """
+    """Open both models as ``open_model`` does; their files are closed at the end."""
     pair = ModelPair(open_model(teacher, headers_only=headers_only), open_model(student, headers_only=headers_only))
     try:
         yield pair

@@ -1,22 +1,23 @@
-"""Where a student is trained: in memory or streamed, in how many processes, and in which type."""
+"""What is trained on text, where, and in how many processes: in memory or streamed, on which devices, in which type."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from moe_svd_distill.algebra.dtypes import compute_dtype
+from moe_svd_distill.errors import UsageError
 from moe_svd_distill.evaluation.loading import available_bytes, model_bytes
-from moe_svd_distill.pipeline.preparation import available_cores
-from moe_svd_distill.pipeline.ranks import trained_numbers, trained_shapes
+from moe_svd_distill.execution.supervisor import Settings
 from moe_svd_distill.training.head import LOGIT_BYTES
 
 if TYPE_CHECKING:
-    from moe_svd_distill.pipeline.pair import ModelPair
+    from moe_svd_distill.pipeline.pair import Model, ModelPair
     from moe_svd_distill.recipe import Recipe
 
 _SHARE = 0.7  # of the free memory that a student in training may take
@@ -77,6 +78,64 @@ class TrainedParts:
     sequences: int
     step_tokens: int
     share: float = 1.0
+
+
+def execution_settings(recipe: Recipe) -> Settings:
+    """Devices and number of workers.
+
+    ``auto`` means every CUDA device, or the CPU. One worker serves a CUDA device; on the CPU there is one for each
+    group of ``threads`` cores.
+
+    Raises:
+        UsageError: A CUDA device that is not there.
+    """
+    devices = _devices(recipe.devices)
+    for device in devices:
+        if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+            raise UsageError(
+                f"device {device} is not there (found {torch.cuda.device_count()} CUDA devices)",
+                "Choose another --device",
+            )
+    if recipe.workers is not None:
+        workers = recipe.workers
+    elif devices == ("cpu",):
+        workers = max(1, (available_cores() // recipe.threads))
+    else:
+        workers = len(devices)
+    return Settings(workers=workers, devices=devices, threads_per_worker=recipe.threads)
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def trained_ranks(recipe: Recipe, student: Model, layers: Iterable[int] | None = None) -> dict[str, int]:
+    """Rank of every matrix of the layers that an adapter can change.
+
+    Args:
+        recipe: What is asked for.
+        student: The student.
+        layers: Of which layers; by default of all.
+    """
+    wanted = None if layers is None else set(layers)
+    return {
+        name: recipe.rank_of(name, student.role_of(name), matrix.shape)
+        for name, matrix in student.keys.matrices().items()
+        if wanted is None or matrix.part in wanted
+    }
+
+
+def trained_shapes(student: Model, ranks: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Shape of each of these matrices, (out, in)."""
+    return {name: student.architecture.by_name[name].shape for name in ranks}
+
+
+def trained_numbers(shapes: Mapping[str, tuple[int, ...]], ranks: Mapping[str, int]) -> int:
+    """How many numbers move: two factors of each matrix, or the whole change where the rank is full."""
+    return sum(
+        prod(shapes[name]) if rank >= min(shapes[name]) else rank * sum(shapes[name]) for name, rank in ranks.items()
+    )
 
 
 def tokens_at_once(recipe: Recipe, device: str) -> int:
@@ -153,6 +212,13 @@ def bytes_in_training(pair: ModelPair, dtype: torch.dtype, trained: TrainedParts
     activations = _KEPT_FOR_THE_WAY_BACK * batch_tokens * through * dtype.itemsize
     logits = _LOGITS_AT_ONCE * min(LOGIT_BYTES, _FLOAT * batch_tokens * geometry.vocabulary)
     return LIBRARIES_BYTES + weights + _PER_NUMBER * moving + heads + activations + logits
+
+
+def _devices(asked: list[str]) -> tuple[str, ...]:
+    if asked == ["auto"]:
+        found = tuple(f"cuda:{number}" for number in range(torch.cuda.device_count()))
+        return found or ("cpu",)
+    return tuple(dict.fromkeys(asked))
 
 
 def _gib(size: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from moe_svd_distill.errors import DistillError
 from moe_svd_distill.files.dtypes import FLOATS
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from moe_svd_distill.algebra.similarity import Similarity
 
+Views: TypeAlias = tuple[TensorView, TensorView]
+"""A tensor of the teacher and one of the student."""
 MIB = 1024 * 1024
 ALLOWANCE = {"embedding": 16 * MIB, "head": 12 * MIB}  # with the following two: 64 MiB of each model
 BODY_ALLOWANCE = 28 * MIB
@@ -61,7 +63,8 @@ def probe_pair(pair: ModelPair, vocabulary: VocabularyRelation, *, same_shape: b
     run = _Probing(pair, vocabulary)
     run.probe_ends()
     run.probe_layers()
-    alike = same_shape and bool(run.probes) and all(probe.identical for probe in run.probes) and run.confirm()
+    alike = same_shape and bool(run.probes) and all(probe.identical for probe in run.probes)
+    alike = alike and run.attempt("whether all weights are the same", run.all_alike) is True
     return Found(tuple(run.probes), tuple(run.skipped), alike, (run.teacher.bytes_read, run.student.bytes_read))
 
 
@@ -85,7 +88,7 @@ class _Probing:
             elif len(tokens) < LEAST_TOKENS:
                 self.skipped.append(f"{role}: only {len(tokens)} tokens are known to mean the same in both")
             else:
-                self._try(role, self._probe_end, role, *names, tokens, flat)
+                self.attempt(role, self._probe_end, role, *names, tokens, flat)
         related = [role for role in flat if self._related(role, Comparison.CHANNELS)]
         if related and not any(self._related(role, Comparison.IN_PLACE) for role in ENDS):
             from moe_svd_distill.algebra.similarity import match_channels
@@ -126,12 +129,13 @@ class _Probing:
         left = self.teacher.rows(teacher, [token for token, _ in chosen])
         right = self.student.rows(student, [token for _, token in chosen])
         if left.shape == right.shape:
-            self._add(role, teacher, student, Comparison.IN_PLACE, left, right, row_similarity(left, right))
+            self._add(role, (teacher, student), Comparison.IN_PLACE, (left, right), row_similarity(left, right))
             if self.probes[-1].related:
                 return
         flat[role] = flattened(left), flattened(right)
         tested = flat[role][1][:, :: max(1, right.shape[1] // TESTED_CHANNELS)]
-        self._add(role, teacher, student, Comparison.CHANNELS, left, right, match_channels(flat[role][0], tested)[1])
+        matched = match_channels(flat[role][0], tested)[1]
+        self._add(role, (teacher, student), Comparison.CHANNELS, (left, right), matched)
 
     def probe_layers(self) -> None:
         """The same roles at the first, the middle and the last layer of the student, each with the teacher's nearest.
@@ -168,7 +172,9 @@ class _Probing:
         """The probes of one pair of layers, taken out of ``probes``."""
         before = len(self.probes)
         for role, share in self._roles(teacher_layer, student_layer, allowance):
-            self._try(f"{role} of layer {student_layer}", self._probe_role, role, teacher_layer, student_layer, share)
+            self.attempt(
+                f"{role} of layer {student_layer}", self._probe_role, role, teacher_layer, student_layer, share
+            )
         found = self.probes[before:]
         del self.probes[before:]
         return found
@@ -220,7 +226,7 @@ class _Probing:
         if shapes[0][0] == shapes[1][0] and len(index) > 1:
             left = self._in_channels(self.teacher.rows(teacher, index))
             how = Comparison.IN_PLACE if self.channels is None else Comparison.CHANNELS
-            self._add(role, teacher, student, how, left, right, row_similarity(left, right))
+            self._add(role, (teacher, student), how, (left, right), row_similarity(left, right))
             if self.probes[-1].related:
                 return None
         if not whole:
@@ -228,22 +234,14 @@ class _Probing:
             return None
         left = self._in_channels(self.teacher.rows(teacher, list(range(shapes[0][0]))))
         found, similarity = match_best_rows(left, right)
-        self._add(role, teacher, student, Comparison.ROWS, left, right, similarity)
+        self._add(role, (teacher, student), Comparison.ROWS, (left, right), similarity)
         return found if self.probes[-1].related else None
 
     def _in_channels(self, rows: Tensor) -> Tensor:
         """The columns of the teacher's rows in the student's order."""
         return rows if self.channels is None else rows[:, self.channels]
 
-    def confirm(self) -> bool:
-        """Whether nothing contradicts that the weights are the same."""
-        try:
-            return self._all_alike()
-        except DistillError as error:
-            self.skipped.append(f"whether all weights are the same: {error.what}")
-            return False
-
-    def _all_alike(self) -> bool:
+    def all_alike(self) -> bool:
         """Whether the middle row of every tensor (of one expert in each layer) is identical in both models."""
         import torch
 
@@ -253,7 +251,8 @@ class _Probing:
         chosen: list[tuple[TensorView, TensorView | None]] = [
             (meaning.view, teacher.view(meaning.role, meaning.layer, meaning.expert))
             for meaning in student.meanings.values()
-            if meaning.expert is None or meaning.expert == (meaning.layer or 0) % self._experts_at(meaning.layer or 0)
+            if meaning.expert is None
+            or meaning.expert == (meaning.layer or 0) % max(1, student.experts_at(meaning.layer or 0))
         ]
         held = self.pair.teacher.checkpoint
         chosen += [(TensorView(name), TensorView(name) if name in held else None) for name in student.without_role]
@@ -277,34 +276,26 @@ class _Probing:
                 return False
         return True
 
-    def _experts_at(self, layer: int) -> int:
-        return max(1, self.pair.student.layout.experts_at(layer))
-
     def _add(
-        self,
-        role: str,
-        teacher: TensorView,
-        student: TensorView,
-        comparison: Comparison,
-        left: Tensor,
-        right: Tensor,
-        similarity: Similarity,
+        self, role: str, views: Views, comparison: Comparison, rows: tuple[Tensor, Tensor], found: Similarity
     ) -> None:
         import torch
 
-        identical = comparison is Comparison.IN_PLACE and torch.equal(left, right)
-        figures = (similarity.cosine, similarity.chance, similarity.spread)
-        self.probes.append(Probe(role, teacher.name, student.name, comparison, len(right), *figures, identical))
+        identical = comparison is Comparison.IN_PLACE and torch.equal(*rows)
+        figures = (found.cosine, found.chance, found.spread)
+        teacher, student = views
+        self.probes.append(Probe(role, teacher.name, student.name, comparison, len(rows[1]), *figures, identical))
 
     def _related(self, role: str, comparison: Comparison) -> bool:
         return any(p.related for p in self.probes if p.role == role and p.comparison is comparison)
 
-    def _try(self, what: str, measure: Callable[..., None], *arguments: Any) -> None:
+    def attempt(self, what: str, measure: Callable[..., Any], *arguments: Any) -> Any:
         """Measure, or note why not: one unreadable tensor does not hide the others."""
         try:
-            measure(*arguments)
+            return measure(*arguments)
         except DistillError as error:
             self.skipped.append(f"{what}: {error.what}")
+            return None
 
 
 def _expert(role: str) -> int | None:

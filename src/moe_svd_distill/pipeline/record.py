@@ -14,7 +14,7 @@ from moe_svd_distill.execution.parts import read_record
 from moe_svd_distill.execution.supervisor import ExecutionSummary, Settings
 from moe_svd_distill.pairing.plan import Plan
 from moe_svd_distill.pipeline.pair import Model, ModelPair
-from moe_svd_distill.pipeline.preparation import NUMERIC_LIBRARIES, PROJECT
+from moe_svd_distill.pipeline.units import NUMERIC_LIBRARIES, PROJECT
 from moe_svd_distill.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from moe_svd_distill.errors import BadDataError, DistillError
 from moe_svd_distill.files.dtypes import FLOATS
-from moe_svd_distill.pipeline.pair import Model
+from moe_svd_distill.pipeline.pair import Model, ModelPair
 from moe_svd_distill.roles import TensorView
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK_BYTES = 256 * 1024  # rows are read in contiguous runs: the kernel reads at least 128 KiB around each access
+EMBEDDING_ROWS = 1024
 BLOCKS = 16  # but in at least so many places of a tensor
 
 
@@ -92,3 +93,31 @@ class RowSampler:
     def _shape(self, view: TensorView) -> tuple[int, ...]:
         known = self.model.layout.meanings.get(view.name)
         return self.model.checkpoint[view.stored].shape if known is None else known.shape
+
+
+def embedding_similarity(pair: ModelPair) -> float | None:
+    """Mean cosine of embedding rows of the same number; exactly 1.0 only for identical embeddings.
+
+    Up to ``EMBEDDING_ROWS`` rows, evenly spread, are read of each model. Rows of one lineage point the same way, those
+    of models trained from different initial weights are at right angles.
+
+    Args:
+        pair: Teacher and student.
+
+    Returns:
+        The mean cosine, or None where the shapes differ or the weights are not on this machine.
+    """
+    import torch
+
+    models = (pair.teacher, pair.student)
+    names = [model.layout.find("embedding") for model in models]
+    shapes = [model.shapes[name] for model, name in zip(models, names, strict=True) if name]
+    if len(shapes) < 2 or shapes[0] != shapes[1] or not pair.at_hand:
+        return None
+    tensors = [model.checkpoint.read(str(name)) for model, name in zip(models, names, strict=True)]
+    step = max(1, shapes[0][0] // EMBEDDING_ROWS)
+    rows = [tensor[::step] for tensor in tensors]
+    if torch.equal(rows[0], rows[1]) and torch.equal(tensors[0], tensors[1]):
+        return 1.0
+    cosine = torch.nn.functional.cosine_similarity(rows[0].float(), rows[1].float(), dim=1)
+    return min(float(cosine.nan_to_num(0.0).mean()), 1.0 - 1e-7)

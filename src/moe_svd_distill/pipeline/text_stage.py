@@ -20,9 +20,9 @@ from moe_svd_distill.files.names import CURVE_FILE
 from moe_svd_distill.files.writing import write_json
 from moe_svd_distill.pipeline.course import Course, Given
 from moe_svd_distill.pipeline.head_change import HeadChange, MovingHead
-from moe_svd_distill.pipeline.preparation import digest_of, library_versions
 from moe_svd_distill.pipeline.stage_text import Passes, Report, search_text, stage_texts, student_head
 from moe_svd_distill.pipeline.training_start import Start, read_start
+from moe_svd_distill.pipeline.units import digest_of, library_versions
 from moe_svd_distill.streaming import PassSettings, load_head
 from moe_svd_distill.training.fixed_head import ExpectedText, FixedHead, with_expected_rows
 from moe_svd_distill.training.head import TrainedHead

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.pipeline.pair import ModelPair
-from moe_svd_distill.pipeline.steps import sequence_length
+from moe_svd_distill.pipeline.schedule import sequence_length
 from moe_svd_distill.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -18,16 +18,16 @@ from moe_svd_distill.cli.progress_lines import duration
 def command(recipe: Path | None, as_json: bool, **given: Any) -> None:
     """Show every pairing and every unmatched tensor, ranks and sizes of a run, and how the models are related.
 
-    Headers and the first two layers of the weights are read, and these are run for a moment to tell how long the run
-    would take. The second stands for those behind it: where only later layers have experts, the time told is too short.
-    Of hub models nothing large is fetched.
+    Headers are read, and of the weights the first layer and one of each kind behind it: these are run for a moment to
+    tell how long the run would take. Layers are of one kind whose parameters have the same names and shapes. Of hub
+    models nothing large is fetched.
     """
     wanted = read_recipe(recipe, given)
     from moe_svd_distill.cli.relation import show_choice, show_relatedness
     from moe_svd_distill.cli.screen import grouped, print_json, print_table
-    from moe_svd_distill.pipeline.outlook import look_ahead
+    from moe_svd_distill.pipeline.plan import make_plan
 
-    outlook = look_ahead(wanted, lambda: click.echo("measuring the speed of this machine", err=True))
+    outlook = make_plan(wanted, lambda: click.echo("measuring the speed of this machine", err=True)).as_dict()
     if as_json:
         print_json(outlook)
         return

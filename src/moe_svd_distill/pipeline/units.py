@@ -1,30 +1,33 @@
-"""From a recipe and two models to units of work with their keys, and to how they are carried out."""
+"""The weights stage's units of work: paired from two models, each with the key of all it depends on, and done.
+
+Every worker process imports this file, so torch comes with the first unit.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from moe_svd_distill.algebra.dtypes import matmul_dtype
-from moe_svd_distill.errors import UsageError
-from moe_svd_distill.execution.supervisor import Settings
+from moe_svd_distill.execution.parts import PartContent
+from moe_svd_distill.execution.worker import report_progress
 from moe_svd_distill.pairing.plan import Plan, make_plan
-from moe_svd_distill.pairing.unit import with_key
-from moe_svd_distill.pipeline.pair import ModelPair
-from moe_svd_distill.pipeline.relatedness import embedding_similarity
-from moe_svd_distill.pipeline.work import DistillWork
-from moe_svd_distill.recipe import Recipe
-from moe_svd_distill.transfer.settings import ALGORITHM_VERSION, transfer_settings
+from moe_svd_distill.pairing.unit import UnitOfWork, with_key
+from moe_svd_distill.pipeline.sampling import embedding_similarity
+from moe_svd_distill.transfer.settings import ALGORITHM_VERSION, TransferSettings, transfer_settings
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from moe_svd_distill.checkpoints import Checkpoint
+    from moe_svd_distill.execution.supervisor import Settings, Work
+    from moe_svd_distill.pipeline.pair import ModelPair
+    from moe_svd_distill.recipe import Recipe
+    from moe_svd_distill.roles import Geometry
+
 
 NUMERIC_LIBRARIES = ("torch", "numpy", "scipy", "scikit-learn", "safetensors")
 PROJECT = "moe-svd-distill"
@@ -82,54 +85,30 @@ def digest_of(*numbers: NDArray[np.int64]) -> str:
     return hashlib.sha256(b"".join(part.tobytes() for part in numbers)).hexdigest()
 
 
-def make_work(recipe: Recipe, pair: ModelPair) -> DistillWork:
-    """The work for the units of ``prepare``."""
-    return DistillWork(
-        teacher=pair.teacher.checkpoint,
-        student=pair.student.checkpoint,
-        geometries=(pair.teacher.layout.geometry, pair.student.layout.geometry),
-        settings=transfer_settings(recipe),
-    )
+def make_work(recipe: Recipe, pair: ModelPair) -> Work:
+    """What computes the units of ``prepare``; the models reopen themselves in the process it is sent to."""
+    geometries = (pair.teacher.layout.geometry, pair.student.layout.geometry)
+    models = (pair.teacher.checkpoint, pair.student.checkpoint)
+    return partial(_computed, models, geometries, transfer_settings(recipe))
 
 
-def execution_settings(recipe: Recipe, environment: Mapping[str, str] = os.environ) -> Settings:
-    """Devices and number of workers.
+def _computed(
+    models: tuple[Checkpoint, Checkpoint],
+    geometries: tuple[Geometry, Geometry],
+    settings: TransferSettings,
+    unit: UnitOfWork,
+    device: str,
+) -> PartContent:
+    from moe_svd_distill.transfer.unit import transfer_unit
 
-    ``auto`` means every CUDA device, or the CPU. One worker serves a CUDA device; on the CPU there is one for each
-    group of ``threads`` cores.
-
-    Raises:
-        UsageError: A CUDA device that is not there.
-    """
-    devices = _devices(recipe.devices)
-    for device in devices:
-        if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
-            raise UsageError(
-                f"device {device} is not there (found {torch.cuda.device_count()} CUDA devices)",
-                "Choose another --device",
-            )
-    if recipe.workers is not None:
-        workers = recipe.workers
-    elif devices == ("cpu",):
-        workers = max(1, (available_cores() // recipe.threads))
-    else:
-        workers = len(devices)
-    return Settings(workers=workers, devices=devices, threads_per_worker=recipe.threads)
-
-
-def _devices(asked: list[str]) -> tuple[str, ...]:
-    if asked == ["auto"]:
-        found = tuple(f"cuda:{number}" for number in range(torch.cuda.device_count()))
-        return found or ("cpu",)
-    return tuple(dict.fromkeys(asked))
-
-
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return PartContent(*transfer_unit(unit, models, geometries, settings, device, report_progress))
 
 
 def _device_kind(device: str) -> str:
+    import torch
+
+    from moe_svd_distill.algebra.dtypes import matmul_dtype
+
     if device.startswith("cuda"):
         return f"{torch.cuda.get_device_name(device)} {torch.version.cuda}"
     return f"cpu {torch.backends.cpu.get_cpu_capability()} {matmul_dtype(torch.device('cpu'))}"

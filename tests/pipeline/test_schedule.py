@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from moe_svd_distill.pipeline.steps import (
+from moe_svd_distill.pipeline.schedule import (
     checks,
     epochs,
     learning_rate,

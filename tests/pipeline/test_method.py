@@ -15,10 +15,9 @@ import yaml
 
 from moe_svd_distill.pairing.lineage import Comparison, Lineage, Relatedness, Vocabularies, choose_method
 from moe_svd_distill.pipeline import probing, sampling
-from moe_svd_distill.pipeline.comparison import compare_models
-from moe_svd_distill.pipeline.outlook import look_ahead
+from moe_svd_distill.pipeline.method import compare_models, measure_relatedness
 from moe_svd_distill.pipeline.pair import open_model, open_pair
-from moe_svd_distill.pipeline.relatedness import measure_relatedness
+from moe_svd_distill.pipeline.plan import make_plan
 from moe_svd_distill.pipeline.sampling import runs, spread_rows
 from moe_svd_distill.roles import ROLES, Axis, TensorView
 from tests.support import architectures
@@ -262,7 +261,7 @@ def test_inspect_and_plan_say_the_same(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("words", encoding="utf-8")
     for calibration, key in (([], "without_text"), ([str(text)], "with_text")):
-        outlook = look_ahead(recipe_for(teacher, student, tmp_path / "out", calibration=calibration))
+        outlook = make_plan(recipe_for(teacher, student, tmp_path / "out", calibration=calibration)).as_dict()
         assert outlook["method"]["auto"] == facts["method"][key]
         assert outlook["relatedness"] == facts["relatedness"]
         json.dumps(outlook)
@@ -299,7 +298,9 @@ def test_models_without_roles_have_no_known_lineage(tmp_path: Path) -> None:
 
 def test_layers_without_roles_leave_the_other_stages_as_they_are(tmp_path: Path) -> None:
     folders = [architectures.saved("gpt_neox", tmp_path / f"m{seed}", seed) for seed in (1, 2)]
-    outlook = look_ahead(recipe_for(*folders, tmp_path / "out", method="calibrated", calibration=[str(LAB / "text")]))
+    outlook = make_plan(
+        recipe_for(*folders, tmp_path / "out", method="calibrated", calibration=[str(LAB / "text")])
+    ).as_dict()
     assert outlook["method"]["stages"] == ["calibrated"]
     assert not any("layers" in name for name in outlook["pairings"])
 

@@ -1,0 +1,189 @@
+"""What a recipe would do: stages and why, pairings, ranks and sizes, and what that takes on this machine."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from typing import Any
+
+from moe_svd_distill.errors import IncompatiblePairError
+from moe_svd_distill.pairing.plan import Plan as Pairing
+from moe_svd_distill.pairing.unit import TensorTask, UnitOfWork
+from moe_svd_distill.pipeline.cost import (
+    BYTES,
+    CalibratingCost,
+    TrainingCost,
+    cost_of_calibrating,
+    cost_of_training,
+    readable,
+)
+from moe_svd_distill.pipeline.duration import (
+    PairSpeed,
+    StageCost,
+    calibrating_cost_here,
+    measure_pair,
+    training_cost_here,
+    weights_cost_here,
+)
+from moe_svd_distill.pipeline.method import Stages, automatic_choice, measure_relatedness, stages_for
+from moe_svd_distill.pipeline.pair import ModelPair, open_pair
+from moe_svd_distill.pipeline.units import plan_pair
+from moe_svd_distill.recipe import Recipe
+from moe_svd_distill.recipe.presets import supplied_values
+
+UNDECIDED = "decided once the weights are on this machine: the embeddings get a pair if they are related"
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What ``distill`` would do.
+
+    Attributes:
+        recipe: What is asked for.
+        bytes: Stored, of teacher and student.
+        stages: What is run, why, and how the models are related.
+        pairing: The weights stage's work; empty, with a note, where it cannot be done and is not asked for.
+        undecided: Whether it is known only with the weights if the embeddings change.
+        calibrated: What the calibrated stage would take; None where it is not run.
+        refined: The same of the refined stage.
+        speed: What was measured of this machine; None where nothing was.
+        here: Stage to what it would take on this machine; empty where the weights are not on it.
+    """
+
+    recipe: Recipe
+    bytes: tuple[int, int]
+    stages: Stages
+    pairing: Pairing
+    undecided: bool
+    calibrated: CalibratingCost | None
+    refined: TrainingCost | None
+    speed: PairSpeed | None
+    here: Mapping[str, StageCost]
+
+    @property
+    def factors_bytes(self) -> int:
+        """Size of all pairs of the weights stage."""
+        return sum(task.rank * sum(task.shape) for task in self._tasks(True)) * BYTES[self.recipe.dtype]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types, and the rows of the tables."""
+        pairing, stages, recipe = self.pairing, self.stages, self.recipe
+        return {
+            "preset": _preset(recipe),
+            "depth": [
+                [str(number), " + ".join(f"{weight:.2f} × {layer}" for layer, weight in behind)]
+                for number, behind in enumerate(pairing.depth)
+            ],
+            "roles": self._roles(),
+            "sizes": self._sizes(),
+            "pairings": {
+                task.name: _made_from(task, unit) for unit in pairing.units for task in unit.tasks if task.change
+            },
+            "notes": list(pairing.notes),
+            "kept": {
+                task.name: UNDECIDED if self.undecided and task.role == "embedding" else task.reason
+                for task in self._tasks(False)
+            },
+            "unused_teacher": dict(pairing.unused_teacher),
+            "ignored_student": dict(pairing.ignored_student),
+            "relatedness": stages.relatedness.as_dict(),
+            "method": {
+                "asked": recipe.method,
+                "auto": automatic_choice(recipe, stages.relatedness).as_dict(),
+                "stages": list(stages.names),
+                "start": None if stages.start is None else str(stages.start),
+            },
+            "calibrated": asdict(self.calibrated) if self.calibrated else None,
+            "refined": asdict(self.refined) if self.refined else None,
+            "speed": asdict(self.speed) if self.speed else None,
+            "here": {stage: asdict(cost) for stage, cost in self.here.items()},
+        }
+
+    def _tasks(self, change: bool) -> list[TensorTask]:
+        return [task for unit in self.pairing.units for task in unit.tasks if task.change == change]
+
+    def _roles(self) -> list[list[str]]:
+        """Role, tensors that change and that are kept, ranks."""
+        found: dict[str, list[TensorTask]] = defaultdict(list)
+        for task in (*self._tasks(True), *self._tasks(False)):
+            found[task.role].append(task)
+        rows = []
+        for role, tasks in sorted(found.items()):
+            ranks = [task.rank for task in tasks if task.change]
+            rows.append([role, str(len(ranks)), str(len(tasks) - len(ranks)), ", ".join(map(str, sorted(set(ranks))))])
+        return rows
+
+    def _sizes(self) -> list[list[str]]:
+        factors, covered = self.factors_bytes, sum(prod(task.shape) for task in self._tasks(True)) * 2
+        weights = [
+            ["units of work", str(len(self.pairing.units))],
+            ["adapter, and as much again in parts", readable(factors)],
+            ["adapter relative to the weights it changes", f"{factors / covered:.0%}" if covered else "-"],
+        ]
+        return [
+            *([name, readable(size)] for name, size in zip(("teacher", "student"), self.bytes, strict=True)),
+            *([f"weights stage: {name}", value] for name, value in weights if self.stages.weights),
+            *(self.calibrated.rows() if self.calibrated else []),
+            *(self.refined.rows() if self.refined else []),
+        ]
+
+
+def make_plan(recipe: Recipe, on_measuring: Callable[[], None] = lambda: None) -> Plan:
+    """Everything ``distill`` would do. Of hub models nothing large is fetched.
+
+    Args:
+        recipe: What is asked for.
+        on_measuring: Called before the machine's speed is measured, which takes some seconds.
+
+    Raises:
+        DistillError: Whatever would stop ``distill`` before its first unit.
+    """
+    with open_pair(recipe.teacher, recipe.student, headers_only=True) as pair:
+        at_hand = pair.at_hand
+        undecided = not at_hand and recipe.embeddings == "auto"
+        stages = stages_for(recipe, measure_relatedness(pair, sample_weights=at_hand))
+        try:
+            pairing = plan_pair(recipe.model_copy(update={"embeddings": "keep"}) if undecided else recipe, pair)
+        except IncompatiblePairError as error:
+            if stages.weights:
+                raise
+            pairing = Pairing((), (), {}, {}, (error.what,))
+        refined = cost_of_training(recipe, pair, stages.names, at_hand=at_hand) if stages.refined else None
+        calibrated = cost_of_calibrating(recipe, pair, as_start=stages.refined) if stages.calibrated else None
+        total = pair.teacher.checkpoint.total_bytes, pair.student.checkpoint.total_bytes
+        plan = Plan(recipe, total, stages, pairing, undecided, calibrated, refined, None, {})
+        if not (at_hand and stages.names):
+            return plan
+        on_measuring()
+        return _measured(plan, pair)
+
+
+def _measured(plan: Plan, pair: ModelPair) -> Plan:
+    """With what the stages would take on this machine, where the weights are."""
+    here: dict[str, StageCost] = {}
+    speed = measure_pair(plan.recipe, pair) if plan.calibrated or plan.refined else None
+    if plan.stages.weights:
+        here["weights"] = weights_cost_here(plan.recipe, pair, plan.pairing, plan.factors_bytes)
+    if plan.calibrated and speed:
+        here["calibrated"] = calibrating_cost_here(plan.calibrated, speed)
+    if plan.refined and speed:
+        here["refined"] = training_cost_here(plan.refined, speed, plan.recipe.training.save_seconds)
+    return replace(plan, speed=speed, here=here)
+
+
+def _made_from(task: TensorTask, unit: UnitOfWork) -> str:
+    """The teacher's part in a change; which experts make which, clustering decides in the run."""
+    if task.sources:
+        return " + ".join(f"{source.weight:.2f} × {source.view.name}" for source in task.sources)
+    layers = " + ".join(f"{layer.weight:.2f} × layer {layer.layer}" for layer in unit.teacher_experts)
+    return f"{len(unit.teacher_experts[0].tensors)} experts of {layers}"
+
+
+def _preset(recipe: Recipe) -> dict[str, Any] | None:
+    """The preset's name, what it supplies, and what is given otherwise in place of it."""
+    if recipe.preset is None:
+        return None
+    supplied, otherwise = supplied_values(recipe)
+    return {"name": recipe.preset, "supplied": supplied, "given_otherwise": otherwise}

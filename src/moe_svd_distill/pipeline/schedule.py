@@ -1,0 +1,194 @@
+"""How the refined stage goes through its text: decided here once, printed by `plan` and followed by the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moe_svd_distill.pipeline.extra_text import MUCH_TEXT, ExtraText, for_training
+from moe_svd_distill.pipeline.placement import TrainedParts, tokens_at_once, trained_ranks
+from moe_svd_distill.training.settings import TrainingSettings
+from moe_svd_distill.training.trials import worth_trying
+
+if TYPE_CHECKING:
+    from moe_svd_distill.pipeline.pair import Model
+    from moe_svd_distill.pipeline.texts import RunText
+    from moe_svd_distill.recipe import Recipe
+    from moe_svd_distill.training.optimiser import OptimiserName
+
+_EPOCHS_OF_LITTLE, _EPOCHS_OF_MUCH, _SHARE_AFTER_WEIGHTS = 4.0, 2.75, 0.2
+_EPOCHS_OF_FIXED_HEAD = 2.0
+_TOKENS_OF_A_ROW = 4
+_RATES: Mapping[OptimiserName, float] = {"muon": 0.6, "adamw": 0.18}
+_MEASURING_SHARE, _TRAINING_COST, _FEWEST_CHECKS = 0.125, 3, 2
+_STEPS, _SMALLEST_STEP, _LARGEST_STEP = 3072, 512, 65536
+
+
+@dataclass(frozen=True)
+class TextSize:
+    """How much text training has: of text that was read, or as the recipe lets expect.
+
+    Attributes:
+        tokens: To train on, given.
+        sequences: Of these.
+        length: Tokens of a sequence.
+        check: Tokens measured on meanwhile.
+        identical: Whether both models read the same tokens.
+        rows: Of the head: tokens that both models have.
+    """
+
+    tokens: int
+    sequences: int
+    length: int
+    check: int
+    identical: bool
+    rows: int
+
+    @staticmethod
+    def of(text: RunText) -> TextSize:
+        """Of a text with a part to train on."""
+        fit, check = text.fit, text.validation
+        assert fit is not None
+        assert check is not None
+        student = fit.student
+        count, rows = len(student.sequences), len(fit.student_ids)
+        return TextSize(student.tokens, count, student.length, check.student.tokens, fit.identical, rows)
+
+
+@dataclass(frozen=True)
+class TrainingSchedule:
+    """What is trained on what, and how.
+
+    Attributes:
+        trained: What moves, and how much text goes into a step.
+        extra: What is read beside the text.
+        steps: Of the optimiser, at most.
+        tries_rates: Whether the learning rates of the settings are a guess to be tried.
+        settings: Of the training.
+    """
+
+    trained: TrainedParts
+    extra: ExtraText
+    steps: int
+    tries_rates: bool
+    settings: TrainingSettings
+
+
+def schedule_training(
+    recipe: Recipe, student: Model, stages: Sequence[str], text: TextSize, device: str
+) -> TrainingSchedule:
+    """Decide how the student is trained.
+
+    Args:
+        recipe: What is asked for.
+        student: The student.
+        stages: Of the run.
+        text: How much of it there is.
+        device: Where to compute first.
+    """
+    asked, length = recipe.training, text.length
+    head_moves = trains_head(recipe, text.rows)
+    extra = for_training(recipe, text.tokens, text.sequences, text.identical, head_moves)
+    passes = epochs(recipe, stages, head_moves)
+    tokens = (text.sequences + extra.sequences(text.sequences)) * length
+    steps, step_tokens = optimiser_steps(recipe, passes, tokens, length)
+    moved_by = optimiser(recipe, head_moves)
+    rate = learning_rate(recipe, moved_by, student.architecture.head_slot.shape[1])
+    settings = TrainingSettings(
+        epochs=passes,
+        step_tokens=step_tokens,
+        batch_tokens=tokens_at_once(recipe, device),
+        rate=rate,
+        head_rate=rate * asked.head_rate,
+        optimiser=moved_by,
+        divergence=asked.divergence,
+        cross_entropy_share=asked.cross_entropy_share,
+        head="whole" if head_moves else "fixed",
+        checks=checks(recipe, steps * step_tokens, text.check),
+        patience=asked.patience,
+        weight_decay=asked.weight_decay,
+        seed=recipe.seed,
+    )
+    trained = TrainedParts(trained_ranks(recipe, student), head_moves, step_tokens // length, step_tokens)
+    tries_rates = asked.learning_rate == "auto" and worth_trying(steps)
+    return TrainingSchedule(trained, extra, steps, tries_rates, settings)
+
+
+def epochs(recipe: Recipe, stages: Sequence[str], head_moves: bool) -> float:
+    """Passes over the text.
+
+    Args:
+        recipe: What is asked for.
+        stages: Of the run.
+        head_moves: Whether the head is trained; all else has learnt what carries over to other text after two passes
+            (docs/decisions/0025).
+    """
+    if recipe.training.epochs != "auto":
+        return recipe.training.epochs
+    if not head_moves and "weights" not in stages:
+        return _EPOCHS_OF_FIXED_HEAD
+    passes = _EPOCHS_OF_LITTLE if recipe.tokens <= MUCH_TEXT else _EPOCHS_OF_MUCH
+    return passes * (_SHARE_AFTER_WEIGHTS if "weights" in stages else 1.0)
+
+
+def trains_head(recipe: Recipe, rows: int) -> bool:
+    """Whether the head moves in training: as asked, or where the text has a few tokens for each of its rows.
+
+    With fewer the head learns what these documents say, and that does not carry over to others (docs/decisions/0025).
+
+    Args:
+        recipe: What is asked for.
+        rows: Of the head: tokens that both models have.
+    """
+    if recipe.training.head != "auto":
+        return recipe.training.head == "train"
+    copies = for_training(recipe, recipe.tokens, 1, identical=True).sequences(1)
+    return recipe.tokens * (1 + copies) >= _TOKENS_OF_A_ROW * rows
+
+
+def optimiser(recipe: Recipe, head_moves: bool) -> OptimiserName:
+    """What moves the factors: as asked, or what was better on pairs like this (docs/decisions/0017 and 0025)."""
+    if recipe.training.optimiser != "auto":
+        return recipe.training.optimiser
+    return "muon" if head_moves else "adamw"
+
+
+def learning_rate(recipe: Recipe, moved_by: OptimiserName, width: int) -> float:
+    """Largest learning rate: as asked, or what was good at two widths, as a number divided by the width.
+
+    Args:
+        recipe: What is asked for.
+        moved_by: From `optimiser`.
+        width: Of the student's residual stream.
+    """
+    asked = recipe.training.learning_rate
+    return _RATES[moved_by] / width if asked == "auto" else float(asked)
+
+
+def checks(recipe: Recipe, trained: int, measured: int) -> int:
+    """How often the student is measured in training: as asked, or less often where that took too much of the time.
+
+    Args:
+        recipe: What is asked for.
+        trained: Tokens trained on in all; each costs about three that are measured.
+        measured: Tokens that are measured each time.
+    """
+    affordable = int(_MEASURING_SHARE * _TRAINING_COST * trained / max(1, measured))
+    return min(recipe.training.checks, max(_FEWEST_CHECKS, affordable))
+
+
+def optimiser_steps(recipe: Recipe, passes: float, tokens: int, length: int) -> tuple[int, int]:
+    """How many steps training has and how many tokens one of them, for sequences of this length."""
+    asked = recipe.training.step_tokens
+    wanted = min(max(int(passes * tokens // _STEPS), _SMALLEST_STEP), _LARGEST_STEP) if asked == "auto" else asked
+    sequences, together = tokens // length, max(1, round(wanted / length))
+    return max(1, round(passes * max(1, sequences // together))), min(sequences, together) * length
+
+
+def sequence_length(recipe: Recipe, longest: int) -> int:
+    """Tokens of a sequence, for what both models take and is usual at most.
+
+    Shorter ones learn faster for a while and then spoil what lies beyond them (docs/decisions/0019).
+    """
+    return longest if recipe.sequence_tokens == "auto" else min(longest, recipe.sequence_tokens)
