@@ -60,7 +60,7 @@ def measure(
         found = evaluate_adapter(adapter.folder, None, None, [heldout], tokens=held_out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    record, figures = adapter.record, found.evaluation
+    record, figures = adapter.record.content, found.evaluation
     return {
         "pair": pair,
         "tokens": tokens,

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.adapter.adapter_file import read_json
 from moe_svd_distill.adapter.digest import sha256_of
-from moe_svd_distill.errors import MissingInputError, UsageError
+from moe_svd_distill.errors import UsageError
 from moe_svd_distill.evaluation.code.problems import ProblemSet, is_code_benchmark, load_problems
 from moe_svd_distill.files.names import (
     ADAPTER_FILE,
     CARD_FILE,
-    CONFIGURATION_FILE,
     EVALUATION_FILE,
-    RECORD_FILE,
     REPORT_FILE,
 )
 from moe_svd_distill.files.writing import write_json, write_text
 from moe_svd_distill.pipeline.held_out import SAME_SOURCES, held_out
 from moe_svd_distill.pipeline.pair import open_model, open_pair
+from moe_svd_distill.pipeline.record import base_model
 from moe_svd_distill.pipeline.texts import longest_sequence
 from moe_svd_distill.report.card import adapter_card
 from moe_svd_distill.report.html import html_report
+from moe_svd_distill.report.record import RecipeRecord, RunRecord
 
 if TYPE_CHECKING:
     from moe_svd_distill.calibration.paired import VocabularyMode
@@ -119,9 +119,9 @@ def evaluate_adapter(
     if not texts and not benchmarks:
         raise UsageError("no text to evaluate on", "Give --text FILE")
     problems = _check(benchmarks) if benchmarks else ()
-    record = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else {}
-    student = student or record.get("student", {}).get("source") or _base_model(folder)
-    teacher = teacher or record.get("teacher", {}).get("source")
+    record = RunRecord.in_folder(folder)
+    student = student or record.student.source or base_model(folder)
+    teacher = teacher or record.teacher.source
     if not teacher and (texts or (benchmarks and benchmarks.teacher)):
         raise UsageError(f"{folder} does not say which teacher it came from", "Give --teacher")
     digest = sha256_of(folder / ADAPTER_FILE) if (folder / ADAPTER_FILE).is_file() else None
@@ -131,8 +131,9 @@ def evaluate_adapter(
         from moe_svd_distill.evaluation.evaluate import evaluate
 
         assert teacher
-        search, calibration = record.get("scale_search", {}), _calibration(record)
-        chosen = held_out(read_documents(texts, group_field=_asked(record, "text_group")), search, calibration)
+        calibration = _calibration(record.recipe)
+        documents = read_documents(texts, group_field=record.recipe.text_group)
+        chosen = held_out(documents, record.scale_search, calibration)
         with open_pair(teacher, student) as pair:
             result = evaluate(
                 folder,
@@ -147,7 +148,7 @@ def evaluate_adapter(
                 device=device,
                 mode=mode,
                 cache=cache,
-                vocabulary=vocabulary or _vocabulary(record),
+                vocabulary=vocabulary or ("shared" if record.recipe.vocabulary == "shared" else "equal"),
                 on_progress=_reading(on_progress) if on_progress else None,
             )
         figures |= result.as_dict() | {"texts": [str(path) for path in texts], "held_out": chosen.as_dict()}
@@ -162,9 +163,9 @@ def evaluate_adapter(
         figures["code_benchmarks"] = {**figures.get("code_benchmarks", {}), **found}
     figures["adapter_sha256"] = digest
     write_json(folder / EVALUATION_FILE, figures)
-    if not record:
+    if not record.content:
         return EvaluatedAdapter(figures, None)
-    complete = {**record, "evaluation": figures}
+    complete = RunRecord.of(record.content, figures)
     write_text(folder / CARD_FILE, adapter_card(complete))
     write_text(folder / REPORT_FILE, html_report(complete))
     return EvaluatedAdapter(figures, folder / REPORT_FILE)
@@ -199,23 +200,14 @@ def _reading(on_progress: Callable[[str, int, int], None]) -> Callable[[str, int
     return lambda name, done, total: on_progress(f"reading: {name}", done, total)
 
 
-def _vocabulary(record: Mapping[str, Any]) -> VocabularyMode:
-    return "shared" if _asked(record, "vocabulary") == "shared" else "equal"
-
-
-def _asked(record: Mapping[str, Any], key: str) -> Any:
-    """What the recipe of the run says, if there was one."""
-    return (record.get("recipe") or {}).get(key)
-
-
-def _calibration(record: Mapping[str, Any]) -> Sequence[Document]:
+def _calibration(recipe: RecipeRecord) -> Sequence[Document]:
     """The text the adapter was calibrated on, where the run names files that are still here; else nothing."""
     from moe_svd_distill.calibration.text import read_documents
 
-    paths = [Path(str(path)).expanduser() for path in _asked(record, "calibration") or ()]
+    paths = [Path(path).expanduser() for path in recipe.calibration]
     if not paths or not all(path.exists() for path in paths):
         return ()
-    return read_documents(paths, field=_asked(record, "text_field"), group_field=_asked(record, "text_group"))
+    return read_documents(paths, field=recipe.text_field, group_field=recipe.text_group)
 
 
 def _benchmarks(
@@ -277,13 +269,3 @@ def _code_benchmarks(
         for each in problems
     ]
     return {result.name: result.as_dict() for result in results}
-
-
-def _base_model(folder: Path) -> str:
-    configuration = folder / CONFIGURATION_FILE
-    if not configuration.is_file():
-        raise MissingInputError(f"{folder} holds no adapter (no {CONFIGURATION_FILE})", "Give an adapter's folder")
-    base = read_json(configuration).get("base_model_name_or_path")
-    if not base:
-        raise UsageError(f"{configuration} names no base model", "Give --student")
-    return str(base)

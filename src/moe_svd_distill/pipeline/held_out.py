@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from moe_svd_distill.report.record import SearchRecord
 
 if TYPE_CHECKING:
     from moe_svd_distill.calibration.text import Document
@@ -45,19 +47,19 @@ class HeldOut:
         }
 
 
-def held_out(documents: Sequence[Document], search: Mapping[str, Any], calibration: Sequence[Document]) -> HeldOut:
+def held_out(documents: Sequence[Document], search: SearchRecord, calibration: Sequence[Document]) -> HeldOut:
     """Leave out of a text what an adapter was made on.
 
     Args:
         documents: The text.
-        search: `scale_search` of the adapter's run.json, which names the documents and groups that were used.
+        search: Of the adapter's run, which names the documents and groups that were used.
         calibration: The text the adapter was made of, as far as it is here.
     """
     from moe_svd_distill.calibration.text import without, without_groups
 
-    used: Collection[str] = set(search.get("used_documents", ()))
+    used: Collection[str] = set(search.used_documents)
     fresh = without(documents, used)
-    others = without_groups(fresh, set(search.get("used_groups", ())))
+    others = without_groups(fresh, set(search.used_groups))
     seen = [document for document in calibration if document.digest in used]
     left = _not_repeated(others, seen) if seen else others
     if not left:

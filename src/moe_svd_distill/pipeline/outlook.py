@@ -24,8 +24,7 @@ from moe_svd_distill.pipeline.duration import (
 from moe_svd_distill.pipeline.pair import open_pair
 from moe_svd_distill.pipeline.preparation import plan_pair
 from moe_svd_distill.pipeline.relatedness import measure_relatedness, weights_at_hand
-from moe_svd_distill.recipe import Recipe
-from moe_svd_distill.recipe.presets import supplied_values
+from moe_svd_distill.recipe import Recipe, supplied_values
 
 UNDECIDED = "decided once the weights are on this machine: the embeddings get a pair if they are related"
 
