@@ -33,6 +33,16 @@ def test_a_part_of_another_kind_is_no_part(damaged: Any) -> None:
     )
 
 
+def test_a_value_of_another_type_is_as_good_as_missing() -> None:
+    record = RunRecord.of(
+        {"method": 3, "adapter_sha256": [], "refinement": {"steps": "many", "best": None, "ended": 1}}
+    )
+    assert (record.method, record.adapter_sha256) == (None, None)
+    assert record.refinement is not None
+    assert (record.refinement.steps, record.refinement.best, record.refinement.ended) == (None, None, "")
+    assert read_as(EvaluationRecord, {"scores": 3, "unit": []}) == read_as(EvaluationRecord, {})
+
+
 def test_keys_that_are_not_known_are_passed_over_and_kept() -> None:
     older = content(once="here", refinement=refinement(once="here"))
     record = RunRecord.of(older)

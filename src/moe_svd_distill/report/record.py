@@ -290,7 +290,7 @@ class RunRecord:
 
 
 def read_as(kind: Callable[..., T], content: Any) -> T:
-    """A dataclass from JSON: what is missing or null has the field's default, or is None or empty."""
+    """A dataclass from JSON: what is missing, null or of another type has the field's default, or is None or empty."""
     found = {}
     for name, path, convert in _readers(kind):
         value = content
@@ -314,16 +314,18 @@ def _readers(kind: Any) -> tuple[tuple[str, tuple[str, ...], Callable[[Any], Any
 
 def _conversion(hint: Any, default: Any = None) -> Callable[[Any], Any]:
     kind, inside = get_origin(hint), get_args(hint)
-    if kind in (Union, UnionType):
-        known = [each for each in inside if each is not NoneType]
-        if len(known) == 1 and is_dataclass(known[0]):
-            return lambda value: read_as(known[0], value) if isinstance(value, Mapping) and value else None
-    elif is_dataclass(hint):
+    if is_dataclass(hint):
         return lambda value: read_as(hint, value)  # type: ignore[arg-type]
-    elif kind is tuple:
+    if kind is tuple:
         each = _conversion(inside[0])
         return lambda value: tuple(map(each, value)) if isinstance(value, list | tuple) else ()
-    elif kind is Mapping:
+    if kind is Mapping:
         of_key = _conversion(inside[1])
         return lambda value: {k: of_key(v) for k, v in value.items()} if isinstance(value, Mapping) else {}
-    return lambda value: default if value is None else value
+    known = [each for each in inside if each is not NoneType] if kind in (Union, UnionType) else [hint]
+    if is_dataclass(known[0]):
+        return lambda value: read_as(known[0], value) if isinstance(value, Mapping) and value else None
+    if hint is Any:
+        return lambda value: value
+    kinds = tuple(get_origin(each) or each for each in known)
+    return lambda value: value if isinstance(value, (*kinds, int) if float in kinds else kinds) else default
