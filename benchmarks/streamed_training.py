@@ -4,7 +4,7 @@ Synthetic Qwen3-MoE checkpoints with the lab's tokenizer are distilled by the co
 machine lets us make one), the student streamed, and once more without a limit, the student in memory. Reported: the
 curves of both, seconds and bytes a step, and what a step waits for.
 
-On a GPU, with layers of the shapes of Qwen3-30B-A3B, and what reading and copying alone take there:
+On a GPU, with layers of the shapes of Qwen3-30B-A3B, and what reading and extra alone take there:
 
     python -m benchmarks.streamed_training --device cuda --real --step-tokens 8192 --step-tokens 32768 --steps 5
 """

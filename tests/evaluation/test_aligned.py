@@ -22,8 +22,8 @@ from moe_svd_distill.errors import BadDataError, IncompatiblePairError
 from moe_svd_distill.evaluation import from_states
 from moe_svd_distill.evaluation.evaluate import evaluate
 from moe_svd_distill.evaluation.result import Evaluation
-from moe_svd_distill.fitting.check import predicting_places
 from moe_svd_distill.streaming import load_head, stream_states
+from moe_svd_distill.training.measuring import predicting_places
 from tests.adapter.tiny import random_pairs, save_adapter
 from tests.calibration.tokenizers_made import byte_level, sentencepiece
 from tests.evaluation.conftest import LENGTH, Lab, documents, llama, qwen3_moe

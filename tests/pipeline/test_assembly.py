@@ -10,7 +10,7 @@ import torch
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.execution.parts import PartContent, write_part
 from moe_svd_distill.execution.publish import OutputFolder
-from moe_svd_distill.pipeline.assembly import Ingredients, stage_adapter
+from moe_svd_distill.pipeline.assembly import AdapterChange, stage_adapter
 from moe_svd_distill.pipeline.pair import open_pair
 from moe_svd_distill.pipeline.scale import ScaleDecision
 from tests.support.models import saved
@@ -23,6 +23,6 @@ def test_a_pair_that_no_key_can_hold_stops_the_assembly(tmp_path: Path) -> None:
     name = "model.layers.0.input_layernorm.weight"
     content = PartContent({f"{name}#A": torch.ones(1, 4), f"{name}#B": torch.ones(4, 1)}, {"label": "x", "layer": 0})
     with open_pair(recipe.teacher, recipe.student) as pair, OutputFolder(tmp_path / "out") as output:
-        made_of = Ingredients([write_part(tmp_path, "0" * 32, content)], ScaleDecision({}, None, ""))
+        change = AdapterChange([write_part(tmp_path, "0" * 32, content)], ScaleDecision({}, None, ""))
         with pytest.raises(BadDataError, match="input_layernorm"):
-            stage_adapter(output, recipe, pair, made_of)
+            stage_adapter(output, recipe, pair, change)

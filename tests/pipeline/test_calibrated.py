@@ -30,10 +30,12 @@ from tests.support.heads import TEXT, student_with_tokenizer, teacher_with_other
 from tests.support.models import load
 from tests.support.pairs import recipe_for
 
-LITTLE = {"calibration": [str(TEXT)], "tokens": 2048, "scale_search_tokens": 2048, "copies": 1, "fit_passes": 2}
+LITTLE: dict[str, Any] = {
+          "calibration": [str(TEXT)], "tokens": 2048, "scale_search_tokens": 2048, "copies": 1, "fit_passes": 2,
+          "training": {"save_seconds": 1e-9}}  # fmt: skip
 HEAD_ALONE = LITTLE | {"method": "calibrated", "last_layers": 0}
 MORE_PASSES = HEAD_ALONE | {"fit_passes": 6}
-STREAMED = {"student", "teacher", "student, copies", "student, search text", "teacher, search text"}
+STREAMED = {"student", "teacher", "student, what it is trained on", "student, search text", "teacher, search text"}
 A, B = "base_model.model.lm_head.lora_A.weight", "base_model.model.lm_head.lora_B.weight"
 
 

@@ -12,9 +12,9 @@ from moe_svd_distill.algebra.whitening import whitening
 from moe_svd_distill.checkpoints.opening import open_checkpoint
 from moe_svd_distill.streaming import Decoder, Head, load_head
 from moe_svd_distill.training.engine import Engine, ResidentEngine, StreamedEngine
-from moe_svd_distill.training.factors import FactorBank, Pair
 from moe_svd_distill.training.head import TrainedHead
 from moe_svd_distill.training.loop import Training
+from moe_svd_distill.training.lora_parameters import LoraParameters, Pair
 from moe_svd_distill.training.settings import TrainingSettings
 from moe_svd_distill.training.text import TrainingText
 
@@ -37,7 +37,7 @@ class Setting:
     """A student in training."""
 
     decoder: Decoder
-    bank: FactorBank
+    bank: LoraParameters
     head: TrainedHead
     engine: Engine
     student: Head
@@ -64,7 +64,7 @@ def setting(
     checkpoint = open_checkpoint(model)
     decoder = Decoder(checkpoint, (device,), dtype, gradients=True)
     ranks = {matrix.name: rank for matrix in decoder.matrices}
-    bank = FactorBank(decoder.matrices.of_layer, ranks, device, start or {}, seed=3)
+    bank = LoraParameters(decoder.matrices.of_layer, ranks, device, start or {}, seed=3)
     if not streamed:
         decoder.enter_all()
     engine: Engine = StreamedEngine(decoder, bank, scratch, budget) if streamed else ResidentEngine(decoder, bank)
@@ -86,7 +86,7 @@ def setting(
     return Setting(decoder, bank, head, engine, student, teacher)
 
 
-def disturb(bank: FactorBank, size: float = 0.05) -> None:
+def disturb(bank: LoraParameters, size: float = 0.05) -> None:
     """Let every pair change something."""
     noise = torch.randn(len(bank.values), generator=torch.Generator().manual_seed(9))
     bank.values.add_(size * noise.to(bank.values.device))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moe_svd_distill.algebra.divergence import divergence_and_gradient
-from moe_svd_distill.training.stacks import PairStack, WholeStack
+from moe_svd_distill.training.lora_pairs import FullDeltas, LoraPairs
 from tests.support.models import load, saved
 from tests.training.setting import CPU, Setting, disturb, made_up_text, setting
 
@@ -25,7 +25,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def _learn(found: Setting) -> tuple[torch.Tensor, torch.Tensor, float]:
     text = made_up_text(6, seed=1)
     batches = [text.take(rows, CPU) for rows in (np.array([4, 1]), np.array([0]), np.array([5, 3, 2]))]
-    found.engine.learn(batches, found.head, len(text.position))
+    found.engine.accumulate_gradients(batches, found.head, len(text.position))
     return found.bank.gradient.clone(), found.head.gradient.clone(), float(found.head.loss)
 
 
@@ -91,7 +91,7 @@ def test_a_streamed_step_reads_every_layer_twice_but_the_last(model: Path, tmp_p
     found = setting(model, tmp_path, streamed=True)
     text = made_up_text(4, seed=1)
     before = found.decoder.bytes_read
-    found.engine.learn(list(text.batches(2, CPU)), found.head, len(text.position))
+    found.engine.accumulate_gradients(list(text.batches(2, CPU)), found.head, len(text.position))
     layers = [found.decoder.stored.bytes_of(layer) for layer in range(found.decoder.layers)]
     rows = len(np.unique(text.ids)) * 4 * found.student.weight.shape[1]
     assert found.decoder.bytes_read - before == 2 * sum(layers) - layers[-1] + rows
@@ -137,8 +137,8 @@ def _slopes(found: Setting, name: str, gradient: torch.Tensor) -> list[torch.Ten
         for stack in found.bank.stacks(layer):
             for place, weight in enumerate(stack.weights):
                 if weight.name == name:
-                    if isinstance(stack, PairStack):
+                    if isinstance(stack, LoraPairs):
                         return [stack.slope_b[place], stack.slope_a[place]]
-                    assert isinstance(stack, WholeStack)
+                    assert isinstance(stack, FullDeltas)
                     return [stack.slope[place]]
     raise KeyError(name)

@@ -12,7 +12,7 @@ import torch
 from moe_svd_distill.adapter.verify import verify
 from moe_svd_distill.pipeline.distill import distill
 from moe_svd_distill.streaming.staging import Staging
-from moe_svd_distill.training.peers import Connected
+from moe_svd_distill.training.process_group import Distributed
 from moe_svd_distill.training.settings import TrainingSettings
 from tests.support.heads import TRAINED, student_with_tokenizer, teacher_with_other_head, trained_tokenizer
 from tests.support.models import saved
@@ -34,7 +34,7 @@ def _learn(found: Setting, device: torch.device) -> tuple[torch.Tensor, torch.Te
     disturb(found.bank)
     text = made_up_text(6, seed=1)
     batches = [text.take(rows, device) for rows in (np.array([4, 1]), np.array([0]), np.array([5, 3, 2]))]
-    found.engine.learn(batches, found.head, len(text.position))
+    found.engine.accumulate_gradients(batches, found.head, len(text.position))
     return found.bank.gradient.cpu(), found.head.gradient.cpu(), float(found.head.loss)
 
 
@@ -74,7 +74,7 @@ def test_a_layer_stays_until_its_kernels_are_done(tmp_path: Path) -> None:
     for streamed in (False, True):
         each = setting(folder, tmp_path, streamed=streamed, device=GPU, dtype=torch.bfloat16)
         disturb(each.bank, 0.001)
-        each.engine.learn([text.take(np.arange(1024), GPU)], each.head, len(text.position))
+        each.engine.accumulate_gradients([text.take(np.arange(1024), GPU)], each.head, len(text.position))
         found.append((each.bank.gradient.cpu(), float(each.head.loss)))
         each.decoder.close()
     assert found[1][1] == pytest.approx(found[0][1], rel=1e-4)
@@ -108,14 +108,14 @@ def test_staged_copies_are_exact(size: int) -> None:
 
 
 def test_processes_add_up_on_both_kinds_of_device(tmp_path: Path) -> None:
-    peers = Connected(0, 1, f"file://{tmp_path}/meeting", GPU)
+    group = Distributed(0, 1, f"file://{tmp_path}/meeting", GPU)
     try:
         on_gpu, on_cpu = torch.ones(3, device=GPU), torch.full((), 2.0, dtype=torch.float64)
-        peers.add_up(on_gpu, on_cpu)
+        group.add_up(on_gpu, on_cpu)
         assert on_gpu.tolist() == [1.0] * 3
         assert on_cpu.item() == 2.0
     finally:
-        peers.close()
+        group.close()
 
 
 @pytest.mark.parametrize("placement", ["resident", "streamed"])

@@ -13,11 +13,11 @@ from moe_svd_distill.checkpoints.opening import open_checkpoint
 from moe_svd_distill.errors import UsageError
 from moe_svd_distill.execution.parts import PartContent, write_part
 from moe_svd_distill.streaming.states_file import write_states
-from moe_svd_distill.training.crew import trained
 from moe_svd_distill.training.fixed_head import FixedHead
 from moe_svd_distill.training.job import TextFile, TrainingJob
 from moe_svd_distill.training.loop import Progress, Training
 from moe_svd_distill.training.optimiser import OptimiserName
+from moe_svd_distill.training.processes import run_training
 from moe_svd_distill.training.saves import Saves
 from moe_svd_distill.training.settings import TrainingSettings
 from tests.support.models import saved
@@ -166,23 +166,24 @@ def _job(model: Path, folder: Path, devices: tuple[str, ...], resident: bool) ->
     ranks = {matrix.name: 4 for matrix in matrices}
     ids = np.arange(VOCABULARY)
     return TrainingJob(
-        open_checkpoint(teacher_folder),
-        checkpoint,
-        ids,
-        ids,
-        files[0],
-        files[1],
-        ranks,
-        start,
-        replace(SETTINGS, epochs=1),
-        True,
-        resident,
-        torch.float32,
-        devices,
-        1,
-        folder,
-        "job",
-        120.0,
+        teacher=open_checkpoint(teacher_folder),
+        student=checkpoint,
+        teacher_ids=ids,
+        student_ids=ids,
+        text=files[0],
+        check=files[1],
+        first=0,
+        ranks=ranks,
+        start=start,
+        settings=replace(SETTINGS, epochs=1),
+        tried=True,
+        resident=resident,
+        dtype=torch.float32,
+        devices=devices,
+        threads=1,
+        folder=folder,
+        key="job",
+        save_seconds=120.0,
     )
 
 
@@ -190,7 +191,7 @@ def test_two_processes_give_what_one_gives(model: Path, tmp_path: Path) -> None:
     results = []
     for name, devices, resident in (("one", 1, True), ("two", 2, True), ("streamed", 2, False)):
         job = _job(model, tmp_path / name, ("cpu",) * devices, resident)
-        with trained(job, lambda progress, steps: None) as (trainee, run):
+        with run_training(job, lambda progress, steps: None) as (trainee, run):
             kl = run.outcome.curve[-1].kl
             results.append((torch.cat([trainee.bank.values, trainee.head.values]).clone(), kl))
             assert run.choice is not None
@@ -209,7 +210,7 @@ def test_expected_rows_train_as_the_whole_distributions_do(
         monkeypatch.setattr("moe_svd_distill.training.job.needs_rows", lambda fixed, divergence, rows=rows: rows)
         job = _job(model, tmp_path / str(rows), ("cpu",), resident=True)
         settings = replace(job.settings, head="fixed", epochs=2, cross_entropy_share=0.2)
-        with trained(replace(job, settings=settings, tried=False), lambda progress, steps: None) as (trainee, run):
+        with run_training(replace(job, settings=settings, tried=False), lambda progress, steps: None) as (trainee, run):
             assert isinstance(trainee.head, FixedHead) == rows
             curves.append([(point.kl, point.loss or 0.0) for point in run.outcome.curve])
     assert len(curves[0]) == len(curves[1]) > 2
@@ -223,7 +224,7 @@ def test_training_in_bfloat16_keeps_the_factors_in_float32(model: Path, tmp_path
     for dtype in (torch.float32, torch.bfloat16):
         job = _job(model, tmp_path / str(dtype), ("cpu",), resident)
         job = replace(job, dtype=dtype, tried=False, settings=replace(job.settings, epochs=4))
-        with trained(job, lambda progress, steps: None) as (trainee, run):
+        with run_training(job, lambda progress, steps: None) as (trainee, run):
             assert trainee.bank.values.dtype == trainee.head.values.dtype == torch.float32
             assert all(matrix.value.dtype == dtype for matrix in trainee.decoder.matrices)
             curve = run.outcome.curve
@@ -249,9 +250,9 @@ def test_rates_are_tried_from_a_good_start_or_with_the_untouched_student(
         VOCABULARY, disturbed.student.weight.shape[1], generator=torch.Generator().manual_seed(1)
     )
     start = write_part(job.folder, "another-start", PartContent({**pairs, "head": change}, {}))
-    with trained(replace(job, tried=False), lambda progress, steps: None) as (_, plain):
+    with run_training(replace(job, tried=False), lambda progress, steps: None) as (_, plain):
         untouched = plain.outcome.curve[0].kl
-    with trained(replace(job, start=start, key="started"), lambda progress, steps: None) as (_, run):
+    with run_training(replace(job, start=start, key="started"), lambda progress, steps: None) as (_, run):
         assert run.choice is not None
         begun = run.outcome.curve[0].kl
         assert abs(begun - untouched) > 1e-3
@@ -260,5 +261,5 @@ def test_rates_are_tried_from_a_good_start_or_with_the_untouched_student(
         expected = begun if nearly_there else untouched
         assert all(trial.before == pytest.approx(expected, rel=1e-6) for trial in run.choice.trials)
         first = run.choice
-    with trained(replace(job, start=start, key="started"), lambda progress, steps: None) as (_, again):
+    with run_training(replace(job, start=start, key="started"), lambda progress, steps: None) as (_, again):
         assert again.choice == first

@@ -24,8 +24,8 @@ from moe_svd_distill.calibration.paired import PairedText
 from moe_svd_distill.calibration.text import IntArray, TokenizedText
 from moe_svd_distill.errors import BadDataError, IncompatiblePairError
 from moe_svd_distill.evaluation.result import Aligned
-from moe_svd_distill.fitting.check import Places, predicting_places
 from moe_svd_distill.streaming import Head, head_over_common_tokens
+from moe_svd_distill.training.measuring import Places, predicting_places
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with the name of a pass, the tokens done and the tokens to do."""

@@ -31,20 +31,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_svd_distill.adapter.fused import Factors
-    from moe_svd_distill.fitting.rank import HeadRank
-    from moe_svd_distill.pipeline.fitted import Fitted
+    from moe_svd_distill.pipeline.text_stage import StageResult
+    from moe_svd_distill.training.head_rank import HeadRank
 
 _WHOLE = "whole"
 
 
 @dataclass(frozen=True)
-class Ingredients:
-    """What an adapter is made of.
+class AdapterChange:
+    """What the stages so far change about the student.
 
     Attributes:
         parts: Parts of the weights stage.
         scale: Scales of the groups in them.
-        head: Part of the fitted head, which takes the place of any other pair of the head.
+        head: Part of what was trained, which takes the place of any other pair of the head.
     """
 
     parts: Sequence[Path]
@@ -52,7 +52,7 @@ class Ingredients:
     head: Path | None = None
 
 
-def stage_adapter(output: OutputFolder, recipe: Recipe, pair: ModelPair, made_of: Ingredients) -> str:
+def stage_adapter(output: OutputFolder, recipe: Recipe, pair: ModelPair, change: AdapterChange) -> str:
     """Write adapter and configuration to the staging area; returns the adapter's sha256.
 
     Raises:
@@ -62,10 +62,10 @@ def stage_adapter(output: OutputFolder, recipe: Recipe, pair: ModelPair, made_of
 
     student = pair.student
     head, keys = student.architecture.head, student.keys
-    bodies = [part for part in made_of.parts if made_of.head is None or not _only(part, head)]
-    with Parts([*bodies, *([made_of.head] if made_of.head else [])]) as parts:
-        fitted = set(read_header(made_of.head).tensors) if made_of.head else set()
-        pairs = _Pairs(student, parts, fitted, made_of.scale, getattr(torch, recipe.dtype))
+    bodies = [part for part in change.parts if change.head is None or not _only(part, head)]
+    with Parts([*bodies, *([change.head] if change.head else [])]) as parts:
+        fitted = set(read_header(change.head).tensors) if change.head else set()
+        pairs = _Pairs(student, parts, fitted, change.scale, getattr(torch, recipe.dtype))
         # PEFT drops pairs under stored names for some of the experts' parameters alone.
         whole_modules = {t.module for t in keys.layers if pairs.changes(t) and t.matrices[0].kind is Kind.EXPERT}
         targets = [t for t in keys.targets.values() if pairs.changes(t) or (t.matrices and t.module in whole_modules)]
@@ -174,7 +174,7 @@ def _padded(factor: Tensor, dimension: int, rank: int) -> Tensor:
     return torch.nn.functional.pad(factor, (0, lacking) if dimension == 1 else (0, 0, 0, lacking))
 
 
-def write_head_part(folder: Path, pair: ModelPair, recipe: Recipe, fitted: Fitted, alone: bool) -> Path:
+def write_head_part(folder: Path, pair: ModelPair, recipe: Recipe, fitted: StageResult, alone: bool) -> Path:
     """The part of what was fitted: pairs of the layers, and the head as a LoRA pair or whole.
 
     Args:

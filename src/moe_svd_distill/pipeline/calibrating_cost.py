@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_svd_distill.fitting.head import passes_of_fit
-from moe_svd_distill.fitting.last_layers import STEP_TOKENS
-from moe_svd_distill.fitting.source import batch_places
-from moe_svd_distill.pipeline.copying import for_fit
 from moe_svd_distill.pipeline.cost import Rows, readable, state_bytes
+from moe_svd_distill.pipeline.extra_text import for_fit
 from moe_svd_distill.pipeline.pair import ModelPair
 from moe_svd_distill.pipeline.placement import LIBRARIES_BYTES
 from moe_svd_distill.pipeline.texts import check_tokens
 from moe_svd_distill.recipe import Recipe
+from moe_svd_distill.training.settings import passes_over_little, step_over_little
 
 _TEACHER_PASSES = 2
 _SAVED_OF_FIT, _HELD_OF_FIT = 4 * 4, 4 * 13  # bytes for each number of the head: value, moments, the best of them
@@ -87,15 +85,15 @@ def cost_of_calibrating(recipe: Recipe, pair: ModelPair, *, as_start: bool) -> C
         as_start: Whether the refined stage follows, for which it is fitted on less text.
     """
     text = min(recipe.tokens, recipe.training.start_tokens) if as_start else recipe.tokens
-    copying = for_fit(recipe, text, 1, identical=recipe.vocabulary == "equal")
-    copies = copying.sequences(1)
+    extra = for_fit(recipe, text, 1, identical=recipe.vocabulary == "equal")
+    copies = extra.sequences(1)
     check, search = check_tokens(recipe), recipe.scale_search_tokens
     teacher, student = pair.teacher, pair.student
     states = state_bytes(recipe, teacher) + state_bytes(recipe, student) * (2 if recipe.last_layers else 1)
     mine, theirs = (of.layout.geometry.vocabulary * of.layout.geometry.hidden for of in (student, teacher))
-    step = STEP_TOKENS if recipe.last_layers else batch_places(text * (1 + copies))
+    step = step_over_little(text * (1 + copies), head_alone=not recipe.last_layers)
     batches = max(1, text * (1 + copies) // step)
-    passes = passes_of_fit(None if recipe.fit_passes == "auto" else recipe.fit_passes, batches)
+    passes = passes_over_little(None if recipe.fit_passes == "auto" else recipe.fit_passes, batches)
     return CalibratingCost(
         text=text,
         copies=copies,

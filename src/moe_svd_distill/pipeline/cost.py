@@ -9,9 +9,8 @@ from typing import Any
 
 from moe_svd_distill.calibration.text import whole
 from moe_svd_distill.files.dtypes import BYTES_PER_ELEMENT
-from moe_svd_distill.fitting.copies import ROUNDS
 from moe_svd_distill.pipeline.assembly import asked_head_rank, head_is_whole
-from moe_svd_distill.pipeline.copying import for_training
+from moe_svd_distill.pipeline.extra_text import ROUNDS, for_training
 from moe_svd_distill.pipeline.pair import Model, ModelPair
 from moe_svd_distill.pipeline.placement import Placement, TrainedParts, place_training
 from moe_svd_distill.pipeline.preparation import execution_settings
@@ -124,10 +123,10 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
     once, search = whole(recipe.tokens, length), whole(recipe.scale_search_tokens, length)
     head_moves = trains_head(recipe, student.layout.geometry.vocabulary)
     check = whole(check_tokens(recipe), length)
-    copying = for_training(recipe, once, once // length, recipe.vocabulary == "equal", head_moves)
-    text = once + copying.sequences(once // length) * length
-    passes = bool(copying.copies) + ROUNDS * bool(copying.own)
-    read_by_student = once * bool(copying.copies) + ROUNDS * copying.own * length
+    extra = for_training(recipe, once, once // length, recipe.vocabulary == "equal", head_moves)
+    text = once + extra.sequences(once // length) * length
+    passes = bool(extra.copies) + ROUNDS * bool(extra.generated)
+    read_by_student = once * bool(extra.copies) + ROUNDS * extra.generated * length
     ranks = trained_ranks(recipe, student)
     asked = recipe.training.placement
     steps, step_tokens = optimiser_steps(recipe, epochs(recipe, stages, head_moves), text, length)
@@ -157,8 +156,8 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
         pass_bytes = student.checkpoint.total_bytes * processes
     return TrainingCost(
         teacher_tokens=read,
-        copies=copying.copies,
-        own_text=copying.own * length,
+        copies=extra.copies,
+        own_text=extra.generated * length,
         weights_read=2 * teacher.checkpoint.total_bytes + student.checkpoint.total_bytes * passes,
         states_bytes=states,
         steps=steps,
@@ -224,7 +223,7 @@ def _trials(recipe: Recipe, steps: int) -> tuple[int, int]:
 
 
 def _rows_bytes(recipe: Recipe, tokens: int, student: Model) -> int:
-    """What one process keeps of the teacher for a head that stands still (`training.expected_rows`)."""
+    """What one process keeps of the teacher for a head that stands still (`training.fixed_head`)."""
     from moe_svd_distill.training.settings import needs_rows
 
     fixed = not trains_head(recipe, student.layout.geometry.vocabulary)
@@ -234,7 +233,7 @@ def _rows_bytes(recipe: Recipe, tokens: int, student: Model) -> int:
 
 def _head_bytes(recipe: Recipe, pair: ModelPair) -> int:
     """The head's share of the adapter: all of it, or a pair of the highest rank it may get."""
-    from moe_svd_distill.fitting.rank import SERVED_RANKS
+    from moe_svd_distill.training.head_rank import SERVED_RANKS
 
     geometry = pair.student.layout.geometry
     rows, columns = geometry.vocabulary, geometry.hidden

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from moe_svd_distill.execution.supervisor import ExecutionSummary, Settings, exe
 from moe_svd_distill.files.names import ADAPTER_FILE, CARD_FILE, RECORD_FILE
 from moe_svd_distill.files.writing import write_text
 from moe_svd_distill.pairing.plan import Plan
-from moe_svd_distill.pipeline.assembly import Ingredients, head_is_whole, stage_adapter, write_head_part
+from moe_svd_distill.pipeline.assembly import AdapterChange, head_is_whole, stage_adapter, write_head_part
 from moe_svd_distill.pipeline.method import Stages, choose_stages
 from moe_svd_distill.pipeline.pair import ModelPair, open_pair
 from moe_svd_distill.pipeline.preparation import execution_settings, make_work, prepare
@@ -39,7 +39,9 @@ from moe_svd_distill.report.record import RunRecord
 from moe_svd_distill.streaming.groups import GROUPS
 
 if TYPE_CHECKING:
-    from moe_svd_distill.pipeline.fitted import Fitted
+    from moe_svd_distill.pipeline.course import Course, Given
+    from moe_svd_distill.pipeline.stage_text import ScaledAdapter
+    from moe_svd_distill.pipeline.text_stage import StageResult
 
 __all__ = ["Adapter", "Listener", "distill", "load_adapter"]
 
@@ -123,16 +125,18 @@ class _Run:
         summary, decision = None, ScaleDecision.keep()
         if plan is not None:
             summary, parts, units = self.weights(plan)
-            self.stage(Ingredients(parts, decision))
+            self.stage(AdapterChange(parts, decision))
             decision = self.scale()
         calibrated, head = None, None
         if self.stages.calibrated:
             calibrated, head = self.calibrate(plan is not None, decision)
         refined = None
         if self.stages.refined:
-            refined, head = self.refine(Ingredients(parts, decision, head))
+            refined, head = self.refine(AdapterChange(parts, decision, head))
             parts = ()
-        digest = self.stage(Ingredients(parts, decision, head))
+        digest = self.stage(AdapterChange(parts, decision, head))
+        self.listener.on_stage("checking that PEFT loads it", None)
+        check_loads(self.output.staged(ADAPTER_FILE).parent, self.pair.student.checkpoint.folder)
         facts = self.record(plan, units, summary, calibrated, refined)
         scale = combined_decision(decision if plan is not None else None, calibrated, refined)
         facts |= {
@@ -161,13 +165,10 @@ class _Run:
             )
         return summary, tuple(summary.parts[unit.key] for unit in plan.units), units
 
-    def stage(self, made_of: Ingredients) -> str:
-        """Write the adapter as it stands and make sure that PEFT loads it."""
+    def stage(self, change: AdapterChange) -> str:
+        """Write the adapter as it stands; returns its digest."""
         self.listener.on_stage("writing the adapter", None)
-        digest = stage_adapter(self.output, self.recipe, self.pair, made_of)
-        self.listener.on_stage("checking that PEFT loads it", None)
-        check_loads(self.output.staged(ADAPTER_FILE).parent, self.pair.student.checkpoint.folder)
-        return digest
+        return stage_adapter(self.output, self.recipe, self.pair, change)
 
     def scale(self) -> ScaleDecision:
         """Scales of the weights stage."""
@@ -179,56 +180,72 @@ class _Run:
         report = partial(self.listener.on_stage, step)
         return decide_scale(staged, self.pair, self.text.search, self.device, self.cache, report)
 
-    def calibrate(self, on_top: bool, decision: ScaleDecision) -> tuple[Fitted, Path | None]:
+    def calibrate(self, on_top: bool, decision: ScaleDecision) -> tuple[StageResult, Path | None]:
         """The calibrated stage; no part where nothing of it is kept."""
-        from moe_svd_distill.pipeline.calibrate import calibrate
-        from moe_svd_distill.pipeline.states import Body
+        from moe_svd_distill.pipeline.course import calibrated_course
 
-        assert self.text is not None
-        acting = on_top and any(decision.scales.values())
-        body = Body(self.output.staged(ADAPTER_FILE).parent, dict(decision.scales)) if acting else None
         text = self.text
+        assert text is not None
         if self.stages.refined and text.fit is not None:
             text = replace(text, fit=text.fit.beginning(self.recipe.training.start_tokens))
-        fitted = calibrate(
-            self.recipe, self.pair, text, self.output.parts, self.settings.devices, body, self.listener.on_stage
-        )
+        acting = on_top and any(decision.scales.values())
+        given = self.given(text, self.staged_adapter(decision.scales) if acting else None)
+        fitted = self.distil_on_text(given, calibrated_course(given))
         if on_top and not fitted.search.accepted:
             return fitted, None
         return fitted, write_head_part(self.output.parts, self.pair, self.recipe, fitted, alone=not on_top)
 
-    def refine(self, start: Ingredients) -> tuple[Fitted, Path]:
+    def refine(self, change: AdapterChange) -> tuple[StageResult, Path]:
         """The refined stage, from what the stages before have made, or from an adapter that was named."""
-        from moe_svd_distill.pipeline.refine import Given, refine
-        from moe_svd_distill.pipeline.states import Body
+        from moe_svd_distill.pipeline.course import refined_course
+        from moe_svd_distill.pipeline.stage_text import ScaledAdapter
 
         assert self.text is not None
-        body = None
+        start = None
         if self.stages.start is not None:
-            body = Body(self.stages.start, dict.fromkeys(GROUPS, 1.0))
-        elif start.parts or start.head:
-            self.stage(start)
-            body = Body(self.output.staged(ADAPTER_FILE).parent, dict.fromkeys(GROUPS, 1.0))
-        given = Given(
+            start = ScaledAdapter(self.stages.start, dict.fromkeys(GROUPS, 1.0))
+        elif change.parts or change.head:
+            self.stage(change)
+            start = self.staged_adapter(dict.fromkeys(GROUPS, 1.0))
+        given = self.given(self.text, start)
+        refined = self.distil_on_text(given, refined_course(given))
+        return refined, write_head_part(self.output.parts, self.pair, self.recipe, refined, alone=True)
+
+    def given(self, text: RunText, start: ScaledAdapter | None) -> Given:
+        """What a stage on text works with."""
+        from moe_svd_distill.pipeline.course import Given
+
+        settings = self.settings
+        return Given(
             self.recipe,
             self.pair,
             self.stages.names,
-            self.text,
+            text,
             self.output.parts,
-            self.settings.devices,
-            self.settings.workers,
-            body,
+            settings.devices,
+            settings.workers,
+            start,
         )
-        refined = refine(given, self.listener.on_stage, self.listener.on_note)
-        return refined, write_head_part(self.output.parts, self.pair, self.recipe, refined, alone=True)
+
+    def staged_adapter(self, scales: Mapping[str, float]) -> ScaledAdapter:
+        """The adapter as it stands."""
+        from moe_svd_distill.pipeline.stage_text import ScaledAdapter
+
+        return ScaledAdapter(self.output.staged(ADAPTER_FILE).parent, dict(scales))
+
+    def distil_on_text(self, given: Given, course: Course) -> StageResult:
+        """A stage on text."""
+        from moe_svd_distill.pipeline.text_stage import distil_on_text
+
+        return distil_on_text(given, course, self.listener.on_stage, self.listener.on_note)
 
     def record(
         self,
         plan: Plan | None,
         units: list[dict[str, Any]],
         summary: ExecutionSummary | None,
-        calibrated: Fitted | None,
-        refined: Fitted | None,
+        calibrated: StageResult | None,
+        refined: StageResult | None,
     ) -> dict[str, Any]:
         """Everything about the run but the figures."""
         tensors = tensor_records(units)

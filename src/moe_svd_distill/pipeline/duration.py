@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_svd_distill.execution.memory import peak_of
-from moe_svd_distill.fitting.rank import SERVED_RANKS
 from moe_svd_distill.pipeline.calibrating_cost import CalibratingCost
 from moe_svd_distill.pipeline.cost import SAVED_BYTES, SAVES_KEPT, TrainingCost
 from moe_svd_distill.pipeline.placement import LIBRARIES_BYTES, tokens_at_once, training_dtype
@@ -19,6 +18,7 @@ from moe_svd_distill.pipeline.speed import HeadSeconds, LayerSeconds, head_speed
 from moe_svd_distill.pipeline.steps import sequence_length
 from moe_svd_distill.pipeline.texts import longest_sequence
 from moe_svd_distill.streaming import PassSettings
+from moe_svd_distill.training.head_rank import SERVED_RANKS
 
 if TYPE_CHECKING:
     from moe_svd_distill.pairing.plan import Plan

@@ -9,7 +9,7 @@ from typing import Any
 from moe_svd_distill.errors import MissingInputError, NothingToTransferError, UsageError
 from moe_svd_distill.files.names import ADAPTER_FILE
 from moe_svd_distill.pairing.lineage import Lineage, MethodChoice, Relatedness, choose_method
-from moe_svd_distill.pipeline.copying import MUCH_TEXT
+from moe_svd_distill.pipeline.extra_text import MUCH_TEXT
 from moe_svd_distill.pipeline.pair import ModelPair
 from moe_svd_distill.pipeline.relatedness import measure_relatedness
 from moe_svd_distill.pipeline.steps import trains_head

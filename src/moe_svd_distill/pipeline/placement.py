@@ -69,12 +69,14 @@ class TrainedParts:
         head_moves: Whether the head is trained too.
         sequences: Of one step, which the processes share.
         step_tokens: Tokens of one step; CPU processes with few tokens each wait for one another more than they gain.
+        share: Of the layers that are run; those before them are not needed.
     """
 
     ranks: Mapping[str, int]
     head_moves: bool
     sequences: int
     step_tokens: int
+    share: float = 1.0
 
 
 def tokens_at_once(recipe: Recipe, device: str) -> int:
@@ -141,6 +143,7 @@ def bytes_in_training(pair: ModelPair, dtype: torch.dtype, trained: TrainedParts
     geometry, folder = student.layout.geometry, student.checkpoint.folder
     entries, theirs = (of.layout.geometry.vocabulary * of.layout.geometry.hidden for of in (pair.student, pair.teacher))
     body = model_bytes(folder, dtype.itemsize) - entries * dtype.itemsize * (1 if student.architecture.tied else 2)
+    body = int(body * trained.share)
     # Where pairs act inside the weights there is a second copy of these, and a layer's gradients.
     inside = dtype.itemsize == _FLOAT or bool(geometry.experts)
     weights = body * 2 + body // geometry.layers if inside else body

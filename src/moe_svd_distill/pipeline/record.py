@@ -26,8 +26,8 @@ from moe_svd_distill.report.record import RunRecord
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_svd_distill.pipeline.fitted import Fitted
     from moe_svd_distill.pipeline.method import Stages
+    from moe_svd_distill.pipeline.text_stage import StageResult
 
 SCHEMA = 1
 
@@ -129,7 +129,7 @@ def summarise(tensors: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def fitted_records(student: Model, fitted: Fitted, whole: bool, stage: str) -> list[dict[str, Any]]:
+def fitted_records(student: Model, fitted: StageResult, whole: bool, stage: str) -> list[dict[str, Any]]:
     """The fate of every matrix that a stage on text changes: the head first, then those of the layers."""
     pairs = [_fitted_record(student, name, factors, stage) for name, factors in fitted.pairs.items()]
     if fitted.head is None:

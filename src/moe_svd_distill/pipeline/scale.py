@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from moe_svd_distill.calibration.paired import PairedText
     from moe_svd_distill.evaluation.guard import Kind
     from moe_svd_distill.evaluation.scale_search import ScaleSearch
-    from moe_svd_distill.pipeline.fitted import Fitted
     from moe_svd_distill.pipeline.pair import ModelPair
+    from moe_svd_distill.pipeline.text_stage import StageResult
 
 Report = Callable[[float], None]
 At = Callable[[Mapping[str, float]], "Measurement"]
@@ -75,7 +75,7 @@ def not_searched(reason: str) -> ScaleDecision:
 
 
 def combined_decision(
-    weights: ScaleDecision | None, fitted: Fitted | None, refined: Fitted | None = None
+    weights: ScaleDecision | None, fitted: StageResult | None, refined: StageResult | None = None
 ) -> ScaleDecision:
     """What the searches of the stages say together."""
     if refined is not None:
@@ -158,9 +158,8 @@ def _streamed(
 ) -> Iterator[tuple[At, tuple[str, ...]]]:
     import torch
 
-    from moe_svd_distill.fitting.check import measure_states, predicting_places
-    from moe_svd_distill.fitting.pairs import Segment, StatePairs
     from moe_svd_distill.streaming import PassSettings, load_head, stream_states
+    from moe_svd_distill.training.measuring import StatePairs, measure_states, predicting_places
 
     settings, places = PassSettings((device,)), predicting_places(text)
     teacher = load_head(pair.teacher.checkpoint, device, torch.float32, tokens=text.teacher_ids)
@@ -175,12 +174,12 @@ def _streamed(
             given: Any = {"adapter": adapter_folder, "scales": dict(scales)} if acting else {}
             head = load_head(student, device, torch.float32, tokens=text.student_ids, **given)
             with stream_states(student, text.student.sequences, cache, settings, keep=not acting, **given) as mine:
-                segment = Segment(
+                states = StatePairs(
                     mine.rows(slice(None)).flatten(0, 1),
                     theirs.rows(slice(None)).flatten(0, 1),
                     places.student_position,
                     places.teacher_position,
                 )
-                return measure_states(StatePairs([segment]), places, head, teacher)
+                return measure_states(states, places, head, teacher)
 
         yield at, groups

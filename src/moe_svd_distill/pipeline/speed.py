@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_svd_distill.algebra.dtypes import matmul_dtype
 from moe_svd_distill.streaming import Decoder, load_head
-from moe_svd_distill.training.factors import FactorBank
+from moe_svd_distill.training.lora_parameters import LoraParameters
 
 if TYPE_CHECKING:
     from moe_svd_distill.checkpoints import Checkpoint
@@ -151,7 +151,7 @@ class _Trial:
         decoder, place, tokens = self.decoder, self.place, self.ids.numel()
         bank = None
         if self.ranks:  # before the layer is there: pairs act in copies that are made of it
-            bank = FactorBank({layer: decoder.matrices.of_layer.get(layer, ())}, self.ranks, place, {}, 0)
+            bank = LoraParameters({layer: decoder.matrices.of_layer.get(layer, ())}, self.ranks, place, {}, 0)
         loading, _ = _timed(lambda: decoder.enter(layer), place, 1)
         if decoder.layers == 1:
             forward, _ = _timed(lambda: decoder.states(self.ids), place)
@@ -162,7 +162,7 @@ class _Trial:
             forward, after = _timed(lambda: decoder.step(layer, self.ids, _copies(self.given)), place)
         if bank is not None:
             composing, _ = _timed(lambda: bank.compose(layer, bank.bases(layer)), place)
-            bank.collect(layer)
+            bank.hook_gradients(layer)
             learning, _ = _timed(lambda: self._learn(layer), place)
         decoder.leave(layer)
         self.given, self.given_few = after, after_few

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from moe_svd_distill.pipeline.copying import MUCH_TEXT, for_training
+from moe_svd_distill.pipeline.extra_text import MUCH_TEXT, for_training
 
 if TYPE_CHECKING:
     from moe_svd_distill.recipe import Recipe

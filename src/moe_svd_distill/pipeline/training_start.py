@@ -13,8 +13,7 @@ import torch
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.errors import IncompatiblePairError
 from moe_svd_distill.execution.parts import PartContent, write_part
-from moe_svd_distill.pipeline.states import Body
-from moe_svd_distill.streaming import load_head
+from moe_svd_distill.pipeline.stage_text import ScaledAdapter, student_head
 from moe_svd_distill.streaming.groups import group_of
 from moe_svd_distill.training.job import EMBEDDING, HEAD
 
@@ -23,7 +22,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from moe_svd_distill.pipeline.course import Course, Given
     from moe_svd_distill.pipeline.pair import ModelPair
+    from moe_svd_distill.training.lora_pairs import Pair
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,63 +33,68 @@ class Start:
 
     Attributes:
         path: The part for the job.
+        head: Change of the head over the common tokens, (v, d); None for none.
         carried: Hub name to ``(B, A)`` as stored, for pairs that stay as they are: those of the embeddings.
         names: Hub names of the pairs that training goes on with.
     """
 
     path: Path
-    carried: Mapping[str, tuple[Tensor, Tensor]]
+    head: Tensor | None
+    carried: Mapping[str, Pair]
     names: tuple[str, ...]
 
 
-def read_start(
-    pair: ModelPair, body: Body | None, ranks: Mapping[str, int], student_ids: NDArray[np.int64], folder: Path
-) -> Start:
+def read_start(given: Given, course: Course) -> Start:
     """Write down what training begins with.
-
-    Args:
-        pair: Teacher and student.
-        body: The adapter to begin with; None for none.
-        ranks: Hub name to rank of every matrix that is trained.
-        student_ids: Rows of the student's head that stand for the common tokens.
-        folder: Where parts lie.
 
     Raises:
         IncompatiblePairError: It changes something that cannot be trained.
         BadDataError: Its configuration disagrees with its tensors.
     """
     tensors: dict[str, Tensor] = {}
-    carried: dict[str, tuple[Tensor, Tensor]] = {}
-    names: list[str] = []
-    if body is not None and any(body.scales.values()):
-        architecture = pair.student.architecture
-        found = LowRankPairs(body.folder, architecture)
-        for name in found:
-            scale = found.scale(name) * float(body.scales.get(group_of(found.parameter(name)), 1.0))
-            if name == architecture.head or scale == 0.0:
-                continue
-            left, right = found[name].left, found[name].right
-            if name == architecture.embedding:
-                tensors |= {f"{EMBEDDING}#A": right.clone(), f"{EMBEDDING}#B": scale * left}
-                carried[name] = (scale * right.T, left.T.clone())  # kept transposed, as PEFT does
-                continue
-            if name not in ranks:
-                raise IncompatiblePairError(
-                    f"the start changes {name}, which cannot be trained", "Train from another start"
-                )
-            left, right = _within_full_rank(scale * left.float(), right.float())
-            tensors |= {f"{name}#A": right, f"{name}#B": left}
-            names.append(name)
-        change = _head_change(pair, body, student_ids)
-        if change is not None:
-            tensors[HEAD] = change
+    carried: dict[str, Pair] = {}
+    names: tuple[str, ...] = ()
+    head = None
+    if given.start is not None and given.start.acts:
+        head = _head_change(given.pair, given.start, given.fit_text.student_ids)
+        if not course.keeps_start:
+            tensors, carried = _pairs(given.pair, given.start, course.ranks)
+            names = tuple(name.removesuffix("#A") for name in tensors if name.endswith("#A") and EMBEDDING not in name)
+        if head is not None:
+            tensors[HEAD] = head
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].view(torch.uint8).numpy().tobytes())
-    path = write_part(folder, f"start-{digest.hexdigest()[:32]}", PartContent(tensors, {"pairs": len(names)}))
-    return Start(path, carried, tuple(names))
+    path = write_part(given.folder, f"start-{digest.hexdigest()[:32]}", PartContent(tensors, {"pairs": len(names)}))
+    return Start(path, head, carried, names)
+
+
+def _pairs(
+    pair: ModelPair, start: ScaledAdapter, ranks: Mapping[str, int]
+) -> tuple[dict[str, Tensor], dict[str, Pair]]:
+    """The pairs that training goes on with, by name and side, and those that are carried along as stored."""
+    architecture = pair.student.architecture
+    found = LowRankPairs(start.folder, architecture)
+    tensors: dict[str, Tensor] = {}
+    carried: dict[str, Pair] = {}
+    for name in found:
+        scale = found.scale(name) * float(start.scales.get(group_of(found.parameter(name)), 1.0))
+        if name == architecture.head or scale == 0.0:
+            continue
+        left, right = found[name].left, found[name].right
+        if name == architecture.embedding:
+            tensors |= {f"{EMBEDDING}#A": right.clone(), f"{EMBEDDING}#B": scale * left}
+            carried[name] = (scale * right.T, left.T.clone())  # kept transposed, as PEFT does
+            continue
+        if name not in ranks:
+            raise IncompatiblePairError(
+                f"the start changes {name}, which cannot be trained", "Train from another start"
+            )
+        left, right = _within_full_rank(scale * left.float(), right.float())
+        tensors |= {f"{name}#A": right, f"{name}#B": left}
+    return tensors, carried
 
 
 def _within_full_rank(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,12 +106,8 @@ def _within_full_rank(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return (torch.eye(rows), product) if rows <= columns else (product, torch.eye(columns))
 
 
-def _head_change(pair: ModelPair, body: Body, student_ids: NDArray[np.int64]) -> Tensor | None:
+def _head_change(pair: ModelPair, start: ScaledAdapter, student_ids: NDArray[np.int64]) -> Tensor | None:
     """What the start changes about the head, over the common tokens."""
-    student = pair.student.checkpoint
-    plain = load_head(student, "cpu", torch.float32, tokens=student_ids)
-    changed = load_head(
-        student, "cpu", torch.float32, tokens=student_ids, adapter=body.folder, scales=dict(body.scales)
-    )
+    plain, changed = (student_head(pair, adapter, student_ids, "cpu") for adapter in (None, start))
     change = changed.weight - plain.weight
     return change if bool(change.any()) else None

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 def _at(path: str) -> Any:
-    """A field that lies elsewhere in the JSON than under its own name; keys are joined by dots."""
+    """A field that lies elsewhere in the JSON than under its name; keys are joined by dots."""
     return field(metadata={"path": path})
 
 
@@ -285,7 +285,6 @@ class RunRecord:
         return cls.of(read_json(file) if file.is_file() else {})
 
     def write(self, file: Path) -> None:
-        """Write run.json."""
         write_json(file, self.content)
 
 

@@ -127,11 +127,10 @@ class Decoder:
         for layer in range(begin, self.layers):  # not before all are there: some share modules
             self._place(layer)
 
-    def begin_at(self, inputs: LayerInputs) -> None:
-        """Have a layer and all behind it in memory, to run them on what a pass has recorded."""
+    def knows_inputs(self, inputs: LayerInputs) -> None:
+        """Learn from what a pass has recorded at a layer how to go on from there."""
         if inputs.layer:
             self.layout.decode(inputs.layer, inputs.layout)
-        self.enter_all(inputs.layer)
 
     def leave(self, layer: int) -> None:
         """Let go of a layer's weights."""

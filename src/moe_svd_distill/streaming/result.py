@@ -18,11 +18,12 @@ class LayerInputs:
 
     Attributes:
         layer: Its number. Nothing is recorded at the first one: there everything follows from the token ids.
+        path: The file.
         layout: What it takes to go on from there, for `Layout.decode`.
     """
 
     def __init__(self, layer: int, path: Path | None) -> None:
-        self.layer = layer
+        self.layer, self.path = layer, path
         self._file = None if path is None else StatesFile(path)
         self.layout = None if self._file is None else self._file.body["layout"]
         self._gate: Gate = NOTHING if self._file is None else Gate.decode(self.layout)

@@ -1,5 +1,6 @@
 """Forward and backward through a decoder whose layers carry trained pairs: in memory, or layer after layer.
 
+Training begins at any layer, on what a pass has recorded there; behind the last one only the head is left to train.
 In memory every batch goes through all layers and back. Streamed, all batches of a step go through one layer before the
 next is read; what went into each layer is kept, and on the way back each layer is read and computed once more, this
 time with gradients. Both give the same sums, to rounding.
@@ -17,16 +18,16 @@ from torch import Tensor
 
 from moe_svd_distill.streaming.budget import activation_budget
 from moe_svd_distill.streaming.decoder import Decoder
-from moe_svd_distill.training.factors import FactorBank
 from moe_svd_distill.training.fixed_head import FixedHead
 from moe_svd_distill.training.head import TrainedHead
+from moe_svd_distill.training.lora_parameters import LoraParameters
 from moe_svd_distill.training.text import Batch
 
 
 class Engine(Protocol):
     """Runs the student as it is now."""
 
-    def learn(self, batches: Sequence[Batch], head: TrainedHead | FixedHead, places: int) -> None:
+    def accumulate_gradients(self, batches: Sequence[Batch], head: TrainedHead | FixedHead, places: int) -> None:
         """Add the gradients of a step to those in the factors' bank and in the head.
 
         Args:
@@ -39,59 +40,80 @@ class Engine(Protocol):
         """The final states at the places of each batch, (b, d)."""
 
 
+class HeadEngine:
+    """An `Engine` without layers: what was recorded are the final states."""
+
+    def accumulate_gradients(self, batches: Sequence[Batch], head: TrainedHead | FixedHead, places: int) -> None:
+        """As `Engine`."""
+        for batch, states in zip(batches, self.states(batches), strict=True):
+            head.accumulate_gradients(states, batch, places)
+
+    def states(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
+        """As `Engine`."""
+        for batch in batches:
+            yield batch.inputs[0].flatten(0, 1)[batch.position].float()
+
+
 class ResidentEngine:
-    """An `Engine` for a decoder in memory."""
+    """An `Engine` for a decoder whose layers from one on are in memory."""
 
-    def __init__(self, decoder: Decoder, bank: FactorBank) -> None:
-        self._decoder, self._bank = decoder, bank
-        self._bases = [bank.bases(layer) for layer in range(decoder.layers)]
-        for layer in range(decoder.layers):
-            bank.collect(layer)
+    def __init__(self, decoder: Decoder, bank: LoraParameters, first: int = 0) -> None:
+        self._decoder, self._bank, self._first = decoder, bank, first
+        self._bases = {layer: bank.bases(layer) for layer in range(first, decoder.layers)}
+        for layer in self._bases:
+            bank.hook_gradients(layer)
 
-    def learn(self, batches: Sequence[Batch], head: TrainedHead | FixedHead, places: int) -> None:
+    def accumulate_gradients(self, batches: Sequence[Batch], head: TrainedHead | FixedHead, places: int) -> None:
         """As `Engine`."""
         self._compose()
         for batch in batches:
             with torch.enable_grad():
-                states = self._decoder.states(batch.ids).flatten(0, 1)[batch.position]
-            torch.autograd.backward(states, head.learn(states.detach(), batch, places).to(states.dtype))
+                states = self._states(batch)
+            torch.autograd.backward(states, head.accumulate_gradients(states.detach(), batch, places).to(states.dtype))
 
     @torch.no_grad()
     def states(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
         """As `Engine`."""
         self._compose()
         for batch in batches:
-            yield self._decoder.states(batch.ids).flatten(0, 1)[batch.position]
+            yield self._states(batch)
+
+    def _states(self, batch: Batch) -> Tensor:
+        return self._decoder.states(batch.ids, self._first, batch.inputs).flatten(0, 1)[batch.position]
 
     def _compose(self) -> None:
-        for layer, bases in enumerate(self._bases):
+        for layer, bases in self._bases.items():
             self._bank.compose(layer, bases)
 
 
 class StreamedEngine:
     """An `Engine` for a decoder of which a layer is in memory at a time."""
 
-    def __init__(self, decoder: Decoder, bank: FactorBank, folder: Path, budget: int | None = None) -> None:
+    def __init__(
+        self, decoder: Decoder, bank: LoraParameters, folder: Path, budget: int | None = None, first: int = 0
+    ) -> None:
         """Nothing is read yet.
 
         Args:
             decoder: The student's.
             bank: Its pairs.
             folder: Where what layers are given lies while it takes more memory than the budgets.
+            first: The layer to begin at.
             budget: Bytes on the device, and as many in the machine's memory beside a GPU; by default a quarter of what
                 is free in each.
         """
         self._decoder, self._bank, self._folder, self._budget = decoder, bank, folder, budget
+        self._first = first
 
-    def learn(self, batches: Sequence[Batch], head: TrainedHead | FixedHead, places: int) -> None:
+    def accumulate_gradients(self, batches: Sequence[Batch], head: TrainedHead | FixedHead, places: int) -> None:
         """As `Engine`."""
         decoder = self._decoder
         with _Inputs(self._folder, decoder.device, self._budget) as kept:
             self._forward(batches, kept)
             slopes: list[list[Tensor | None]] = [[] for _ in batches]
-            for layer in range(decoder.layers - 1, -1, -1):
-                self._enter(layer, layer - 1 if layer else None)
-                self._bank.collect(layer)
+            for layer in range(decoder.layers - 1, self._first - 1, -1):
+                self._enter(layer, layer - 1 if layer > self._first else None)
+                self._bank.hook_gradients(layer)
                 for number, batch in enumerate(batches):
                     before = [
                         tensor.to(decoder.device).detach().requires_grad_(tensor.is_floating_point())
@@ -103,7 +125,9 @@ class StreamedEngine:
                             after = decoder.step(layer, batch.ids, given)
                         else:
                             after = [decoder.states(batch.ids, layer, given).flatten(0, 1)[batch.position]]
-                            slopes[number] = [head.learn(after[0].detach(), batch, places).to(after[0].dtype)]
+                            slopes[number] = [
+                                head.accumulate_gradients(after[0].detach(), batch, places).to(after[0].dtype)
+                            ]
                     pairs = zip(after, slopes[number], strict=True)
                     wanted = [(value, slope) for value, slope in pairs if slope is not None and value.requires_grad]
                     torch.autograd.backward([value for value, _ in wanted], [slope for _, slope in wanted])
@@ -126,8 +150,8 @@ class StreamedEngine:
     @torch.no_grad()
     def _forward(self, batches: Sequence[Batch], kept: _Inputs | None = None) -> list[list[Tensor]]:
         """All layers but the last; returns what that one is given for each batch, and keeps it for every layer."""
-        given: list[list[Tensor]] = [[] for _ in batches]
-        for layer in range(self._decoder.layers):
+        given: list[list[Tensor]] = [list(batch.inputs) for batch in batches]
+        for layer in range(self._first, self._decoder.layers):
             if kept is not None:
                 for number, recorded in enumerate(given):
                     kept.put(layer, number, recorded)

@@ -70,7 +70,7 @@ class TrainedHead:
         """Change of the student's weight, (v, d)."""
         return (self._weights - self._origin) @ self._metric.inverse
 
-    def forget(self) -> None:
+    def reset_to_zero(self) -> None:
         """Undo every change, the start's as well, of a head that moves."""
         if self._moves:
             self._weights.copy_(self._origin)
@@ -95,7 +95,7 @@ class TrainedHead:
         return total
 
     @torch.no_grad()
-    def learn(self, states: Tensor, batch: Batch, places: int) -> Tensor:
+    def accumulate_gradients(self, states: Tensor, batch: Batch, places: int) -> Tensor:
         """Gradient of the mean loss by the states, (b, d); the head's own is added to `gradient`.
 
         Args:

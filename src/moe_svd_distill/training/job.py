@@ -15,20 +15,19 @@ from torch import Tensor
 from moe_svd_distill.algebra.whitening import Whitening, whitening
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.execution.parts import PartContent, open_part, part_path, read_record, verify_part, write_part
-from moe_svd_distill.streaming import Decoder, Head, load_head
+from moe_svd_distill.streaming import Decoder, Head, LayerInputs, load_head
 from moe_svd_distill.streaming.states_file import StatesFile
 from moe_svd_distill.streaming.tables import EmbeddingChange
-from moe_svd_distill.training.engine import Engine, ResidentEngine, StreamedEngine
-from moe_svd_distill.training.expected_rows import with_expected_rows
-from moe_svd_distill.training.factors import FactorBank
-from moe_svd_distill.training.fixed_head import FixedHead
+from moe_svd_distill.training.engine import Engine, HeadEngine, ResidentEngine, StreamedEngine
+from moe_svd_distill.training.fixed_head import FixedHead, with_expected_rows
 from moe_svd_distill.training.head import TrainedHead
 from moe_svd_distill.training.loop import Outcome, Progress, Training
-from moe_svd_distill.training.peers import Peers
+from moe_svd_distill.training.lora_pairs import Pair
+from moe_svd_distill.training.lora_parameters import LoraParameters
+from moe_svd_distill.training.process_group import ProcessGroup
 from moe_svd_distill.training.saves import Saves
 from moe_svd_distill.training.settings import TrainingSettings, needs_rows
-from moe_svd_distill.training.stacks import Pair
-from moe_svd_distill.training.text import IntArray, TrainingText
+from moe_svd_distill.training.text import IntArray, Recorded, TrainingText
 from moe_svd_distill.training.trials import (
     MULTIPLES,
     NEARLY_THERE,
@@ -40,25 +39,56 @@ from moe_svd_distill.training.trials import (
 )
 
 HEAD, EMBEDDING = "head", "embedding"
-_MOMENT_ROWS = 64
+_MOMENT_TOKENS = 32_768
 
 Listener = Callable[[Progress, int], None]
 
 
 @dataclass(frozen=True, eq=False)
+class InputsFile:
+    """What a pass has recorded of a text at the layer that training begins at; behind the last, final states.
+
+    Attributes:
+        path: Of the file.
+        layer: Number of the layer; None for final states.
+        numbers: Which of the file's sequences these are, or of final states which of its places, in order.
+    """
+
+    path: Path
+    layer: int | None
+    numbers: IntArray
+
+    def open(self, dtype: torch.dtype) -> Recorded:
+        """Mapped into memory; what is not whole numbers is handed out in a type."""
+        if self.layer is None:
+            states = StatesFile(self.path).rows(slice(None)).flatten(0, 1)
+            return lambda rows: [states[torch.from_numpy(self.numbers[rows])][:, None].to(dtype)]
+        inputs = LayerInputs(self.layer, self.path)
+
+        def recorded(rows: IntArray) -> list[Tensor]:
+            each = [inputs.rows(slice(number, number + 1)) for number in self.numbers[rows].tolist()]
+            found = [torch.cat(tensors) for tensors in zip(*each, strict=True)]
+            return [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in found]
+
+        return recorded
+
+
+@dataclass(frozen=True, eq=False)
 class TextFile:
-    """A `TrainingText` whose teacher states lie in a file of `streaming`."""
+    """A `TrainingText` whose states lie in files of `streaming`."""
 
     ids: IntArray
     position: IntArray
     teacher_position: IntArray
     following: IntArray
     states: Path
+    inputs: InputsFile | None = None
 
-    def open(self) -> TrainingText:
-        """With the states mapped into memory."""
+    def open(self, dtype: torch.dtype = torch.float32) -> TrainingText:
+        """With the states mapped into memory, and what layers are given in the type they compute in."""
         states = StatesFile(self.states).rows(slice(None)).flatten(0, 1)
-        return TrainingText(self.ids, self.position, self.teacher_position, self.following, states)
+        inputs = None if self.inputs is None else self.inputs.open(dtype)
+        return TrainingText(self.ids, self.position, self.teacher_position, self.following, states, inputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +102,7 @@ class TrainingJob:
         student_ids: Those of the student's, (v,).
         text: To train on.
         check: To measure on.
+        first: The layer that training begins at; the number of layers for the head alone.
         ranks: Hub name to rank of every pair that is trained.
         start: A part with the pairs to begin with, as ``name#A`` and ``name#B``, the head's change over the common
             tokens as ``head``, and what is added to the embeddings as ``embedding#A`` and ``embedding#B``.
@@ -92,6 +123,7 @@ class TrainingJob:
     student_ids: IntArray
     text: TextFile
     check: TextFile
+    first: int
     ranks: Mapping[str, int]
     start: Path
     settings: TrainingSettings
@@ -106,7 +138,7 @@ class TrainingJob:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingReport:
     """How training went.
 
     Attributes:
@@ -130,7 +162,7 @@ class Trained:
     peak_device_bytes: int
 
 
-class Trainee:
+class StudentInTraining:
     """The student of a job in one process.
 
     Attributes:
@@ -141,17 +173,17 @@ class Trainee:
     metric: Whitening
     teacher: Head
 
-    def __init__(self, job: TrainingJob, peers: Peers) -> None:
+    def __init__(self, job: TrainingJob, group: ProcessGroup) -> None:
         """Read it, and begin with the job's start.
 
         Args:
             job: The run.
-            peers: Its processes.
+            group: Its processes.
         """
-        self._job, self._peers = job, peers
-        self.device = torch.device(job.devices[peers.number])
-        self.check = job.check.open()
-        self.text = job.text.open()
+        self._job, self._group = job, group
+        self.device = torch.device(job.devices[group.number])
+        self.check = job.check.open(job.dtype)
+        self.text = job.text.open(job.dtype)
         with open_part(job.start) as start:
             tensors = {name: start[name].clone() for name in start}
         change = _embedding_change(tensors)
@@ -161,14 +193,8 @@ class Trainee:
             for name in tensors
             if name.endswith("#A") and not name.startswith(EMBEDDING)
         }
-        self.bank = FactorBank(self.decoder.matrices.of_layer, job.ranks, self.device, pairs, job.settings.seed)
-        if job.resident:  # after the bank, whose pairs act in copies that are made of the layers
-            self.decoder.enter_all()
-        self.engine: Engine = (
-            ResidentEngine(self.decoder, self.bank)
-            if job.resident
-            else StreamedEngine(self.decoder, self.bank, job.folder)
-        )
+        self.bank = LoraParameters(self.decoder.matrices.of_layer, job.ranks, self.device, pairs, job.settings.seed)
+        self.engine = self._engine()
         device = str(self.device)
         self.student = load_head(job.student, device, torch.float32, tokens=job.student_ids)
         self._closing = ExitStack()
@@ -177,9 +203,21 @@ class Trainee:
         self._first = [values.clone() for values in (self.bank.values, self.head.values)] if job.tried else []
         self._started = bool(pairs) or HEAD in tensors
 
-    def train(self, on_progress: Listener) -> Trained:
+    def _engine(self) -> Engine:
+        """What runs the layers that are trained, and those behind them; after the bank, whose pairs act in them."""
+        job, decoder = self._job, self.decoder
+        if job.first == decoder.layers:
+            return HeadEngine()
+        if job.text.inputs is not None:
+            decoder.knows_inputs(LayerInputs(job.first, job.text.inputs.path))
+        if not job.resident:
+            return StreamedEngine(decoder, self.bank, job.folder, first=job.first)
+        decoder.enter_all(job.first)
+        return ResidentEngine(decoder, self.bank, job.first)
+
+    def train(self, on_progress: Listener) -> TrainingReport:
         """Train, or go on with it; the best state is then in the bank and the head."""
-        saves = Saves(self._job.folder, self._job.key, self._peers.number == 0, self._job.save_seconds)
+        saves = Saves(self._job.folder, self._job.key, self._group.number == 0, self._job.save_seconds)
         choice = self._choice()
         settings = self._job.settings if choice is None else with_best(self._job.settings, choice.trials)
         before = self._reading()
@@ -190,7 +228,7 @@ class Trainee:
         read, reading, waiting = (now - then for now, then in zip(self._reading(), before, strict=True))
         on_device = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
         anonymous = self.decoder.watch.look()
-        return Trained(outcome, settings, choice, int(read), reading, waiting, anonymous, on_device)
+        return TrainingReport(outcome, settings, choice, int(read), reading, waiting, anonymous, on_device)
 
     def _reading(self) -> tuple[float, float, float]:
         """Bytes read so far, seconds of reading, seconds of waiting for it."""
@@ -202,9 +240,9 @@ class Trainee:
         for values, first in zip((self.bank.values, self.head.values), self._first, strict=False):
             values.copy_(first)
         if untouched:
-            self.bank.forget()
-            self.head.forget()
-        return Training(self.engine, self.bank, self.head, self.text, self.check, settings, self._peers)
+            self.bank.reset_to_zero()
+            self.head.reset_to_zero()
+        return Training(self.engine, self.bank, self.head, self.text, self.check, settings, self._group)
 
     def _choice(self) -> RateChoice | None:
         """The trials of the learning rate, made once in the life of a run."""
@@ -223,7 +261,7 @@ class Trainee:
         begin = partial(self._run, untouched=not polishing)
         before, multiples = (start_kl, POLISHING) if polishing else (untouched, MULTIPLES)
         choice = RateChoice(choose_rate(begin, job.settings, before, multiples), start_kl, polishing)
-        if self._peers.number == 0:
+        if self._group.number == 0:
             write_part(job.folder, key, PartContent({}, asdict(choice)))
         return choice
 
@@ -261,7 +299,7 @@ class Trainee:
 
         def short_of(text: TrainingText, share: float, name: str) -> TrainingText:
             rows = with_expected_rows(
-                text, teacher, self.student, share, job.folder, f"{self._peers.number}-{name}", head.products.dtype
+                text, teacher, self.student, share, job.folder, f"{self._group.number}-{name}", head.products.dtype
             )
             return self._closing.enter_context(rows).text
 
@@ -275,7 +313,10 @@ class Trainee:
 
     def _metric(self) -> Whitening:
         """Second moment of the student's states on some of the text, as it begins."""
-        rows, together = np.arange(min(len(self.text), _MOMENT_ROWS)), self._together(self.text)
+        rows, together = (
+            np.arange(min(len(self.text), max(1, _MOMENT_TOKENS // self.text.length))),
+            self._together(self.text),
+        )
         batches = [
             self.text.take(rows[begin : begin + together], self.device) for begin in range(0, len(rows), together)
         ]

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_svd_distill.training.engine import Engine
-from moe_svd_distill.training.factors import FactorBank
 from moe_svd_distill.training.fixed_head import FixedHead
 from moe_svd_distill.training.head import TrainedHead
+from moe_svd_distill.training.lora_parameters import LoraParameters
 from moe_svd_distill.training.optimiser import AdamW, Muon, Optimiser
-from moe_svd_distill.training.peers import Alone, Peers
+from moe_svd_distill.training.process_group import ProcessGroup, SingleProcess
 from moe_svd_distill.training.saves import Saves
 from moe_svd_distill.training.settings import TrainingSettings
 from moe_svd_distill.training.text import Batch, TrainingText
@@ -61,6 +61,7 @@ class Progress:
     curve: list[Point] = field(default_factory=list)
     best: int = 0
     losses: list[float] = field(default_factory=list)
+    halvings: int = 0
     ended: str = ""
 
     def as_dict(self) -> dict[str, Any]:
@@ -84,6 +85,7 @@ class Outcome:
         ended: Why it ended: ``done``, ``no more gain`` or ``diverged``.
         seconds: Of training, over all runs that were needed.
         resumed_at: The step this run went on from.
+        halvings: How often it began anew at half the rate.
         rejected: Damaged saves that were moved aside.
     """
 
@@ -93,6 +95,7 @@ class Outcome:
     ended: str
     seconds: float
     resumed_at: int
+    halvings: int
     rejected: tuple[str, ...]
 
 
@@ -102,12 +105,12 @@ class Training:
     def __init__(
         self,
         engine: Engine,
-        bank: FactorBank,
+        bank: LoraParameters,
         head: TrainedHead | FixedHead,
         text: TrainingText,
         check: TrainingText,
         settings: TrainingSettings,
-        peers: Peers | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         """Nothing runs yet.
 
@@ -118,25 +121,15 @@ class Training:
             text: To train on.
             check: To measure on.
             settings: How.
-            peers: The processes that share the work.
+            group: The processes that share the work.
         """
         self.engine, self.bank, self.head, self.text, self.check = engine, bank, head, text, check
-        self.settings, self.peers = settings, peers or Alone()
+        self.settings, self.group = settings, group or SingleProcess()
         self.device = bank.values.device
         self.rows = max(1, settings.step_tokens // text.length)
         self.steps_in_epoch = max(1, len(text) // self.rows)
         self.steps = max(1, round(settings.epochs * self.steps_in_epoch))
-        self.optimisers: dict[str, tuple[Optimiser, float]] = {}
-        if bank.values.numel():
-            decay = settings.weight_decay
-            factors: Optimiser = (
-                Muon(bank, settings.momentum, decay, self.peers)
-                if settings.optimiser == "muon"
-                else AdamW(bank.values, bank.gradient, settings.betas, decay, bank.blocks)
-            )
-            self.optimisers["factors"] = factors, settings.rate
-        if head.values.numel():
-            self.optimisers["head"] = AdamW(head.values, head.gradient, settings.betas, 0.0), settings.head_rate
+        self.optimisers = self._optimisers(settings)
 
     def complete(
         self,
@@ -170,7 +163,7 @@ class Training:
             if order is None or order[0] != epoch:
                 generator = np.random.default_rng([self.settings.seed, epoch])
                 order = epoch, generator.permutation(len(self.text))
-            progress.losses.append(self._step(order[1][place * self.rows : (place + 1) * self.rows], progress.step + 1))
+            progress.losses.append(self._step(order[1][place * self.rows : (place + 1) * self.rows], progress))
             progress.step += 1
             progress.seconds += time.monotonic() - begin
             if not math.isfinite(progress.losses[-1]):
@@ -179,7 +172,9 @@ class Training:
                 begin = time.monotonic()
                 kl = self.measure()
                 progress.seconds += time.monotonic() - begin
-                if self._note(progress, kl):
+                if self._begins_badly(progress, kl):
+                    self._begin_anew(progress, best)
+                elif self._note(progress, kl):
                     for kept, values in zip(best, self._values(), strict=True):
                         kept.copy_(values)
             on_progress(progress, self.steps)
@@ -195,6 +190,7 @@ class Training:
             progress.ended or "done",
             progress.seconds,
             resumed,
+            progress.halvings,
             tuple(saves.rejected) if saves else (),
         )
 
@@ -202,23 +198,53 @@ class Training:
     def measure(self) -> float:
         """Mean KL on the checking text, in nats per place."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        mine = np.arange(len(self.check))[self.peers.number :: self.peers.count]
+        mine = np.arange(len(self.check))[self.group.number :: self.group.count]
         batches = self._batches(self.check, mine)
         for batch, states in zip(batches, self.engine.states(batches), strict=True):
             sums[0] += self.head.divergence(states, batch)
             sums[1] += len(states)
-        self.peers.add_up(sums)
+        self.group.add_up(sums)
         return float(sums[0] / sums[1])
 
-    def _step(self, rows: NDArray[np.int64], step: int) -> float:
+    def _optimisers(self, settings: TrainingSettings) -> dict[str, tuple[Optimiser, float]]:
+        """Of the factors and of the head, each with its rate, for what of them moves."""
+        bank, head, found = self.bank, self.head, {}
+        if bank.values.numel():
+            decay = settings.weight_decay
+            factors: Optimiser = (
+                Muon(bank, settings.momentum, decay, self.group)
+                if settings.optimiser == "muon"
+                else AdamW(bank.values, bank.gradient, settings.betas, decay, bank.blocks)
+            )
+            found["factors"] = factors, settings.rate
+        if head.values.numel():
+            found["head"] = AdamW(head.values, head.gradient, settings.betas, 0.0), settings.head_rate
+        return found
+
+    def _begins_badly(self, progress: Progress, kl: float) -> bool:
+        """Whether the first check is no better than the start, and the rate may still be halved."""
+        first = len(progress.curve) == 1
+        return first and progress.halvings < self.settings.halvings and not kl < progress.curve[0].kl
+
+    def _begin_anew(self, progress: Progress, start: list[Tensor]) -> None:
+        """Back to the start, the best so far, at half the rate."""
+        progress.halvings, progress.step = progress.halvings + 1, 0
+        progress.losses.clear()
+        for values, first in zip(self._values(), start, strict=True):
+            values.copy_(first)
+        self.optimisers = self._optimisers(self.settings)
+
+    def _step(self, rows: NDArray[np.int64], progress: Progress) -> float:
         """One step of the optimiser; returns its loss."""
-        share = self.settings.share_at(step, self.steps)
+        share = self.settings.share_at(progress.step + 1, self.steps) / 2**progress.halvings
         self.bank.gradient.zero_()
         self.head.gradient.zero_()
         self.head.loss.zero_()
         places = self.text.places(rows)
-        self.engine.learn(self._batches(self.text, rows[self.peers.number :: self.peers.count]), self.head, places)
-        self.peers.add_up(self.bank.gradient, self.head.gradient, self.head.loss)
+        self.engine.accumulate_gradients(
+            self._batches(self.text, rows[self.group.number :: self.group.count]), self.head, places
+        )
+        self.group.add_up(self.bank.gradient, self.head.gradient, self.head.loss)
         for gradient in (self.bank.gradient, self.head.gradient):
             norm = float(gradient.norm()) if gradient.numel() else 0.0
             if norm > self.settings.clip:
@@ -241,7 +267,7 @@ class Training:
         loss = sum(progress.losses) / len(progress.losses)
         progress.losses.clear()
         tokens = progress.step * self.rows * self.text.length
-        rate = self.settings.rate * self.settings.share_at(progress.step, self.steps)
+        rate = self.settings.rate / 2**progress.halvings * self.settings.share_at(progress.step, self.steps)
         progress.curve.append(Point(progress.step, tokens, progress.seconds, loss, kl, rate))
         if not math.isfinite(kl) or kl > _DIVERGED * progress.curve[0].kl:
             progress.ended = "diverged"
@@ -260,10 +286,10 @@ class Training:
 
     def _together(self, value: bool) -> bool:
         """Whether the first process says so: its clock counts."""
-        if self.peers.count == 1:
+        if self.group.count == 1:
             return value
-        flag = torch.tensor([float(value and self.peers.number == 0)], device=self.device)
-        self.peers.add_up(flag)
+        flag = torch.tensor([float(value and self.group.number == 0)], device=self.device)
+        self.group.add_up(flag)
         return bool(flag.item())
 
     def _values(self) -> list[Tensor]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from moe_svd_distill.algebra.orthogonal_step import adam_like_size, near_polar_factor
-from moe_svd_distill.training.factors import FactorBank
-from moe_svd_distill.training.peers import Peers
-from moe_svd_distill.training.stacks import Block
+from moe_svd_distill.training.lora_pairs import Block
+from moe_svd_distill.training.lora_parameters import LoraParameters
+from moe_svd_distill.training.process_group import ProcessGroup
 
 OptimiserName: TypeAlias = Literal["muon", "adamw"]
 _TINY = 1e-10
@@ -87,18 +87,18 @@ class AdamW:
 class Muon:
     """Steps of equal size in all directions of each factor, from Nesterov momentum."""
 
-    def __init__(self, bank: FactorBank, momentum: float, weight_decay: float, peers: Peers) -> None:
+    def __init__(self, bank: LoraParameters, momentum: float, weight_decay: float, group: ProcessGroup) -> None:
         """Begin at zero.
 
         Args:
             bank: Whose factors move.
             momentum: Decay of the mean gradient.
             weight_decay: Decoupled.
-            peers: Each computes the steps of some factors and is told those of the others.
+            group: Each computes the steps of some factors and is told those of the others.
         """
-        self._bank, self._momentum, self._decay, self._peers = bank, momentum, weight_decay, peers
+        self._bank, self._momentum, self._decay, self._group = bank, momentum, weight_decay, group
         self._mean = torch.zeros_like(bank.values)
-        self._groups = _alike(_shares(bank.blocks, peers.count)[peers.number])
+        self._groups = _alike(_shares(bank.blocks, group.count)[group.number])
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
@@ -109,13 +109,13 @@ class Muon:
         ahead = bank.gradient.lerp_(self._mean, momentum)
         if self._decay:
             bank.values.mul_(1 - rate * self._decay)
-        steps = torch.zeros_like(ahead) if self._peers.count > 1 else ahead
+        steps = torch.zeros_like(ahead) if self._group.count > 1 else ahead
         for blocks in self._groups:
             found = near_polar_factor(torch.cat([block.of(ahead) for block in blocks]))
             found = found.mul_(blocks[0].rate * adam_like_size(blocks[0].rows, blocks[0].columns))
             for block, step in zip(blocks, torch.split(found, [block.count for block in blocks]), strict=True):
                 block.of(steps).copy_(step)
-        self._peers.add_up(steps)
+        self._group.add_up(steps)
         bank.values.add_(steps, alpha=-rate)
 
     def tensors(self) -> dict[str, Tensor]:

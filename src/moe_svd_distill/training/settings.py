@@ -9,6 +9,21 @@ from moe_svd_distill.algebra.divergence import Divergence
 from moe_svd_distill.training.head import HeadTraining
 from moe_svd_distill.training.optimiser import OptimiserName
 
+LAST_LAYERS_RATE, HEAD_RATE = 0.6, 0.5
+"""Over the width of the states: 5e-3 at 128, 3e-4 at 2048, where LoRA training commonly is."""
+_STEPS, _FEWEST_PASSES, _MOST_PASSES = 2048, 4, 16
+_STEP_TOKENS, _STEPS_OF_HEAD, _FEWEST_PLACES, _MOST_PLACES = 512, 256, 128, 768
+
+
+def step_over_little(tokens: int, *, head_alone: bool) -> int:
+    """Tokens of a step over what the last layers and the head are trained on, or the head alone, which takes fewer."""
+    return min(max(tokens // _STEPS_OF_HEAD, _FEWEST_PLACES), _MOST_PLACES) if head_alone else _STEP_TOKENS
+
+
+def passes_over_little(asked: int | None, steps_in_pass: int) -> int:
+    """Passes over what the last layers and the head are trained on: as asked, or about 2,048 steps in 4 to 16."""
+    return asked or min(max(math.ceil(_STEPS / steps_in_pass), _FEWEST_PASSES), _MOST_PASSES)
+
 
 def needs_rows(fixed_head: bool, divergence: Divergence) -> bool:
     """Whether a few numbers for each place are all that the loss needs of the teacher (`expected_rows`)."""
@@ -36,6 +51,8 @@ class TrainingSettings:
         head: Whether the head moves.
         checks: How often the student is measured on other text.
         patience: Checks in a row, none lower than the one before, after which training stops.
+        halvings: How often training may begin anew at half the rate because its first check was no better than the
+            start.
         seed: Of the order of the sequences.
     """
 
@@ -55,6 +72,7 @@ class TrainingSettings:
     head: HeadTraining = "whole"
     checks: int = 12
     patience: int = 4
+    halvings: int = 0
     seed: int = 0
 
     def share_at(self, step: int, steps: int) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -11,6 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 IntArray = NDArray[np.int64]
+
+
+Recorded: TypeAlias = Callable[[IntArray], list[Tensor]]
+"""Numbers of sequences to what the first trained layer is given of them, (rows, …)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,12 +27,14 @@ class Batch:
         position: Flat positions in them that have a teacher's state, (places,), ascending.
         teacher: The teacher's states there, (places, d_teacher).
         following: The token that follows each place, as an index into the common tokens; -1 where none does, (places,).
+        inputs: What the first trained layer is given, (rows, …); nothing where that is the first of all.
     """
 
     ids: Tensor
     position: Tensor
     teacher: Tensor
     following: Tensor
+    inputs: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +47,7 @@ class TrainingText:
         teacher_position: The same places among the teacher's states, (places,).
         following: The token that follows, as an index into the common tokens; -1 where none does, (places,).
         teacher: All of the teacher's final states, (tokens, d_teacher); may be mapped from a file.
+        inputs: What the first trained layer is given of these sequences; None where that is the first of all.
     """
 
     ids: IntArray
@@ -47,6 +55,7 @@ class TrainingText:
     teacher_position: IntArray
     following: IntArray
     teacher: Tensor
+    inputs: Recorded | None = None
 
     @property
     def length(self) -> int:
@@ -77,6 +86,7 @@ class TrainingText:
             torch.from_numpy(moved).to(device),
             self.teacher[torch.from_numpy(self.teacher_position[places])].to(device),
             torch.from_numpy(self.following[places]).to(device),
+            () if self.inputs is None else tuple(tensor.to(device) for tensor in self.inputs(rows)),
         )
 
     def batches(self, rows: int, device: torch.device) -> Iterator[Batch]:

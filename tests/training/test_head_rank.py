@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from moe_svd_distill.algebra.whitening import Whitening, whitening
-from moe_svd_distill.fitting.check import mean_kl
-from moe_svd_distill.fitting.pairs import second_moment
-from moe_svd_distill.fitting.rank import KEPT_SHARE, SERVED_RANKS, HeadRank, RankChoice, choose_rank, head_factors
 from moe_svd_distill.streaming import Head
-from tests.fitting.problems import Problem, reachable
+from moe_svd_distill.training.head_rank import KEPT_SHARE, SERVED_RANKS, HeadRank, RankChoice, choose_rank, head_factors
+from moe_svd_distill.training.measuring import mean_kl
+from tests.support.head_problems import Problem, reachable, second_moment
 
-CPU = torch.device("cpu")
 WIDTH = 40
 
 
 def _metric(problem: Problem) -> Whitening:
-    return whitening(second_moment(problem.fit, CPU))
+    return whitening(second_moment(problem.fit))
 
 
 def _choose(problem: Problem, asked: HeadRank, dtype: torch.dtype = torch.float32) -> RankChoice:
     delta = problem.teacher.weight - problem.student.weight
     untouched = mean_kl(problem.check, problem.student, problem.teacher)
-    return choose_rank(
-        delta, _metric(problem), asked, problem.check, problem.student, problem.teacher, untouched, dtype
-    )
+    return choose_rank(delta, _metric(problem), asked, _kl(problem), untouched, dtype)
+
+
+def _kl(problem: Problem, teacher: Head | None = None) -> Callable[[torch.Tensor], float]:
+    """Of a change of the student's head, on the checking states."""
+    return lambda change: mean_kl(problem.check, problem.student.plus(change), teacher or problem.teacher)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +62,8 @@ def test_auto_never_exceeds_what_servers_take() -> None:
     problem = reachable(fit=700, check=64, tokens=530, width=520, size=0.2)
     delta = torch.randn(530, 520, generator=generator)
     choice = choose_rank(
-        delta, Whitening(torch.eye(520), torch.eye(520)), "auto", problem.check, problem.student,
-        problem.student.plus(delta), 10.0, torch.bfloat16,
+        delta, Whitening(torch.eye(520), torch.eye(520)), "auto", _kl(problem, problem.student.plus(delta)), 10.0,
+        torch.bfloat16,
     )  # fmt: skip
     assert choice.rank in SERVED_RANKS
     assert all(trial.rank in SERVED_RANKS for trial in choice.trials)
@@ -99,9 +102,7 @@ def test_the_trial_is_of_the_factors_as_they_are_stored(problem: Problem) -> Non
 def test_a_change_that_helps_nothing_keeps_all_of_nothing(problem: Problem) -> None:
     nothing = torch.zeros_like(problem.student.weight)
     untouched = mean_kl(problem.check, problem.student, problem.teacher)
-    choice = choose_rank(
-        nothing, _metric(problem), "auto", problem.check, problem.student, problem.teacher, untouched, torch.bfloat16
-    )
+    choice = choose_rank(nothing, _metric(problem), "auto", _kl(problem), untouched, torch.bfloat16)
     assert choice.rank == 16
     assert choice.trials[0].share == 1.0
 
@@ -111,9 +112,7 @@ def test_where_there_is_next_to_no_fall_what_is_left_is_the_measure(problem: Pro
     teacher = Head(problem.teacher.weight + noise, None, problem.teacher.transform)
     delta = problem.teacher.weight - problem.student.weight
     best = mean_kl(problem.check, problem.teacher, teacher)
-    choice = choose_rank(
-        delta, _metric(problem), "auto", problem.check, problem.student, teacher, best * (1 + 1e-6), torch.float32
-    )
+    choice = choose_rank(delta, _metric(problem), "auto", _kl(problem, teacher), best * (1 + 1e-6), torch.float32)
     assert choice.trials[0].rank == 16
     assert choice.trials[0].share == pytest.approx(1 - (choice.trials[0].kl - best) / (best / 10), rel=1e-3)
     assert choice.trials[0].share < KEPT_SHARE <= choice.trials[-1].share

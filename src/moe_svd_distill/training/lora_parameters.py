@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from moe_svd_distill.streaming import Matrix
-from moe_svd_distill.training.stacks import (
-    WHOLE_RATE,
-    BesideStack,
+from moe_svd_distill.training.lora_pairs import (
+    FULL_DELTA_RATE,
     Block,
+    FullDeltas,
+    LoraPairs,
+    LoraPairsBeside,
     Pair,
-    PairStack,
     Stack,
-    WholeStack,
     acts_beside,
 )
 
@@ -32,7 +32,7 @@ _Group = tuple[int, tuple[Matrix, ...], int, tuple[int, int]]
 """Layer, matrices of one shape and one way of acting in it, rank, and (rows, columns)."""
 
 
-class FactorBank:
+class LoraParameters:
     """All pairs that are trained.
 
     Attributes:
@@ -89,7 +89,7 @@ class FactorBank:
         }
         self.names = list(self._where)
         for stack in self._all():
-            if isinstance(stack, BesideStack):
+            if isinstance(stack, LoraPairsBeside):
                 stack.attach()
 
     def stacks(self, layer: int) -> Sequence[Stack]:
@@ -99,7 +99,7 @@ class FactorBank:
     def bases(self, layer: int) -> list[list[Tensor]]:
         """Copies of a layer's trained matrices as they are now, for `compose`."""
         return [
-            [] if isinstance(stack, BesideStack) else [weight.value.clone() for weight in stack.weights]
+            [] if isinstance(stack, LoraPairsBeside) else [weight.value.clone() for weight in stack.weights]
             for stack in self.stacks(layer)
         ]
 
@@ -118,7 +118,7 @@ class FactorBank:
                     old = weight.value if base is None else base[place]
                     weight.value.copy_(change + old)
 
-    def collect(self, layer: int) -> None:
+    def hook_gradients(self, layer: int) -> None:
         """Let backward passes through a layer add what follows from a weight's gradient to those of its factors.
 
         Each weight's gradient is let go of at once, so no more than one is there at a time. That holds as long as the
@@ -126,7 +126,7 @@ class FactorBank:
         """
         of_parameter: dict[nn.Parameter, list[Stack]] = defaultdict(list)
         for stack in self.stacks(layer):
-            if isinstance(stack, BesideStack):
+            if isinstance(stack, LoraPairsBeside):
                 continue
             of_parameter[stack.weights[0].parameter].append(stack)
         for parameter, stacks in of_parameter.items():
@@ -143,9 +143,9 @@ class FactorBank:
         for chunk in stack.chunks():
             found = [gradient for weight in stack.weights[chunk] if (gradient := weight.gradient) is not None]
             slopes = found[0][None] if len(found) == 1 else torch.stack(found)
-            stack.learn(chunk, slopes.to(self.values.dtype))
+            stack.accumulate_gradients(chunk, slopes.to(self.values.dtype))
 
-    def forget(self) -> None:
+    def reset_to_zero(self) -> None:
         """Let every product be zero, as without a start."""
         for stack in self._all():
             stack.multiply(0.0)
@@ -178,7 +178,7 @@ class FactorBank:
     def _place(self, group: _Group) -> Iterator[Block]:
         """Where a group lies in the flat buffers: its A and B, or its changes."""
         _, members, rank, (rows, columns) = group
-        shapes = [(rows, columns, WHOLE_RATE)] if _is_whole(group) else [(rank, columns, 1.0), (rows, rank, 1.0)]
+        shapes = [(rows, columns, FULL_DELTA_RATE)] if _is_whole(group) else [(rank, columns, 1.0), (rows, rank, 1.0)]
         for height, width, rate in shapes:
             begin = self.blocks[-1].end if self.blocks else 0
             block = Block(begin, len(members), height, width, rate)
@@ -200,9 +200,9 @@ def _alike(layer: int, weights: Sequence[Matrix], ranks: Mapping[str, int]) -> I
 
 def _stack(members: tuple[Matrix, ...], views: Sequence[Tensor]) -> Stack:
     if len(views) == 2:
-        return WholeStack(members, *views)
+        return FullDeltas(members, *views)
     a, b, slope_a, slope_b = views
-    kind = BesideStack if acts_beside(members[0], a.shape[1]) else PairStack
+    kind = LoraPairsBeside if acts_beside(members[0], a.shape[1]) else LoraPairs
     return kind(members, a, b, slope_a, slope_b)
 
 

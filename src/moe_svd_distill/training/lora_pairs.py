@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from moe_svd_distill.architecture.matrices import Kind
 from moe_svd_distill.errors import UsageError
 from moe_svd_distill.streaming import Matrix
-from moe_svd_distill.training.beside import add_product
 
-WHOLE_RATE = 0.5
+FULL_DELTA_RATE = 0.5
 """Learning rate of a change that moves as a whole, as a share of that of two factors."""
 _CHUNK_BYTES = 32 << 20
 _PRODUCTS = 3  # with each factor, on the way there and back
@@ -70,7 +69,7 @@ class Stack(Protocol):
     def changes(self, chunk: slice) -> Tensor:
         """The products B·A of some pairs, (n, rows, columns); not to be written to."""
 
-    def learn(self, chunk: slice, slopes: Tensor) -> None:
+    def accumulate_gradients(self, chunk: slice, slopes: Tensor) -> None:
         """Add what follows from gradients by the weights, (n, rows, columns), to the gradients of what moves."""
 
     def draw(self, generator: torch.Generator) -> None:
@@ -91,7 +90,7 @@ class Stack(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class PairStack:
+class LoraPairs:
     """A `Stack` of two factors each.
 
     Attributes:
@@ -116,7 +115,7 @@ class PairStack:
         """As `Stack`."""
         return torch.bmm(self.b[chunk], self.a[chunk])
 
-    def learn(self, chunk: slice, slopes: Tensor) -> None:
+    def accumulate_gradients(self, chunk: slice, slopes: Tensor) -> None:
         """As `Stack`: ``∂A = Bᵀ ∂W``, ``∂B = ∂W Aᵀ``."""
         self.slope_a[chunk].baddbmm_(self.b[chunk].transpose(1, 2), slopes)
         self.slope_b[chunk].baddbmm_(slopes, self.a[chunk].transpose(1, 2))
@@ -142,7 +141,7 @@ class PairStack:
 
 
 @dataclass(frozen=True, eq=False)
-class BesideStack(PairStack):
+class LoraPairsBeside(LoraPairs):
     """Pairs that act beside their modules, as PEFT's do: neither product nor gradient by the weight is ever formed."""
 
     def attach(self) -> None:
@@ -171,7 +170,7 @@ def acts_beside(matrix: Matrix, rank: int) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class WholeStack:
+class FullDeltas:
     """A `Stack` of changes that move as a whole.
 
     Attributes:
@@ -192,7 +191,7 @@ class WholeStack:
         """As `Stack`."""
         return self.change[chunk]
 
-    def learn(self, chunk: slice, slopes: Tensor) -> None:
+    def accumulate_gradients(self, chunk: slice, slopes: Tensor) -> None:
         """As `Stack`."""
         self.slope[chunk] += slopes
 
@@ -228,3 +227,46 @@ def _refuse_higher(hub_name: str, found: int, rank: int) -> None:
         raise UsageError(
             f"the start has rank {found} for {hub_name}, the adapter is to have {rank}", f"Ask for rank {found} or more"
         )
+
+
+def add_product(module: nn.Module, a: Tensor, b: Tensor, slope_a: Tensor, slope_b: Tensor) -> None:
+    """Let a module give ``W x + B A x``, and backward passes add to the gradients of A and B.
+
+    Copies of the module that are made afterwards do so, too.
+
+    Args:
+        module: A linear module.
+        a: Float32, (rank, columns); read anew at each call.
+        b: Float32, (rows, rank).
+        slope_a: Where the gradient of A is added up, (rank, columns).
+        slope_b: The same of B, (rows, rank).
+    """
+    anchor = torch.zeros((), device=a.device, requires_grad=True)  # inputs of the first layer need no gradient
+
+    def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        product: Tensor = _Product.apply(inputs[0], a, b, slope_a, slope_b, anchor)  # type: ignore[no-untyped-call]
+        return output + product
+
+    module.register_forward_hook(hook)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        context: Any, states: Tensor, a: Tensor, b: Tensor, slope_a: Tensor, slope_b: Tensor, anchor: Tensor
+    ) -> Tensor:
+        down, up = a.to(states.dtype), b.to(states.dtype)
+        inner = states @ down.T
+        context.save_for_backward(states, inner)
+        context.factors = down, up, slope_a, slope_b
+        return inner @ up.T
+
+    @staticmethod
+    def backward(context: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        states, inner = context.saved_tensors
+        down, up, slope_a, slope_b = context.factors
+        slope = slopes[0]
+        slope_b.add_(slope.flatten(0, -2).T @ inner.flatten(0, -2))
+        of_inner = slope @ up
+        slope_a.add_(of_inner.flatten(0, -2).T @ states.flatten(0, -2))
+        return of_inner @ down if context.needs_input_grad[0] else None, None, None, None, None, None

@@ -8,7 +8,10 @@ knows: with some of it a fit on one kind of text does not harm the others (docs/
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +20,15 @@ from torch import Tensor
 
 from moe_svd_distill.streaming import Head, StreamedStates
 
+if TYPE_CHECKING:
+    from moe_svd_distill.recipe import Recipe
+
+MUCH_TEXT = 65_536
+"""Tokens above which training needs no copies; some text of the student's own is read all the same."""
+_OWN_SHARE_OF_MUCH = 0.1
+
+ReadStudent = Callable[[str, NDArray[np.int64]], StreamedStates]
+"""A pass of the student over sequences, under a name."""
 SHARES = (0.3, 0.6)
 _FEW = 3
 MOST_COPIES = 7
@@ -28,12 +40,98 @@ ROUNDS = 3
 """How often text that begins as random tokens is drawn anew from what the student expects."""
 
 
+@dataclass(frozen=True)
+class ExtraText:
+    """What is read beside the text, in sequences.
+
+    Attributes:
+        copies: Copies of the whole text with tokens exchanged.
+        generated: Sequences that the student draws by itself.
+    """
+
+    copies: int
+    generated: int
+
+    def sequences(self, count: int) -> int:
+        """How many sequences that makes for a text of so many."""
+        return self.copies * count + self.generated
+
+
+def for_fit(recipe: Recipe, tokens: int, count: int, identical: bool) -> ExtraText:
+    """What a fit reads beside its text.
+
+    Args:
+        recipe: What is asked for.
+        tokens: Of the text.
+        count: Its sequences.
+        identical: Whether both models read the same tokens; nothing can be exchanged if not.
+    """
+    if not identical:
+        return ExtraText(0, 0)
+    copies = default_copies(tokens) if recipe.copies == "auto" else recipe.copies
+    generated = default_generated(copies) if recipe.own_text == "auto" else min(recipe.own_text, copies)
+    return ExtraText(copies - generated, generated * count)
+
+
+def for_training(recipe: Recipe, tokens: int, count: int, identical: bool, head_moves: bool = True) -> ExtraText:
+    """What training reads beside its text: as a fit does of little text; of much, a tenth of the student's own.
+
+    Copies show rows of the head in more contexts. Where it stands still they cost seven times the reading and gain
+    nothing (docs/decisions/0025).
+
+    Args:
+        recipe: As of `for_fit`.
+        tokens: As of `for_fit`.
+        count: As of `for_fit`.
+        identical: As of `for_fit`.
+        head_moves: Whether the head is trained.
+    """
+    if not head_moves and recipe.copies == "auto":
+        return ExtraText(0, 0)
+    if not identical or recipe.copies != "auto" or tokens <= MUCH_TEXT:
+        return for_fit(recipe, tokens, count, identical)
+    return ExtraText(0, math.ceil(_OWN_SHARE_OF_MUCH * count) if recipe.own_text == "auto" else recipe.own_text * count)
+
+
+def draw(
+    sequences: NDArray[np.int64],
+    extra: ExtraText,
+    read: ReadStudent,
+    head: Head,
+    seed: int,
+    states: StreamedStates | None = None,
+) -> NDArray[np.int64]:
+    """Draw copies, then text of the student's own.
+
+    Args:
+        sequences: The text, (n, length).
+        extra: How much.
+        read: Passes the student over sequences.
+        head: The student's head over the common tokens.
+        seed: Of all draws.
+        states: The student's states of the text in their first n rows, if they are there already.
+
+    Returns:
+        Token ids, (m, length).
+    """
+    length = sequences.shape[1]
+    copied = sequences[:0]
+    if extra.copies:
+        mine = read("student", sequences) if states is None else states
+        copied = perturbed_copies(sequences, mine, head, extra.copies, seed)
+    generated = random_sequences(extra.generated, length, len(head.weight), seed)
+    for number in range(ROUNDS if extra.generated else 0):
+        states = read(f"student, its own text {number + 1}", generated)
+        generated = resample_tokens(generated, states, head, seed + number)
+    return np.concatenate([copied, generated])
+
+
 def default_copies(tokens: int) -> int:
     """How many copies pay: many of little text, few of much."""
     return int(np.clip(_MOST_TOKENS // tokens - 1, _FEWEST, MOST_COPIES))
 
 
-def default_own_text(copies: int) -> int:
+def default_generated(copies: int) -> int:
     """How many of the copies are text of the student's own."""
     return round(_OWN_SHARE * copies)
 
@@ -44,7 +142,7 @@ def random_sequences(count: int, length: int, tokens: int, seed: int) -> NDArray
 
 
 @torch.no_grad()
-def drawn_anew(sequences: NDArray[np.int64], states: StreamedStates, head: Head, seed: int) -> NDArray[np.int64]:
+def resample_tokens(sequences: NDArray[np.int64], states: StreamedStates, head: Head, seed: int) -> NDArray[np.int64]:
     """Every token but the first drawn from the student's prediction before it.
 
     Args:

@@ -1,4 +1,4 @@
-"""Text that a fit is judged by: states, the tokens that really follow, and the documents errors are counted over."""
+"""Figures of a student on final states: the places that are compared, and KL, cross-entropy and agreement there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor
 from moe_svd_distill.algebra.distribution import kl_divergence, measure_tokens
 from moe_svd_distill.algebra.figures import Measurement
 from moe_svd_distill.calibration.paired import PairedText
-from moe_svd_distill.fitting.pairs import StatePairs
 from moe_svd_distill.streaming import Head
 
 IntArray = NDArray[np.int64]
@@ -50,6 +49,34 @@ def predicting_places(text: PairedText) -> Places:
     real = (target >= 0) & (text.student.document_of_token.reshape(-1)[following] >= 0)
     _, unit = np.unique(np.asarray(text.student.units()).reshape(-1)[following[real]], return_inverse=True)
     return Places(student[real], teacher[real], target[real], unit.astype(np.int64))
+
+
+@dataclass(frozen=True, eq=False)
+class StatePairs:
+    """Final states of student and teacher at the same places of a text; either may be mapped from a file.
+
+    Attributes:
+        student: All of the student's states, (tokens, d_student).
+        teacher: All of the teacher's, (tokens, d_teacher).
+        student_position: Which of the student's are used, (n,).
+        teacher_position: The teacher's beside them, (n,).
+    """
+
+    student: Tensor
+    teacher: Tensor
+    student_position: IntArray
+    teacher_position: IntArray
+
+    def __len__(self) -> int:
+        return len(self.student_position)
+
+    def in_order(self, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """All of them, ``size`` places at a time, (n, d_student) and (n, d_teacher), float32."""
+        for begin in range(0, len(self), size):
+            part = slice(begin, begin + size)
+            mine = self.student[torch.from_numpy(self.student_position[part])]
+            theirs = self.teacher[torch.from_numpy(self.teacher_position[part])]
+            yield mine.to(device, torch.float32), theirs.to(device, torch.float32)
 
 
 def measure_states(pairs: StatePairs, places: Places, student: Head, teacher: Head) -> Measurement:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from moe_svd_distill.algebra.logits import LogitTransform
-from moe_svd_distill.fitting.pairs import Segment, StatePairs
 from moe_svd_distill.streaming import Head
+from moe_svd_distill.training.measuring import StatePairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,18 +24,22 @@ class Problem:
 
 
 def state_pairs(student: Tensor, teacher: Tensor) -> StatePairs:
-    """States in two segments, the second behind unused places."""
-    half = len(student) // 2
-    everywhere = np.arange(half)
-    rest = len(student) - half
-    padded = torch.cat([torch.full((3, student.shape[1]), 1e3), student[half:]])
-    moved = torch.cat([torch.full((5, teacher.shape[1]), -1e3), teacher[half:]])
-    return StatePairs(
-        [
-            Segment(student[:half], teacher[:half], everywhere, everywhere),
-            Segment(padded, moved, np.arange(rest) + 3, np.arange(rest) + 5),
-        ]
-    )
+    """States of both models, each behind some unused places."""
+    padded = torch.cat([torch.full((3, student.shape[1]), 1e3), student])
+    moved = torch.cat([torch.full((5, teacher.shape[1]), -1e3), teacher])
+    return StatePairs(padded, moved, np.arange(len(student)) + 3, np.arange(len(student)) + 5)
+
+
+def all_states(pairs: StatePairs) -> tuple[Tensor, Tensor]:
+    """Of student and teacher."""
+    ((student, teacher),) = pairs.in_order(len(pairs), torch.device("cpu"))
+    return student, teacher
+
+
+def second_moment(pairs: StatePairs) -> Tensor:
+    """Of the student's states, (d, d)."""
+    student, _ = all_states(pairs)
+    return student.T @ student / len(student)
 
 
 def reachable(

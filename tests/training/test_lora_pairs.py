@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from moe_svd_distill.training import factors
-from moe_svd_distill.training.beside import add_product
-from moe_svd_distill.training.stacks import BesideStack, PairStack
+from moe_svd_distill.training import lora_parameters
+from moe_svd_distill.training.lora_pairs import LoraPairs, LoraPairsBeside, add_product
 from tests.support.models import saved
 from tests.training.setting import Setting, disturb, made_up_text, setting
 
@@ -49,10 +48,10 @@ def test_beside_and_inside_give_the_same_states_and_gradients(
 ) -> None:
     model = saved(kind, tmp_path / "model", dtype=torch.float32)
     beside = setting(model, tmp_path, rank=1, streamed=streamed)
-    monkeypatch.setattr(factors, "acts_beside", lambda matrix, rank: False)
+    monkeypatch.setattr(lora_parameters, "acts_beside", lambda matrix, rank: False)
     inside = setting(model, tmp_path, rank=1, streamed=streamed)
-    assert any(isinstance(stack, BesideStack) for layer in range(2) for stack in beside.bank.stacks(layer))
-    assert all(type(stack) is not BesideStack for layer in range(2) for stack in inside.bank.stacks(layer))
+    assert any(isinstance(stack, LoraPairsBeside) for layer in range(2) for stack in beside.bank.stacks(layer))
+    assert all(type(stack) is not LoraPairsBeside for layer in range(2) for stack in inside.bank.stacks(layer))
     states = [_learned(each) for each in (beside, inside)]
     torch.testing.assert_close(states[0], states[1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(beside.bank.gradient, inside.bank.gradient, rtol=1e-3, atol=1e-6)
@@ -61,9 +60,9 @@ def test_beside_and_inside_give_the_same_states_and_gradients(
 def test_small_changes_of_16_bit_weights_are_not_swallowed(tmp_path: Path) -> None:
     model = saved("llama", tmp_path / "model", dtype=torch.float32)
     found = setting(model, tmp_path, rank=4, dtype=torch.bfloat16)
-    linear = [stack for layer in range(2) for stack in found.bank.stacks(layer) if isinstance(stack, PairStack)]
+    linear = [stack for layer in range(2) for stack in found.bank.stacks(layer) if isinstance(stack, LoraPairs)]
     assert linear
-    assert all(isinstance(stack, BesideStack) for stack in linear)
+    assert all(isinstance(stack, LoraPairsBeside) for stack in linear)
 
 
 def _learned(found: Setting) -> torch.Tensor:
@@ -71,5 +70,5 @@ def _learned(found: Setting) -> torch.Tensor:
     text = made_up_text(4, 7)
     batches = [text.take(np.arange(4), torch.device("cpu"))]
     found.bank.gradient.zero_()
-    found.engine.learn(batches, found.head, text.places(np.arange(4)))
+    found.engine.accumulate_gradients(batches, found.head, text.places(np.arange(4)))
     return torch.cat(list(found.engine.states(batches)))

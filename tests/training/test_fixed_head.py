@@ -9,8 +9,7 @@ from moe_svd_distill.algebra.logits import LogitTransform
 from moe_svd_distill.algebra.whitening import whitening
 from moe_svd_distill.streaming import Head
 from moe_svd_distill.training import fixed_head
-from moe_svd_distill.training.expected_rows import expected_rows, with_expected_rows
-from moe_svd_distill.training.fixed_head import FixedHead
+from moe_svd_distill.training.fixed_head import FixedHead, expected_rows, with_expected_rows
 from moe_svd_distill.training.head import TrainedHead
 from tests.training.setting import CPU, TEACHER_WIDTH, VOCABULARY, made_up_text
 
@@ -43,7 +42,7 @@ def test_loss_slope_and_divergence_are_those_of_the_whole_distributions(
         assert expected.text.teacher.shape == (len(text.position), WIDTH + 1)
         batch, brief = text.take(order, CPU), expected.text.take(order, CPU)
         states = torch.randn(len(batch.position), WIDTH, generator=torch.Generator().manual_seed(7))
-        slopes = [head.learn(states, part, 50) for head, part in ((plain, batch), (short, brief))]
+        slopes = [head.accumulate_gradients(states, part, 50) for head, part in ((plain, batch), (short, brief))]
         torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-3, atol=1e-5)
         assert float(short.loss) == pytest.approx(float(plain.loss), rel=1e-5)
         assert not short.values.numel()
@@ -66,7 +65,7 @@ def test_products_of_16_bits_are_near(tmp_path: Path, monkeypatch: pytest.Monkey
     with with_expected_rows(text, teacher, student, 0.0, tmp_path, "wide") as wide:
         batch = wide.text.take(order, CPU)
         states = torch.randn(len(batch.position), WIDTH, generator=torch.Generator().manual_seed(7))
-        slopes = [head.learn(states, batch, len(states)) for head in (rounded, plain)]
+        slopes = [head.accumulate_gradients(states, batch, len(states)) for head in (rounded, plain)]
         near = torch.nn.functional.cosine_similarity(slopes[0], slopes[1], dim=-1)
         assert float(near.min()) > 0.999
         assert float(rounded.loss) == pytest.approx(float(plain.loss), rel=0.01)

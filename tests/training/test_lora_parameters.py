@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from moe_svd_distill.errors import UsageError
+from moe_svd_distill.training.lora_pairs import FULL_DELTA_RATE, Block, Pair
 from moe_svd_distill.training.optimiser import AdamW, _shares
-from moe_svd_distill.training.stacks import WHOLE_RATE, Block, Pair
 from tests.support.models import saved
 from tests.training.setting import disturb, setting
 
@@ -33,7 +33,7 @@ def test_where_the_rank_is_full_the_change_moves_as_a_whole(model: Path, tmp_pat
     rates = [block.rate for block in bank.blocks]
     assert rates == sorted(rates)
     assert bank.blocks[-1].end == len(bank.values)
-    assert sum(block.end - block.begin for block in bank.blocks if block.rate == WHOLE_RATE) == whole
+    assert sum(block.end - block.begin for block in bank.blocks if block.rate == FULL_DELTA_RATE) == whole
     for b, a in pairs.values():
         assert not (b @ a).any()
 
@@ -62,7 +62,7 @@ def test_products_are_scaled_for_a_while(model: Path, tmp_path: Path) -> None:
             torch.testing.assert_close(b @ a, 0.25 * before[name])
     for name, (b, a) in bank.pairs():
         assert torch.equal(b @ a, before[name])
-    bank.forget()
+    bank.reset_to_zero()
     assert not any((b @ a).any() for _, (b, a) in bank.pairs())
 
 

@@ -15,7 +15,7 @@ from moe_svd_distill.errors import IncompleteError
 _PATIENCE = timedelta(minutes=30)
 
 
-class Peers(Protocol):
+class ProcessGroup(Protocol):
     """All processes of a training run.
 
     Attributes:
@@ -30,17 +30,17 @@ class Peers(Protocol):
         """Replace each tensor by its sum over all processes."""
 
 
-class Alone:
+class SingleProcess:
     """One process."""
 
     number, count = 0, 1
 
     def add_up(self, *tensors: Tensor) -> None:
-        """As `Peers`: nothing to add."""
+        """As `ProcessGroup`: nothing to add."""
 
 
-class Connected:
-    """As `Peers`, over gloo (CPU) or NCCL (CUDA)."""
+class Distributed:
+    """As `ProcessGroup`, over gloo (CPU) or NCCL (CUDA)."""
 
     def __init__(self, number: int, count: int, address: str, device: torch.device) -> None:
         """Meet the others.
@@ -63,7 +63,7 @@ class Connected:
         self._leave: Callable[[], None] = dist.destroy_process_group
 
     def add_up(self, *tensors: Tensor) -> None:
-        """As `Peers`.
+        """As `ProcessGroup`.
 
         Raises:
             IncompleteError: One of the others is gone.

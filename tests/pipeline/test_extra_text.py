@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from moe_svd_distill.algebra.logits import LogitTransform
-from moe_svd_distill.fitting.copies import (
+from moe_svd_distill.pipeline.extra_text import (
     MOST_COPIES,
     _one_each,
     default_copies,
-    default_own_text,
-    drawn_anew,
+    default_generated,
     perturbed_copies,
     random_sequences,
+    resample_tokens,
 )
 from moe_svd_distill.streaming import Head
 
@@ -82,7 +82,7 @@ def test_a_token_is_drawn_from_what_is_expected_after_the_one_before_it(text: An
 
 def test_long_sequences_are_drawn_chunk_by_chunk_without_a_seam(text: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sequences, states, head = text
-    monkeypatch.setattr("moe_svd_distill.fitting.copies._LOGIT_BYTES", 4 * COMMON * 50)  # 50 places of 127
+    monkeypatch.setattr("moe_svd_distill.pipeline.extra_text._LOGIT_BYTES", 4 * COMMON * 50)  # 50 places of 127
     result = perturbed_copies(sequences, states, head, 1, seed=3)
     changed = result != sequences
     assert not changed[:, 0].any()
@@ -103,7 +103,7 @@ def test_many_copies_of_little_text_and_few_of_much(tokens: int, copies: int) ->
 
 def test_own_text_is_drawn_from_what_the_student_expects(text: Any) -> None:
     sequences, states, head = text
-    drawn = drawn_anew(sequences, states, head, seed=3)
+    drawn = resample_tokens(sequences, states, head, seed=3)
     assert np.array_equal(drawn[:, 0], sequences[:, 0])
     assert int(drawn[:, 1:].max()) < COMMON
     expected = torch.softmax(head.logits(states.states[:, :-1].flatten(0, 1)), dim=-1)
@@ -111,15 +111,15 @@ def test_own_text_is_drawn_from_what_the_student_expects(text: Any) -> None:
     assert np.abs(frequency - expected.mean(0).numpy()).max() < 0.02
     likelihood = expected[torch.arange(len(expected)), torch.from_numpy(drawn[:, 1:].ravel())].mean()
     assert float(likelihood) == pytest.approx(float((expected**2).sum(-1).mean()), rel=0.1)
-    assert np.array_equal(drawn, drawn_anew(sequences, states, head, seed=3))
-    assert not np.array_equal(drawn, drawn_anew(sequences, states, head, seed=4))
+    assert np.array_equal(drawn, resample_tokens(sequences, states, head, seed=3))
+    assert not np.array_equal(drawn, resample_tokens(sequences, states, head, seed=4))
 
 
 def test_own_text_begins_with_any_token() -> None:
     found = random_sequences(50, 20, 30, seed=1)
     assert found.shape == (50, 20)
     assert set(np.unique(found)) == set(range(30))
-    assert [default_own_text(copies) for copies in (0, 1, 2, 3, 7)] == [0, 0, 1, 1, 3]
+    assert [default_generated(copies) for copies in (0, 1, 2, 3, 7)] == [0, 0, 1, 1, 3]
 
 
 def test_one_token_each_is_drawn_as_often_as_expected() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -9,9 +10,6 @@ import torch
 from torch import Tensor
 
 from moe_svd_distill.algebra.whitening import Whitening, truncated_in_metric
-from moe_svd_distill.fitting.check import mean_kl
-from moe_svd_distill.fitting.pairs import StatePairs
-from moe_svd_distill.streaming import Head
 
 SERVED_RANKS = (16, 32, 64, 128, 256, 320, 512)
 """The ranks vLLM has kernels for, from the smallest that is worth having for a head."""
@@ -48,9 +46,7 @@ def choose_rank(
     delta: Tensor,
     metric: Whitening,
     asked: HeadRank,
-    check: StatePairs,
-    student: Head,
-    teacher: Head,
+    kl_of: Callable[[Tensor], float],
     untouched_kl: float,
     dtype: torch.dtype,
 ) -> RankChoice:
@@ -61,21 +57,21 @@ def choose_rank(
         metric: Second moment of the states it is applied to.
         asked: A number; `full` for the width; `auto` for the smallest rank that a server takes and that keeps 98 % of
             the fall of KL on the checking text, at most 512.
-        check: States of text the head was not fitted on.
-        student: The student's head.
-        teacher: The teacher's.
-        untouched_kl: KL on that text without any change.
+        kl_of: Change of the head, (v, d), to KL on text the head was not trained on, in nats per token.
+        untouched_kl: The same of the untouched student.
         dtype: Type the factors are stored in.
     """
     width = min(delta.shape)
-    if asked != "auto":
-        rank = width if asked == "full" else int(asked)
-        return RankChoice(rank, (_trial(rank, delta, metric, check, student, teacher, untouched_kl, None, dtype),))
-    candidates = [rank for rank in SERVED_RANKS if rank < width] + ([width] if width <= SERVED_RANKS[-1] else [])
-    whole = mean_kl(check, student.plus(delta), teacher)
+    if asked == "auto":
+        candidates = [rank for rank in SERVED_RANKS if rank < width] + ([width] if width <= SERVED_RANKS[-1] else [])
+    else:
+        candidates = [width if asked == "full" else int(asked)]
+    whole = kl_of(delta)
     trials = []
     for rank in candidates:
-        trials.append(_trial(rank, delta, metric, check, student, teacher, untouched_kl, whole, dtype))
+        left, right = head_factors(delta, metric, rank, dtype)
+        kl = kl_of(left.float() @ right.float())
+        trials.append(RankTrial(rank, kl, 1 - (kl - whole) / max(untouched_kl - whole, whole / 10, _TINY)))
         if trials[-1].share >= KEPT_SHARE:
             break
     return RankChoice(trials[-1].rank, tuple(trials))
@@ -89,20 +85,3 @@ def head_factors(delta: Tensor, metric: Whitening, rank: int, dtype: torch.dtype
         b = torch.nn.functional.pad(b, (0, rank - width))
         a = torch.nn.functional.pad(a, (0, 0, 0, rank - width))
     return b.to(dtype), a.to(dtype)
-
-
-def _trial(
-    rank: int,
-    delta: Tensor,
-    metric: Whitening,
-    check: StatePairs,
-    student: Head,
-    teacher: Head,
-    untouched_kl: float,
-    whole_kl: float | None,
-    dtype: torch.dtype,
-) -> RankTrial:
-    b, a = head_factors(delta, metric, rank, dtype)
-    kl = mean_kl(check, student.plus(b.float() @ a.float()), teacher)
-    best = mean_kl(check, student.plus(delta), teacher) if whole_kl is None else whole_kl
-    return RankTrial(rank, kl, 1 - (kl - best) / max(untouched_kl - best, best / 10, _TINY))

@@ -11,10 +11,9 @@ import torch
 from moe_svd_distill.algebra.logits import LogitTransform
 from moe_svd_distill.calibration.paired import PairedText
 from moe_svd_distill.calibration.text import TokenizedText
-from moe_svd_distill.fitting import check
-from moe_svd_distill.fitting.check import measure_states, predicting_places
-from moe_svd_distill.fitting.pairs import Segment, StatePairs, second_moment
 from moe_svd_distill.streaming import Head
+from moe_svd_distill.training import measuring
+from moe_svd_distill.training.measuring import StatePairs, measure_states, predicting_places
 
 NAMES = tuple("abcdefghij")
 
@@ -76,8 +75,8 @@ def test_figures_are_the_plain_formulas_summed_by_document(
         for width, offset in ((8, torch.randn(vocabulary, generator=generator)), (12, None))
     )
     places = predicting_places(text)
-    pairs = StatePairs([Segment(mine, theirs, places.student_position, places.teacher_position)])
-    monkeypatch.setattr(check, "_LOGIT_BYTES", 4 * vocabulary * 13)  # several pieces
+    pairs = StatePairs(mine, theirs, places.student_position, places.teacher_position)
+    monkeypatch.setattr(measuring, "_LOGIT_BYTES", 4 * vocabulary * 13)  # several pieces
     found = measure_states(pairs, places, student, teacher)
     assert len(found.tokens) == 10
     p, q = (
@@ -99,21 +98,11 @@ def test_figures_are_the_plain_formulas_summed_by_document(
         assert found.agreement[document] == int(agreement[inside].sum())
 
 
-def test_states_are_read_by_number_across_segments() -> None:
+def test_states_are_read_in_order_and_in_float32() -> None:
     student, teacher = torch.arange(40.0).reshape(10, 4), -torch.arange(20.0).reshape(10, 2)
-    pairs = StatePairs(
-        [
-            Segment(student.half(), teacher, np.array([1, 3, 5]), np.array([0, 2, 4])),
-            Segment(student + 100, teacher, np.array([9, 0]), np.array([9, 8])),
-        ]
-    )
+    pairs = StatePairs(student.half(), teacher, np.array([9, 1, 3, 5, 0]), np.array([0, 2, 4, 9, 8]))
     assert len(pairs) == 5
-    mine, theirs = pairs.gather(np.array([4, 0, 2, 3]), torch.device("cpu"))
-    wanted = torch.stack([student[1], student[5], student[9] + 100, student[0] + 100])
-    assert torch.equal(mine, wanted)
-    assert torch.equal(theirs, torch.stack([teacher[0], teacher[4], teacher[9], teacher[8]]))
-    everything, _ = pairs.gather(np.arange(5), torch.device("cpu"))
-    pieces = torch.cat([mine for mine, _ in pairs.in_order(2, torch.device("cpu"))])
-    assert torch.equal(pieces, everything)
-    moment = second_moment(pairs, torch.device("cpu"))
-    torch.testing.assert_close(moment, everything.T @ everything / 5)
+    pieces = list(pairs.in_order(2, torch.device("cpu")))
+    assert [len(mine) for mine, _ in pieces] == [2, 2, 1]
+    assert torch.equal(torch.cat([mine for mine, _ in pieces]), student[[9, 1, 3, 5, 0]])
+    assert torch.equal(torch.cat([theirs for _, theirs in pieces]), teacher[[0, 2, 4, 9, 8]])

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from moe_svd_distill.execution.spawning import START_METHOD, bare_main, leave_with_parent, signals_held
-from moe_svd_distill.training.job import Listener, Trained, Trainee, TrainingJob, threads
-from moe_svd_distill.training.peers import Alone, Connected
+from moe_svd_distill.training.job import Listener, StudentInTraining, TrainingJob, TrainingReport, threads
+from moe_svd_distill.training.process_group import Distributed, SingleProcess
 
 _GRACE_S = 5.0
 
 
 @contextmanager
-def trained(job: TrainingJob, on_progress: Listener) -> Iterator[tuple[Trainee, Trained]]:
+def run_training(job: TrainingJob, on_progress: Listener) -> Iterator[tuple[StudentInTraining, TrainingReport]]:
     """Train in as many processes as the job has devices; hands out the student as it came out, until this closes.
 
     Raises:
@@ -29,30 +29,30 @@ def trained(job: TrainingJob, on_progress: Listener) -> Iterator[tuple[Trainee, 
     """
     with threads(job.threads):
         if len(job.devices) == 1:
-            trainee = Trainee(job, Alone())
+            student = StudentInTraining(job, SingleProcess())
             try:
-                yield trainee, trainee.train(on_progress)
+                yield student, student.train(on_progress)
             finally:
-                trainee.close()
+                student.close()
             return
         address = f"tcp://127.0.0.1:{_free_port()}"
         others = [_start(job, number, address) for number in range(1, len(job.devices))]
         try:
-            peers = Connected(0, len(job.devices), address, torch.device(job.devices[0]))
+            group = Distributed(0, len(job.devices), address, torch.device(job.devices[0]))
             try:
-                trainee = Trainee(job, peers)
-                outcome = trainee.train(on_progress)
+                student = StudentInTraining(job, group)
+                outcome = student.train(on_progress)
             finally:
-                peers.close()
+                group.close()
         finally:
             for other in others:
                 other.join(_GRACE_S)
                 other.kill()
                 other.join()
         try:
-            yield trainee, outcome
+            yield student, outcome
         finally:
-            trainee.close()
+            student.close()
 
 
 def _start(job: TrainingJob, number: int, address: str) -> Any:
@@ -72,9 +72,9 @@ def _take_part(job: TrainingJob, number: int, address: str) -> None:  # pragma: 
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     threading.Thread(target=leave_with_parent, args=(lambda: None,), daemon=True).start()
     torch.set_num_threads(job.threads)
-    peers = Connected(number, len(job.devices), address, torch.device(job.devices[number]))
-    Trainee(job, peers).train(lambda progress, steps: None)
-    peers.close()
+    group = Distributed(number, len(job.devices), address, torch.device(job.devices[number]))
+    StudentInTraining(job, group).train(lambda progress, steps: None)
+    group.close()
     os._exit(0)
 
 
