@@ -60,7 +60,7 @@ def measure(
         found = evaluate_adapter(EvaluationRequest(adapter.folder, texts=(heldout,), tokens=held_out))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    record, figures = adapter.record, found.evaluation
+    record, figures = adapter.record.content, found.evaluation
     return {
         "pair": pair,
         "tokens": tokens,

@@ -61,8 +61,8 @@ def _measure(name: str, rank: str, search: bool, tokens: int, extra: dict[str, s
         "rank": rank,
         "scale_search": search,
         "transferred": adapter.transferred,
-        "decision": adapter.record["scale_search"]["decision"],
-        "scales": adapter.record["scale_search"]["scales"],
+        "decision": adapter.record.content["scale_search"]["decision"],
+        "scales": adapter.record.content["scale_search"]["scales"],
         "evaluation": result,
     }
 

@@ -56,7 +56,7 @@ def measure(pair: str, values: dict[str, Any], held_out: int, merged: bool) -> d
         both = merged_beside_unmerged(adapter.folder, Path(teacher), Path(student), heldout) if merged else {}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    record = adapter.record
+    record = adapter.record.content
     refinement = record.get("refinement") or {}
     return {
         "pair": pair,

@@ -44,7 +44,7 @@ _HOMES = {
     "load_recipe": "recipe",
     "parse_recipe": "recipe",
     "merge": "adapter.merge",
-    "rebuild_configuration": "adapter.rebuild",
+    "rebuild_configuration": "adapter.repair",
     "verify": "adapter.verify",
 }
 

@@ -8,8 +8,8 @@ import pytest
 
 from moe_svd_distill.cli.commands.evaluate import show
 from moe_svd_distill.cli.main import main
-from tests.report.samples import benchmarks, code_benchmarks, evaluation, figures, temperature_control
 from tests.support.problems import GREEN, write_problems
+from tests.support.run_records import benchmarks, code_benchmarks, evaluation, figures, temperature_control
 
 
 def test_controls_and_their_intervals_are_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,16 +70,16 @@ def test_every_stage_runs_with_it(
     report = verify(tmp_path / "out", recipe.student)
     assert report.load is not None
     assert report.digest_checked
-    rows = adapter.record["tensors"]
+    rows = adapter.record.content["tensors"]
     assert all(row["fate"] == "lora" or row["reason"] for row in rows)
     stored = {name.partition("[")[0] for name in (row["name"] for row in rows)}
-    ignored = set(adapter.record["ignored_student_tensors"])
+    ignored = set(adapter.record.content["ignored_student_tensors"])
     assert set(open_model(recipe.student).checkpoint) <= stored | ignored | _parts(rows)
     if stage == "refined":
-        curve = adapter.record["refinement"]["curve"]
+        curve = adapter.record.content["refinement"]["curve"]
         assert min(point["kl"] for point in curve) < 0.9 * curve[0]["kl"]
     if stage == "calibrated":
-        kl = adapter.record["calibration"]["kl_by_pass"]
+        kl = adapter.record.content["calibration"]["kl_by_pass"]
         assert min(kl) < 0.9 * kl[0]
 
 
@@ -125,6 +125,6 @@ def test_the_weights_stage_makes_an_adapter_that_loads(
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert len(tensors) == report.load.keys
     assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
-    changed = [row for row in adapter.record["tensors"] if row["fate"] == "lora"]
+    changed = [row for row in adapter.record.content["tensors"] if row["fate"] == "lora"]
     assert changed
-    assert all(row["fate"] == "lora" or row["reason"] for row in adapter.record["tensors"])
+    assert all(row["fate"] == "lora" or row["reason"] for row in adapter.record.content["tensors"])

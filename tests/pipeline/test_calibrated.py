@@ -89,7 +89,7 @@ def test_what_peft_loads_is_the_student_with_the_factors_added(finished: tuple[R
 
 def test_the_record_says_what_was_done(finished: tuple[Recipe, Path]) -> None:
     recipe, out = finished
-    record = load_adapter(out).record
+    record = load_adapter(out).record.content
     assert sorted(row["name"] for row in record["tensors"]) == sorted(open_model(recipe.student).checkpoint)
     (head,) = [row for row in record["tensors"] if row["fate"] == "lora"]
     assert (head["name"], head["stage"], head["format"]) == ("lm_head.weight", "calibrated", "pair")
@@ -116,7 +116,7 @@ def test_the_figures_are_those_of_the_adapter_as_it_is_loaded(finished: tuple[Re
     recipe, out = finished
     adapters = {"untouched": (None, {}), "adapted": (out, {"head": 1.0})}
     before, after = _kl_on_text(recipe, adapters, "check").values()
-    facts = load_adapter(out).record["calibration"]
+    facts = load_adapter(out).record.content["calibration"]
     assert before == pytest.approx(facts["kl_by_pass"][0], rel=1e-3)
     assert after == pytest.approx(facts["trials"][-1]["kl"], rel=1e-2)
     assert facts["scale"] == 1.0
@@ -127,7 +127,7 @@ def test_the_same_command_again_reuses_everything(finished: tuple[Recipe, Path])
     before = load_adapter(out)
     again = distill(recipe)
     assert again.sha256 == before.sha256
-    facts = again.record["calibration"]
+    facts = again.record.content["calibration"]
     assert facts["passes_resumed"] == 2
     assert [passed["layers_computed"] for passed in facts["streamed"].values()] == [0] * len(STREAMED)
 
@@ -137,16 +137,16 @@ def test_more_search_text_changes_nothing_but_the_search(finished: tuple[Recipe,
     recipe, out = finished
     shutil.copytree(out, tmp_path / "out")
     more = recipe.model_copy(update={"output": tmp_path / "out", "scale_search_tokens": 4096})
-    facts = distill(more).record["calibration"]
+    facts = distill(more).record.content["calibration"]
     assert (
         facts["text"]["search"]["tokens"]
         == 4096
-        == 2 * load_adapter(out).record["calibration"]["text"]["search"]["tokens"]
+        == 2 * load_adapter(out).record.content["calibration"]["text"]["search"]["tokens"]
     )
     assert facts["passes_resumed"] == 2
     computed = {name for name, passed in facts["streamed"].items() if passed["layers_computed"]}
     assert computed == {"student, search text", "teacher, search text"}
-    assert facts["kl_by_pass"] == load_adapter(out).record["calibration"]["kl_by_pass"]
+    assert facts["kl_by_pass"] == load_adapter(out).record.content["calibration"]["kl_by_pass"]
 
 
 def _killed(recipe: Recipe, folder: Path, step: str, fraction: float) -> None:
@@ -167,7 +167,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     _killed(recipe, tmp_path, step, fraction)
     resumed = distill(recipe)
     assert resumed.sha256 == whole.sha256
-    facts = resumed.record["calibration"]
+    facts = resumed.record.content["calibration"]
     streamed = facts["streamed"]
     assert streamed["student"]["layers_computed"] == 0
     if "teacher" in step:
@@ -210,8 +210,8 @@ def test_both_stages_are_never_worse_than_the_weights_alone(tmp_path: Path) -> N
     shutil.copytree(tmp_path / "both" / "parts", tmp_path / "weights" / "parts")
     alone = {"method": "weights", "scale_search": False}
     weights = distill(recipe_for(pair.teacher, pair.student, tmp_path / "weights", **common | alone))
-    assert weights.record["execution"]["units_computed"] == 0
-    search = adapter.record["scale_search"]
+    assert weights.record.content["execution"]["units_computed"] == 0
+    search = adapter.record.content["scale_search"]
     scales = search["weights"]["scales"]
     adapters = {
         "untouched": (None, {}),
@@ -222,7 +222,7 @@ def test_both_stages_are_never_worse_than_the_weights_alone(tmp_path: Path) -> N
     assert found["weights"] < 0.9 * found["untouched"]
     assert found["both"] <= found["weights"] + 1e-4
     verify(adapter.folder)
-    rows = {row["name"]: row for row in adapter.record["tensors"]}
+    rows = {row["name"]: row for row in adapter.record.content["tensors"]}
     assert sorted(rows) == sorted(open_model(both.student).checkpoint)
     assert ("stage" in rows["lm_head.weight"]) == (search["calibrated"]["kind"] == "kept")
     before, after = _tensors(weights.folder), _tensors(adapter.folder)
@@ -264,7 +264,7 @@ def _whole_head_is_right(adapter: Adapter, teacher: Path, student: Path) -> None
 def test_a_student_with_tied_embeddings_gets_a_head_of_its_own(tied: tuple[Path, Path], tmp_path: Path) -> None:
     adapter = distill(recipe_for(*tied, tmp_path / "out", **MORE_PASSES))
     _whole_head_is_right(adapter, *tied)
-    (head,) = [row for row in adapter.record["tensors"] if row["fate"] == "lora"]
+    (head,) = [row for row in adapter.record.content["tensors"] if row["fate"] == "lora"]
     assert head["format"] == "whole"
 
 
@@ -285,11 +285,11 @@ def test_ranks_that_are_asked_for_are_kept(tiny: tuple[Path, Path], tmp_path: Pa
     ):
         adapter = distill(recipe_for(*tiny, tmp_path / str(number), **asked, **values))
         if rank is None:
-            rank = adapter.record["calibration"]["rank"]
+            rank = adapter.record.content["calibration"]["rank"]
             assert rank in (16, 32)
         assert _tensors(adapter.folder)[A].shape[0] == rank
         assert json.loads((adapter.folder / "adapter_config.json").read_text())["r"] == rank
-        assert (adapter.record["calibration"]["streamed"]["teacher"]["layers_computed"] == 0) == (number > 0)
+        assert (adapter.record.content["calibration"]["streamed"]["teacher"]["layers_computed"] == 0) == (number > 0)
     assert not (tmp_path / "0" / "cache").exists()
 
 
@@ -300,11 +300,11 @@ def test_a_shortfall_of_text_is_said(tiny: tuple[Path, Path], tmp_path: Path) ->
     notes: list[str] = []
     values = HEAD_ALONE | {"calibration": [str(short)], "tokens": 1 << 20}
     adapter = distill(recipe_for(*tiny, tmp_path / "out", **values), Listener(on_note=notes.append))
-    shortfalls = adapter.record["calibration"]["shortfalls"]
+    shortfalls = adapter.record.content["calibration"]["shortfalls"]
     assert set(shortfalls) <= set(notes)
     (of_fit,) = [shortfall for shortfall in shortfalls if shortfall.startswith("fit text: ")]
     assert "1,048,576 asked for" in of_fit
-    assert f"{adapter.record['calibration']['text']['fit']['tokens']:,} tokens" in of_fit
+    assert f"{adapter.record.content['calibration']['text']['fit']['tokens']:,} tokens" in of_fit
 
 
 @pytest.fixture(scope="module")
@@ -325,7 +325,7 @@ def test_different_tokenizers_are_refused_unless_they_are_to_be_compared(
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
     adapter = distill(recipe_for(*strangers, tmp_path / "out", **HEAD_ALONE, vocabulary="shared"))
     verify(adapter.folder)
-    facts = adapter.record["calibration"]
+    facts = adapter.record.content["calibration"]
     assert facts["copies_of_the_text"] == 0
     assert "tokenizers differ" in facts["copies_reason"]
     assert 256 < facts["common_tokens"] < 400
@@ -334,7 +334,7 @@ def test_different_tokenizers_are_refused_unless_they_are_to_be_compared(
     assert int((~untouched).sum()) in (0, facts["common_tokens"])
     assert adapter.transferred == (not bool(untouched.all()))
     if not adapter.transferred:
-        assert "Nothing was transferred" in adapter.record["scale_search"]["decision"]
+        assert "Nothing was transferred" in adapter.record.content["scale_search"]["decision"]
 
 
 def test_the_same_weights_are_refused(tiny: tuple[Path, Path], tmp_path: Path) -> None:
@@ -350,7 +350,7 @@ def test_a_head_that_already_agrees_transfers_nothing(tiny: tuple[Path, Path], t
     adapter = distill(recipe_for(tiny[0], copy, tmp_path / "out", **HEAD_ALONE | {"fit_passes": 1}))
     assert adapter.transferred is False
     assert not _tensors(adapter.folder)[B].any()
-    assert "Nothing was transferred" in adapter.record["scale_search"]["decision"]
+    assert "Nothing was transferred" in adapter.record.content["scale_search"]["decision"]
 
 
 def test_a_quantised_teacher_gives_nearly_the_same_head(tiny: tuple[Path, Path], tmp_path: Path) -> None:
@@ -387,7 +387,7 @@ def last_layer(tiny: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 
 def test_the_last_layer_is_fitted_with_the_head(last_layer: tuple[Recipe, Path]) -> None:
     recipe, out = last_layer
-    record = load_adapter(out).record
+    record = load_adapter(out).record.content
     verify(out)
     changed = {row["name"]: row for row in record["tensors"] if row["fate"] == "lora"}
     assert sorted(row["name"] for row in record["tensors"]) == sorted(open_model(recipe.student).checkpoint)
@@ -409,7 +409,7 @@ def test_the_last_layer_too_is_reused(last_layer: tuple[Recipe, Path]) -> None:
     before = load_adapter(out)
     again = distill(recipe)
     assert again.sha256 == before.sha256
-    facts = again.record["calibration"]
+    facts = again.record.content["calibration"]
     assert [passed["layers_computed"] for passed in facts["streamed"].values()] == [0] * len(STREAMED)
     assert facts["passes_resumed"] == 2
 
@@ -423,4 +423,4 @@ def test_a_killed_fit_of_the_last_layer_goes_on_to_the_same_bytes(
     _killed(other, tmp_path, "fitting the head and the last layers", 0.6)
     resumed = distill(other)
     assert resumed.sha256 == load_adapter(out).sha256
-    assert resumed.record["calibration"]["passes_resumed"] == 1
+    assert resumed.record.content["calibration"]["passes_resumed"] == 1

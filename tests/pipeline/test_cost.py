@@ -48,7 +48,7 @@ def test_what_is_planned_is_what_happens(tiny: tuple[Path, Path], tmp_path: Path
     values = {"copies": 2, "training": {"epochs": 1.75, "step_tokens": 600, "learning_rate": 0.01}}
     cost = outlook_of(tiny, tmp_path / "plan", **values)["refined"]
     out = tmp_path / "out"
-    record = distill(recipe_for(*tiny, out, **(LITTLE_TEXT | values))).record
+    record = distill(recipe_for(*tiny, out, **(LITTLE_TEXT | values))).record.content
     refined, last = record["refinement"], record["refinement"]["curve"][-1]
     assert cost["steps"] == refined["steps"] == last["step"]
     assert (cost["trained_tokens"], cost["step_tokens"]) == (last["tokens"], last["tokens"] / last["step"])

@@ -51,7 +51,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
 
 def test_the_record_names_the_fate_of_every_student_tensor(finished: tuple[Recipe, Path]) -> None:
     recipe, out = finished
-    record = load_adapter(out).record
+    record = load_adapter(out).record.content
     student = open_model(recipe.student).checkpoint
     assert sorted(row["name"] for row in record["tensors"]) == sorted(student)
     for row in record["tensors"]:
@@ -77,8 +77,8 @@ def test_running_again_computes_nothing_and_gives_the_same_bytes(finished: tuple
     before = load_adapter(out)
     again = distill(recipe)
     assert again.sha256 == before.sha256
-    assert again.record["execution"]["units_computed"] == 0
-    assert again.record["execution"]["units_reused"] == 4
+    assert again.record.content["execution"]["units_computed"] == 0
+    assert again.record.content["execution"]["units_reused"] == 4
 
 
 def test_the_bytes_do_not_depend_on_the_number_of_workers(finished: tuple[Recipe, Path], tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_changed_recipe_reuses_no_part_and_deletes_none(finished: tuple[Recipe
     shutil.copytree(out, copy)
     parts = {path.name for path in (copy / "parts").iterdir()}
     other = distill(recipe.model_copy(update={"output": copy, "rank": 5}))
-    assert other.record["execution"]["units_reused"] == 2  # head and embeddings: their rank is their own
+    assert other.record.content["execution"]["units_reused"] == 2  # head and embeddings: their rank is their own
     assert parts < {path.name for path in (copy / "parts").iterdir()}
 
 

@@ -16,7 +16,8 @@ from moe_svd_distill.evaluation import benchmarks, evaluate
 from moe_svd_distill.evaluation.code import benchmark
 from moe_svd_distill.files.names import EVALUATION_FILE
 from moe_svd_distill.pipeline.evaluate import BenchmarkRequest, EvaluationRequest, evaluate_adapter, held_out
-from moe_svd_distill.report.facts import text_note
+from moe_svd_distill.report.figures import text_note
+from moe_svd_distill.report.record import EvaluationRecord, SearchRecord, read_as
 from tests.support.models import saved
 from tests.support.problems import GREEN, WRONG, write_problems
 
@@ -133,7 +134,8 @@ USED = Document("used", _text("used"), group="a")
 SAME = Document("same", _text("same"), group="a")
 COPY = Document("copy", _text("used", 50) + " and the end", group="b")
 OTHER = Document("other", _text("other"), group="b")
-SEARCH = {"used_documents": [USED.digest], "used_groups": [USED.group_digest]}
+USES = {"used_documents": [USED.digest], "used_groups": [USED.group_digest]}
+SEARCH = read_as(SearchRecord, USES)
 
 
 def test_documents_their_groups_and_what_repeats_them_are_left_out_and_counted() -> None:
@@ -155,7 +157,7 @@ def test_where_nothing_else_is_left_other_documents_of_the_same_sources_are_read
 
 
 def test_an_adapter_without_a_record_and_text_that_is_all_used() -> None:
-    assert held_out([USED, OTHER], {}, []).documents == (USED, OTHER)
+    assert held_out([USED, OTHER], read_as(SearchRecord, {}), []).documents == (USED, OTHER)
     assert held_out([USED], SEARCH, []).documents == ()
 
 
@@ -173,7 +175,7 @@ def test_the_verdict_and_the_note_say_it(tmp_path: Path, monkeypatch: pytest.Mon
     rows += [] if same else [{"text": OTHER.text, "site": "b"}]
     (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "adapter").mkdir()
-    record = {"recipe": {"text_group": "site"}, "scale_search": SEARCH}
+    record = {"recipe": {"text_group": "site"}, "scale_search": USES}
     (tmp_path / "adapter" / "run.json").write_text(json.dumps(record))
     request = EvaluationRequest(tmp_path / "adapter", student, student, (tmp_path / "text.jsonl",))
     figures = evaluate_adapter(request).evaluation
@@ -181,4 +183,4 @@ def test_the_verdict_and_the_note_say_it(tmp_path: Path, monkeypatch: pytest.Mon
     assert figures["held_out"]["groups_apart"] != same
     assert ("larger than on other sources" in figures["verdict"]) == same
     expected = "of the sources it was made on" if same else "1 documents left out that it was made on, 1 of the same"
-    assert expected in text_note(figures)
+    assert expected in text_note(read_as(EvaluationRecord, figures))

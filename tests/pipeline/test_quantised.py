@@ -101,9 +101,9 @@ def test_an_fp8_teacher_gives_nearly_the_adapter_of_its_original(
     wanted = {name: delta(original, name) for name, row in records(original).items() if row["fate"] == "lora"}
     assert 0 < distance(found, {name: wanted[name] for name in found}) < 0.03
     fates = {name: row["fate"] for name, row in records(original).items()}
-    assert fates == {row["name"]: row["fate"] for row in adapter.record["tensors"]}
+    assert fates == {row["name"]: row["fate"] for row in adapter.record.content["tensors"]}
     stored = (models["teacher_fp8"] / "model.safetensors").stat().st_size
-    assert stored * 0.8 < adapter.record["teacher"]["bytes"] < stored
+    assert stored * 0.8 < adapter.record.content["teacher"]["bytes"] < stored
 
 
 def test_the_delta_of_a_quantised_student_starts_from_its_own_numbers(models: dict[str, Path], tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def finished(tiny: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 def test_every_matrix_of_the_layers_and_the_head_is_trained(finished: tuple[Recipe, Path]) -> None:
     recipe, out = finished
-    record = load_adapter(out).record
+    record = load_adapter(out).record.content
     assert verify(out).digest_checked
     facts = record["refinement"]
     changed = {row["name"]: row for row in record["tensors"] if row["fate"] == "lora"}
@@ -78,14 +78,14 @@ def test_the_same_run_again_trains_nothing(finished: tuple[Recipe, Path]) -> Non
     before = load_adapter(out)
     again = distill(recipe)
     assert again.sha256 == before.sha256
-    assert again.record["refinement"]["resumed_at_step"] == again.record["refinement"]["steps"]
+    assert again.record.content["refinement"]["resumed_at_step"] == again.record.content["refinement"]["steps"]
 
 
 def test_more_search_text_trains_nothing(finished: tuple[Recipe, Path], tmp_path: Path) -> None:
     recipe, out = finished
     shutil.copytree(out, tmp_path / "out")
     more = recipe.model_copy(update={"output": tmp_path / "out", "scale_search_tokens": 4096})
-    record = distill(more).record
+    record = distill(more).record.content
     assert record["calibration"]["text"]["search"]["tokens"] == 4096
     assert record["refinement"]["resumed_at_step"] == record["refinement"]["steps"]
     computed = {name for name, passed in record["refinement"]["streamed"].items() if passed["layers_computed"]}
@@ -113,9 +113,9 @@ def test_streamed_training_gives_what_resident_training_gives(finished: tuple[Re
     streamed = distill(recipe_for(Path(recipe.teacher), Path(recipe.student), tmp_path / "streamed", **values))
     values = _with_training(placement="resident") | {"dtype": "float32"}
     resident = distill(recipe_for(Path(recipe.teacher), Path(recipe.student), tmp_path / "resident", **values))
-    assert streamed.record["refinement"]["placement"]["resident"] is False
+    assert streamed.record.content["refinement"]["placement"]["resident"] is False
     for mine, theirs in zip(
-        streamed.record["refinement"]["curve"], resident.record["refinement"]["curve"], strict=True
+        streamed.record.content["refinement"]["curve"], resident.record.content["refinement"]["curve"], strict=True
     ):
         assert mine["kl"] == pytest.approx(theirs["kl"], rel=1e-3)
 
@@ -125,10 +125,10 @@ def test_training_goes_on_from_an_earlier_adapter_at_a_higher_rank(
     finished: tuple[Recipe, Path], tmp_path: Path
 ) -> None:
     recipe, out = finished
-    first = load_adapter(out).record["refinement"]
+    first = load_adapter(out).record.content["refinement"]
     values = TRAINED | {"start": str(out), "rank": 6}
     adapter = distill(recipe_for(Path(recipe.teacher), Path(recipe.student), tmp_path / "out", **values))
-    facts = adapter.record["refinement"]
+    facts = adapter.record.content["refinement"]
     assert facts["start_pairs"] == first["matrices"]
     assert facts["curve"][0]["kl"] == pytest.approx(first["curve"][first["best"]]["kl"], rel=2e-2)
     assert facts["curve"][facts["best"]]["kl"] <= facts["curve"][0]["kl"]
@@ -143,14 +143,14 @@ def test_training_goes_on_from_an_earlier_adapter_at_a_higher_rank(
 def test_stages_before_it_are_the_start(tiny: tuple[Path, Path], tmp_path: Path) -> None:
     values = _with_training(learning_rate="auto") | {"start": "calibrated", "copies": 1, "fit_passes": 2}
     adapter = distill(recipe_for(*tiny, tmp_path / "out", **values))
-    record = adapter.record
+    record = adapter.record.content
     verify(adapter.folder)
     assert record["method"] == "calibrated+refined"
     facts = record["refinement"]
     assert facts["start_pairs"] == record["calibration"]["last_layers_matrices"]
     assert not facts["rate_trials"]
     assert facts["settings"]["rate"] == pytest.approx(
-        0.6 / open_model(adapter.record["student"]["source"]).layout.geometry.hidden
+        0.6 / open_model(adapter.record.content["student"]["source"]).layout.geometry.hidden
     )
     untouched = record["calibration"]["kl_by_pass"][0]
     assert facts["curve"][0]["kl"] < 0.9 * untouched
@@ -173,7 +173,7 @@ def test_with_a_large_vocabulary_and_little_text_the_head_stands_still(tiny: tup
     }
     recipe = recipe_for(*tiny, tmp_path / "out", **values)
     adapter = distill(recipe, Listener(on_note=notes.append))
-    record, head = adapter.record, open_model(recipe.student).architecture.head
+    record, head = adapter.record.content, open_model(recipe.student).architecture.head
     assert record["method"] == "refined"
     assert "the head stands still" in record["method_choice"]["reason"]
     assert any("the head stands still" in note for note in notes)

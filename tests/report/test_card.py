@@ -9,7 +9,8 @@ import yaml
 
 from moe_svd_distill.report.card import adapter_card
 from moe_svd_distill.report.facts import serving_rank, vllm_rank
-from tests.report.samples import benchmarks, code_benchmarks, evaluation, record
+from moe_svd_distill.report.record import RunRecord
+from tests.support.run_records import benchmarks, code_benchmarks, content, evaluation, record
 
 
 def _front_matter(card: str) -> dict[str, Any]:
@@ -64,29 +65,29 @@ def test_a_damaged_result_of_problems_is_shown_as_far_as_it_goes() -> None:
 
 
 def test_without_figures_the_card_says_so_before_anything_else() -> None:
-    bare = record()
+    bare = content()
     del bare["evaluation"]
     bare["scale_search"] = {"decision": "Not measured: no calibration text was given; nobody knows."}
-    card = adapter_card(bare)
+    card = adapter_card(RunRecord.of(bare))
     assert "> Not measured: no calibration text was given" in card
     assert "**Without figures this is an experiment, not a distilled model.**" in card
     assert "Nothing was transferred" not in card
 
 
 def test_a_search_without_evaluation_is_not_taken_for_figures() -> None:
-    bare = record()
+    bare = content()
     del bare["evaluation"]
-    assert "Not evaluated on held-out text" in adapter_card(bare)
+    assert "Not evaluated on held-out text" in adapter_card(RunRecord.of(bare))
 
 
 @pytest.mark.parametrize(
     ("kind", "words"), [("harm", "the adapter harms"), ("unproven", "not proven on so little text")]
 )
 def test_what_the_search_did_not_keep_is_said_first_and_without_doubt_about_the_adapter(kind: str, words: str) -> None:
-    bare = record()
+    bare = content()
     del bare["evaluation"]
     bare["scale_search"] |= {"kind": kind, "decision": f"Nothing was transferred: {words}."}
-    card = adapter_card(bare)
+    card = adapter_card(RunRecord.of(bare))
     assert f"> Nothing was transferred: {words}.\n" in card
     assert "helps or harms there is not known" not in card
     assert "The scales are already in the weights" not in card
@@ -109,14 +110,14 @@ def test_the_rank_for_servers_counts_gate_and_up_together() -> None:
     assert "beyond the 512 that vLLM takes" in adapter_card(wide)
 
 
-@pytest.mark.parametrize("key", list(record()))
+@pytest.mark.parametrize("key", list(content()))
 def test_any_part_may_be_absent(key: str) -> None:
-    without = {name: value for name, value in record().items() if name != key}
-    assert adapter_card(without).endswith("\n")
+    without = {name: value for name, value in content().items() if name != key}
+    assert adapter_card(RunRecord.of(without)).endswith("\n")
     assert adapter_card(record(**{key: None}))
 
 
 def test_an_empty_record() -> None:
-    card = adapter_card({})
+    card = adapter_card(RunRecord.of({}))
     assert "has not been evaluated" in card
     assert "--max-lora-rank" not in card

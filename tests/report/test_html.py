@@ -1,51 +1,25 @@
-"""The page about a run, and its pictures."""
+"""The page about a run."""
 
 from __future__ import annotations
 
 import re
-from html.parser import HTMLParser
-from io import BytesIO
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from moe_svd_distill.report import facts, pictures
+from moe_svd_distill.report.card import adapter_card
+from moe_svd_distill.report.facts import training_note
 from moe_svd_distill.report.html import html_report
-from tests.report.samples import evaluation, record
-
-
-class _Balance(HTMLParser):
-    """Checks that every element is closed in order."""
-
-    void = frozenset({"meta", "img", "br"})
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.addresses: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag not in self.void:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
-def _parsed(page: str) -> _Balance:
-    balance = _Balance()
-    balance.feed(page)
-    assert balance.open == []
-    return balance
+from moe_svd_distill.report.record import RunRecord
+from tests.support.pages import addresses
+from tests.support.run_records import content, record, refinement, trained_record
 
 
 def test_one_file_with_everything_in_it() -> None:
     page = html_report(record())
-    addresses = _parsed(page).addresses
-    assert len(addresses) == 6
-    assert all(address.startswith("data:image/svg+xml;base64,") for address in addresses)
+    found = addresses(page)
+    assert len(found) == 6
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in found)
     assert not re.search(r"(src|href)\s*=\s*\"http|@import|url\(", page)
     assert page.index("Closes 34 %") < page.index("<h2>Figures</h2>")
     assert 'class="verdict good"' in page
@@ -58,16 +32,16 @@ def test_text_from_outside_is_escaped() -> None:
     assert "attention 0.5 &lt;b&gt;" in page
 
 
-@pytest.mark.parametrize("key", list(record()))
+@pytest.mark.parametrize("key", list(content()))
 def test_any_part_may_be_absent(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pictures, "_file", lambda figure, kind: b"drawn")
-    _parsed(html_report({name: value for name, value in record().items() if name != key}))
-    _parsed(html_report(record(**{key: None})))
+    addresses(html_report(RunRecord.of({name: value for name, value in content().items() if name != key})))
+    addresses(html_report(record(**{key: None})))
 
 
 def test_an_empty_record() -> None:
-    page = html_report({})
-    assert _parsed(page).addresses == []
+    page = html_report(RunRecord.of({}))
+    assert addresses(page) == []
     assert "has not been evaluated" in page
 
 
@@ -75,44 +49,29 @@ def test_the_same_record_gives_the_same_page() -> None:
     assert html_report(record()) == html_report(record())
 
 
-def test_means_over_experts_and_holes() -> None:
-    found = facts.grid(record(), "relative_delta")
-    assert found is not None
-    assert found.layers == ("0", "1", "2", "ends")
-    row = found.values[found.roles.index("experts.gate")]
-    assert row[:3] == pytest.approx((0.4, 0.4, 0.4))
-    assert row[3] is None
-    assert found.values[found.roles.index("head")] == (None, None, None, 0.2)
-    assert facts.grid(record(), "nothing") is None
+def test_card_and_page_hold_the_note_and_the_headline_stays() -> None:
+    made = trained_record()
+    assert f"## Training\n\n{training_note(made)}\n" in adapter_card(made)
+    page = html_report(made)
+    assert f"<h2>Training</h2>\n<p>{training_note(made)}</p>" in page
+    assert len(addresses(page)) == 7
+    assert 'alt="Training loss and KL on calibration text by tokens trained on' in page
+    assert facts.headline(made) == facts.headline(record())
 
 
-def _pixels(content: bytes) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
-    return np.asarray(Image.open(BytesIO(content)).convert("RGB"))
+def test_a_run_without_training_says_nothing_of_it() -> None:
+    assert training_note(record()) == ""
+    assert "## Training" not in adapter_card(record())
+    assert "<h2>Training</h2>" not in html_report(record())
 
 
-def _share(content: bytes, colour: tuple[int, int, int]) -> float:
-    return float((np.abs(_pixels(content).astype(int) - colour).max(axis=-1) < 12).mean())
-
-
-def test_bars_are_as_long_as_their_figures() -> None:
-    blue, grey = (31, 111, 235), (125, 133, 144)
-    drawn = pictures.figures_picture(evaluation(), kind="png")
-    assert _share(drawn, blue) / _share(drawn, grey) == pytest.approx(0.339 / 0.513, rel=0.1)
-
-
-def test_the_scale_curve_needs_something_tried() -> None:
-    search = record()["scale_search"]
-    assert pictures.scale_picture({}) is None
-    assert pictures.scale_picture({"trials": search["trials"][:1]}) is None
-    drawn = pictures.scale_picture(search, kind="png")
-    assert drawn is not None
-    assert _share(drawn, (207, 34, 46)) > 1e-4  # the note that the curve leaves the picture
-
-
-@pytest.mark.parametrize("layers", [(1, 1), (3, 5), (48, 92)])
-def test_depth_maps_of_any_size(layers: tuple[int, int]) -> None:
-    edges = [(student, student * layers[1] // layers[0], 1.0) for student in range(layers[0])]
-    assert _share(pictures.depth_picture(edges, layers, kind="png"), (45, 164, 78)) > 1e-4
+@pytest.mark.parametrize("key", list(refinement()))
+def test_any_part_of_the_training_may_be_absent(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "_file", lambda figure, kind: b"drawn")
+    for changed in ({name: value for name, value in refinement().items() if name != key}, refinement(**{key: None})):
+        made = trained_record(refinement=changed)
+        addresses(html_report(made))
+        assert "## Training" in adapter_card(made)
 
 
 def test_importing_the_report_draws_in_nothing_heavy() -> None:

@@ -126,11 +126,11 @@ def test_the_refined_stage_from_end_to_end(tmp_path: Path, placement: str) -> No
     values = TRAINED | {"copies": "auto", "devices": ["cuda:0"], "training": training}
     adapter = distill(recipe_for(teacher, student, tmp_path / "out", **values))
     verify(adapter.folder)
-    facts = adapter.record["refinement"]
+    facts = adapter.record.content["refinement"]
     assert facts["placement"]["dtype"] == "bfloat16"
     assert facts["peak_device_bytes"] > 0
     assert facts["curve"][facts["best"]]["kl"] < 0.9 * facts["curve"][0]["kl"]
-    assert adapter.record["transferred"]
+    assert adapter.record.content["transferred"]
 
 
 def test_a_run_goes_on_from_its_save(tmp_path: Path) -> None:

@@ -13,19 +13,31 @@ import click
 
 from moe_svd_distill.errors import DistillError
 
-# Command to (module, one-line help); kept here so that --help imports no command.
+# Command to the module and the function that hold it, and one line of help: --help imports no command.
 COMMANDS = {
-    "demo": "Distil the bundled lab pairs, evaluate, and show what the adapters do.",
-    "init": "Write a recipe for a teacher and a student, every key explained.",
-    "inspect": "Show what a model is, from its headers only; with a second model, how the two are related.",
-    "plan": "Show what a recipe would do to every tensor, before any work.",
-    "distill": "Make a LoRA adapter for the student from the teacher; resumes by default.",
-    "evaluate": "Measure what an adapter does on held-out text, beside controls.",
-    "verify": "Check an adapter's files and that PEFT really loads them.",
-    "merge": "Write the student with the adapter merged in, shard by shard.",
-    "export": "Write an adapter in another layout, or for the student's class for text alone.",
-    "adapter-config": "Rebuild adapter_config.json from an adapter's header alone.",
-    "clean": "Delete the working files of a finished run.",
+    "demo": ("distill:demo_command", "Distil the bundled lab pairs, evaluate, and show what the adapters do."),
+    "init": ("distill:init_command", "Write a recipe for a teacher and a student, every key explained."),
+    "inspect": (
+        "inspect:inspect_command",
+        "Show what a model is, from its headers only; with a second model, how the two are related.",
+    ),
+    "plan": ("plan:command", "Show what a recipe would do to every tensor, before any work."),
+    "distill": (
+        "distill:distill_command",
+        "Make a LoRA adapter for the student from the teacher; resumes by default.",
+    ),
+    "evaluate": ("evaluate:command", "Measure what an adapter does on held-out text, beside controls."),
+    "verify": ("adapter:verify_command", "Check an adapter's files and that PEFT really loads them."),
+    "merge": ("adapter:merge_command", "Write the student with the adapter merged in, shard by shard."),
+    "export": (
+        "adapter:export_command",
+        "Write an adapter in another layout, or for the student's class for text alone.",
+    ),
+    "adapter-config": (
+        "adapter:adapter_config_command",
+        "Rebuild adapter_config.json from an adapter's header alone.",
+    ),
+    "clean": ("distill:clean_command", "Delete the working files of a finished run."),
 }
 INTERNAL_ERROR = 70
 INTERRUPTED = 130
@@ -35,21 +47,18 @@ class LazyGroup(click.Group):
     """Imports the module of a command only when the command is used."""
 
     def list_commands(self, context: click.Context) -> list[str]:
-        """All commands, in the order of use."""
         return list(COMMANDS)
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        """The command's click object."""
         if name not in COMMANDS:
             return None
-        module = importlib.import_module(f"moe_svd_distill.cli.commands.{name.replace('-', '_')}")
-        command: click.Command = module.command
+        module, _, function = COMMANDS[name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(f"moe_svd_distill.cli.commands.{module}"), function)
         return command
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        """The list of commands, without importing any."""
         with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+            formatter.write_dl([(name, help_line) for name, (_, help_line) in COMMANDS.items()])
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -22,7 +22,6 @@ class RankType(click.ParamType[int | str]):
         self.words = ("full", *words)
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int | str:
-        """Parse the word."""
         if value in self.words or isinstance(value, int):
             return value
         try:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -13,8 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from moe_svd_distill.cli.progress_lines import ProgressLines
 from moe_svd_distill.execution import events
+
+EVERY_S = 30.0
 
 console = Console(stderr=True)
 # Where nobody looks, a table must not be squeezed into 80 columns.
@@ -44,6 +48,11 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     for row in rows:
         table.add_row(*row)
     output.print(table)
+
+
+def print_line(text: str) -> None:
+    """A line on standard output, as long as it is."""
+    output.print(text, soft_wrap=True, highlight=False)
 
 
 class Monitor:
@@ -121,6 +130,10 @@ class Monitor:
         if fraction is not None:
             self._progress.update(self._stage[1], total=1, completed=fraction)
 
+    def on_count(self, name: str, done: int, total: int) -> None:
+        """A stage, and how much of how much is done."""
+        self.on_stage(name, done / max(1, total))
+
     def say(self, text: str) -> None:
         """A line for people on standard error."""
         self._progress.console.print(text, highlight=False, soft_wrap=True)
@@ -138,3 +151,66 @@ class Monitor:
             self._progress.update(self._all, advance=self._costs.get(label, 0), note=note)
         if worker is not None:
             self._update_worker(worker, label, 1.0)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    name: str
+    begin: float
+    first: float
+    fraction: float | None
+
+    def line(self, now: float) -> str:
+        """The stage, its share done, and the time left as far as its own speed tells."""
+        text = f"{self.name}, for {duration(now - self.begin)}"
+        if self.fraction is None:
+            return text
+        text += f": {self.fraction:.0%}"
+        done = self.fraction - self.first
+        if done <= 0 or self.fraction >= 1:
+            return text
+        return f"{text}, about {duration((now - self.begin) * (1 - self.fraction) / done)} left"
+
+
+class ProgressLines:
+    """Where nobody sees a bar: a line when a stage begins, and one every half minute while it lasts.
+
+    Between `start` and `stop`, from a thread of its own.
+    """
+
+    def __init__(self, say: Callable[[str], None], every_s: float = EVERY_S) -> None:
+        self._say, self._every_s = say, every_s
+        self._stage: _Stage | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def reached(self, name: str, fraction: float | None) -> None:
+        """A stage and how much of it is done; None where that cannot be known."""
+        stage = self._stage
+        if stage is None or stage.name != name:
+            self._stage = _Stage(name, time.monotonic(), fraction or 0.0, fraction)
+            self._say(name)
+        else:
+            self._stage = _Stage(name, stage.begin, stage.first, fraction)
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.wait(self._every_s):
+            stage = self._stage
+            if stage is not None:
+                self._say(stage.line(time.monotonic()))
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -14,18 +14,20 @@ from moe_svd_distill.execution.events import Event
 from moe_svd_distill.execution.publish import OutputFolder
 from moe_svd_distill.execution.supervisor import ExecutionSummary, Settings, execute
 from moe_svd_distill.files.names import ADAPTER_FILE, CARD_FILE, RECORD_FILE
-from moe_svd_distill.files.writing import write_json, write_text
+from moe_svd_distill.files.writing import write_text
 from moe_svd_distill.pairing.plan import Plan
 from moe_svd_distill.pipeline.assembly import AdapterChange, head_is_whole, stage_adapter, write_head_part
 from moe_svd_distill.pipeline.method import Stages, choose_stages
 from moe_svd_distill.pipeline.pair import ModelPair, open_pair
 from moe_svd_distill.pipeline.placement import execution_settings
-from moe_svd_distill.pipeline.published import Adapter, load_adapter, refuse_foreign_folder
 from moe_svd_distill.pipeline.record import (
+    Adapter,
     fitted_records,
     is_nothing,
     kept_records,
+    load_adapter,
     make_record,
+    refuse_foreign_folder,
     tensor_records,
     unit_records,
 )
@@ -34,6 +36,7 @@ from moe_svd_distill.pipeline.texts import RunText, read_run_text
 from moe_svd_distill.pipeline.units import make_work, prepare
 from moe_svd_distill.recipe import Recipe
 from moe_svd_distill.report.card import adapter_card
+from moe_svd_distill.report.record import RunRecord
 from moe_svd_distill.streaming import GROUPS
 
 if TYPE_CHECKING:
@@ -116,7 +119,7 @@ class _Run:
         self.text, self.output, self.listener = text, output, listener
         self.device = settings.devices[0]
 
-    def complete(self, plan: Plan | None) -> dict[str, Any]:
+    def complete(self, plan: Plan | None) -> RunRecord:
         """Run the stages and publish the adapter."""
         units: list[dict[str, Any]] = []
         parts: tuple[Path, ...] = ()
@@ -135,15 +138,16 @@ class _Run:
         digest = self.stage(AdapterChange(parts, decision, head))
         self.listener.on_stage("checking that PEFT loads it", None)
         check_loads(self.output.staged(ADAPTER_FILE).parent, self.pair.student.checkpoint.folder)
-        record = self.record(plan, units, summary, calibrated, refined)
+        facts = self.record(plan, units, summary, calibrated, refined)
         scale = combined_decision(decision if plan is not None else None, calibrated, refined)
-        record |= {
+        facts |= {
             "adapter_sha256": digest,
             "transferred": scale.transferred,
             "scale_search": scale.as_dict() | self._used(),
         }
+        record = RunRecord.of(facts)
         write_text(self.output.staged(CARD_FILE), adapter_card(record))
-        write_json(self.output.staged(RECORD_FILE), record)
+        record.write(self.output.staged(RECORD_FILE))
         self.output.publish()
         return record
 
@@ -259,11 +263,11 @@ class _Run:
         if refined is not None and refined.head is None:
             reasons[self.pair.student.architecture.head] = HEAD_STANDS_STILL
         tensors += kept_records(self.pair.student, [row["name"] for row in tensors], reason, reasons)
-        record = make_record(self.recipe, self.pair, self.stages, plan, units, tensors, summary, self.settings)
+        facts = make_record(self.recipe, self.pair, self.stages, plan, tensors, summary)
         text = {} if self.text is None else self.text.record()
         fit = {} if calibrated is None else calibrated.record
         trained = {} if refined is None else {"refinement": refined.record}
-        return record | {"calibration": text | fit} | trained
+        return facts | {"calibration": text | fit} | trained
 
     def _used(self) -> dict[str, list[str]]:
         """What an evaluation has to leave out."""

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.adapter.adapter_file import read_json, sha256_of
-from moe_svd_distill.errors import MissingInputError, UsageError
+from moe_svd_distill.errors import UsageError
 from moe_svd_distill.evaluation.code.problems import ProblemSet, load_problems
 from moe_svd_distill.evaluation.request import BenchmarkRequest, EvaluationRequest, Progress
 from moe_svd_distill.files.names import (
     ADAPTER_FILE,
     CARD_FILE,
-    CONFIGURATION_FILE,
     EVALUATION_FILE,
-    RECORD_FILE,
     REPORT_FILE,
 )
 from moe_svd_distill.files.writing import write_json, write_text
 from moe_svd_distill.pipeline.pair import open_model, open_pair
+from moe_svd_distill.pipeline.record import base_model
 from moe_svd_distill.pipeline.texts import longest_sequence
 from moe_svd_distill.report.card import adapter_card
 from moe_svd_distill.report.html import html_report
+from moe_svd_distill.report.record import RecipeRecord, RunRecord, SearchRecord
 
 if TYPE_CHECKING:
     from moe_svd_distill.calibration.documents import Document
@@ -61,9 +61,9 @@ def evaluate_adapter(request: EvaluationRequest, on_progress: Progress | None = 
     if not request.texts and not benchmarks:
         raise UsageError("no text to evaluate on", "Give --text FILE")
     problems = _problems(benchmarks) if benchmarks else ()
-    record = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else {}
-    student = request.student or record.get("student", {}).get("source") or _base_model(folder)
-    teacher = request.teacher or record.get("teacher", {}).get("source")
+    record = RunRecord.in_folder(folder)
+    student = request.student or record.student.source or base_model(folder)
+    teacher = request.teacher or record.teacher.source
     if not teacher and (request.texts or (benchmarks and benchmarks.teacher)):
         raise UsageError(f"{folder} does not say which teacher it came from", "Give --teacher")
     request = replace(request, teacher=teacher, student=student)
@@ -78,9 +78,9 @@ def evaluate_adapter(request: EvaluationRequest, on_progress: Progress | None = 
         figures["code_benchmarks"] = {**figures.get("code_benchmarks", {}), **found}
     figures["adapter_sha256"] = digest
     write_json(folder / EVALUATION_FILE, figures)
-    if not record:
+    if not record.content:
         return EvaluatedAdapter(figures, None)
-    complete = {**record, "evaluation": figures}
+    complete = RunRecord.of(record.content, figures)
     write_text(folder / CARD_FILE, adapter_card(complete))
     write_text(folder / REPORT_FILE, html_report(complete))
     return EvaluatedAdapter(figures, folder / REPORT_FILE)
@@ -115,19 +115,19 @@ class HeldOut:
         }
 
 
-def held_out(documents: Sequence[Document], search: Mapping[str, Any], calibration: Sequence[Document]) -> HeldOut:
+def held_out(documents: Sequence[Document], search: SearchRecord, calibration: Sequence[Document]) -> HeldOut:
     """Leave out of a text what an adapter was made on.
 
     Args:
         documents: The text.
-        search: `scale_search` of the adapter's run.json, which names the documents and groups that were used.
+        search: Of the adapter's run, which names the documents and groups that were used.
         calibration: The text the adapter was made of, as far as it is here.
     """
     from moe_svd_distill.calibration.documents import without, without_groups
 
-    used: Collection[str] = set(search.get("used_documents", ()))
+    used: Collection[str] = set(search.used_documents)
     fresh = without(documents, used)
-    others = without_groups(fresh, set(search.get("used_groups", ())))
+    others = without_groups(fresh, set(search.used_groups))
     seen = [document for document in calibration if document.digest in used]
     left = _not_repeated(others, seen) if seen else others
     if not left:
@@ -174,17 +174,15 @@ def _kept(folder: Path, digest: str | None, texts: bool, harness: bool) -> dict[
     return {key: value for key, value in earlier.items() if key not in dropped}
 
 
-def _text_figures(
-    request: EvaluationRequest, record: Mapping[str, Any], on_progress: Progress | None
-) -> dict[str, Any]:
+def _text_figures(request: EvaluationRequest, record: RunRecord, on_progress: Progress | None) -> dict[str, Any]:
     from moe_svd_distill.calibration.reading import read_documents
     from moe_svd_distill.evaluation.evaluate import evaluate
 
-    recipe = record.get("recipe") or {}
+    recipe = record.recipe
     calibration = _calibration(recipe)
-    documents = read_documents(request.texts, group_field=recipe.get("text_group"))
-    chosen = held_out(documents, record.get("scale_search", {}), calibration)
-    asked: VocabularyMode = "shared" if recipe.get("vocabulary") == "shared" else "equal"
+    documents = read_documents(request.texts, group_field=recipe.text_group)
+    chosen = held_out(documents, record.scale_search, calibration)
+    asked: VocabularyMode = "shared" if recipe.vocabulary == "shared" else "equal"
     assert request.teacher
     assert request.student
     with open_pair(request.teacher, request.student) as pair:
@@ -203,14 +201,14 @@ def _reading(on_progress: Progress) -> Progress:
     return lambda name, done, total: on_progress(f"reading: {name}", done, total)
 
 
-def _calibration(recipe: Mapping[str, Any]) -> Sequence[Document]:
+def _calibration(recipe: RecipeRecord) -> Sequence[Document]:
     """The text the adapter was calibrated on, where the run names files that are still here; else nothing."""
     from moe_svd_distill.calibration.reading import read_documents
 
-    paths = [Path(str(path)).expanduser() for path in recipe.get("calibration") or ()]
+    paths = [Path(path).expanduser() for path in recipe.calibration]
     if not paths or not all(path.exists() for path in paths):
         return ()
-    return read_documents(paths, field=recipe.get("text_field"), group_field=recipe.get("text_group"))
+    return read_documents(paths, field=recipe.text_field, group_field=recipe.text_group)
 
 
 def _benchmarks(request: EvaluationRequest, on_progress: Progress | None) -> dict[str, Any]:
@@ -238,13 +236,3 @@ def _code_benchmarks(
     teacher = local(request.teacher) if request.benchmarks and request.benchmarks.teacher else None
     results = [run_code_benchmark(request, each, local(request.student), teacher, on_progress) for each in problems]
     return {result.name: result.as_dict() for result in results}
-
-
-def _base_model(folder: Path) -> str:
-    configuration = folder / CONFIGURATION_FILE
-    if not configuration.is_file():
-        raise MissingInputError(f"{folder} holds no adapter (no {CONFIGURATION_FILE})", "Give an adapter's folder")
-    base = read_json(configuration).get("base_model_name_or_path")
-    if not base:
-        raise UsageError(f"{configuration} names no base model", "Give --student")
-    return str(base)

@@ -30,8 +30,7 @@ from moe_svd_distill.pipeline.duration import (
 from moe_svd_distill.pipeline.method import Stages, automatic_choice, measure_relatedness, stages_for
 from moe_svd_distill.pipeline.pair import ModelPair, open_pair
 from moe_svd_distill.pipeline.units import plan_pair
-from moe_svd_distill.recipe import Recipe
-from moe_svd_distill.recipe.presets import supplied_values
+from moe_svd_distill.recipe import Recipe, supplied_values
 
 UNDECIDED = "decided once the weights are on this machine: the embeddings get a pair if they are related"
 

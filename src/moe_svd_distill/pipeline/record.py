@@ -1,21 +1,28 @@
-"""The run's record, run.json: what was asked, what was done to every tensor, with which versions, and the figures."""
+"""What a run leaves: its record, run.json (what was asked, what became of every tensor, with which versions), and the
+adapter beside it."""
 
 from __future__ import annotations
 
 import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_svd_distill.adapter.adapter_file import read_json
+from moe_svd_distill.errors import CannotWriteError, MissingInputError, UsageError
 from moe_svd_distill.execution.parts import read_record
-from moe_svd_distill.execution.supervisor import ExecutionSummary, Settings
+from moe_svd_distill.execution.supervisor import ExecutionSummary
+from moe_svd_distill.files.names import CACHE_FOLDER, CONFIGURATION_FILE, LOCK_FILE, PARTS_FOLDER, RECORD_FILE
 from moe_svd_distill.pairing.plan import Plan
 from moe_svd_distill.pipeline.pair import Model, ModelPair
+from moe_svd_distill.pipeline.placement import execution_settings
 from moe_svd_distill.pipeline.units import NUMERIC_LIBRARIES, PROJECT
 from moe_svd_distill.recipe import Recipe
+from moe_svd_distill.report.record import RunRecord
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +31,74 @@ if TYPE_CHECKING:
     from moe_svd_distill.pipeline.text_stage import StageResult
 
 SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A published adapter.
+
+    Attributes:
+        folder: Where it lies.
+        record: The run it comes from.
+    """
+
+    folder: Path
+    record: RunRecord
+
+    @property
+    def sha256(self) -> str:
+        """Digest of adapter_model.safetensors."""
+        assert self.record.adapter_sha256 is not None
+        return self.record.adapter_sha256
+
+    @property
+    def transferred(self) -> bool | None:
+        """Whether anything was transferred: None where no calibration text was given, so nobody knows."""
+        return self.record.transferred
+
+
+def load_adapter(folder: Path) -> Adapter:
+    """A published adapter.
+
+    Raises:
+        MissingInputError: The folder holds none.
+        BadDataError: run.json is not a JSON object.
+    """
+    if not (folder / RECORD_FILE).is_file():
+        raise MissingInputError(
+            f"{folder} holds no finished adapter (no {RECORD_FILE})", "Run moe-svd-distill distill with this --output"
+        )
+    return Adapter(folder, RunRecord.in_folder(folder))
+
+
+def base_model(folder: Path, given: str | None = None) -> str:
+    """The student that was given, or else the one that the adapter in a folder names.
+
+    Raises:
+        MissingInputError: The folder holds no adapter.
+        UsageError: There is neither.
+    """
+    configuration = folder / CONFIGURATION_FILE
+    if not configuration.is_file():
+        raise MissingInputError(f"{folder} holds no adapter (no {CONFIGURATION_FILE})", "Give an adapter's folder")
+    base = given or read_json(configuration).get("base_model_name_or_path")
+    if not base:
+        raise UsageError(f"{configuration} names no base model", "Give --student")
+    return str(base)
+
+
+def refuse_foreign_folder(folder: Path) -> None:
+    """Refuse to write into a folder that holds something else than an earlier run."""
+    if folder.exists() and not folder.is_dir():
+        raise CannotWriteError(f"output {folder} is a file, expected a folder", "Choose another --output")
+    if not folder.is_dir():
+        return
+    names = {path.name for path in folder.iterdir()}
+    if names and not names & {RECORD_FILE, PARTS_FOLDER, CACHE_FOLDER, LOCK_FILE}:
+        raise CannotWriteError(
+            f"output {folder} is not empty and holds no earlier run (found {sorted(names)[0]})",
+            "Choose another --output",
+        )
 
 
 def unit_records(plan: Plan, parts: Mapping[str, Path]) -> list[dict[str, Any]]:
@@ -136,10 +211,8 @@ def make_record(
     pair: ModelPair,
     stages: Stages,
     plan: Plan | None,
-    units: list[dict[str, Any]],
     tensors: list[dict[str, Any]],
     execution: ExecutionSummary | None,
-    settings: Settings,
 ) -> dict[str, Any]:
     """The record without figures; the caller adds ``adapter_sha256``, ``scale_search`` and ``transferred``.
 
@@ -147,12 +220,12 @@ def make_record(
         recipe: What was asked for.
         pair: Teacher and student.
         stages: What was run, and why.
-        plan: Of the weights stage.
-        units: Its units.
+        plan: Of the weights stage, if there was one.
         tensors: The fate of every student tensor.
-        execution: How the units were computed.
-        settings: Devices and workers.
+        execution: How its units were computed.
     """
+    settings = execution_settings(recipe)
+    units = unit_records(plan, execution.parts) if plan and execution else []
     return {
         "schema": SCHEMA,
         "teacher": _model(pair.teacher),

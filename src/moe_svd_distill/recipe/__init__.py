@@ -3,13 +3,20 @@
 Precedence: command line > environment (``MOE_SVD_DISTILL_<KEY>``) > recipe file > preset > defaults.
 """
 
-from moe_svd_distill.recipe.loading import ENVIRONMENT_PREFIX, load_recipe, parse_recipe, recipe_yaml
-from moe_svd_distill.recipe.model import DEFAULT_HEAD_RANK, Rank, Recipe
-from moe_svd_distill.recipe.sections import ExpertSettings, TrainingRecipe
+from moe_svd_distill.recipe.loading import (
+    ENVIRONMENT_PREFIX,
+    PRESETS,
+    load_recipe,
+    parse_recipe,
+    recipe_yaml,
+    supplied_values,
+)
+from moe_svd_distill.recipe.model import DEFAULT_HEAD_RANK, ExpertSettings, Rank, Recipe, TrainingRecipe
 
 __all__ = [
     "DEFAULT_HEAD_RANK",
     "ENVIRONMENT_PREFIX",
+    "PRESETS",
     "ExpertSettings",
     "Rank",
     "Recipe",
@@ -17,4 +24,5 @@ __all__ = [
     "load_recipe",
     "parse_recipe",
     "recipe_yaml",
+    "supplied_values",
 ]

@@ -1,4 +1,4 @@
-"""Recipes from files, environment and command line, and as YAML."""
+"""Recipes from files, environment, command line and presets, and as YAML."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ import yaml
 from pydantic import ValidationError
 
 from moe_svd_distill.errors import BadDataError, MissingInputError, UsageError
-from moe_svd_distill.recipe.model import Recipe
-from moe_svd_distill.recipe.presets import merged, with_preset
-from moe_svd_distill.recipe.sections import ExpertSettings, Section, TrainingRecipe
+from moe_svd_distill.recipe.model import ExpertSettings, Recipe, Section, TrainingRecipe
 
 ENVIRONMENT_PREFIX = "MOE_SVD_DISTILL_"
+# By how much time a run may take. Whatever is given elsewhere wins over them.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "fast": {"tokens": 16_384},
+    "balanced": {"method": "refined", "tokens": 131_072},
+    "best": {"method": "refined", "tokens": 393_216},
+}
 _SECTIONS: dict[str, type[Section]] = {"experts": ExpertSettings, "training": TrainingRecipe}
 
 
@@ -50,7 +54,7 @@ def parse_recipe(values: Mapping[str, Any], source: str = "the recipe") -> Recip
         UsageError: As ``load_recipe``.
     """
     try:
-        return Recipe.model_validate(with_preset(values))
+        return Recipe.model_validate(_with_preset(values))
     except ValidationError as error:
         raise _explain(error, source) from None
 
@@ -58,7 +62,7 @@ def parse_recipe(values: Mapping[str, Any], source: str = "the recipe") -> Recip
 def _over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
     """Both together; `upper` wins, in the sections key by key."""
     sections = {key: value for key, value in upper.items() if key in _SECTIONS}
-    return merged(lower, sections) | {key: value for key, value in upper.items() if key not in sections}
+    return _merged(lower, sections) | {key: value for key, value in upper.items() if key not in sections}
 
 
 def _explain(error: ValidationError, source: str) -> UsageError:
@@ -112,3 +116,39 @@ def recipe_yaml(recipe: Recipe) -> str:
         lines.append(f"# {field.description}")
         lines.append(yaml.safe_dump({key: values[key]}, sort_keys=False, allow_unicode=True).rstrip())
     return "\n".join(lines) + "\n"
+
+
+def _with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a recipe with those of its preset, if it names one, for keys that are not given.
+
+    A name that is no preset's is left for the recipe to refuse.
+    """
+    name = values.get("preset")
+    supplied = PRESETS.get(name, {}) if isinstance(name, str) else {}
+    return _merged(supplied, values)
+
+
+def _merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """Both together, key by key inside sections too; `upper` wins."""
+    result = dict(lower)
+    for key, given in upper.items():
+        below, above = _keys(lower.get(key)), _keys(given)
+        result[key] = given if below is None or above is None else {**below, **above}
+    return result
+
+
+def supplied_values(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the recipe has of its preset, and what was given otherwise in place of it."""
+    taken: dict[str, Any] = {}
+    otherwise: dict[str, Any] = {}
+    for key, value in (PRESETS[recipe.preset] if recipe.preset else {}).items():
+        found = getattr(recipe, key)
+        (taken if found == value else otherwise)[key] = found
+    return taken, otherwise
+
+
+def _keys(value: Any) -> Mapping[str, Any] | None:
+    """What a section gives, or None for anything else."""
+    if isinstance(value, Section):
+        return {key: getattr(value, key) for key in value.model_fields_set}
+    return value if isinstance(value, Mapping) else None

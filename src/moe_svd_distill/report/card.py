@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_svd_distill.report import benchmarks, facts, training
-from moe_svd_distill.report.facts import Record
+from moe_svd_distill.report import facts, figures
+from moe_svd_distill.report.record import ModelRecord, RunRecord
 
 _PROJECTIONS = {
     "none: same shape": "none needed",
@@ -18,14 +18,13 @@ _PROJECTIONS = {
 }
 
 
-def adapter_card(record: Record) -> str:
-    """Write the card of a run.
-
-    Args:
-        record: The content of run.json, with ``evaluation`` in it once the adapter has been evaluated.
-    """
-    sections = [_front_matter(record), _title(record), *_figures(record), *_done(record)]
-    sections += [
+def adapter_card(record: RunRecord) -> str:
+    """The card of a run, with its figures once the adapter has been evaluated."""
+    sections = [
+        _front_matter(record),
+        _title(record),
+        *_figures(record),
+        *_done(record),
         *_training(record),
         *_scale(record),
         *_loading(record),
@@ -36,10 +35,10 @@ def adapter_card(record: Record) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _front_matter(record: Record) -> str:
+def _front_matter(record: RunRecord) -> str:
     import yaml
 
-    source = str((record.get("student") or {}).get("source") or "")
+    source = record.student.source
     fields: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
     tags = ["lora", "peft", "distillation", "moe-svd-distill"]
     if facts.is_hub_id(source):
@@ -50,7 +49,7 @@ def _front_matter(record: Record) -> str:
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
 
 
-def _title(record: Record) -> str:
+def _title(record: RunRecord) -> str:
     teacher, student = facts.model_name(record, "teacher"), facts.model_name(record, "student")
     return (
         f"# A LoRA for {student}, made from {teacher}\n\n"
@@ -59,15 +58,15 @@ def _title(record: Record) -> str:
     )
 
 
-def _origin(record: Record, teacher: str) -> str:
+def _origin(record: RunRecord, teacher: str) -> str:
     the_teacher, text = f"the teacher **{teacher}**", "on calibration text"
-    match record.get("method"):
+    match record.method:
         case "calibrated":
             return f"fitted to the distributions of {the_teacher} {text}"
         case "weights+calibrated":
             return f"computed from the weights of the teacher and fitted to the distributions of {the_teacher} {text}"
         case "refined":
-            named = training.starting_adapter(record)
+            named = facts.starting_adapter(record)
             return f"trained on the distributions of {the_teacher} {text}" + (
                 f", beginning with the adapter {named}" if named else ""
             )
@@ -81,86 +80,83 @@ def _origin(record: Record, teacher: str) -> str:
             return f"computed from the weights of {the_teacher}"
 
 
-def _figures(record: Record) -> Iterator[str]:
-    evaluation = record.get("evaluation") or {}
-    rows = facts.figure_rows(evaluation)
+def _figures(record: RunRecord) -> Iterator[str]:
+    evaluation = record.evaluation
+    rows, scores = figures.figure_rows(evaluation), figures.benchmark_rows(evaluation)
     yield "## Figures"
-    scores = benchmarks.rows(evaluation)
     if not rows and not scores:
         yield "None: the adapter has not been evaluated on held-out text. `moe-svd-distill evaluate` does it."
         return
     if rows:
-        yield _table(("", *facts.FIGURE_COLUMNS), ((row.name, *row.cells) for row in rows))
+        yield _table(figures.FIGURE_COLUMNS, rows)
         yield (
             "KL is KL(teacher ‖ student). *Gap closed* is the part of the way from the untouched student to the "
-            f"teacher; a gain in KL with a loss in cross-entropy is no transfer. {facts.text_note(evaluation)}"
+            f"teacher; a gain in KL with a loss in cross-entropy is no transfer. {figures.text_note(evaluation)}"
         )
     if scores:
-        yield _table(benchmarks.COLUMNS, scores)
-        yield from benchmarks.notes(evaluation)
+        yield _table(figures.BENCHMARK_COLUMNS, scores)
+        yield from figures.benchmark_notes(evaluation)
 
 
-def _done(record: Record) -> Iterator[str]:
-    recipe = record.get("recipe") or {}
-    experts = recipe.get("experts") or {}
-    teacher, student = record.get("teacher") or {}, record.get("student") or {}
+def _done(record: RunRecord) -> Iterator[str]:
+    recipe = record.recipe
     yield "## What was done"
-    lines = [f"- {side}: {_shape(model)}" for side, model in (("Teacher", teacher), ("Student", student)) if model]
-    if record.get("depth_map"):
+    models = (("Teacher", record.teacher), ("Student", record.student))
+    lines = [f"- {side}: {_shape(model)}" for side, model in models if model.source]
+    if record.depth_map:
         lines.append(
             f"- Each student layer is set against a weighted blend of teacher layers (depth map "
-            f"{recipe.get('depth_map', 'as recorded')}, {recipe.get('interpolation', 'linear')} interpolation)."
+            f"{recipe.depth_map or 'as recorded'}, {recipe.interpolation} interpolation)."
         )
     lines += _projections(record)
-    if experts and any(unit.get("experts") for unit in record.get("units") or ()):
+    if recipe.expert_clusters and any(unit.experts for unit in record.units):
         lines.append(
-            f"- Experts: fingerprints ({experts.get('fingerprint')}), k-means into clusters "
-            f"({experts.get('clusters')}), {experts.get('assignment')} assignment to the student's experts, "
-            f"{experts.get('blend')} blend."
+            f"- Experts: fingerprints ({recipe.expert_fingerprint}), k-means into clusters "
+            f"({recipe.expert_clusters}), {recipe.expert_assignment} assignment to the student's experts, "
+            f"{recipe.expert_blend} blend."
         )
     for part, (low, high) in facts.ranks(record).items():
         lines.append(f"- Rank of the {part}: {low if low == high else f'{low} to {high}'}")
-    if facts.tensors(record):
-        lines.append(f"- {facts.lora_count(record)} of {len(facts.tensors(record))} student tensors carry a delta.")
-    lines.append(f"- Method {record.get('method', 'as in run.json')}, seed {recipe.get('seed', '–')}.")
+    if record.tensors:
+        lines.append(f"- {facts.lora_count(record)} of {len(record.tensors)} student tensors carry a delta.")
+    seed = "–" if recipe.seed is None else recipe.seed
+    lines.append(f"- Method {record.method or 'as in run.json'}, seed {seed}.")
     yield "\n".join(lines)
 
 
-def _projections(record: Record) -> list[str]:
-    counts = (record.get("summary") or {}).get("projections") or {}
-    if not counts:
+def _projections(record: RunRecord) -> list[str]:
+    if not record.projections:
         return []
-    named = ", ".join(f"{_PROJECTIONS.get(name, name)} ({count})" for name, count in counts.items())
+    named = ", ".join(f"{_PROJECTIONS.get(name, name)} ({count})" for name, count in record.projections.items())
     lines = [f"- Projection to the student's shapes: {named}."]
-    fallbacks = (record.get("summary") or {}).get("projection_fallbacks") or {}
-    if fallbacks:
-        lines.append(f"- {len(fallbacks)} tensors fell back to the Fourier projection; run.json names each and why.")
+    if record.projection_fallbacks:
+        count = len(record.projection_fallbacks)
+        lines.append(f"- {count} tensors fell back to the Fourier projection; run.json names each and why.")
     return lines
 
 
-def _training(record: Record) -> Iterator[str]:
-    note = training.training_note(record)
+def _training(record: RunRecord) -> Iterator[str]:
+    note = facts.training_note(record)
     if note:
         yield "## Training"
         yield note
 
 
-def _scale(record: Record) -> Iterator[str]:
-    search = record.get("scale_search") or {}
-    if not search:
+def _scale(record: RunRecord) -> Iterator[str]:
+    search = record.scale_search
+    if not (search.scales or search.decision):
         return
     yield "## Scale"
-    yield str(search.get("decision") or "No scale was searched.")
-    scales = search.get("scales") or {}
+    yield search.decision or "No scale was searched."
     if facts.nothing_kept(record):
         yield "Every delta is zero: with this adapter the student is what it was."
-    elif search.get("trials") and scales:
-        yield _table(("group", "scale"), ((group, f"{scale:g}") for group, scale in scales.items()))
+    elif search.trials and search.scales:
+        yield _table(("group", "scale"), ((group, f"{scale:g}") for group, scale in search.scales.items()))
         yield "The scales are already in the weights: load the adapter as it is."
 
 
-def _loading(record: Record) -> Iterator[str]:
-    source = str((record.get("student") or {}).get("source") or "")
+def _loading(record: RunRecord) -> Iterator[str]:
+    source = record.student.source
     name, _, revision = source.partition("@")
     base = name if facts.is_hub_id(source) else f"path/to/{facts.model_name(record, 'student')}"
     pinned = f', revision="{revision}"' if revision and facts.is_hub_id(source) else ""
@@ -187,9 +183,9 @@ def _loading(record: Record) -> Iterator[str]:
         )
 
 
-def _unmatched(record: Record) -> Iterator[str]:
+def _unmatched(record: RunRecord) -> Iterator[str]:
     kept, unused = facts.fate_counts(record), facts.unused_counts(record)
-    ignored = record.get("ignored_student_tensors") or {}
+    ignored = record.ignored_student_tensors
     if not (kept or unused or ignored):
         return
     yield "## What was left out"
@@ -203,41 +199,38 @@ def _unmatched(record: Record) -> Iterator[str]:
     yield "run.json holds the fate of every tensor."
 
 
-def _limits(record: Record) -> Iterator[str]:
+def _limits(record: RunRecord) -> Iterator[str]:
     yield "## Limits"
     lines = [
         "- The figures hold for the text they were measured on; far from it they may differ.",
         "- Next-token figures say nothing by themselves about reasoning, instruction following or safety.",
         "- The adapter inherits the limits and the licences of both models.",
     ]
-    if not record.get("evaluation"):
+    if record.evaluation is None:
         lines.insert(0, "- **Without figures this is an experiment, not a distilled model.**")
     yield "\n".join(lines)
 
 
-def _made_with(record: Record) -> Iterator[str]:
-    versions = record.get("versions") or {}
+def _made_with(record: RunRecord) -> Iterator[str]:
     lines = []
-    if record.get("adapter_sha256"):
-        lines.append(f"- sha256 of adapter_model.safetensors: `{record['adapter_sha256']}`")
-    for side in ("teacher", "student"):
-        fingerprint = (record.get(side) or {}).get("fingerprint")
-        if fingerprint:
-            lines.append(f"- fingerprint of the {side}: `{fingerprint}`")
-    if versions:
-        lines.append("- " + ", ".join(f"{name} {version}" for name, version in versions.items()))
-    if record.get("finished"):
-        lines.append(f"- finished {record['finished']}")
+    if record.adapter_sha256:
+        lines.append(f"- sha256 of adapter_model.safetensors: `{record.adapter_sha256}`")
+    for side, model in (("teacher", record.teacher), ("student", record.student)):
+        if model.fingerprint:
+            lines.append(f"- fingerprint of the {side}: `{model.fingerprint}`")
+    if record.versions:
+        lines.append("- " + ", ".join(f"{name} {version}" for name, version in record.versions.items()))
+    if record.finished:
+        lines.append(f"- finished {record.finished}")
     if lines:
         yield "## Made with"
         yield "\n".join(lines)
 
 
-def _shape(model: Mapping[str, Any]) -> str:
-    parts = [str(model.get("family") or Path(str(model.get("source") or "?")).name)]
-    units = (("layers", "layers"), ("hidden", "hidden"), ("experts", "experts"), ("vocabulary", "tokens"))
-    parts += [f"{model[key]:,} {unit}" for key, unit in units if model.get(key)]
-    return ", ".join(parts)
+def _shape(model: ModelRecord) -> str:
+    counts = ((model.layers, "layers"), (model.hidden, "hidden"), (model.experts, "experts"))
+    sizes = [f"{count:,} {unit}" for count, unit in (*counts, (model.vocabulary, "tokens")) if count]
+    return ", ".join([model.family or Path(model.source).name, *sizes])
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

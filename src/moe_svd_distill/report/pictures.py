@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from typing import Any
 
-from moe_svd_distill.report.facts import Grid, Record
+from moe_svd_distill.report.facts import Grid
+from moe_svd_distill.report.record import EvaluationRecord, SearchRecord, TrainingRecord
 
 _GREY, _BLUE, _ORANGE, _GREEN, _RED = "#7d8590", "#1f6feb", "#d4821e", "#2da44e", "#cf222e"
 _WIDTH = 8.6
@@ -24,27 +25,36 @@ _STYLE = {
 }
 
 
-def figures_picture(evaluation: Record, kind: str = "svg") -> bytes:
-    """KL as bars and cross-entropy as points: untouched student, adapter, control, and the teacher as a line."""
-    rows = [("student, untouched", evaluation["student"], _GREY), ("with the adapter", evaluation["adapted"], _BLUE)]
-    rows += [(f"random control {c.get('seed', '')}", c["figures"], _ORANGE) for c in evaluation.get("controls") or ()]
-    names, figures, colours = zip(*rows, strict=True)
-    places = list(range(len(rows)))[::-1]
+def figures_picture(evaluation: EvaluationRecord | None, kind: str = "svg") -> bytes | None:
+    """KL as bars and cross-entropy as points: untouched student, adapter, control, and the teacher as a line.
+
+    None without figures.
+    """
+    if evaluation is None or evaluation.teacher is None or evaluation.teacher.cross_entropy is None:
+        return None
+    measured = [("student, untouched", evaluation.student, _GREY), ("with the adapter", evaluation.adapted, _BLUE)]
+    measured += [(f"random control {each.seed}", each.figures, _ORANGE) for each in evaluation.controls]
+    rows = [
+        (name, colour, (found.kl, _whisker(found.kl_error)), (found.cross_entropy, _whisker(found.cross_entropy_error)))
+        for name, found, colour in measured
+        if found is not None and found.kl is not None and found.cross_entropy is not None
+    ]
+    if len(rows) < len(measured):
+        return None
+    names, colours, kl, entropy = zip(*rows, strict=True)
+    teacher, places = evaluation.teacher.cross_entropy, list(range(len(rows)))[::-1]
     with _figure(_WIDTH, 1.2 + 0.42 * len(rows)) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
-        kl = [f["kl"] for f in figures]
-        left.barh(places, kl, 0.62, color=colours, xerr=_errors(figures, "kl_error"), error_kw=_whiskers())
-        for place, value, error in zip(places, kl, _errors(figures, "kl_error"), strict=True):
+        values, errors = zip(*kl, strict=True)
+        black = {"ecolor": "black", "capsize": 3, "linewidth": 1}
+        left.barh(places, values, 0.62, color=colours, xerr=errors, error_kw=black)
+        for place, (value, error) in zip(places, kl, strict=True):
             left.annotate(f"{value:.3f}", (value + error, place), (5, 0), textcoords="offset points", va="center")
         left.set(title="KL to the teacher (0 is best)", xlabel="nats per token", yticks=places, yticklabels=names)
-        left.set_xlim(0, 1.3 * max([*kl, 1e-9]))
-        entropy = [f["cross_entropy"] for f in figures]
-        teacher = evaluation["teacher"]["cross_entropy"]
+        left.set_xlim(0, 1.3 * max([*values, 1e-9]))
         right.axvline(teacher, color=_GREEN, linewidth=1.5)
         right.annotate("teacher", (teacher, places[0] + 0.45), (4, 0), textcoords="offset points", color=_GREEN)
-        for place, value, error, colour in zip(
-            places, entropy, _errors(figures, "cross_entropy_error"), colours, strict=True
-        ):
+        for place, (value, error), colour in zip(places, entropy, colours, strict=True):
             right.errorbar(value, place, xerr=error, fmt="o", color=colour, capsize=3)
             right.annotate(f"{value:.3f}", (value, place), (0, 8), textcoords="offset points", ha="center")
         right.set(title="cross-entropy of the text", xlabel="nats per token", ylim=(-0.6, places[0] + 0.75))
@@ -53,27 +63,28 @@ def figures_picture(evaluation: Record, kind: str = "svg") -> bytes:
         return _file(figure, kind)
 
 
-def scale_picture(search: Record, kind: str = "svg") -> bytes | None:
+def scale_picture(search: SearchRecord, kind: str = "svg") -> bytes | None:
     """How far KL and cross-entropy fall as the whole adapter is turned up; None if that was not tried."""
-    trials = [t for t in search.get("trials") or () if len(set(t["scales"].values())) == 1]
-    points = sorted((next(iter(trial["scales"].values())), trial) for trial in trials if trial["scales"])
+    alike = [trial for trial in search.trials if len(set(trial.scales.values())) == 1]
+    points = sorted(((next(iter(trial.scales.values())), trial) for trial in alike), key=lambda point: point[0])
     if len(points) < 2:
         return None
-    untouched = points[0][1]["kl"] + points[0][1]["kl_fall"]
+    untouched = points[0][1].kl + points[0][1].kl_fall
     scales = [scale for scale, _ in points]
     with _figure(_WIDTH, 2.9) as figure:
         axes = figure.subplots()
         axes.axhline(0, color="black", linewidth=0.8)
-        for field, colour, name in (("kl", _BLUE, "KL"), ("cross_entropy", _ORANGE, "cross-entropy")):
-            falls = [trial[f"{field}_fall"] for _, trial in points]
-            errors = [3 * (trial.get(f"{field}_fall_error") or 0) for _, trial in points]
+        kl = [(trial.kl_fall, trial.kl_fall_error) for _, trial in points]
+        entropy = [(trial.cross_entropy_fall, trial.cross_entropy_fall_error) for _, trial in points]
+        for found, colour, name in ((kl, _BLUE, "KL"), (entropy, _ORANGE, "cross-entropy")):
+            falls, errors = [fall for fall, _ in found], [3 * (error or 0) for _, error in found]
             axes.errorbar(scales, falls, yerr=errors, fmt="o-", color=colour, capsize=3, markersize=4, label=name)
         axes.set(title="What falls when the adapter is turned up", xlabel="scale of the whole adapter")
         axes.set_ylabel("fall, nats per token\n(above 0 is better)")
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, -0.6 * untouched), max(high, 0.02 * untouched))
         if low < -0.6 * untouched:
-            words = f"at scale {scales[-1]:g}: {points[-1][1]['kl_fall']:.2f} (KL)"
+            words = f"at scale {scales[-1]:g}: {points[-1][1].kl_fall:.2f} (KL)"
             axes.annotate(words, (scales[-1], -0.6 * untouched), (0, 6), ha="right", color=_RED, zorder=5,
                           textcoords="offset points", bbox={"color": "white", "pad": 1})  # fmt: skip
         axes.legend(frameon=False, loc="best")
@@ -81,29 +92,29 @@ def scale_picture(search: Record, kind: str = "svg") -> bytes | None:
         return _file(figure, kind)
 
 
-def curve_picture(refinement: Record, kind: str = "svg") -> bytes | None:
+def curve_picture(training: TrainingRecord | None, kind: str = "svg") -> bytes | None:
     """Training loss and KL on calibration text by tokens trained on, the kept state marked; None without a curve.
 
     A loss other than KL (another divergence, or with cross-entropy in it) has an axis of its own on the right.
     """
-    points = [point for point in refinement.get("curve") or () if _finite(point.get("kl"))]
-    if len(points) < 2:
+    points = [point for point in training.curve if _finite(point.kl)] if training else []
+    if training is None or len(points) < 2:
         return None
-    settings = refinement.get("settings") or {}
-    alike = settings.get("divergence", "forward") == "forward" and not settings.get("cross_entropy_share")
+    alike = training.divergence in (None, "forward") and not training.cross_entropy_share
     with _figure(_WIDTH, 2.9) as figure:
         axes = figure.subplots()
-        tokens, kl = zip(*((point["tokens"], point["kl"]) for point in points), strict=True)
-        losses = [(point["tokens"], point["loss"]) for point in points if _finite(point.get("loss"))]
+        tokens, kl = zip(*((point.tokens, point.kl) for point in points), strict=True)
+        losses = [(point.tokens, point.loss) for point in points if _finite(point.loss)]
         beside = axes if alike or not losses else axes.twinx()
         lines = axes.plot(tokens, kl, "o-", color=_BLUE, markersize=4, label="KL on calibration text")
         if losses:
             lines += beside.plot(*zip(*losses, strict=True), color=_ORANGE, linewidth=1.2, label="training loss")
-        best = refinement.get("best")
-        if isinstance(best, int) and 0 <= best < len(refinement["curve"]) and refinement["curve"][best] in points:
-            kept = refinement["curve"][best]
-            lines += axes.plot(kept["tokens"], kept["kl"], "o", color=_GREEN, markersize=9, zorder=4, label="kept")
-            axes.annotate(f"{kept['kl']:.4f}", (kept["tokens"], kept["kl"]), (0, 9), textcoords="offset points",
+        kept = (
+            training.curve[training.best] if training.best is not None and training.best < len(training.curve) else None
+        )
+        if kept in points:
+            lines += axes.plot(kept.tokens, kept.kl, "o", color=_GREEN, markersize=9, zorder=4, label="kept")
+            axes.annotate(f"{kept.kl:.4f}", (kept.tokens, kept.kl), (0, 9), textcoords="offset points",
                           ha="center", color=_GREEN)  # fmt: skip
         axes.set(title="Training: loss, and KL to the teacher on calibration text", xlabel="tokens trained on")
         axes.set_ylabel("nats per token")
@@ -118,12 +129,13 @@ def curve_picture(refinement: Record, kind: str = "svg") -> bytes | None:
         return _file(figure, kind)
 
 
-def heat_picture(grid: Grid, title: str, *, percent: bool = True, kind: str = "svg") -> bytes:
-    """A value for each role (rows) and layer (columns); grey where there is none."""
+def heat_picture(grid: Grid | None, title: str, kind: str = "svg") -> bytes | None:
+    """A share in percent for each role (rows) and layer (columns), grey where there is none; None without a grid."""
+    if grid is None:
+        return None
     import numpy as np
 
-    values = np.array([[np.nan if v is None else v for v in row] for row in grid.values], dtype=float)
-    values = values * (100 if percent else 1)
+    values = 100 * np.array([[np.nan if v is None else v for v in row] for row in grid.values], dtype=float)
     columns = len(grid.layers)
     with _figure(_WIDTH, 1.3 + 0.27 * len(grid.roles)) as figure:
         axes = figure.subplots()
@@ -144,19 +156,24 @@ def heat_picture(grid: Grid, title: str, *, percent: bool = True, kind: str = "s
             _write_values(axes, values, top)
         bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.03)
         bar.outline.set_visible(False)
-        bar.ax.set_title("%" if percent else "", fontsize=9)
+        bar.ax.set_title("%", fontsize=9)
         return _file(figure, kind)
 
 
-def depth_picture(edges: Sequence[tuple[int, int, float]], layers: tuple[int, int], kind: str = "svg") -> bytes:
-    """Which teacher layers each student layer is set against; a line's width is the weight.
+def depth_picture(
+    edges: Sequence[tuple[int, int, float]], layers: tuple[int | None, int | None], kind: str = "svg"
+) -> bytes | None:
+    """Which teacher layers each student layer is set against; a line's width is the weight. None without a depth map.
 
     Args:
         edges: Student layer, teacher layer, weight.
-        layers: How many layers student and teacher have.
+        layers: How many layers student and teacher have; None for as many as have lines.
         kind: svg or png.
     """
-    student, teacher = (max(count, 1) for count in layers)
+    if not edges:
+        return None
+    student = layers[0] or 1 + max(edge[0] for edge in edges)
+    teacher = layers[1] or 1 + max(edge[1] for edge in edges)
 
     def place(layer: int, count: int) -> float:
         return (layer + 0.5) / count
@@ -198,13 +215,9 @@ def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _errors(figures: Sequence[Mapping[str, Any]], field: str) -> list[float]:
+def _whisker(error: float | None) -> float:
     """Half of a 95 % interval."""
-    return [1.96 * (figure.get(field) or 0.0) for figure in figures]
-
-
-def _whiskers() -> dict[str, Any]:
-    return {"ecolor": "black", "capsize": 3, "linewidth": 1}
+    return 1.96 * (error or 0.0)
 
 
 @contextmanager

@@ -212,7 +212,8 @@ def _show_benchmarks(title: str, benchmarks: Mapping[str, Any]) -> None:
 
 def _show_code_benchmarks(title: str, found: Mapping[str, Mapping[str, Any]]) -> None:
     from moe_svd_distill.cli.screen import output, print_table
-    from moe_svd_distill.report.benchmarks import code_note
+    from moe_svd_distill.report.figures import code_note
+    from moe_svd_distill.report.record import CodeRecord, read_as
 
     rows = [
         (
@@ -230,7 +231,7 @@ def _show_code_benchmarks(title: str, found: Mapping[str, Mapping[str, Any]]) ->
     columns = ("", "problems", "student, untouched", "with the adapter", "change", "gained", "lost", "teacher")
     print_table(f"{title}: pass@1", columns, rows)
     for result in found.values():
-        output.print(code_note(result), soft_wrap=True, highlight=False, markup=False)
+        output.print(code_note(read_as(CodeRecord, result)), soft_wrap=True, highlight=False, markup=False)
 
 
 def _row(name: str, figures: Mapping[str, Any], gap: Mapping[str, Any] | None) -> tuple[str, ...]:

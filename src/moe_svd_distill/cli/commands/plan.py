@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 from moe_svd_distill.cli.options import json_option, read_recipe, recipe_options
-from moe_svd_distill.cli.progress_lines import duration
 
 
 @click.command("plan", short_help="Show what a recipe would do.")
@@ -23,7 +22,7 @@ def command(recipe: Path | None, as_json: bool, **given: Any) -> None:
     models nothing large is fetched.
     """
     wanted = read_recipe(recipe, given)
-    from moe_svd_distill.cli.relation import show_choice, show_relatedness
+    from moe_svd_distill.cli.commands.inspect import show_choice, show_relatedness
     from moe_svd_distill.cli.screen import grouped, print_json, print_table
     from moe_svd_distill.pipeline.plan import make_plan
 
@@ -66,6 +65,7 @@ def _show_preset(preset: dict[str, Any]) -> None:
 
 
 def _stages(here: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    from moe_svd_distill.cli.screen import duration
     from moe_svd_distill.pipeline.cost import readable
     from moe_svd_distill.pipeline.duration import AROUND_S
 

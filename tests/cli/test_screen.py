@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from moe_svd_distill.cli.progress_lines import ProgressLines, _Stage, duration
+from moe_svd_distill.cli.screen import ProgressLines, _Stage, duration
 
 
 def test_a_line_when_a_stage_begins_and_at_intervals() -> None:

@@ -1,8 +1,10 @@
-"""A made-up record of a run, with everything that a record can hold."""
+"""A made-up record of a run, with everything that a record can hold: as JSON, and read."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from moe_svd_distill.report.record import RunRecord
 
 
 def figures(kl: float, cross_entropy: float) -> dict[str, Any]:
@@ -54,8 +56,8 @@ def trial(scales: dict[str, float], kl_fall: float) -> dict[str, Any]:
     }
 
 
-def record(**changes: Any) -> dict[str, Any]:
-    """The content of run.json."""
+def content(**changes: Any) -> dict[str, Any]:
+    """The content of run.json, and that of evaluation.json in it."""
     tensors: list[dict[str, Any]] = []
     for layer in range(3):
         for role in ("attention.q", "router"):
@@ -175,6 +177,11 @@ def refinement(**changes: Any) -> dict[str, Any]:
     }
 
 
-def trained_record(**changes: Any) -> dict[str, Any]:
-    """The content of run.json after the refined stage."""
+def record(**changes: Any) -> RunRecord:
+    """The record of a run."""
+    return RunRecord.of(content(**changes))
+
+
+def trained_record(**changes: Any) -> RunRecord:
+    """The record of a run with the refined stage."""
     return record(**{"method": "weights+calibrated+refined", "refinement": refinement(), **changes})

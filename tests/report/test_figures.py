@@ -1,13 +1,14 @@
-"""Controls, intervals and benchmarks on the card and on the page."""
+"""Figures with their controls and intervals, and benchmarks, on the card and on the page."""
 
 from __future__ import annotations
 
 import pytest
 
-from moe_svd_distill.report import facts
 from moe_svd_distill.report.card import adapter_card
+from moe_svd_distill.report.figures import figure_rows
 from moe_svd_distill.report.html import html_report
-from tests.report.samples import benchmarks, evaluation, figures, record, temperature_control
+from moe_svd_distill.report.record import EvaluationRecord, read_as
+from tests.support.run_records import benchmarks, evaluation, figures, record, temperature_control
 
 
 @pytest.mark.parametrize("write", [adapter_card, html_report])
@@ -40,6 +41,6 @@ def test_benchmarks_alone_are_figures_too(write: object) -> None:
 
 def test_intervals_of_the_figures_themselves_are_shown() -> None:
     student = figures(0.513, 4.395) | {"kl_interval": {"low": 0.501, "high": 0.525}, "cross_entropy_interval": None}
-    row = facts.figure_rows(evaluation() | {"student": student})[0]
-    assert row.cells[0] == "0.5130 ± 0.0120 (0.501 … 0.525)"
-    assert row.cells[1] == "4.3950 ± 0.0500"
+    row = figure_rows(read_as(EvaluationRecord, evaluation() | {"student": student}))[0]
+    assert row[1] == "0.5130 ± 0.0120 (0.501 … 0.525)"
+    assert row[2] == "4.3950 ± 0.0500"

@@ -1,19 +1,14 @@
-"""What the pages say about training, and the picture of its curve."""
+"""What the pages say, in words and numbers: mostly about training."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from moe_svd_distill.report import facts, pictures
+from moe_svd_distill.report import facts
 from moe_svd_distill.report.card import adapter_card
-from moe_svd_distill.report.html import html_report
-from moe_svd_distill.report.training import training_note
-from tests.report.samples import record, refinement, trained_record
-from tests.report.test_html import _parsed, _share
+from moe_svd_distill.report.facts import training_note
+from tests.support.run_records import content, record, refinement, trained_record
 
-BLUE, ORANGE, GREEN = (31, 111, 235), (212, 130, 30), (45, 164, 78)
 TEACHER = "**big-teacher**"
 
 
@@ -79,61 +74,14 @@ def test_an_adapter_that_was_begun_with_is_named() -> None:
     assert "on calibration text, beginning with the adapter first by MoE-SVD-Distill" in card
 
 
-def test_card_and_page_hold_the_note_and_the_headline_stays() -> None:
-    made = trained_record()
-    assert f"## Training\n\n{training_note(made)}\n" in adapter_card(made)
-    page = html_report(made)
-    assert f"<h2>Training</h2>\n<p>{training_note(made)}</p>" in page
-    assert len(_parsed(page).addresses) == 7
-    assert 'alt="Training loss and KL on calibration text by tokens trained on' in page
-    assert facts.headline(made) == facts.headline(record())
-
-
-def test_a_run_without_training_says_nothing_of_it() -> None:
-    assert training_note(record()) == ""
-    assert "## Training" not in adapter_card(record())
-    assert "<h2>Training</h2>" not in html_report(record())
-
-
-@pytest.mark.parametrize("key", list(refinement()))
-def test_any_part_may_be_absent(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "_file", lambda figure, kind: b"drawn")
-    for changed in ({name: value for name, value in refinement().items() if name != key}, refinement(**{key: None})):
-        made = trained_record(refinement=changed)
-        _parsed(html_report(made))
-        assert "## Training" in adapter_card(made)
-
-
-def test_the_curve_shows_loss_and_kl_and_marks_what_was_kept() -> None:
-    drawn = pictures.curve_picture(refinement(), kind="png")
-    assert drawn is not None
-    assert all(_share(drawn, colour) > 1e-4 for colour in (BLUE, ORANGE, GREEN))
-    unmarked = pictures.curve_picture(refinement(best=None), kind="png")
-    assert unmarked is not None
-    assert _share(unmarked, GREEN) == 0
-    assert pictures.curve_picture(refinement()) == pictures.curve_picture(refinement())
-
-
-@pytest.mark.parametrize("changes", [{"curve": []}, {"curve": refinement()["curve"][:1]}, {"curve": None}])
-def test_a_curve_needs_two_points(changes: dict[str, Any]) -> None:
-    assert pictures.curve_picture(refinement(**changes)) is None
-    assert pictures.curve_picture({}) is None
-
-
-@pytest.mark.parametrize("kl", [float("nan"), float("inf"), 40.0])
-def test_a_training_that_diverged_can_be_drawn(kl: float) -> None:
-    curve = [
-        *refinement()["curve"],
-        {"step": 400, "tokens": 409_600, "seconds": 1.0, "loss": kl, "kl": kl, "rate": 0.0},
-    ]
-    drawn = pictures.curve_picture(refinement(curve=curve, ended="diverged"), kind="png")
-    assert drawn is not None
-    assert _share(drawn, GREEN) > 1e-4
-
-
-def test_a_loss_of_another_kind_does_not_squeeze_the_kl() -> None:
-    curve = [point | {"loss": None if point["loss"] is None else point["loss"] + 4} for point in refinement()["curve"]]
-    settings = {"divergence": "forward", "cross_entropy_share": 0.5}
-    drawn = pictures.curve_picture(refinement(curve=curve, settings=settings), kind="png")
-    assert drawn is not None
-    assert _share(drawn, ORANGE) > 1e-4
+def test_means_over_experts_and_holes() -> None:
+    found = facts.grid(record(), "relative_delta")
+    assert found is not None
+    assert found.layers == ("0", "1", "2", "ends")
+    row = found.values[found.roles.index("experts.gate")]
+    assert row[:3] == pytest.approx((0.4, 0.4, 0.4))
+    assert row[3] is None
+    assert found.values[found.roles.index("head")] == (None, None, None, 0.2)
+    assert facts.grid(record(tensors=[]), "relative_delta") is None
+    nothing = [tensor | {"relative_delta": None} for tensor in content()["tensors"]]
+    assert facts.grid(record(tensors=nothing), "relative_delta") is None

@@ -1,0 +1,139 @@
+"""What is done with a finished adapter: verify, merge, export, and a new adapter_config.json."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import click
+
+from moe_svd_distill.cli.options import json_option
+
+student_option = click.option("--student", help="Folder or hub id of the student; default: the one the adapter names.")
+
+
+@click.command("verify", short_help="Check an adapter.")
+@click.argument("folder", type=click.Path(path_type=Path))
+@student_option
+@json_option
+def verify_command(folder: Path, student: str | None, as_json: bool) -> None:
+    """Check the adapter in FOLDER: its bytes, its configuration, its values, and that PEFT loads every key."""
+    from dataclasses import asdict
+
+    from moe_svd_distill.adapter.verify import verify
+    from moe_svd_distill.checkpoints import open_checkpoint
+    from moe_svd_distill.cli.screen import print_json
+
+    report = verify(folder, open_checkpoint(student) if student else None)
+    if as_json:
+        print_json({**asdict(report), "summary": report.summary})
+        return
+    for warning in report.warnings:
+        click.echo(f"note: {warning}")
+    if report.load:
+        click.echo(f"PEFT loads all {report.load.keys} tensors into {report.load.targets} modules and parameters")
+    click.echo(f"sha256 {report.sha256}{' as recorded' if report.digest_checked else ''}")
+    click.echo(report.summary)
+
+
+@click.command("merge", short_help="Merge an adapter into the student.")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path))
+@student_option
+@json_option
+def merge_command(folder: Path, output: Path, student: str | None, as_json: bool) -> None:
+    """Write the student with the adapter in FOLDER merged in to OUTPUT, shard by shard, in the stored types."""
+    from dataclasses import asdict
+
+    from moe_svd_distill.adapter.merge import merge
+    from moe_svd_distill.checkpoints import open_checkpoint
+    from moe_svd_distill.cli.screen import Monitor, print_json
+    from moe_svd_distill.pipeline.record import base_model
+
+    with Monitor(quiet=as_json) as monitor, open_checkpoint(base_model(folder, student)) as checkpoint:
+        report = merge(folder, checkpoint, output, on_progress=partial(monitor.on_count, "merging"))
+    if as_json:
+        print_json({**asdict(report), "output": str(report.output)})
+        return
+    for name in report.left_out:
+        click.echo(f"not copied: {name}")
+    click.echo(
+        f"{report.output}: {report.merged} tensors merged, {report.copied} copied unchanged, "
+        f"{report.weights_files} weights files, {report.bytes / 2**20:.1f} MiB"
+    )
+
+
+@click.command("export", short_help="Write an adapter in another layout.")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "layout",
+    type=click.Choice(["peft", "plain", "fused"]),
+    default="peft",
+    show_default=True,
+    help="peft: for PEFT on transformers 5. plain: stored names alone, for vLLM, SGLang, llama.cpp and transformers 4. "
+    "fused: one pair for all experts of a layer, for PEFT and vLLM.",
+)
+@click.option("--text-only", is_flag=True, help="For the student's class for text alone, not the checkpoint's own.")
+@student_option
+@json_option
+def export_command(
+    folder: Path, output: Path, layout: str, text_only: bool, student: str | None, as_json: bool
+) -> None:
+    """Write the adapter in FOLDER to OUTPUT with the same changes under other keys; PEFT is asked whether it loads."""
+    from dataclasses import asdict
+
+    from moe_svd_distill.adapter.export import export
+    from moe_svd_distill.checkpoints import open_checkpoint
+    from moe_svd_distill.cli.screen import print_json
+
+    checkpoint = open_checkpoint(student) if student else None
+    report = export(folder, output, layout, checkpoint, text_only=text_only)  # type: ignore[arg-type]
+    if as_json:
+        print_json({**asdict(report), "output": str(report.output)})
+        return
+    click.echo(f"{report.output}: {report.tensors} tensors")
+    click.echo("PEFT loads all of them" if report.loads else f"PEFT does not load it as it is: {report.why_not}")
+    for limit in report.limits:
+        click.echo(f"note: {limit}")
+
+
+@click.command("adapter-config", short_help="Rebuild adapter_config.json.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--student",
+    type=click.Path(path_type=Path),
+    help="Folder of the student; without it modules are named by their last part.",
+)
+@click.option("--base-model", help="What to write as the base model.")
+@click.option("--write", is_flag=True, help="Write it beside the adapter instead of printing it.")
+@click.option(
+    "--repair-names", type=click.Path(path_type=Path), help="First write a copy of FILE under names that PEFT matches."
+)
+def adapter_config_command(
+    file: Path, student: Path | None, base_model: str | None, write: bool, repair_names: Path | None
+) -> None:
+    """Rebuild the configuration of the adapter FILE from its header; no weight is loaded."""
+    from moe_svd_distill.adapter.repair import rebuild_configuration, repair_keys
+    from moe_svd_distill.files.names import CONFIGURATION_FILE
+    from moe_svd_distill.files.writing import write_json
+
+    if repair_names is not None:
+        renamed = repair_keys(file, repair_names)
+        click.echo(f"{repair_names}: {len(renamed)} tensors renamed", err=True)
+        file = repair_names
+    configuration = rebuild_configuration(file, student, base_model=base_model)
+    if student is None:
+        click.echo(
+            "note: without --student modules are named by the last part of their names, which PEFT on transformers 5 "
+            "loads for models without experts only",
+            err=True,
+        )
+    if write:
+        target = (file if file.is_dir() else file.parent) / CONFIGURATION_FILE
+        write_json(target, configuration)
+        click.echo(target)
+    else:
+        click.echo(json.dumps(configuration, indent=2))

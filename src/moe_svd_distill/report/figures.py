@@ -1,0 +1,175 @@
+"""What an evaluation found, as rows and notes for pages and terminal: figures on held-out text, and benchmarks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moe_svd_distill.algebra.figures import Interval
+from moe_svd_distill.evaluation.uncertainty import GapClosed
+from moe_svd_distill.report.record import CodeRecord, EvaluationRecord, FiguresRecord
+
+FIGURE_COLUMNS = (
+    "",
+    "KL to the teacher",
+    "cross-entropy",
+    "perplexity",
+    "top-1 agreement",
+    "KL gap closed",
+    "cross-entropy gap closed",
+)
+BENCHMARK_COLUMNS = ("benchmark", "student, untouched", "student with this adapter", "change")
+_ERRORS_SHOWN = 3
+
+
+def figure_rows(evaluation: EvaluationRecord | None) -> list[tuple[str, ...]]:
+    """The table of figures: untouched student, adapter, controls, teacher; who was measured, then the columns."""
+    if evaluation is None or evaluation.student is None:
+        return []
+    rows = [
+        _figure_row("student, untouched", evaluation.student),
+        _figure_row("student with this adapter", evaluation.adapted, evaluation.gap_closed),
+    ]
+    for control in evaluation.controls:
+        name = f"control: random delta of the same size, seed {_known(control.seed)}"
+        rows.append(_figure_row(name, control.figures, control.gap_closed))
+    temperature = evaluation.temperature_control
+    if temperature:
+        name = f"control: only the temperature of the student's logits, {number(temperature.temperature, 3)}"
+        rows.append(_figure_row(name, temperature.figures, temperature.gap_closed))
+    return [*rows, _figure_row("teacher", evaluation.teacher)]
+
+
+def text_note(evaluation: EvaluationRecord | None) -> str:
+    """On what the figures were measured."""
+    if evaluation is None or evaluation.student is None:
+        return ""
+    student, temperature = evaluation.student, evaluation.temperature_control
+    texts = ", ".join(Path(text).name for text in evaluation.texts)
+    parts = [
+        f"{student.tokens:,} predicted tokens of held-out text{f' ({texts})' if texts else ''}",
+        f"sequences of {evaluation.sequence_length} tokens" if evaluation.sequence_length else "",
+        f"± is one standard error over {_known(student.documents)} {evaluation.unit}",
+        f"the temperature was fitted on {temperature.fitted_on} and measured on the rest" if temperature else "",
+    ]
+    counts = [
+        count or 0
+        for count in (evaluation.documents_used, evaluation.documents_of_used_groups, evaluation.documents_repeated)
+    ]
+    if sum(counts):
+        parts.append(
+            f"{counts[0]} documents left out that it was made on, {counts[1]} of the same sources, {counts[2]} that "
+            "mostly repeat them"
+        )
+    if evaluation.groups_apart is False:
+        parts.append("of the sources it was made on")
+    if evaluation.other_domain:
+        parts.append("calibrated on text of another domain")
+    return ", ".join(part for part in parts if part) + "; intervals and whiskers are 95 %; all in nats per token."
+
+
+def benchmark_rows(evaluation: EvaluationRecord | None) -> list[tuple[str, str, str, str]]:
+    """Benchmark and metric, untouched student, with the adapter, change."""
+    if evaluation is None:
+        return []
+    harness = [
+        (
+            f"{score.task}, {score.metric}" + ("" if score.filter == "none" else f" ({score.filter})"),
+            _with_error(score.student, score.student_error),
+            _with_error(score.adapted, score.adapted_error),
+            _with_error(score.change, score.change_error, "+"),
+        )
+        for score in evaluation.scores
+    ]
+    code = [
+        (
+            f"{name}, pass@1",
+            number(found.student),
+            number(found.adapted),
+            _with_error(found.change, None, "+")
+            + ("" if found.low is None or found.high is None else f" ({found.low:+.4f} … {found.high:+.4f})"),
+        )
+        for name, found in evaluation.code_benchmarks.items()
+    ]
+    return harness + code
+
+
+def benchmark_notes(evaluation: EvaluationRecord | None) -> list[str]:
+    """How the benchmarks were run."""
+    if evaluation is None:
+        return []
+    harness = []
+    if evaluation.scores:
+        limit = f", at most {evaluation.score_limit} examples of each task" if evaluation.score_limit else ""
+        harness = [
+            f"By lm-evaluation-harness {_known(evaluation.harness)} in {_known(evaluation.score_dtype)}{limit}; ± is "
+            "one standard error, that of the change paired over examples."
+        ]
+    return harness + [code_note(found) for found in evaluation.code_benchmarks.values()]
+
+
+def code_note(found: CodeRecord) -> str:
+    """How programming problems were completed and run, and what became of those that failed."""
+    network = "no network" if found.without_network else "the network within reach"
+    files = "their own folder" if found.files_guarded else "whatever their user may change"
+    parts = [
+        f"{found.name}: {_known(found.problems)} problems of {found.source}, one greedy completion each of the plain "
+        f"prompt in {_known(found.dtype)}, at most {_known(found.token_limit)} tokens",
+        "" if found.teacher is None else f"the teacher passes {number(found.teacher)}",
+        f"{len(found.gained)} problems gained and {len(found.lost)} lost, McNemar's exact p {number(found.p_value, 3)}",
+        "the interval is 95 %, exact and paired over problems",
+        _failures(found),
+        f"programs had {network} and could change {files}",
+    ]
+    return "; ".join(part for part in parts if part) + "."
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number to show, or a dash."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _failures(found: CodeRecord) -> str:
+    if not found.reasons:
+        return ""
+    common = sorted(found.reasons.items(), key=lambda item: (-item[1], item[0]))[:_ERRORS_SHOWN]
+    named = ", ".join(f"{reason} {count}" for reason, count in common)
+    return f"the adapted student's failures are mostly {named}, and {_known(found.unfinished)} met the limit"
+
+
+def _figure_row(name: str, figures: FiguresRecord | None, gap: GapClosed | None = None) -> tuple[str, ...]:
+    if figures is None:
+        return (name, "–", "–", "–", "–", *_gaps(gap))
+    return (
+        name,
+        _with_error(figures.kl, figures.kl_error) + _interval(figures.kl_interval),
+        _with_error(figures.cross_entropy, figures.cross_entropy_error) + _interval(figures.cross_entropy_interval),
+        number(figures.perplexity, 2),
+        "–" if figures.top1_agreement is None else f"{figures.top1_agreement:.1%}",
+        *_gaps(gap),
+    )
+
+
+def _gaps(gap: GapClosed | None) -> tuple[str, str]:
+    if gap is None:
+        return "", ""
+    return _percent(gap.kl, gap.kl_interval), _percent(gap.cross_entropy, gap.cross_entropy_interval)
+
+
+def _percent(value: float | None, interval: Interval | None) -> str:
+    within = f" ({interval.low:+.1f} … {interval.high:+.1f})" if interval else ""
+    return "–" if value is None else f"{value:+.1f} %{within}"
+
+
+def _interval(interval: Interval | None) -> str:
+    return f" ({interval.low:.3f} … {interval.high:.3f})" if interval and interval.high else ""
+
+
+def _with_error(value: float | None, error: float | None, sign: str = "") -> str:
+    if value is None:
+        return "–"
+    return f"{value:{sign}.4f}" + (f" ± {error:.4f}" if error is not None and error > 0 else "")
+
+
+def _known(value: Any) -> Any:
+    return "?" if value is None else value
