@@ -94,7 +94,7 @@ class _Gradients:
     def compose(self, layer: int, bases: object = None) -> None:
         """Nothing is added to the weights."""
 
-    def collect(self, layer: int) -> None:
+    def hook_gradients(self, layer: int) -> None:
         for slot in self._skeleton.of_part(layer):
             parameter: Any = slot.module._parameters.get(slot.attribute)
             if parameter is None or parameter in self._hooked or not parameter.is_floating_point():
@@ -117,7 +117,7 @@ class _Gradients:
 class _Slopes:
     """In the place of a head: the slopes of a random linear function."""
 
-    def learn(self, states: Tensor, batch: Batch, places: int) -> Tensor:
+    def accumulate_gradients(self, states: Tensor, batch: Batch, places: int) -> Tensor:
         return batch.teacher
 
 
@@ -139,7 +139,7 @@ def test_gradients_are_those_of_the_whole_model(model: Path, tmp_path: Path, str
         Batch(IDS[rows], everywhere[: IDS[rows].numel()], slopes[rows].flatten(0, 1), everywhere)
         for rows in (slice(0, 2), slice(2, 4), slice(4, 5))
     ]
-    engine.learn(batches, _Slopes(), IDS.numel())
+    engine.accumulate_gradients(batches, _Slopes(), IDS.numel())
     names: dict[nn.Parameter, list[str]] = defaultdict(list)  # some architectures tie parameters of several layers
     for name, parameter in whole.named_parameters(remove_duplicate=False):
         if name in decoder.skeleton.slots and isinstance(decoder.skeleton.slots[name].part, int):
