@@ -30,8 +30,9 @@ from tests.support.models import load
 from tests.support.pairs import recipe_for
 
 LITTLE: dict[str, Any] = {
-          "calibration": [str(TEXT)], "tokens": 2048, "scale_search_tokens": 2048, "copies": 1, "fit_passes": 2,
-          "training": {"save_seconds": 1e-9}}  # fmt: skip
+    "calibration": [str(TEXT)], "tokens": 2048, "scale_search_tokens": 2048, "copies": 1, "fit_passes": 2
+}  # fmt: skip
+SAVED_OFTEN = {"training": {"save_seconds": 1e-9}}
 HEAD_ALONE = LITTLE | {"method": "calibrated", "last_layers": 0}
 MORE_PASSES = HEAD_ALONE | {"fit_passes": 6}
 STREAMED = {"student", "teacher", "student, what it is trained on", "student, search text", "teacher, search text"}
@@ -163,7 +164,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     tiny: tuple[Path, Path], tmp_path: Path, step: str, fraction: float
 ) -> None:
     whole = distill(recipe_for(*tiny, tmp_path / "whole", **HEAD_ALONE))
-    recipe = recipe_for(*tiny, tmp_path / "out", **HEAD_ALONE)
+    recipe = recipe_for(*tiny, tmp_path / "out", **HEAD_ALONE, **SAVED_OFTEN)
     _killed(recipe, tmp_path, step, fraction)
     resumed = distill(recipe)
     assert resumed.sha256 == whole.sha256
@@ -419,7 +420,8 @@ def test_a_killed_fit_of_the_last_layer_goes_on_to_the_same_bytes(
     last_layer: tuple[Recipe, Path], tmp_path: Path
 ) -> None:
     recipe, out = last_layer
-    other = recipe.model_copy(update={"output": tmp_path / "out"})
+    training = recipe.training.model_copy(update={"save_seconds": 1e-9})
+    other = recipe.model_copy(update={"output": tmp_path / "out", "training": training})
     _killed(other, tmp_path, "fitting the head and the last layers", 0.6)
     resumed = distill(other)
     assert resumed.sha256 == load_adapter(out).sha256

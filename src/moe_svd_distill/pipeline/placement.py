@@ -105,6 +105,11 @@ def execution_settings(recipe: Recipe) -> Settings:
     return Settings(workers=workers, devices=devices, threads_per_worker=recipe.threads)
 
 
+def threads_of_a_run() -> int:
+    """As many as the environment says, whatever the process was doing before: sums depend on their number."""
+    return int(os.environ.get("OMP_NUM_THREADS") or 0) or available_cores()
+
+
 def available_cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
@@ -159,7 +164,7 @@ def place_training(
     together, step_tokens = trained.sequences, trained.step_tokens
     kind = torch.device(devices[0]).type
     dtype = training_dtype(recipe, pair, torch.device(devices[0]))
-    cores = int(os.environ.get("OMP_NUM_THREADS") or 0) or available_cores()
+    cores = threads_of_a_run()
     name = str(dtype).removeprefix("torch.")
     needed = bytes_in_training(pair, dtype, trained, min(step_tokens, tokens_at_once(recipe, devices[0])))
     free = min(available_bytes(device) for device in devices)

@@ -20,13 +20,14 @@ from moe_svd_distill.files.names import CURVE_FILE
 from moe_svd_distill.files.writing import write_json
 from moe_svd_distill.pipeline.course import Course, Given
 from moe_svd_distill.pipeline.head_change import HeadChange, MovingHead
+from moe_svd_distill.pipeline.placement import threads_of_a_run
 from moe_svd_distill.pipeline.stage_text import Passes, Report, search_text, stage_texts, student_head
 from moe_svd_distill.pipeline.training_start import Start, read_start
 from moe_svd_distill.pipeline.units import digest_of, library_versions
 from moe_svd_distill.streaming import PassSettings, load_head
 from moe_svd_distill.training.fixed_head import ExpectedText, FixedHead, with_expected_rows
 from moe_svd_distill.training.head import TrainedHead
-from moe_svd_distill.training.job import StudentInTraining, TrainingJob, TrainingReport
+from moe_svd_distill.training.job import StudentInTraining, TrainingJob, TrainingReport, threads
 from moe_svd_distill.training.loop import Progress
 from moe_svd_distill.training.measuring import predicting_places
 from moe_svd_distill.training.processes import run_training
@@ -71,7 +72,8 @@ def distil_on_text(given: Given, course: Course, report: Report, note: Callable[
     """
     cache = given.recipe.cache or given.recipe.output / "cache"
     adapter = given.start if course.keeps_start else None
-    with Passes(given.pair, PassSettings(given.devices), cache, adapter, report) as passes:
+    reading = Passes(given.pair, PassSettings(given.devices), cache, adapter, report)
+    with threads(threads_of_a_run()), reading as passes:
         return _TextStage(given, course, passes, report, note).run()
 
 
