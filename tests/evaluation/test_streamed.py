@@ -129,7 +129,7 @@ def test_a_stopped_evaluation_goes_on(pair: Pair, tmp_path: Path, monkeypatch: p
 
     def watched(*arguments: Any, **options: Any) -> Any:
         states = stream(*arguments, **options)
-        computed.append((str(options.get("adapter") and options["adapter"].name), states.record.layers_computed))
+        computed.append((str(options.get("adapter") and options["adapter"].folder.name), states.record.layers_computed))
         return states
 
     monkeypatch.setattr(sources, "stream_states", watched)
