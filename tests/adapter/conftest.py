@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from tests.adapter import tiny
+from tests.support import tiny
 
 torch.set_num_threads(1)  # the matrices are tiny, and the machine may be shared
 logging.set_verbosity_error()

@@ -17,8 +17,8 @@ from moe_svd_distill.adapter.configuration import (
     short_names,
 )
 from moe_svd_distill.errors import BadDataError
-from tests.adapter import tiny
 from tests.adapter.conftest import Case
+from tests.support import tiny
 from tests.support.architectures import saved
 
 

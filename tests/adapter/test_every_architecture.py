@@ -25,7 +25,7 @@ from moe_svd_distill.adapter.repair import rebuild_configuration
 from moe_svd_distill.adapter.verify import check_loads, verify
 from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.checkpoints import open_checkpoint
-from tests.adapter import tiny
+from tests.support import tiny
 from tests.support.architectures import every_type, load, saved, tokens
 
 RANK, SIZE = 3, 0.1

@@ -20,8 +20,7 @@ from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.errors import BadDataError, IncompatiblePairError
 from moe_svd_distill.files.names import ADAPTER_FILE
-from tests.adapter import tiny
-from tests.support import architectures
+from tests.support import architectures, tiny
 
 TEXT_CLASSES = ["gemma3", "gemma4", "kimi_k25", "llama4", "mistral3", "qwen3_5_moe"]
 

@@ -14,8 +14,8 @@ from moe_svd_distill.adapter.naming import lora_keys
 from moe_svd_distill.adapter.random_control import write_random_control
 from moe_svd_distill.adapter.repair import rebuild_configuration
 from moe_svd_distill.adapter.verify import check_loads, verify
-from tests.adapter import tiny
 from tests.adapter.conftest import Case
+from tests.support import tiny
 
 HEAD = "lm_head.weight"
 RANKS = [1, 8, 32]  # the last is the width of the model: any change of the head has a pair of that rank

@@ -18,8 +18,8 @@ from moe_svd_distill.adapter.naming import lora_keys
 from moe_svd_distill.adapter.verify import check_loads, verify
 from moe_svd_distill.errors import BadDataError, MissingInputError
 from moe_svd_distill.files.writing import write_json
-from tests.adapter import tiny
 from tests.adapter.conftest import Case
+from tests.support import tiny
 from tests.support.architectures import saved
 
 Write = Callable[..., Path]

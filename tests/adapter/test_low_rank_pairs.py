@@ -10,8 +10,8 @@ from moe_svd_distill.adapter.naming import lora_keys, pair_shapes, whole_modules
 from moe_svd_distill.adapter.random_control import write_random_control
 from moe_svd_distill.adapter.verify import verify
 from moe_svd_distill.errors import BadDataError, CannotWriteError, MissingInputError
-from tests.adapter import tiny
 from tests.adapter.conftest import Case
+from tests.support import tiny
 
 FILE = "adapter_model.safetensors"
 

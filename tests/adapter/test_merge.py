@@ -15,8 +15,8 @@ from moe_svd_distill.adapter.naming import lora_keys
 from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.errors import BadDataError, CannotWriteError, DistillError
 from moe_svd_distill.files.header import read_header
-from tests.adapter import tiny
 from tests.adapter.conftest import Case
+from tests.support import tiny
 
 Write = Callable[..., Path]
 

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from moe_svd_distill.adapter.merge import merge
 from moe_svd_distill.adapter.verify import check_loads
-from tests.adapter import tiny
 from tests.adapter.conftest import Case
+from tests.support import tiny
 
 BF16_ROUNDING = 2.0**-8  # of eight significant bits, to nearest
 

@@ -16,8 +16,8 @@ from moe_svd_distill.adapter.settling import settle_keys
 from moe_svd_distill.adapter.verify import check_loads
 from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.checkpoints import open_checkpoint
-from tests.adapter import tiny
 from tests.adapter.conftest import Case
+from tests.support import tiny
 
 LOST = "PEFT loses its pair, under the stored name and under its own"
 

@@ -22,7 +22,7 @@ from moe_svd_distill.adapter.repair import rebuild_configuration
 from moe_svd_distill.adapter.verify import check_loads, verify
 from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.errors import BadDataError
-from tests.adapter import tiny
+from tests.support import tiny
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 KEY = f"base_model.model.{HEAD}"

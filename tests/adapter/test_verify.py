@@ -14,8 +14,8 @@ from moe_svd_distill.adapter.verify import verify
 from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.errors import BadDataError, MissingInputError, NothingToTransferError
 from moe_svd_distill.files.writing import write_json
-from tests.adapter import tiny
 from tests.adapter.conftest import Case
+from tests.support import tiny
 
 Write = Callable[..., Path]
 FILE = "adapter_model.safetensors"

@@ -23,8 +23,8 @@ from moe_svd_distill.adapter.repair import rebuild_configuration, repair_keys, u
 from moe_svd_distill.adapter.verify import check_loads, verify
 from moe_svd_distill.adapter.whole_head import change_of_head, rounding_norm
 from moe_svd_distill.errors import BadDataError, NothingToTransferError
-from tests.adapter import tiny
 from tests.adapter.conftest import Case
+from tests.support import tiny
 
 KEY = "base_model.model.lm_head.weight"
 Write = Callable[..., Path]

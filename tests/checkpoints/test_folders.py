@@ -20,7 +20,7 @@ from tests.checkpoints.builders import (
     write_index,
     write_model,
 )
-from tests.checkpoints.refusals import refusal
+from tests.support.refusals import refusal
 
 FIRST, SECOND = shard_name(1, 2), shard_name(2, 2)
 

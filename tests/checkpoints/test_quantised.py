@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint, refuse_quantised
 from moe_svd_distill.errors import BadDataError
 from tests.checkpoints.builders import CONFIG, read_index, tiny_tensors, write_model
-from tests.checkpoints.quantisation.quantisers import QWEN3_FP8, account, expand, float8_blocks, quantised_model, seeded
-from tests.checkpoints.refusals import refusal
+from tests.support.quantisers import QWEN3_FP8, account, expand, float8_blocks, quantised_model, seeded
+from tests.support.refusals import refusal
 
 FP8 = QWEN3_FP8 | {"weight_block_size": [8, 4]}
 UP = "model.layers.0.mlp.up_proj.weight"

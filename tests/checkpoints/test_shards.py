@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from moe_svd_distill.errors import MissingInputError
 from tests.checkpoints.builders import read_index, shard_name, tiny_tensors, write_index, write_model
-from tests.checkpoints.refusals import refusal
+from tests.support.refusals import refusal
 
 FIRST, SECOND = shard_name(1, 2), shard_name(2, 2)
 

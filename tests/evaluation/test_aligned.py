@@ -25,8 +25,8 @@ from moe_svd_distill.evaluation.request import EvaluationRequest
 from moe_svd_distill.evaluation.result import Evaluation
 from moe_svd_distill.streaming import ScaledAdapter, load_head, stream_states
 from moe_svd_distill.training.measuring import predicting_places
-from tests.adapter.tiny import random_pairs, save_adapter
 from tests.support.language import LENGTH, Lab, documents, llama, qwen3_moe
+from tests.support.tiny import random_pairs, save_adapter
 from tests.support.tokenizers import byte_level, sentencepiece
 
 TOKENS = 3000

@@ -22,9 +22,9 @@ from moe_svd_distill.evaluation.evaluate import evaluate
 from moe_svd_distill.evaluation.request import EvaluationRequest
 from moe_svd_distill.evaluation.result import Evaluation
 from moe_svd_distill.evaluation.sources import PredictingRows, streamed_records
-from tests.adapter.tiny import random_pairs, save_adapter
 from tests.support.language import LENGTH, Lab, documents, llama, qwen3_moe
 from tests.support.passes import a_journal_of_every_layer
+from tests.support.tiny import random_pairs, save_adapter
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ import pytest
 from moe_svd_distill.execution import pool
 from moe_svd_distill.execution.events import Event
 from moe_svd_distill.execution.supervisor import ExecutionSummary, Settings, execute
-from tests.execution.workload import ToyUnit, ToyWork, consolidated, toy_units
+from tests.support.workload import ToyUnit, ToyWork, consolidated, toy_units
 
 
 @pytest.fixture
 def quick_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that start in a few milliseconds. The product spawns; tests that are about starting do so too."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "tests.execution.workload"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "tests.support.workload"])
     monkeypatch.setattr(pool, "START_METHOD", "forkserver")
 
 

@@ -30,7 +30,7 @@ from moe_svd_distill.execution.parts import (
     write_part,
     write_tensors,
 )
-from tests.execution.workload import consolidated
+from tests.support.workload import consolidated
 
 KEY = "ab" * 32
 
@@ -181,7 +181,7 @@ def test_a_part_that_was_damaged_meanwhile(tmp_path: Path) -> None:
 _MEASURE = """
 import json, sys, threading, time
 from pathlib import Path
-from tests.execution.workload import consolidated
+from tests.support.workload import consolidated
 import torch
 
 def anonymous():

@@ -15,7 +15,7 @@ from moe_svd_distill.execution import events, pool
 from moe_svd_distill.execution.parts import part_path, read_record
 from moe_svd_distill.execution.supervisor import Settings, UnitsSetAsideError, execute
 from tests.execution.conftest import Runner
-from tests.execution.workload import UnloadableWork, toy_units
+from tests.support.workload import UnloadableWork, toy_units
 
 
 def test_bytes_do_not_depend_on_the_workers(

@@ -16,12 +16,12 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.execution.storm import is_whole
+from tests.support.storm import is_whole
 
 
 def start(out: Path, *options: str) -> subprocess.Popen[str]:
     """The driver as a process group of its own."""
-    command = [sys.executable, "-m", "tests.execution.driver", str(out), *options]
+    command = [sys.executable, "-m", "tests.support.driver", str(out), *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -48,7 +48,7 @@ def is_gone(pid: int) -> bool:
 @pytest.fixture(scope="module")
 def storm(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("storm")
-    command = [sys.executable, "-m", "tests.execution.storm", str(folder), "5", "3"]
+    command = [sys.executable, "-m", "tests.support.storm", str(folder), "5", "3"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -153,7 +153,7 @@ def test_a_script_without_a_main_guard(tmp_path: Path) -> None:
         "import sys; from pathlib import Path\n"
         f"sys.path.insert(0, {str(Path.cwd())!r})\n"
         "print('once')\n"
-        "from tests.execution.driver import run\n"
+        "from tests.support.driver import run\n"
         f"print(len(run(Path({str(tmp_path / 'out')!r}), 2, 2, 0.0)))\n"
     )
     done = subprocess.run([sys.executable, script], check=True, capture_output=True, text=True)

@@ -99,7 +99,7 @@ def test_a_killed_run_ends_in_the_same_bytes(
     whole = distill(recipe_for(*pair, tmp_path / "whole", **values))
     recipe = recipe_for(*pair, tmp_path / "killed", **values)
     (tmp_path / "recipe.yaml").write_text(recipe_yaml(recipe))
-    command = [sys.executable, "-m", "tests.pipeline.killed", str(tmp_path / "recipe.yaml"), STEPS[stage], "0.4"]
+    command = [sys.executable, "-m", "tests.support.killed", str(tmp_path / "recipe.yaml"), STEPS[stage], "0.4"]
     killed = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     again = distill(recipe)

@@ -24,10 +24,10 @@ from moe_svd_distill.pipeline.pair import open_model, open_pair
 from moe_svd_distill.pipeline.texts import LONGEST_SEQUENCE, longest_sequence, read_run_text
 from moe_svd_distill.recipe import Recipe, recipe_yaml
 from moe_svd_distill.streaming import group_of
-from tests.pipeline.test_quantised import in_float8
 from tests.support.heads import TEXT, student_with_tokenizer, teacher_with_other_head, trained_tokenizer
 from tests.support.models import load
 from tests.support.pairs import recipe_for
+from tests.support.quantised import in_float8
 
 LITTLE: dict[str, Any] = {
     "calibration": [str(TEXT)], "tokens": 2048, "scale_search_tokens": 2048, "copies": 1, "fit_passes": 2
@@ -153,7 +153,7 @@ def test_more_search_text_changes_nothing_but_the_search(finished: tuple[Recipe,
 def _killed(recipe: Recipe, folder: Path, step: str, fraction: float) -> None:
     file = folder / "recipe.yaml"
     file.write_text(recipe_yaml(recipe))
-    command = [sys.executable, "-m", "tests.pipeline.killed", str(file), step, str(fraction)]
+    command = [sys.executable, "-m", "tests.support.killed", str(file), step, str(fraction)]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (recipe.output / "run.json").exists()

@@ -12,7 +12,7 @@ from moe_svd_distill.pipeline.placement import (
 )
 from tests.support.models import saved
 from tests.support.pairs import LITTLE_TEXT, recipe_for
-from tests.training.setting import setting
+from tests.support.training import setting
 
 
 def _place(tiny: tuple[Path, Path], tmp_path: Path, workers: int, together: int, tokens: int) -> Placement:

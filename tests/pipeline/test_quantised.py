@@ -10,38 +10,18 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from moe_svd_distill.adapter.verify import check_loads
 from moe_svd_distill.cli.main import program
 from moe_svd_distill.pipeline.distill import Adapter, distill
 from moe_svd_distill.pipeline.pair import open_model, open_pair
-from tests.checkpoints.quantisation.quantisers import QWEN3_FP8, float8_blocks
 from tests.support.models import saved
 from tests.support.pairs import delta, recipe_for, records, run_units
+from tests.support.quantised import FP8, declare, in_float8
 
-BLOCK = (32, 24)  # ragged on most of the tiny shapes
-FP8 = QWEN3_FP8 | {"weight_block_size": list(BLOCK)}
 WIDE = {"hidden_size": 48, "num_hidden_layers": 3, "num_experts": 6, "moe_intermediate_size": 24}
 FULL_RANK = {"rank": "full", "head_rank": "full"}
-
-
-def in_float8(model: Path, folder: Path) -> Path:
-    """A copy of a model with its linear layers in FP8 blocks, as Qwen3-30B-A3B-FP8 is stored."""
-    shutil.copytree(model, folder)
-    tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        tensors[name] = tensor
-        if "_proj" in name and tensor.ndim == 2:
-            tensors[name], tensors[f"{name}_scale_inv"] = float8_blocks(tensor.float(), BLOCK)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    declare(folder, FP8)
-    return folder
-
-
-def declare(folder: Path, quantisation: dict[str, Any]) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
 
 
 def deltas(folder: Path) -> dict[str, torch.Tensor]:

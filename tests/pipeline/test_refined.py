@@ -99,7 +99,7 @@ def test_a_killed_run_ends_in_the_same_bytes(finished: tuple[Recipe, Path], tmp_
     other = recipe.model_copy(update={"output": tmp_path / "out"})
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe_yaml(other))
-    command = [sys.executable, "-m", "tests.pipeline.killed", str(file), "training", str(fraction)]
+    command = [sys.executable, "-m", "tests.support.killed", str(file), "training", str(fraction)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert not (tmp_path / "out" / "run.json").exists()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from transformers.utils import logging
 
 from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint
-from tests.adapter import tiny
+from tests.support import tiny
 from tests.support.passes import one_thread_and_a_journal_of_every_layer
 
 logging.set_verbosity_error()

@@ -10,8 +10,8 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeForCausalLM
 
 from moe_svd_distill.errors import IncompatiblePairError
 from moe_svd_distill.streaming import ScaledAdapter, load_head
-from tests.adapter import tiny
 from tests.streaming.conftest import Case
+from tests.support import tiny
 
 
 def test_an_adapter_is_rounded_once(sparse: Case) -> None:

@@ -16,8 +16,8 @@ from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.errors import BadDataError, UsageError
 from moe_svd_distill.evaluation.adapted import AdaptedStudent
 from moe_svd_distill.streaming import Decoder, PassSettings, ScaledAdapter, load_head, stream_states
-from tests.adapter import tiny
 from tests.streaming.conftest import LENGTH, Case, outcome, resident
+from tests.support import tiny
 
 Ids = NDArray[np.int64]
 SETTINGS = PassSettings(batch_tokens=2 * LENGTH)

@@ -20,10 +20,10 @@ from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint
 from moe_svd_distill.errors import IncompatiblePairError
 from moe_svd_distill.streaming import Decoder, PassSettings, load_head, stream_states
 from moe_svd_distill.streaming.weights import StoredTable, TableRows
-from tests.adapter import tiny
-from tests.checkpoints.quantisation.quantisers import float8_blocks
 from tests.streaming.conftest import LENGTH, Case
+from tests.support import tiny
 from tests.support.models import load, saved
+from tests.support.quantisers import float8_blocks
 
 Ids = NDArray[np.int64]
 SETTINGS = PassSettings(batch_tokens=2 * LENGTH)

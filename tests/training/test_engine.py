@@ -12,7 +12,7 @@ from torch import nn
 from moe_svd_distill.algebra.divergence import divergence_and_gradient
 from moe_svd_distill.training.lora_pairs import FullDeltas, LoraPairs
 from tests.support.models import load, saved
-from tests.training.setting import CPU, Setting, disturb, made_up_text, setting
+from tests.support.training import CPU, Setting, disturb, made_up_text, setting
 
 FAMILIES = ("qwen3_moe", "llama", "qwen3", "mixtral", "glm4_moe")
 

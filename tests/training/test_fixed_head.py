@@ -10,7 +10,7 @@ from moe_svd_distill.streaming import Head
 from moe_svd_distill.training import fixed_head
 from moe_svd_distill.training.fixed_head import FixedHead, expected_rows, with_expected_rows
 from moe_svd_distill.training.head import TrainedHead
-from tests.training.setting import CPU, TEACHER_WIDTH, VOCABULARY, made_up_text
+from tests.support.training import CPU, TEACHER_WIDTH, VOCABULARY, made_up_text
 
 WIDTH = 12
 

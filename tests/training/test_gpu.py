@@ -17,7 +17,7 @@ from moe_svd_distill.training.settings import TrainingSettings
 from tests.support.heads import TRAINED, student_with_tokenizer, teacher_with_other_head, trained_tokenizer
 from tests.support.models import saved
 from tests.support.pairs import recipe_for
-from tests.training.setting import CPU, Setting, disturb, made_up_text, setting
+from tests.support.training import CPU, Setting, disturb, made_up_text, setting
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 GPU = torch.device("cuda:0")

@@ -21,7 +21,7 @@ from moe_svd_distill.training.processes import run_training
 from moe_svd_distill.training.saves import Saves
 from moe_svd_distill.training.settings import TrainingSettings
 from tests.support.models import saved
-from tests.training.setting import VOCABULARY, Setting, disturb, made_up_text, setting
+from tests.support.training import VOCABULARY, Setting, disturb, made_up_text, setting
 
 SETTINGS = TrainingSettings(epochs=3, step_tokens=64, batch_tokens=32, rate=5e-3, head_rate=5e-3, checks=6, seed=4)
 

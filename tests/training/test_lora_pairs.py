@@ -12,7 +12,7 @@ from torch import nn
 from moe_svd_distill.training import lora_parameters
 from moe_svd_distill.training.lora_pairs import LoraPairs, LoraPairsBeside, add_product
 from tests.support.models import saved
-from tests.training.setting import Setting, disturb, made_up_text, setting
+from tests.support.training import Setting, disturb, made_up_text, setting
 
 
 def test_the_product_is_added_and_its_gradients_are_those_of_the_formula() -> None:

@@ -11,7 +11,7 @@ from moe_svd_distill.errors import UsageError
 from moe_svd_distill.training.lora_pairs import FULL_DELTA_RATE, Block, Pair
 from moe_svd_distill.training.optimiser import AdamW, _shares
 from tests.support.models import saved
-from tests.training.setting import disturb, setting
+from tests.support.training import disturb, setting
 
 RANK = 12  # between the sides of the tiny model's matrices: some changes are whole at it, some are not
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from moe_svd_distill.checkpoints import open_checkpoint
-from tests.checkpoints.quantisation.quantisers import opened, quantised_model, seeded
-from tests.checkpoints.refusals import refusal
+from tests.support.quantisers import opened, quantised_model, seeded
+from tests.support.refusals import refusal
 
 EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
 NAME = "model.layers.0.mlp.up_proj.weight"

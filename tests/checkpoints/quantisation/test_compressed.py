@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from moe_svd_distill.checkpoints.quantisation.compressed import read_schemes, scheme_of
 from moe_svd_distill.errors import BadDataError
-from tests.checkpoints.quantisation.quantisers import opened, quantised_model, same, seeded
-from tests.checkpoints.refusals import refusal
+from tests.support.quantisers import opened, quantised_model, same, seeded
+from tests.support.refusals import refusal
 
 MODULE = "model.layers.0.mlp.up_proj"
 NAME = f"{MODULE}.weight"

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_svd_distill.checkpoints.quantisation.coded import fit_grid
-from tests.checkpoints.quantisation.quantisers import QWEN3_FP8, expand, float8_blocks, opened, same, seeded
-from tests.checkpoints.refusals import refusal
+from tests.support.quantisers import QWEN3_FP8, expand, float8_blocks, opened, same, seeded
+from tests.support.refusals import refusal
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 sides = st.integers(1, 40)
@@ -118,7 +118,7 @@ def test_nan_stays_nan(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused(
     scale: torch.Tensor | None, change: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
-    from tests.checkpoints.quantisation.quantisers import quantised_model
+    from tests.support.quantisers import quantised_model
 
     tensors = {NAME: random_codes(192, 160)} | ({} if scale is None else {f"{NAME}_scale_inv": scale})
     assert words in refusal(quantised_model(tmp_path, tensors, QWEN3_FP8 | change)).what

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.checkpoints.quantisation.quantisers import opened, pack_words, quantised_model, same, seeded
-from tests.checkpoints.refusals import refusal
+from tests.support.quantisers import opened, pack_words, quantised_model, same, seeded
+from tests.support.refusals import refusal
 
 MODULE = "model.layers.0.mlp.up_proj"
 NAME = f"{MODULE}.weight"

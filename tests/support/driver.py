@@ -1,4 +1,4 @@
-"""A whole run as a program of its own, to be killed by the tests: ``python -m tests.execution.driver OUT …``.
+"""A whole run as a program of its own, to be killed by the tests: ``python -m tests.support.driver OUT …``.
 
 Prints a line per event that the tests wait for, and at last the digest of the adapter.
 """
@@ -14,7 +14,7 @@ from moe_svd_distill.execution.events import Event, UnitStarted, WorkerStarted
 from moe_svd_distill.execution.publish import OutputFolder
 from moe_svd_distill.execution.supervisor import Settings, execute
 from moe_svd_distill.files.writing import write_json
-from tests.execution.workload import ToyWork, consolidated, toy_units
+from tests.support.workload import ToyWork, consolidated, toy_units
 
 
 def show(event: Event) -> None:

@@ -1,4 +1,4 @@
-"""A run that kills itself: ``python -m tests.pipeline.killed RECIPE STEP FRACTION`` dies by SIGKILL in a step."""
+"""A run that kills itself: ``python -m tests.support.killed RECIPE STEP FRACTION`` dies by SIGKILL in a step."""
 
 from __future__ import annotations
 

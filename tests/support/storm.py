@@ -1,4 +1,4 @@
-"""Many runs killed in one program that imports torch once: ``python -m tests.execution.storm FOLDER TRIALS STRIDE``.
+"""Many runs killed in one program that imports torch once: ``python -m tests.support.storm FOLDER TRIALS STRIDE``.
 
 Two kinds of trial, each in a fork of its own, with worker processes forked as well:
 
@@ -29,8 +29,8 @@ from moe_svd_distill.execution import pool
 from moe_svd_distill.execution.parts import PartContent, part_path, verify_part, write_part
 from moe_svd_distill.execution.publish import OutputFolder
 from moe_svd_distill.files.writing import write_json
-from tests.execution.driver import run
-from tests.execution.workload import consolidated
+from tests.support.driver import run
+from tests.support.workload import consolidated
 
 _OPERATIONS = {
     "die": ("open", "write", "fchmod", "fsync", "close", "replace", "unlink", "mkdir"),
