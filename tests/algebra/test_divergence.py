@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_svd_distill.algebra import divergence
-from moe_svd_distill.algebra.divergence import cross_entropy, kl_divergence, top1_agreement
+from moe_svd_distill.algebra.divergence import cross_entropy, divergence_and_gradient, kl_divergence, top1_agreement
 
 
 def logits(tokens: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
@@ -64,3 +64,27 @@ def test_no_tokens_give_no_figures() -> None:
     assert kl_divergence(empty, empty).shape == (0,)
     assert cross_entropy(empty, torch.zeros(0, dtype=torch.long)).shape == (0,)
     assert top1_agreement(empty, empty).shape == (0,)
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jensen-shannon"])
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_gradients_of_divergences_are_those_of_autograd(kind: str, share: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = (3 * torch.randn(7, 11, generator=generator, dtype=torch.float64) for _ in range(2))
+    following = torch.tensor([3, -1, 0, 10, -1, 5, 5])
+    student.requires_grad_()
+    log_p, log_q = torch.log_softmax(teacher, -1), torch.log_softmax(student, -1)
+    p, q = log_p.exp(), log_q.exp()
+    middle = ((p + q) / 2).log()
+    plain = {
+        "forward": (p * (log_p - log_q)).sum(-1),
+        "reverse": (q * (log_q - log_p)).sum(-1),
+        "jensen-shannon": ((p * (log_p - middle)).sum(-1) + (q * (log_q - middle)).sum(-1)) / 2,
+    }[kind]
+    entropy = -log_q.gather(1, following.clamp_min(0)[:, None])[:, 0]
+    wanted = torch.where(following >= 0, (1 - share) * plain + share * entropy, plain)
+    wanted.sum().backward()
+    with torch.no_grad():
+        loss, gradient = divergence_and_gradient(teacher, student, kind, following, share)
+    torch.testing.assert_close(loss, wanted.detach())
+    torch.testing.assert_close(gradient, student.grad)

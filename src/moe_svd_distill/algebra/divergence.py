@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -27,7 +26,6 @@ from torch import Tensor
 
 from moe_svd_distill.algebra.figures import Measurement
 
-Divergence: TypeAlias = Literal["forward", "reverse", "jensen-shannon"]
 CHUNK_ENTRIES = 1 << 22  # logits turned into float32 at a time: 16 MiB
 
 
@@ -54,7 +52,7 @@ class LogitTransform:
 def divergence_and_gradient(
     teacher: Float[Tensor, "n v"],
     student: Float[Tensor, "n v"],
-    kind: Divergence = "forward",
+    kind: str = "forward",
     following: Int[Tensor, " n"] | None = None,
     cross_entropy_share: float = 0.0,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n v"]]:
@@ -63,12 +61,12 @@ def divergence_and_gradient(
     Args:
         teacher: Logits.
         student: Logits.
-        kind: Which divergence.
+        kind: Which of `DIVERGENCES`.
         following: The token that follows each row, or -1 where none does; needed for a share of cross-entropy.
         cross_entropy_share: λ in ``(1 − λ) · divergence + λ · cross-entropy``; rows without a token have the divergence
             alone.
     """
-    loss, gradient = _KINDS[kind](teacher, student)
+    loss, gradient = DIVERGENCES[kind](teacher, student)
     if cross_entropy_share == 0.0 or following is None:
         return loss, gradient
     real = following >= 0
@@ -109,7 +107,8 @@ def _jensen_shannon(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
     return (to_teacher + to_student) / 2, q.mul_(ratio.sub_(to_student[:, None])).div_(2)
 
 
-_KINDS = {"forward": _forward, "reverse": _reverse, "jensen-shannon": _jensen_shannon}
+DIVERGENCES = {"forward": _forward, "reverse": _reverse, "jensen-shannon": _jensen_shannon}
+"""By name, as in recipes: logits of teacher and student to the loss of each row and its gradient."""
 
 
 def kl_divergence(

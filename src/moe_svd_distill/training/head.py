@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from moe_svd_distill.algebra.divergence import Divergence, divergence_and_gradient, kl_divergence
+from moe_svd_distill.algebra.divergence import divergence_and_gradient, kl_divergence
 from moe_svd_distill.algebra.whitening import Whitening
 from moe_svd_distill.streaming import Head
 from moe_svd_distill.training.text import Batch
@@ -38,7 +38,7 @@ class TrainedHead:
         metric: Whitening,
         start: Tensor | None,
         training: HeadTraining,
-        divergence: Divergence,
+        divergence: str,
         cross_entropy_share: float,
     ) -> None:
         """Begin with a change of the head.
@@ -53,7 +53,7 @@ class TrainedHead:
             cross_entropy_share: Share of the cross-entropy in the loss.
         """
         self._student, self._teacher, self._metric = student, teacher, metric
-        self._divergence: Divergence = divergence
+        self._divergence: str = divergence
         self._share = cross_entropy_share
         self._moves = training == "whole"
         self._origin = student.weight @ metric.root

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from moe_svd_distill.algebra.divergence import Divergence
 from moe_svd_distill.training.head import HeadTraining
 from moe_svd_distill.training.optimiser import OptimiserName
 
@@ -25,7 +24,7 @@ def passes_over_little(asked: int | None, steps_in_pass: int) -> int:
     return asked or min(max(math.ceil(_STEPS / steps_in_pass), _FEWEST_PASSES), _MOST_PASSES)
 
 
-def needs_rows(fixed_head: bool, divergence: Divergence) -> bool:
+def needs_rows(fixed_head: bool, divergence: str) -> bool:
     """Whether a few numbers for each place are all that the loss needs of the teacher (`expected_rows`)."""
     return fixed_head and divergence == "forward"
 
@@ -67,7 +66,7 @@ class TrainingSettings:
     momentum: float = 0.95
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.0
-    divergence: Divergence = "forward"
+    divergence: str = "forward"
     cross_entropy_share: float = 0.0
     head: HeadTraining = "whole"
     checks: int = 12
