@@ -66,7 +66,7 @@ def test_no_tokens_give_no_figures() -> None:
     assert top1_agreement(empty, empty).shape == (0,)
 
 
-@pytest.mark.parametrize("kind", ["forward", "reverse", "jensen-shannon"])
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jensen-shannon", "skewed"])
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_gradients_of_divergences_are_those_of_autograd(kind: str, share: float) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -80,6 +80,7 @@ def test_gradients_of_divergences_are_those_of_autograd(kind: str, share: float)
         "forward": (p * (log_p - log_q)).sum(-1),
         "reverse": (q * (log_q - log_p)).sum(-1),
         "jensen-shannon": ((p * (log_p - middle)).sum(-1) + (q * (log_q - middle)).sum(-1)) / 2,
+        "skewed": (p * (log_p - (0.1 * p + 0.9 * q).log())).sum(-1),
     }[kind]
     entropy = -log_q.gather(1, following.clamp_min(0)[:, None])[:, 0]
     wanted = torch.where(following >= 0, (1 - share) * plain + share * entropy, plain)

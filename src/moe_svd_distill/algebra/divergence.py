@@ -8,9 +8,11 @@ With p the teacher's distribution, q the student's and ``q = softmax(z)``:
 - forward, KL(p‖q): ``∂z = q − p``
 - reverse, KL(q‖p): ``∂z = q ∘ (log(q/p) − KL(q‖p))``
 - Jensen–Shannon with m = (p+q)/2, ½ KL(p‖m) + ½ KL(q‖m): ``∂z = ½ q ∘ (log(q/m) − KL(q‖m))``
+- skewed, KL(p‖m) with m = αp + (1−α)q and α = 0.1 (Ko et al., arXiv 2402.03898): with ``g = −(1−α) p/m``,
+  ``∂z = q ∘ (g − Σ q g)``; bounded where the student gives a token next to nothing
 - cross-entropy with the token that follows: ``∂z = q − e``
 
-They are the ones of generalised knowledge distillation (Agarwal et al., arXiv 2306.13649, with β = ½).
+The first three are those of generalised knowledge distillation (Agarwal et al., arXiv 2306.13649, with β = ½).
 """
 
 from __future__ import annotations
@@ -47,6 +49,9 @@ class LogitTransform:
         if self.cap is not None:
             gradient = gradient * (1.0 - (logits / self.cap) ** 2)
         return gradient * self.multiplier if self.multiplier != 1.0 else gradient
+
+
+_SKEW = 0.1
 
 
 def divergence_and_gradient(
@@ -107,7 +112,15 @@ def _jensen_shannon(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
     return (to_teacher + to_student) / 2, q.mul_(ratio.sub_(to_student[:, None])).div_(2)
 
 
-DIVERGENCES = {"forward": _forward, "reverse": _reverse, "jensen-shannon": _jensen_shannon}
+def _skewed(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+    p, q = torch.softmax(teacher, dim=-1), torch.softmax(student, dim=-1)
+    mixed = _SKEW * p + (1 - _SKEW) * q
+    loss = (p * (torch.log_softmax(teacher, dim=-1) - mixed.log())).sum(dim=-1)
+    slope = p.div_(mixed).mul_(_SKEW - 1)
+    return loss, slope.sub_(torch.linalg.vecdot(q, slope)[:, None]).mul_(q)
+
+
+DIVERGENCES = {"forward": _forward, "reverse": _reverse, "jensen-shannon": _jensen_shannon, "skewed": _skewed}
 """By name, as in recipes: logits of teacher and student to the loss of each row and its gradient."""
 
 
