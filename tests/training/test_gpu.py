@@ -134,7 +134,7 @@ def test_the_refined_stage_from_end_to_end(tmp_path: Path, placement: str) -> No
 
 
 def test_a_run_goes_on_from_its_save(tmp_path: Path) -> None:
-    from moe_svd_distill.training.loop import Progress
+    from moe_svd_distill.training.progress import Progress
     from moe_svd_distill.training.saves import Saves
 
     folder = saved("qwen3_moe", tmp_path / "student", dtype=torch.float32)

@@ -13,9 +13,10 @@ from moe_svd_distill.algebra.divergence import LogitTransform
 from moe_svd_distill.algebra.whitening import whitening
 from moe_svd_distill.training.engine import HeadEngine
 from moe_svd_distill.training.head import TrainedHead
-from moe_svd_distill.training.loop import Outcome, Progress, Training
+from moe_svd_distill.training.loop import Training
 from moe_svd_distill.training.lora_parameters import LoraParameters
 from moe_svd_distill.training.measuring import StatePairs, mean_kl
+from moe_svd_distill.training.progress import Outcome, Progress
 from moe_svd_distill.training.saves import Saves
 from moe_svd_distill.training.settings import TrainingSettings
 from moe_svd_distill.training.text import Batch, TrainingText

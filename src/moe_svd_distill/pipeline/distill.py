@@ -13,7 +13,7 @@ from moe_svd_distill.errors import BadDataError, NothingToTransferError
 from moe_svd_distill.execution.events import Event
 from moe_svd_distill.execution.publish import OutputFolder
 from moe_svd_distill.execution.supervisor import ExecutionSummary, Settings, execute
-from moe_svd_distill.files.names import ADAPTER_FILE, CARD_FILE, RECORD_FILE
+from moe_svd_distill.files.names import ADAPTER_FILE, CACHE_FOLDER, CARD_FILE, RECORD_FILE
 from moe_svd_distill.files.writing import write_text
 from moe_svd_distill.pairing.plan import Plan
 from moe_svd_distill.pipeline.assembly import AdapterChange, head_is_whole, stage_adapter, write_head_part
@@ -22,9 +22,8 @@ from moe_svd_distill.pipeline.pair import ModelPair, open_pair
 from moe_svd_distill.pipeline.placement import execution_settings
 from moe_svd_distill.pipeline.record import (
     Adapter,
-    fitted_records,
+    fates,
     is_nothing,
-    kept_records,
     load_adapter,
     make_record,
     refuse_foreign_folder,
@@ -45,13 +44,6 @@ if TYPE_CHECKING:
     from moe_svd_distill.streaming import ScaledAdapter
 
 __all__ = ["Adapter", "Listener", "distill", "load_adapter"]
-
-NOT_TRAINED = "the refined stage trains the matrices of the layers and the head alone"
-HEAD_STANDS_STILL = (
-    "the head stands still: fewer than four tokens of text for each of its rows, or training.head: fixed"
-)
-NOT_PAIRED = "the weights stage does not know what it means"
-NOT_FITTED = "the calibrated stage changes the head and the last layers alone"
 
 
 @dataclass(frozen=True)
@@ -102,22 +94,17 @@ def distill(recipe: Recipe, listener: Listener | None = None) -> Adapter:
     return Adapter(recipe.output, record)
 
 
+@dataclass(frozen=True)
 class _Run:
     """One run that holds the output folder."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        pair: ModelPair,
-        settings: Settings,
-        stages: Stages,
-        text: RunText | None,
-        output: OutputFolder,
-        listener: Listener,
-    ) -> None:
-        self.recipe, self.pair, self.settings, self.stages = recipe, pair, settings, stages
-        self.text, self.output, self.listener = text, output, listener
-        self.device = settings.devices[0]
+    recipe: Recipe
+    pair: ModelPair
+    settings: Settings
+    stages: Stages
+    text: RunText | None
+    output: OutputFolder
+    listener: Listener
 
     def complete(self, plan: Plan | None) -> RunRecord:
         """Run the stages and publish the adapter."""
@@ -138,8 +125,14 @@ class _Run:
         digest = self.stage(AdapterChange(parts, decision, head))
         self.listener.on_stage("checking that PEFT loads it", None)
         check_loads(self.output.staged(ADAPTER_FILE).parent, self.pair.student.checkpoint.folder)
-        facts = self.record(plan, units, summary, calibrated, refined)
+        results = {"calibrated": calibrated, "refined": refined}
+        whole = head_is_whole(self.recipe, self.pair)
+        tensors = fates(self.pair.student, plan, units, {name: it for name, it in results.items() if it}, whole)
+        facts = make_record(self.recipe, self.pair, self.stages, plan, tensors, summary)
         scale = combined_decision(decision if plan is not None else None, calibrated, refined)
+        read = {} if self.text is None else self.text.record()
+        facts |= {"calibration": read | (calibrated.record if calibrated else {})}
+        facts |= {"refinement": refined.record} if refined else {}
         facts |= {
             "adapter_sha256": digest,
             "transferred": scale.transferred,
@@ -178,8 +171,8 @@ class _Run:
         step = "searching the scale on calibration text"
         self.listener.on_stage(step, 0.0)
         staged = self.output.staged(ADAPTER_FILE).parent
-        report = partial(self.listener.on_stage, step)
-        return decide_scale(staged, self.pair, self.text.search, self.device, self.cache, report)
+        report, cache = partial(self.listener.on_stage, step), self.recipe.cache or self.recipe.output / CACHE_FOLDER
+        return decide_scale(staged, self.pair, self.text.search, self.settings.devices[0], cache, report)
 
     def calibrate(self, on_top: bool, decision: ScaleDecision) -> tuple[StageResult, Path | None]:
         """The calibrated stage; no part where nothing of it is kept."""
@@ -240,45 +233,11 @@ class _Run:
 
         return distil_on_text(given, course, self.listener.on_stage, self.listener.on_note)
 
-    def record(
-        self,
-        plan: Plan | None,
-        units: list[dict[str, Any]],
-        summary: ExecutionSummary | None,
-        calibrated: StageResult | None,
-        refined: StageResult | None,
-    ) -> dict[str, Any]:
-        """Everything about the run but the figures."""
-        tensors = tensor_records(units)
-        if calibrated is not None and (plan is None or calibrated.search.accepted):
-            rows = fitted_records(self.pair.student, calibrated, head_is_whole(self.recipe, self.pair), "calibrated")
-            changed = {row["name"] for row in rows}
-            tensors = [row for row in tensors if row["name"] not in changed] + rows
-        if refined is not None:
-            rows = fitted_records(self.pair.student, refined, head_is_whole(self.recipe, self.pair), "refined")
-            changed = {row["name"] for row in rows}
-            tensors = [row for row in tensors if row["name"] not in changed] + rows
-        reason = NOT_TRAINED if refined else NOT_FITTED if calibrated else NOT_PAIRED
-        reasons = dict(plan.ignored_student) if plan else {}
-        if refined is not None and refined.head is None:
-            reasons[self.pair.student.architecture.head] = HEAD_STANDS_STILL
-        tensors += kept_records(self.pair.student, [row["name"] for row in tensors], reason, reasons)
-        facts = make_record(self.recipe, self.pair, self.stages, plan, tensors, summary)
-        text = {} if self.text is None else self.text.record()
-        fit = {} if calibrated is None else calibrated.record
-        trained = {} if refined is None else {"refinement": refined.record}
-        return facts | {"calibration": text | fit} | trained
-
     def _used(self) -> dict[str, list[str]]:
         """What an evaluation has to leave out."""
         if self.text is None:
             return {"used_documents": [], "used_groups": []}
         return {"used_documents": self.text.used_documents, "used_groups": self.text.used_groups}
-
-    @property
-    def cache(self) -> Path:
-        """Where hidden states lie."""
-        return self.recipe.cache or self.recipe.output / "cache"
 
 
 def _no_text(recipe: Recipe) -> str:

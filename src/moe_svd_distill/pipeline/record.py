@@ -31,6 +31,12 @@ if TYPE_CHECKING:
     from moe_svd_distill.pipeline.text_stage import StageResult
 
 SCHEMA = 1
+NOT_TRAINED = "the refined stage trains the matrices of the layers and the head alone"
+HEAD_STANDS_STILL = (
+    "the head stands still: fewer than four tokens of text for each of its rows, or training.head: fixed"
+)
+NOT_PAIRED = "the weights stage does not know what it means"
+NOT_FITTED = "the calibrated stage changes the head and the last layers alone"
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,36 @@ def summarise(tensors: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         },
         "alignments": dict(Counter(row["alignment"] for row in rows if "alignment" in row)),
     }
+
+
+def fates(
+    student: Model,
+    plan: Plan | None,
+    units: Iterable[Mapping[str, Any]],
+    results: Mapping[str, StageResult],
+    whole: bool,
+) -> list[dict[str, Any]]:
+    """The fate of every tensor of the student, as the last stage that changed it has left it.
+
+    Args:
+        student: The student.
+        plan: Of the weights stage, if there was one.
+        units: Records of its units.
+        results: Stages on text that were run, in order. On top of the weights stage one counts where it was kept.
+        whole: Whether a changed head is saved whole.
+    """
+    tensors, reason = tensor_records(units), NOT_PAIRED
+    reasons = dict(plan.ignored_student) if plan else {}
+    for stage, result in results.items():
+        reason = NOT_TRAINED if stage == "refined" else NOT_FITTED
+        if plan is not None and stage == "calibrated" and not result.search.accepted:
+            continue
+        if result.head is None:
+            reasons[student.architecture.head] = HEAD_STANDS_STILL
+        rows = fitted_records(student, result, whole, stage)
+        changed = {row["name"] for row in rows}
+        tensors = [row for row in tensors if row["name"] not in changed] + rows
+    return tensors + kept_records(student, [row["name"] for row in tensors], reason, reasons)
 
 
 def fitted_records(student: Model, fitted: StageResult, whole: bool, stage: str) -> list[dict[str, Any]]:

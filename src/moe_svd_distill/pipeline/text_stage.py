@@ -28,9 +28,9 @@ from moe_svd_distill.streaming import PassSettings, load_head
 from moe_svd_distill.training.fixed_head import ExpectedText, FixedHead, with_expected_rows
 from moe_svd_distill.training.head import TrainedHead
 from moe_svd_distill.training.job import StudentInTraining, TrainingJob, TrainingReport, threads
-from moe_svd_distill.training.loop import Progress
 from moe_svd_distill.training.measuring import predicting_places
 from moe_svd_distill.training.processes import run_training
+from moe_svd_distill.training.progress import Progress
 from moe_svd_distill.training.text import TrainingText
 
 if TYPE_CHECKING:

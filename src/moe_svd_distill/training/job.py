@@ -21,10 +21,11 @@ from moe_svd_distill.streaming.weights import EmbeddingChange
 from moe_svd_distill.training.engine import Engine, HeadEngine, ResidentEngine, StreamedEngine
 from moe_svd_distill.training.fixed_head import FixedHead, with_expected_rows
 from moe_svd_distill.training.head import TrainedHead
-from moe_svd_distill.training.loop import Outcome, Progress, Training
+from moe_svd_distill.training.loop import Training
 from moe_svd_distill.training.lora_pairs import Pair
 from moe_svd_distill.training.lora_parameters import LoraParameters
 from moe_svd_distill.training.process_group import ProcessGroup
+from moe_svd_distill.training.progress import Outcome, Progress
 from moe_svd_distill.training.saves import Saves
 from moe_svd_distill.training.settings import TrainingSettings, needs_rows
 from moe_svd_distill.training.text import IntArray, Recorded, TrainingText
