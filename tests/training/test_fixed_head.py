@@ -8,7 +8,7 @@ from moe_svd_distill.algebra.divergence import LogitTransform, cross_entropy, kl
 from moe_svd_distill.algebra.whitening import whitening
 from moe_svd_distill.streaming import Head
 from moe_svd_distill.training import fixed_head
-from moe_svd_distill.training.fixed_head import FixedHead, expected_rows, with_expected_rows
+from moe_svd_distill.training.fixed_head import FixedHead, teacher_expectations, with_teacher_expectations
 from moe_svd_distill.training.head import TrainedHead
 from tests.support.training import CPU, TEACHER_WIDTH, VOCABULARY, made_up_text
 
@@ -35,8 +35,8 @@ def test_loss_slope_and_divergence_are_those_of_the_whole_distributions(
     text = made_up_text(6, seed=4)
     order = np.array([4, 1, 5])
     with (
-        with_expected_rows(text, teacher, student, share, tmp_path, "text") as expected,
-        with_expected_rows(text, teacher, student, 0.0, tmp_path, "check") as measured,
+        with_teacher_expectations(text, teacher, student, share, tmp_path, "text") as expected,
+        with_teacher_expectations(text, teacher, student, 0.0, tmp_path, "check") as measured,
     ):
         assert expected.text.teacher.shape == (len(text.position), WIDTH + 1)
         batch, brief = text.take(order, CPU), expected.text.take(order, CPU)
@@ -61,7 +61,7 @@ def test_products_of_16_bits_are_near(tmp_path: Path, monkeypatch: pytest.Monkey
     plain.products = student.weight
     assert rounded.products.dtype == torch.bfloat16
     text, order = made_up_text(6, seed=4), np.arange(6)
-    with with_expected_rows(text, teacher, student, 0.0, tmp_path, "wide") as wide:
+    with with_teacher_expectations(text, teacher, student, 0.0, tmp_path, "wide") as wide:
         batch = wide.text.take(order, CPU)
         states = torch.randn(len(batch.position), WIDTH, generator=torch.Generator().manual_seed(7))
         slopes = [head.accumulate_gradients(states, batch, len(states)) for head in (rounded, plain)]
@@ -75,7 +75,7 @@ def test_figures_are_those_of_both_distributions(tmp_path: Path) -> None:
     text, generator = made_up_text(6, seed=4), torch.Generator().manual_seed(7)
     states = torch.randn(len(text.position), WIDTH, generator=generator)
     target = torch.randint(VOCABULARY, (len(states),), generator=generator)
-    with with_expected_rows(text, teacher, student, 0.0, tmp_path, "search") as expected:
+    with with_teacher_expectations(text, teacher, student, 0.0, tmp_path, "search") as expected:
         found = FixedHead(student).figures(states, expected.text.teacher, expected.best, target)
     wanted, given = teacher.logits(text.teacher[torch.from_numpy(text.teacher_position)]), student.logits(states)
     plain = [kl_divergence(wanted, given), cross_entropy(given, target), top1_agreement(wanted, given).float()]
@@ -86,7 +86,7 @@ def test_rows_are_the_plain_formula() -> None:
     student, teacher = _heads(2.0, bias=True)
     states = torch.randn(5, TEACHER_WIDTH, generator=torch.Generator().manual_seed(8))
     following = torch.tensor([3, -1, 0, 7, -1])
-    found = expected_rows(teacher.logits(states), following, student, 0.4)
+    found = teacher_expectations(teacher.logits(states), following, student, 0.4)
     p = torch.softmax(states.double() @ teacher.weight.double().T, dim=-1)
     real = torch.where(following >= 0, 0.4, 0.0)[:, None].double()
     mixed = (1 - real) * p + real * torch.nn.functional.one_hot(following.clamp_min(0), VOCABULARY)

@@ -135,7 +135,7 @@ def test_the_refined_stage_from_end_to_end(tmp_path: Path, placement: str) -> No
 
 def test_a_run_goes_on_from_its_save(tmp_path: Path) -> None:
     from moe_svd_distill.training.progress import Progress
-    from moe_svd_distill.training.saves import Saves
+    from moe_svd_distill.training.saves import TrainingCheckpoints
 
     folder = saved("qwen3_moe", tmp_path / "student", dtype=torch.float32)
     text, check = made_up_text(16, 1), made_up_text(6, 2)
@@ -147,9 +147,11 @@ def test_a_run_goes_on_from_its_save(tmp_path: Path) -> None:
 
     first = setting(folder, tmp_path, settings=SETTINGS, device=GPU)
     with pytest.raises(KeyboardInterrupt):
-        first.training(text, check, SETTINGS).complete(Saves(tmp_path, "run", every_s=0.0), stop)
+        first.training(text, check, SETTINGS).complete(TrainingCheckpoints(tmp_path, "run", every_s=0.0), stop)
     second = setting(folder, tmp_path, settings=SETTINGS, device=GPU)
-    outcome = second.training(text, check, replace(SETTINGS)).complete(Saves(tmp_path, "run", every_s=0.0))
+    outcome = second.training(text, check, replace(SETTINGS)).complete(
+        TrainingCheckpoints(tmp_path, "run", every_s=0.0)
+    )
     assert outcome.resumed_at == 4
     # Sums on a GPU may differ in their last bits from run to run.
     for mine, theirs in zip(outcome.curve, whole.curve, strict=True):

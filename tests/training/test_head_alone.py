@@ -17,7 +17,7 @@ from moe_svd_distill.training.loop import Training
 from moe_svd_distill.training.lora_parameters import LoraParameters
 from moe_svd_distill.training.measuring import StatePairs, mean_kl
 from moe_svd_distill.training.progress import Outcome, Progress
-from moe_svd_distill.training.saves import Saves
+from moe_svd_distill.training.saves import TrainingCheckpoints
 from moe_svd_distill.training.settings import TrainingSettings
 from moe_svd_distill.training.text import Batch, TrainingText
 from tests.support.head_problems import Problem, all_states, reachable, second_moment, state_pairs
@@ -53,7 +53,7 @@ def _training(problem: Problem, head: TrainedHead, **values: float) -> Training:
     )
 
 
-def _run(problem: Problem, head: TrainedHead, saves: Saves | None = None, **values: float) -> Outcome:
+def _run(problem: Problem, head: TrainedHead, saves: TrainingCheckpoints | None = None, **values: float) -> Outcome:
     return _training(problem, head, **values).complete(saves)
 
 
@@ -130,9 +130,11 @@ def test_a_rate_too_large_is_halved_until_the_first_check_is_better_also_in_a_ru
             raise KilledError
 
     with pytest.raises(KilledError):
-        _training(problem, _head(problem), head_rate=0.5).complete(Saves(tmp_path, "run", every_s=0.0), stop)
+        _training(problem, _head(problem), head_rate=0.5).complete(
+            TrainingCheckpoints(tmp_path, "run", every_s=0.0), stop
+        )
     again_head = _head(problem)
-    again = _run(problem, again_head, Saves(tmp_path, "run", every_s=0.0), head_rate=0.5)
+    again = _run(problem, again_head, TrainingCheckpoints(tmp_path, "run", every_s=0.0), head_rate=0.5)
     assert again.resumed_at == 10
     assert again.halvings == whole.halvings
     assert torch.equal(again_head.values, whole_head.values)

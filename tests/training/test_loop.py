@@ -19,7 +19,7 @@ from moe_svd_distill.training.loop import Training
 from moe_svd_distill.training.optimiser import OptimiserName
 from moe_svd_distill.training.processes import run_training
 from moe_svd_distill.training.progress import Progress
-from moe_svd_distill.training.saves import Saves
+from moe_svd_distill.training.saves import TrainingCheckpoints
 from moe_svd_distill.training.settings import TrainingSettings
 from tests.support.models import saved
 from tests.support.training import VOCABULARY, Setting, disturb, made_up_text, setting
@@ -71,7 +71,7 @@ def test_a_killed_run_ends_in_the_same_bits(
             if progress.step >= limit:
                 raise KilledError
 
-        saves = Saves(tmp_path, "run", every_s=0.0)
+        saves = TrainingCheckpoints(tmp_path, "run", every_s=0.0)
         try:
             outcome = found.training(text, check, settings).complete(saves, stop)
         except KilledError:
@@ -92,14 +92,14 @@ def test_a_damaged_save_is_moved_aside_and_the_one_before_it_used(model: Path, t
 
     with pytest.raises(KilledError):
         setting(model, tmp_path, settings=SETTINGS).training(text, check, SETTINGS).complete(
-            Saves(tmp_path, "run", every_s=0.0), stop
+            TrainingCheckpoints(tmp_path, "run", every_s=0.0), stop
         )
     newest = max(tmp_path.glob("part-training-run-*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
     content = bytearray(newest.read_bytes())
     content[-5] ^= 1
     newest.write_bytes(content)
     found = setting(model, tmp_path, settings=SETTINGS)
-    outcome = found.training(text, check, SETTINGS).complete(Saves(tmp_path, "run", every_s=0.0))
+    outcome = found.training(text, check, SETTINGS).complete(TrainingCheckpoints(tmp_path, "run", every_s=0.0))
     assert outcome.resumed_at == 4
     assert len(outcome.rejected) == 1
     assert torch.equal(_values(found), _values(undisturbed))

@@ -27,7 +27,7 @@ from moe_svd_distill.errors import BadDataError, IncompatiblePairError
 from moe_svd_distill.evaluation.request import Progress
 from moe_svd_distill.evaluation.result import Aligned
 from moe_svd_distill.streaming import Head, head_over_common_tokens
-from moe_svd_distill.training.measuring import Places, predicting_places
+from moe_svd_distill.training.measuring import ComparedTokens, predicting_places
 
 Block: TypeAlias = tuple[slice, Tensor]
 """Rows of a text, and their states at every position that predicts, (rows, length-1, d)."""
@@ -77,7 +77,7 @@ class TeacherRecord:
 
     hidden: Hidden
     head: Head
-    places: Places
+    places: ComparedTokens
     student_ids: IntArray
     measurement: Measurement
     text: TokenizedText
@@ -221,7 +221,7 @@ def _require_states(rows: slice, length: int, *flat: Tensor) -> None:
         raise ValueError(f"{' and '.join(str(len(states)) for states in flat)} states for {predicting} positions")
 
 
-def _parts(places: Places, rows: slice, length: int, step: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _parts(places: ComparedTokens, rows: slice, length: int, step: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The places of a block of rows, `step` at a time. Row i of both models holds the same text.
 
     Returns:
@@ -243,7 +243,7 @@ def _predictor(position: IntArray, row: int, length: int) -> Tensor:
     return torch.from_numpy((position // length - row) * (length - 1) + position % length)
 
 
-def _predicting(text: PairedText) -> Places:
+def _predicting(text: PairedText) -> ComparedTokens:
     """The places at which both models have another token to predict in their row."""
     places = predicting_places(text)
     length = text.teacher.length

@@ -40,7 +40,7 @@ _SCALES_OF_A_LONG_RUN = (0.25, 0.5, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
-class Given:
+class StageInput:
     """What a stage on text works with.
 
     Attributes:
@@ -97,7 +97,7 @@ class Course:
     placement: Placement
 
 
-def calibrated_course(given: Given) -> Course:
+def calibrated_course(given: StageInput) -> Course:
     """The head and the last layers, on what a pass has recorded in front of them; on top of a start the head alone."""
     recipe, pair, text = given.recipe, given.pair, given.fit_text.student
     layers = pair.student.architecture.layers
@@ -130,7 +130,7 @@ def calibrated_course(given: Given) -> Course:
     return Course("calibrated", beginning, True, ranks, extra, settings, False, GLOBAL_SCALES, placement)
 
 
-def refined_course(given: Given) -> Course:
+def refined_course(given: StageInput) -> Course:
     """All layers, and the head where the text is enough for it; from a start or from zero."""
     recipe, pair = given.recipe, given.pair
     size = TextSize.of(given.text)

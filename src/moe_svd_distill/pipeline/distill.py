@@ -39,7 +39,7 @@ from moe_svd_distill.report.record import RunRecord
 from moe_svd_distill.streaming import GROUPS
 
 if TYPE_CHECKING:
-    from moe_svd_distill.pipeline.course import Course, Given
+    from moe_svd_distill.pipeline.course import Course, StageInput
     from moe_svd_distill.pipeline.text_stage import StageResult
     from moe_svd_distill.streaming import ScaledAdapter
 
@@ -205,12 +205,12 @@ class _Run:
         refined = self.distil_on_text(given, refined_course(given))
         return refined, write_head_part(self.output.parts, self.pair, self.recipe, refined, alone=True)
 
-    def given(self, text: RunText, start: ScaledAdapter | None) -> Given:
+    def given(self, text: RunText, start: ScaledAdapter | None) -> StageInput:
         """What a stage on text works with."""
-        from moe_svd_distill.pipeline.course import Given
+        from moe_svd_distill.pipeline.course import StageInput
 
         settings = self.settings
-        return Given(
+        return StageInput(
             self.recipe,
             self.pair,
             self.stages.names,
@@ -227,7 +227,7 @@ class _Run:
 
         return ScaledAdapter(self.output.staged(ADAPTER_FILE).parent, dict(scales))
 
-    def distil_on_text(self, given: Given, course: Course) -> StageResult:
+    def distil_on_text(self, given: StageInput, course: Course) -> StageResult:
         """A stage on text."""
         from moe_svd_distill.pipeline.text_stage import distil_on_text
 

@@ -10,13 +10,13 @@ import torch
 
 from moe_svd_distill.pipeline.assembly import asked_head_rank
 from moe_svd_distill.training.head_rank import choose_rank, head_factors
-from moe_svd_distill.training.measuring import Places, StatePairs, mean_kl, measure_states
+from moe_svd_distill.training.measuring import ComparedTokens, StatePairs, mean_kl, measure_states
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_svd_distill.algebra.figures import Measurement
-    from moe_svd_distill.pipeline.course import Given
+    from moe_svd_distill.pipeline.course import StageInput
     from moe_svd_distill.training.head import TrainedHead
     from moe_svd_distill.training.job import StudentInTraining
     from moe_svd_distill.training.text import TrainingText
@@ -43,7 +43,7 @@ class MovingHead:
     """
 
     def __init__(
-        self, given: Given, trainee: StudentInTraining, head: TrainedHead, kl_before: float, origin: Tensor | None
+        self, given: StageInput, trainee: StudentInTraining, head: TrainedHead, kl_before: float, origin: Tensor | None
     ) -> None:
         """Choose the rank on the checking text.
 
@@ -66,7 +66,7 @@ class MovingHead:
 
         self.choice = choose_rank(head.delta, trainee.metric, asked, kl_of, kl_before, self._dtype)
 
-    def figures(self, scale: float, text: TrainingText, places: Places) -> Measurement:
+    def figures(self, scale: float, text: TrainingText, places: ComparedTokens) -> Measurement:
         """Of the student with this share of the adapter, on a text."""
         trainee = self._trainee
         if scale == 0.0 and self._origin is not None:

@@ -18,14 +18,14 @@ import torch
 from moe_svd_distill.algebra.figures import Measurement
 from moe_svd_distill.files.names import CURVE_FILE
 from moe_svd_distill.files.writing import write_json
-from moe_svd_distill.pipeline.course import Course, Given
+from moe_svd_distill.pipeline.course import Course, StageInput
 from moe_svd_distill.pipeline.head_change import HeadChange, MovingHead
 from moe_svd_distill.pipeline.placement import threads_of_a_run
 from moe_svd_distill.pipeline.stage_text import Passes, Report, search_text, stage_texts, student_head
 from moe_svd_distill.pipeline.training_start import Start, read_start
 from moe_svd_distill.pipeline.units import digest_of, library_versions
 from moe_svd_distill.streaming import PassSettings, load_head
-from moe_svd_distill.training.fixed_head import ExpectedText, FixedHead, with_expected_rows
+from moe_svd_distill.training.fixed_head import ExpectedText, FixedHead, with_teacher_expectations
 from moe_svd_distill.training.head import TrainedHead
 from moe_svd_distill.training.job import StudentInTraining, TrainingJob, TrainingReport, threads
 from moe_svd_distill.training.measuring import predicting_places
@@ -58,7 +58,7 @@ class StageResult:
     record: dict[str, Any]
 
 
-def distil_on_text(given: Given, course: Course, report: Report, note: Callable[[str], None]) -> StageResult:
+def distil_on_text(given: StageInput, course: Course, report: Report, note: Callable[[str], None]) -> StageResult:
     """Train the student's pairs and its head, choose the head's rank and the scale of it all.
 
     Args:
@@ -79,7 +79,7 @@ def distil_on_text(given: Given, course: Course, report: Report, note: Callable[
 
 class _TextStage:
     def __init__(
-        self, given: Given, course: Course, passes: Passes, report: Report, note: Callable[[str], None]
+        self, given: StageInput, course: Course, passes: Passes, report: Report, note: Callable[[str], None]
     ) -> None:
         self.given, self.course, self.passes, self.report, self.note = given, course, passes, report, note
         self.recipe, self.pair, self.fit_text = given.recipe, given.pair, given.fit_text
@@ -208,7 +208,9 @@ class _TextStage:
         self.report("working out what the scale search needs of the teacher", None)
         checkpoint, tokens = self.pair.teacher.checkpoint, self.fit_text.teacher_ids
         teacher = load_head(checkpoint, self.given.devices[0], torch.float32, tokens=tokens)
-        return with_expected_rows(text, teacher, head.weights, 0.0, self.given.folder, "search", head.products.dtype)
+        return with_teacher_expectations(
+            text, teacher, head.weights, 0.0, self.given.folder, "search", head.products.dtype
+        )
 
     def facts_of_fit(self, job: TrainingJob, run: TrainingReport, start: Start) -> dict[str, Any]:
         """For run.json, of the calibrated stage."""

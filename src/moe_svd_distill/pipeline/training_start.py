@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from moe_svd_distill.pipeline.course import Course, Given
+    from moe_svd_distill.pipeline.course import Course, StageInput
     from moe_svd_distill.pipeline.pair import ModelPair
     from moe_svd_distill.training.lora_pairs import Pair
 
@@ -44,7 +44,7 @@ class Start:
     names: tuple[str, ...]
 
 
-def read_start(given: Given, course: Course) -> Start:
+def read_start(given: StageInput, course: Course) -> Start:
     """Write down what training begins with.
 
     Raises:

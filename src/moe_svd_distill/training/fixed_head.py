@@ -83,7 +83,7 @@ class FixedHead:
 
         Args:
             states: The student's, (n, d).
-            rows: From `expected_rows`, (n, d + 1).
+            rows: From `teacher_expectations`, (n, d + 1).
             best: The teacher's most likely token, (n,).
             target: The token that follows, (n,).
         """
@@ -114,7 +114,7 @@ class ExpectedText:
     """A text, and what the teacher expects at its places.
 
     Attributes:
-        text: With rows of `expected_rows` in the place of the teacher's states.
+        text: With rows of `teacher_expectations` in the place of the teacher's states.
         best: The teacher's most likely token at each place, among the common ones, (places,).
     """
 
@@ -122,7 +122,7 @@ class ExpectedText:
     best: Tensor
 
 
-def expected_rows(
+def teacher_expectations(
     logits: Tensor, following: Tensor, student_head: Head, share: float, products: Tensor | None = None
 ) -> Tensor:
     """The rows of some places.
@@ -152,7 +152,7 @@ def expected_rows(
 
 
 @contextmanager
-def with_expected_rows(
+def with_teacher_expectations(
     text: TrainingText,
     teacher_head: Head,
     student_head: Head,
@@ -189,6 +189,6 @@ def with_expected_rows(
             logits = torch.nn.functional.linear(states, theirs).float()
             logits = teacher_head.transform(logits if teacher_head.bias is None else logits.add_(teacher_head.bias))
             following = torch.from_numpy(text.following[part]).to(device)
-            rows[part] = expected_rows(logits, following, student_head, share, mine).cpu()
+            rows[part] = teacher_expectations(logits, following, student_head, share, mine).cpu()
             best[part] = logits.argmax(dim=-1).cpu()
         yield ExpectedText(replace(text, teacher_position=np.arange(count), teacher=rows), best)

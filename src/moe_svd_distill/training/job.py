@@ -19,14 +19,14 @@ from moe_svd_distill.streaming import Decoder, Head, LayerInputs, load_head
 from moe_svd_distill.streaming.states_file import StatesFile
 from moe_svd_distill.streaming.weights import EmbeddingChange
 from moe_svd_distill.training.engine import Engine, HeadEngine, ResidentEngine, StreamedEngine
-from moe_svd_distill.training.fixed_head import FixedHead, with_expected_rows
+from moe_svd_distill.training.fixed_head import FixedHead, with_teacher_expectations
 from moe_svd_distill.training.head import TrainedHead
 from moe_svd_distill.training.loop import Training
 from moe_svd_distill.training.lora_pairs import Pair
 from moe_svd_distill.training.lora_parameters import LoraParameters
 from moe_svd_distill.training.process_group import ProcessGroup
 from moe_svd_distill.training.progress import Outcome, Progress
-from moe_svd_distill.training.saves import Saves
+from moe_svd_distill.training.saves import TrainingCheckpoints
 from moe_svd_distill.training.settings import TrainingSettings, needs_rows
 from moe_svd_distill.training.text import IntArray, Recorded, TrainingText
 from moe_svd_distill.training.trials import (
@@ -218,7 +218,7 @@ class StudentInTraining:
 
     def train(self, on_progress: Listener) -> TrainingReport:
         """Train, or go on with it; the best state is then in the bank and the head."""
-        saves = Saves(self._job.folder, self._job.key, self._group.number == 0, self._job.save_seconds)
+        saves = TrainingCheckpoints(self._job.folder, self._job.key, self._group.number == 0, self._job.save_seconds)
         choice = self._choice()
         settings = self._job.settings if choice is None else with_best(self._job.settings, choice.trials)
         before = self._reading()
@@ -299,7 +299,7 @@ class StudentInTraining:
         head = FixedHead(self.student)
 
         def short_of(text: TrainingText, share: float, name: str) -> TrainingText:
-            rows = with_expected_rows(
+            rows = with_teacher_expectations(
                 text, teacher, self.student, share, job.folder, f"{self._group.number}-{name}", head.products.dtype
             )
             return self._closing.enter_context(rows).text

@@ -23,7 +23,7 @@ from moe_svd_distill.training.lora_parameters import LoraParameters
 from moe_svd_distill.training.optimiser import AdamW, Muon, Optimiser
 from moe_svd_distill.training.process_group import ProcessGroup, SingleProcess
 from moe_svd_distill.training.progress import Outcome, Point, Progress
-from moe_svd_distill.training.saves import Saves
+from moe_svd_distill.training.saves import TrainingCheckpoints
 from moe_svd_distill.training.settings import TrainingSettings
 from moe_svd_distill.training.text import Batch, TrainingText
 
@@ -64,7 +64,7 @@ class Training:
 
     def complete(
         self,
-        saves: Saves | None = None,
+        saves: TrainingCheckpoints | None = None,
         on_progress: Callable[[Progress, int], None] = lambda progress, steps: None,
         kl_before: float | None = None,
     ) -> Outcome:

@@ -20,7 +20,7 @@ _LOGIT_BYTES, _MOST_PLACES = 256 << 20, 4096
 
 
 @dataclass(frozen=True)
-class Places:
+class ComparedTokens:
     """Where both models predict a token that both have.
 
     Attributes:
@@ -36,7 +36,7 @@ class Places:
     unit: IntArray
 
 
-def predicting_places(text: PairedText) -> Places:
+def predicting_places(text: PairedText) -> ComparedTokens:
     """The places of a text whose next token lies in the same sequence and is one of the common tokens."""
     sequences = text.student.sequences
     length = sequences.shape[1]
@@ -48,7 +48,7 @@ def predicting_places(text: PairedText) -> Places:
     target = common[sequences.reshape(-1)[following]]
     real = (target >= 0) & (text.student.document_of_token.reshape(-1)[following] >= 0)
     _, unit = np.unique(np.asarray(text.student.units()).reshape(-1)[following[real]], return_inverse=True)
-    return Places(student[real], teacher[real], target[real], unit.astype(np.int64))
+    return ComparedTokens(student[real], teacher[real], target[real], unit.astype(np.int64))
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +79,7 @@ class StatePairs:
             yield mine.to(device, torch.float32), theirs.to(device, torch.float32)
 
 
-def measure_states(pairs: StatePairs, places: Places, student: Head, teacher: Head) -> Measurement:
+def measure_states(pairs: StatePairs, places: ComparedTokens, student: Head, teacher: Head) -> Measurement:
     """Figures over the common tokens.
 
     Args:

@@ -22,7 +22,7 @@ from moe_svd_distill.execution.parts import (
 _TURNS = 2
 
 
-class Saves:
+class TrainingCheckpoints:
     """Two files in turn, so that there is a whole one while the other is written, or after it is damaged."""
 
     def __init__(self, folder: Path, key: str, writes: bool = True, every_s: float = 120.0) -> None:

@@ -25,7 +25,7 @@ def passes_over_little(asked: int | None, steps_in_pass: int) -> int:
 
 
 def needs_rows(fixed_head: bool, divergence: str) -> bool:
-    """Whether a few numbers for each place are all that the loss needs of the teacher (`expected_rows`)."""
+    """Whether a few numbers for each place are all that the loss needs of the teacher (`teacher_expectations`)."""
     return fixed_head and divergence == "forward"
 
 
