@@ -140,6 +140,26 @@ def test_a_rate_too_large_is_halved_until_the_first_check_is_better_also_in_a_ru
     assert torch.equal(again_head.values, whole_head.values)
 
 
+def test_a_loss_that_is_not_finite_before_the_first_check_halves_the_rate_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = reachable(fit=512)
+    head = _head(problem)
+    learn, calls = head.accumulate_gradients, 0
+
+    def spoiled(states: torch.Tensor, batch: Batch, places: int) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        slopes = learn(states, batch, places)
+        if calls == 2:
+            head.loss += float("nan")
+        return slopes
+
+    monkeypatch.setattr(head, "accumulate_gradients", spoiled)
+    outcome = _run(problem, head, epochs=2, checks=2)
+    assert (outcome.halvings, outcome.ended) == (1, "done")
+    assert outcome.curve[-1].kl < outcome.curve[0].kl
+    assert bool(torch.isfinite(head.values).all())
+
+
 def test_where_every_check_is_worse_the_untouched_head_is_the_answer() -> None:
     problem = reachable(fit=512, size=0.02)
     head = _head(problem)

@@ -221,6 +221,8 @@ class _TextStage:
             "copies_reason": "" if self.fit_text.identical else "the tokenizers differ, so tokens cannot be exchanged",
             "kl_by_pass": [point.kl for point in outcome.curve],
             "best_pass": outcome.best,
+            "ended": outcome.ended,
+            "halvings": outcome.halvings,
             "passes_resumed": outcome.resumed_at * settings.checks // outcome.steps,
             "passes_rejected": list(outcome.rejected),
             "step_size": settings.head_rate / halved,

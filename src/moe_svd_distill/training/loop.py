@@ -98,7 +98,10 @@ class Training:
             progress.step += 1
             progress.seconds += time.monotonic() - begin
             if not math.isfinite(progress.losses[-1]):
-                progress.ended = "diverged"
+                if self._begins_badly(progress, math.nan):
+                    self._begin_anew(progress, best)
+                else:
+                    progress.ended = "diverged"
             elif self._due(progress.step):
                 begin = time.monotonic()
                 kl = self.measure()
