@@ -8,9 +8,9 @@ from moe_svd_distill.pipeline.schedule import (
     learning_rate,
     optimiser,
     optimiser_steps,
-    sequence_length,
     trains_head,
 )
+from moe_svd_distill.pipeline.texts import sequence_length
 from moe_svd_distill.recipe import parse_recipe
 
 

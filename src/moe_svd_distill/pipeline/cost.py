@@ -17,8 +17,8 @@ from moe_svd_distill.pipeline.placement import (
     trained_numbers,
     trained_shapes,
 )
-from moe_svd_distill.pipeline.schedule import TextSize, schedule_training, sequence_length
-from moe_svd_distill.pipeline.texts import longest_sequence, validation_tokens
+from moe_svd_distill.pipeline.schedule import TextSize, schedule_training
+from moe_svd_distill.pipeline.texts import longest_sequence, sequence_length, validation_tokens
 from moe_svd_distill.recipe import Recipe
 from moe_svd_distill.streaming import PassSettings
 from moe_svd_distill.training.head_rank import SERVED_RANKS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from moe_svd_distill.evaluation.scale_search import GLOBAL_SCALES
 from moe_svd_distill.pipeline.extra_text import ExtraText, for_fit
@@ -29,7 +29,10 @@ from moe_svd_distill.training.settings import (
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch import Tensor
+
     from moe_svd_distill.calibration.paired import PairedText
+    from moe_svd_distill.evaluation.scale_search import ScaleSearch
     from moe_svd_distill.pipeline.pair import ModelPair
     from moe_svd_distill.pipeline.texts import RunText
     from moe_svd_distill.recipe import Recipe
@@ -95,6 +98,36 @@ class Course:
     tries_rates: bool
     scales: tuple[float, ...]
     placement: Placement
+
+
+@dataclass(frozen=True, eq=False)
+class HeadChange:
+    """A change of the head.
+
+    Attributes:
+        factors: ``(B, A)`` as stored, (V, r) and (r, d).
+        delta: Their product, float32, (V, d).
+    """
+
+    factors: tuple[Tensor, Tensor]
+    delta: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class StageResult:
+    """What a stage on text has made, and how it came about.
+
+    Attributes:
+        head: What has become of the head; None where it stands still.
+        pairs: Hub name to ``(B, A)`` as stored, for every other matrix that was trained.
+        search: The scale search on top of what was there before.
+        record: Facts for run.json.
+    """
+
+    head: HeadChange | None
+    pairs: Mapping[str, tuple[Tensor, Tensor]]
+    search: ScaleSearch
+    record: dict[str, Any]
 
 
 def calibrated_course(given: StageInput) -> Course:

@@ -39,8 +39,7 @@ from moe_svd_distill.report.record import RunRecord
 from moe_svd_distill.streaming import GROUPS
 
 if TYPE_CHECKING:
-    from moe_svd_distill.pipeline.course import Course, StageInput
-    from moe_svd_distill.pipeline.text_stage import StageResult
+    from moe_svd_distill.pipeline.course import Course, StageInput, StageResult
     from moe_svd_distill.streaming import ScaledAdapter
 
 __all__ = ["Adapter", "Listener", "distill", "load_adapter"]

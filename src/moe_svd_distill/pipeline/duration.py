@@ -17,9 +17,8 @@ from moe_svd_distill.pipeline.placement import (
     trained_ranks,
     training_dtype,
 )
-from moe_svd_distill.pipeline.schedule import sequence_length
 from moe_svd_distill.pipeline.speed import HeadSeconds, LayerSeconds, head_speed, layer_speed, reading_speed
-from moe_svd_distill.pipeline.texts import longest_sequence
+from moe_svd_distill.pipeline.texts import longest_sequence, sequence_length
 from moe_svd_distill.pipeline.units import make_work
 from moe_svd_distill.streaming import PassSettings
 from moe_svd_distill.training.head_rank import SERVED_RANKS

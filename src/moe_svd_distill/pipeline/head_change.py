@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from moe_svd_distill.pipeline.assembly import asked_head_rank
+from moe_svd_distill.pipeline.course import HeadChange
 from moe_svd_distill.training.head_rank import choose_rank, head_factors
 from moe_svd_distill.training.measuring import ComparedTokens, StatePairs, mean_kl, measure_states
 
@@ -20,19 +20,6 @@ if TYPE_CHECKING:
     from moe_svd_distill.training.head import TrainedHead
     from moe_svd_distill.training.job import StudentInTraining
     from moe_svd_distill.training.text import TrainingText
-
-
-@dataclass(frozen=True, eq=False)
-class HeadChange:
-    """A change of the head.
-
-    Attributes:
-        factors: ``(B, A)`` as stored, (V, r) and (r, d).
-        delta: Their product, float32, (V, d).
-    """
-
-    factors: tuple[Tensor, Tensor]
-    delta: Tensor
 
 
 class MovingHead:

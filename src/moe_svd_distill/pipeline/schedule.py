@@ -184,11 +184,3 @@ def optimiser_steps(recipe: Recipe, passes: float, tokens: int, length: int) -> 
     wanted = min(max(int(passes * tokens // _STEPS), _SMALLEST_STEP), _LARGEST_STEP) if asked == "auto" else asked
     sequences, together = tokens // length, max(1, round(wanted / length))
     return max(1, round(passes * max(1, sequences // together))), min(sequences, together) * length
-
-
-def sequence_length(recipe: Recipe, longest: int) -> int:
-    """Tokens of a sequence, for what both models take and is usual at most.
-
-    Shorter ones learn faster for a while and then spoil what lies beyond them (docs/decisions/0019).
-    """
-    return longest if recipe.sequence_tokens == "auto" else min(longest, recipe.sequence_tokens)

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +18,8 @@ import torch
 from moe_svd_distill.algebra.figures import Measurement
 from moe_svd_distill.files.names import CURVE_FILE
 from moe_svd_distill.files.writing import write_json
-from moe_svd_distill.pipeline.course import Course, StageInput
-from moe_svd_distill.pipeline.head_change import HeadChange, MovingHead
+from moe_svd_distill.pipeline.course import Course, StageInput, StageResult
+from moe_svd_distill.pipeline.head_change import MovingHead
 from moe_svd_distill.pipeline.placement import threads_of_a_run
 from moe_svd_distill.pipeline.stage_text import Passes, Report, search_text, stage_texts, student_head
 from moe_svd_distill.pipeline.training_start import Start, read_start
@@ -39,23 +39,6 @@ if TYPE_CHECKING:
     from moe_svd_distill.evaluation.scale_search import ScaleSearch
 
 ALGORITHM = 7  # raise whenever the same input would give another adapter
-
-
-@dataclass(frozen=True, eq=False)
-class StageResult:
-    """What a stage on text has made, and how it came about.
-
-    Attributes:
-        head: What has become of the head; None where it stands still.
-        pairs: Hub name to ``(B, A)`` as stored, for every other matrix that was trained.
-        search: The scale search on top of what was there before.
-        record: Facts for run.json.
-    """
-
-    head: HeadChange | None
-    pairs: Mapping[str, tuple[Tensor, Tensor]]
-    search: ScaleSearch
-    record: dict[str, Any]
 
 
 def distil_on_text(given: StageInput, course: Course, report: Report, note: Callable[[str], None]) -> StageResult:

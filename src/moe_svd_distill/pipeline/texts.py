@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.pipeline.pair import ModelPair
-from moe_svd_distill.pipeline.schedule import sequence_length
 from moe_svd_distill.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -149,3 +148,11 @@ def longest_sequence(pair: ModelPair) -> int:
     """The longest sequence both models take, at most 512 tokens."""
     limits = (model.checkpoint.config.get("max_position_embeddings") for model in (pair.teacher, pair.student))
     return min([LONGEST_SEQUENCE, *(int(limit) for limit in limits if limit)])
+
+
+def sequence_length(recipe: Recipe, longest: int) -> int:
+    """Tokens of a sequence, for what both models take and is usual at most.
+
+    Shorter ones learn faster for a while and then spoil what lies beyond them (docs/decisions/0019).
+    """
+    return longest if recipe.sequence_tokens == "auto" else min(longest, recipe.sequence_tokens)

@@ -1,1 +1,1 @@
-"""The refined stage: LoRA factors trained on the teacher's exact distributions, the student in memory or streamed."""
+"""One trainer for the stages on text: LoRA pairs and the head, from any layer on, the student in memory or streamed."""
