@@ -14,13 +14,14 @@ from moe_svd_distill.errors import UsageError
 from moe_svd_distill.execution.parts import PartContent, write_part
 from moe_svd_distill.streaming.states_file import write_states
 from moe_svd_distill.training.fixed_head import FixedHead
-from moe_svd_distill.training.job import TextFile, TrainingJob
+from moe_svd_distill.training.job import TrainingJob
 from moe_svd_distill.training.loop import Training
 from moe_svd_distill.training.optimiser import OptimiserName
 from moe_svd_distill.training.processes import run_training
 from moe_svd_distill.training.progress import Progress
 from moe_svd_distill.training.saves import TrainingCheckpoints
 from moe_svd_distill.training.settings import TrainingSettings
+from moe_svd_distill.training.text import TextFile
 from tests.support.models import saved
 from tests.support.training import VOCABULARY, Setting, disturb, made_up_text, setting
 

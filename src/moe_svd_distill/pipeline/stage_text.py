@@ -13,8 +13,8 @@ import torch
 
 from moe_svd_distill.pipeline.extra_text import ExtraText, draw
 from moe_svd_distill.streaming import PassSettings, ScaledAdapter, StreamedStates, load_head, stream_states
-from moe_svd_distill.training.job import InputsFile, TextFile
 from moe_svd_distill.training.measuring import predicting_places
+from moe_svd_distill.training.text import InputsFile, TextFile
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

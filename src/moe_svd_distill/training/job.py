@@ -16,7 +16,6 @@ from moe_svd_distill.algebra.whitening import Whitening, whitening
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.execution.parts import PartContent, open_part, part_path, read_record, verify_part, write_part
 from moe_svd_distill.streaming import Decoder, Head, LayerInputs, load_head
-from moe_svd_distill.streaming.states_file import StatesFile
 from moe_svd_distill.streaming.weights import EmbeddingChange
 from moe_svd_distill.training.engine import Engine, HeadEngine, ResidentEngine, StreamedEngine
 from moe_svd_distill.training.fixed_head import FixedHead, with_teacher_expectations
@@ -28,7 +27,7 @@ from moe_svd_distill.training.process_group import ProcessGroup
 from moe_svd_distill.training.progress import Outcome, Progress
 from moe_svd_distill.training.saves import TrainingCheckpoints
 from moe_svd_distill.training.settings import TrainingSettings, needs_rows
-from moe_svd_distill.training.text import IntArray, Recorded, TrainingText
+from moe_svd_distill.training.text import IntArray, TextFile, TrainingText
 from moe_svd_distill.training.trials import (
     MULTIPLES,
     NEARLY_THERE,
@@ -43,53 +42,6 @@ HEAD, EMBEDDING = "head", "embedding"
 _MOMENT_TOKENS = 32_768
 
 Listener = Callable[[Progress, int], None]
-
-
-@dataclass(frozen=True, eq=False)
-class InputsFile:
-    """What a pass has recorded of a text at the layer that training begins at; behind the last, final states.
-
-    Attributes:
-        path: Of the file.
-        layer: Number of the layer; None for final states.
-        numbers: Which of the file's sequences these are, or of final states which of its places, in order.
-    """
-
-    path: Path
-    layer: int | None
-    numbers: IntArray
-
-    def open(self, dtype: torch.dtype) -> Recorded:
-        """Mapped into memory; what is not whole numbers is handed out in a type."""
-        if self.layer is None:
-            states = StatesFile(self.path).rows(slice(None)).flatten(0, 1)
-            return lambda rows: [states[torch.from_numpy(self.numbers[rows])][:, None].to(dtype)]
-        inputs = LayerInputs(self.layer, self.path)
-
-        def recorded(rows: IntArray) -> list[Tensor]:
-            each = [inputs.rows(slice(number, number + 1)) for number in self.numbers[rows].tolist()]
-            found = [torch.cat(tensors) for tensors in zip(*each, strict=True)]
-            return [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in found]
-
-        return recorded
-
-
-@dataclass(frozen=True, eq=False)
-class TextFile:
-    """A `TrainingText` whose states lie in files of `streaming`."""
-
-    ids: IntArray
-    position: IntArray
-    teacher_position: IntArray
-    following: IntArray
-    states: Path
-    inputs: InputsFile | None = None
-
-    def open(self, dtype: torch.dtype = torch.float32) -> TrainingText:
-        """With the states mapped into memory, and what layers are given in the type they compute in."""
-        states = StatesFile(self.states).rows(slice(None)).flatten(0, 1)
-        inputs = None if self.inputs is None else self.inputs.open(dtype)
-        return TrainingText(self.ids, self.position, self.teacher_position, self.following, states, inputs)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from moe_svd_distill.streaming import LayerInputs
+from moe_svd_distill.streaming.states_file import StatesFile
 
 IntArray = NDArray[np.int64]
 
@@ -93,3 +97,50 @@ class TrainingText:
         """All of them in order, this many sequences at a time."""
         for begin in range(0, len(self), rows):
             yield self.take(np.arange(begin, min(begin + rows, len(self))), device)
+
+
+@dataclass(frozen=True, eq=False)
+class InputsFile:
+    """What a pass has recorded of a text at the layer that training begins at; behind the last, final states.
+
+    Attributes:
+        path: Of the file.
+        layer: Number of the layer; None for final states.
+        numbers: Which of the file's sequences these are, or of final states which of its places, in order.
+    """
+
+    path: Path
+    layer: int | None
+    numbers: IntArray
+
+    def open(self, dtype: torch.dtype) -> Recorded:
+        """Mapped into memory; what is not whole numbers is handed out in a type."""
+        if self.layer is None:
+            states = StatesFile(self.path).rows(slice(None)).flatten(0, 1)
+            return lambda rows: [states[torch.from_numpy(self.numbers[rows])][:, None].to(dtype)]
+        inputs = LayerInputs(self.layer, self.path)
+
+        def recorded(rows: IntArray) -> list[Tensor]:
+            each = [inputs.rows(slice(number, number + 1)) for number in self.numbers[rows].tolist()]
+            found = [torch.cat(tensors) for tensors in zip(*each, strict=True)]
+            return [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in found]
+
+        return recorded
+
+
+@dataclass(frozen=True, eq=False)
+class TextFile:
+    """A `TrainingText` whose states lie in files of `streaming`."""
+
+    ids: IntArray
+    position: IntArray
+    teacher_position: IntArray
+    following: IntArray
+    states: Path
+    inputs: InputsFile | None = None
+
+    def open(self, dtype: torch.dtype = torch.float32) -> TrainingText:
+        """With the states mapped into memory, and what layers are given in the type they compute in."""
+        states = StatesFile(self.states).rows(slice(None)).flatten(0, 1)
+        inputs = None if self.inputs is None else self.inputs.open(dtype)
+        return TrainingText(self.ids, self.position, self.teacher_position, self.following, states, inputs)
