@@ -346,6 +346,18 @@ def test_the_same_weights_are_refused(tiny: tuple[Path, Path], tmp_path: Path) -
     assert not (tmp_path / "out" / "run.json").exists()
 
 
+def test_a_rate_that_had_to_be_halved_is_said_and_recorded(
+    tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_svd_distill.pipeline.course.HEAD_RATE", 1e4)
+    said: list[str] = []
+    adapter = distill(recipe_for(*tiny, tmp_path / "out", **HEAD_ALONE), Listener(on_note=said.append))
+    halvings = adapter.record.content["calibration"]["halvings"]
+    assert halvings >= 1
+    anew = [note for note in said if "begins anew at half the rate" in note]
+    assert len(anew) == halvings
+
+
 def test_a_head_that_already_agrees_transfers_nothing(tiny: tuple[Path, Path], tmp_path: Path) -> None:
     copy = shutil.copytree(tiny[0], tmp_path / "copy")
     adapter = distill(recipe_for(tiny[0], copy, tmp_path / "out", **HEAD_ALONE | {"fit_passes": 1}))

@@ -67,7 +67,8 @@ class _TextStage:
         self.given, self.course, self.passes, self.report, self.note = given, course, passes, report, note
         self.recipe, self.pair, self.fit_text = given.recipe, given.pair, given.fit_text
         fitting = "fitting the head" if course.beginning.leaves_head_alone else "fitting the head and the last layers"
-        self.step, self.points = fitting if course.stage == "calibrated" else "training", 0
+        self.step = fitting if course.stage == "calibrated" else "training"
+        self.points = self.halvings = 0
 
     def run(self) -> StageResult:
         begin, course = time.monotonic(), self.course
@@ -101,6 +102,9 @@ class _TextStage:
     def on_progress(self, progress: Progress, steps: int) -> None:
         """Pass on where training stands; of a training of all layers the output folder holds its curve."""
         self.report(self.step, progress.step / steps)
+        if progress.halvings > self.halvings:
+            self.halvings = progress.halvings
+            self.note(f"{self.step}: the first check was no better than the untrained student; begins anew at half the rate")
         if len(progress.curve) == self.points:
             return
         self.points = len(progress.curve)
