@@ -104,7 +104,9 @@ class _TextStage:
         self.report(self.step, progress.step / steps)
         if progress.halvings > self.halvings:
             self.halvings = progress.halvings
-            self.note(f"{self.step}: the first check was no better than the untrained student; begins anew at half the rate")
+            self.note(
+                f"{self.step}: the first check was no better than the untrained student; begins anew at half the rate"
+            )
         if len(progress.curve) == self.points:
             return
         self.points = len(progress.curve)
