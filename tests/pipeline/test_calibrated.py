@@ -349,7 +349,7 @@ def test_the_same_weights_are_refused(tiny: tuple[Path, Path], tmp_path: Path) -
 def test_a_rate_that_had_to_be_halved_is_said_and_recorded(
     tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moe_svd_distill.pipeline.course.HEAD_RATE", 1e4)
+    monkeypatch.setattr("moe_svd_distill.pipeline.schedule.HEAD_RATE", 1e4)
     said: list[str] = []
     adapter = distill(recipe_for(*tiny, tmp_path / "out", **HEAD_ALONE), Listener(on_note=said.append))
     halvings = adapter.record.content["calibration"]["halvings"]

@@ -12,7 +12,7 @@ import pytest
 
 from moe_svd_distill.errors import MissingInputError
 from moe_svd_distill.files.names import ADAPTER_FILE
-from moe_svd_distill.pipeline.cost import cost_of_training, operations, readable
+from moe_svd_distill.pipeline.cost import costs_of_training, operations, readable
 from moe_svd_distill.pipeline.distill import distill
 from moe_svd_distill.pipeline.pair import open_model, open_pair
 from moe_svd_distill.pipeline.plan import make_plan
@@ -59,6 +59,27 @@ def test_what_is_planned_is_what_happens(tiny: tuple[Path, Path], tmp_path: Path
     assert 0 <= kept - cost["states_bytes"] < 0.1 * kept
     written = (out / ADAPTER_FILE).stat().st_size
     assert 0 <= written - cost["adapter_bytes"] < 0.2 * written
+
+
+@pytest.mark.parametrize("last_layers", [0, 1])
+def test_what_is_planned_of_the_calibrated_stage_is_what_happens(
+    tiny: tuple[Path, Path], tmp_path: Path, last_layers: int
+) -> None:
+    values = {"method": "calibrated", "start": "auto", "copies": 2, "fit_passes": 2, "last_layers": last_layers}
+    cost = outlook_of(tiny, tmp_path / "plan", **values)["calibrated"]
+    out = tmp_path / "out"
+    record = distill(recipe_for(*tiny, out, **(LITTLE_TEXT | values))).record.content
+    fitted = record["calibration"]
+    measured_on = sum(fitted["text"][name]["tokens"] for name in ("check", "search"))
+    for side, planned in (("teacher", "teacher_tokens"), ("student", "read_by_student")):
+        passes = [facts for name, facts in fitted["streamed"].items() if name.startswith(side)]
+        assert cost[planned] == sum(facts["tokens"] for facts in passes)
+    assert cost["student_passes"] == len(passes)
+    assert cost["teacher_tokens"] - measured_on == 3 * fitted["text"]["fit"]["tokens"]
+    kept = sum(file.stat().st_size for file in (out / "cache").rglob("*") if file.is_file())
+    assert abs(kept - cost["states_bytes"]) < 0.1 * kept
+    written = (out / ADAPTER_FILE).stat().st_size
+    assert written < 1.1 * cost["adapter_bytes"]
 
 
 def test_the_plan_of_training_from_zero(tiny: tuple[Path, Path], tmp_path: Path) -> None:
@@ -108,14 +129,13 @@ def test_where_the_weights_are_not_at_hand_nothing_is_said_of_the_place(
     tiny: tuple[Path, Path], tmp_path: Path
 ) -> None:
     with open_pair(*map(str, tiny)) as pair:
-        cost = cost_of_training(recipe_for(*tiny, tmp_path, **LITTLE_TEXT), pair, ["refined"], at_hand=False)
+        recipe = recipe_for(*tiny, tmp_path, **LITTLE_TEXT)
+        cost = costs_of_training(recipe, pair, ["refined"], at_hand=False)["refined"]
         assert (cost.resident, cost.placement, cost.step_bytes) == (None, "", 0)
         assert not any(name == "refined stage: student" for name, _ in cost.rows())
         asked = recipe_for(*tiny, tmp_path, **(LITTLE_TEXT | {"training": {"placement": "streamed"}}))
-        assert (
-            cost_of_training(asked, pair, ["refined"], at_hand=False).step_bytes
-            == 2 * pair.student.checkpoint.total_bytes
-        )
+        streamed = costs_of_training(asked, pair, ["refined"], at_hand=False)["refined"]
+        assert streamed.step_bytes == 2 * pair.student.checkpoint.total_bytes
 
 
 def test_a_start_by_stages_comes_before_and_is_fitted_on_less_text(tiny: tuple[Path, Path], tmp_path: Path) -> None:
@@ -124,7 +144,7 @@ def test_a_start_by_stages_comes_before_and_is_fitted_on_less_text(tiny: tuple[P
     assert outlook["method"]["stages"] == ["weights", "calibrated", "refined"]
     kinds = list(dict.fromkeys(name.partition(" ")[0] for name, _ in outlook["sizes"]))
     assert kinds == ["teacher", "student", "weights", "calibrated", "refined"]
-    assert any("7 copies of 1,024" in value for _, value in outlook["sizes"])
+    assert any("(4 copies, 3,072 of the student's own" in value for _, value in outlook["sizes"])
     automatic = outlook_of(tiny, tmp_path / "out", start="auto")["method"]
     assert automatic["stages"] == [*automatic["auto"]["stages"], "refined"]
     assert "calibrated" in automatic["stages"]

@@ -13,10 +13,9 @@ import torch
 from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.errors import IncompatiblePairError
 from moe_svd_distill.pipeline import speed
-from moe_svd_distill.pipeline.cost import TrainingCost, cost_of_calibrating, cost_of_training
+from moe_svd_distill.pipeline.cost import TrainingCost, costs_of_training
 from moe_svd_distill.pipeline.duration import (
     PairSpeed,
-    calibrating_cost_here,
     measure_pair,
     training_cost_here,
     weights_cost_here,
@@ -153,7 +152,7 @@ def seconds_of_training(cost: TrainingCost, speed: PairSpeed) -> float:
 def test_seconds_of_training_count_what_the_plan_counts(tiny: tuple[Path, Path], tmp_path: Path) -> None:
     recipe = recipe_for(*tiny, tmp_path / "out", **LITTLE_TEXT)
     with open_pair(*map(str, tiny)) as pair:
-        cost = cost_of_training(recipe, pair, ("refined",), at_hand=True)
+        cost = costs_of_training(recipe, pair, ("refined",), at_hand=True)["refined"]
     assert not cost.rows_bytes
     assert seconds_of_training(cost, FREE) == 0.0
     reading = replace(FREE, teacher=LayerSeconds(0.0, 2.0))
@@ -163,8 +162,8 @@ def test_seconds_of_training_count_what_the_plan_counts(tiny: tuple[Path, Path],
     learning = replace(FREE, trained=LayerSeconds(0.0, 0.0, learning=1.0, composing=7.0))
     assert seconds_of_training(cost, learning) == cost.trained_tokens + 7.0 * cost.steps
     head = replace(FREE, student_head=HeadSeconds(1.0, 0.5))
-    assert seconds_of_training(cost, head) == 3 * cost.trained_tokens + cost.measured_tokens
-    fixed = replace(cost, rows_bytes=1)
+    assert seconds_of_training(cost, head) == 3 * cost.trained_tokens + cost.measured_tokens + cost.ranked_tokens
+    fixed = replace(cost, rows_bytes=1, ranked_tokens=0)
     assert seconds_of_training(fixed, head) == 0.5 * (
         cost.teacher_tokens + 2 * cost.trained_tokens + cost.measured_tokens
     )
@@ -175,25 +174,31 @@ def test_seconds_of_training_count_what_the_plan_counts(tiny: tuple[Path, Path],
 def test_the_disk_holds_two_saves_and_for_a_moment_three(tiny: tuple[Path, Path], tmp_path: Path) -> None:
     recipe = recipe_for(*tiny, tmp_path / "out", **LITTLE_TEXT)
     with open_pair(*map(str, tiny)) as pair:
-        cost = cost_of_training(recipe, pair, ("refined",), at_hand=True)
+        cost = costs_of_training(recipe, pair, ("refined",), at_hand=True)["refined"]
     besides, numbers = cost.states_bytes + cost.rows_bytes + 2 * cost.adapter_bytes, cost.saves_bytes // 32
     lasting = replace(FREE, trained=LayerSeconds(0.0, 0.0, learning=1 / cost.trained_tokens))  # a second of training
     disk = [training_cost_here(cost, lasting, every).disk_bytes - besides for every in (2.0, 1.0, 0.5, 0.3)]
     assert disk == [4 * numbers, 20 * numbers, 36 * numbers, 48 * numbers]
 
 
-def test_seconds_of_calibrating_count_passes(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    recipe = recipe_for(*tiny, tmp_path / "out", **(LITTLE_TEXT | {"copies": 2, "fit_passes": 5, "last_layers": 0}))
+@pytest.mark.parametrize("last_layers", [0, 1])
+def test_seconds_of_calibrating_count_the_student_s_reading_and_its_last_layers(
+    tiny: tuple[Path, Path], tmp_path: Path, last_layers: int
+) -> None:
+    few = {"tokens": 1536, "copies": 2, "own_text": 0, "fit_passes": 5, "last_layers": last_layers}
+    recipe = recipe_for(*tiny, tmp_path / "out", **(LITTLE_TEXT | few))
     with open_pair(*map(str, tiny)) as pair:
-        cost = cost_of_calibrating(recipe, pair, as_start=False)
-    assert (cost.fit_passes, cost.fitted_tokens) == (5, 3 * recipe.tokens)
-    steps = 0.015 * cost.fit_steps
-    assert cost.fit_steps == 5 * (cost.fitted_tokens // 128)
-    reading = calibrating_cost_here(cost, replace(FREE, student=LayerSeconds(0.0, 1.0)))
-    assert reading.seconds == pytest.approx(steps + cost.tokens)
-    head = calibrating_cost_here(cost, replace(FREE, student_head=HeadSeconds(1.0, 9.0)))
-    fit = 5 * (3 * cost.fitted_tokens + cost.check_tokens)
-    assert head.seconds == pytest.approx(steps + fit + 7 * cost.check_tokens + 5 * cost.search_tokens)
+        cost = costs_of_training(recipe, pair, ("calibrated",), at_hand=True)["calibrated"]
+        layers = pair.student.layout.geometry.layers
+    assert cost.trained_tokens == 5 * 3 * recipe.tokens
+    assert cost.share == last_layers / layers
+    reading = seconds_of_training(cost, replace(FREE, student=LayerSeconds(0.0, 1.0)))
+    assert reading == recipe.tokens + cost.teacher_tokens  # to draw the copies, and to record what goes into the layers
+    learning = seconds_of_training(cost, replace(FREE, trained=LayerSeconds(0.0, 0.0, learning=1.0)))
+    assert learning == cost.share * cost.trained_tokens
+    head = seconds_of_training(cost, replace(FREE, student_head=HeadSeconds(1.0, 9.0)))
+    assert head == 3 * cost.trained_tokens + cost.measured_tokens + cost.ranked_tokens
+    assert cost.ranked_tokens > 0
 
 
 def test_a_real_measurement_is_finite_and_the_weights_stage_is_tried(tiny: tuple[Path, Path], tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_svd_distill.adapter.keys import Factors
-    from moe_svd_distill.pipeline.course import StageResult
+    from moe_svd_distill.pipeline.stage import StageResult
     from moe_svd_distill.training.head_rank import HeadRank
 
 _WHOLE = "whole"

@@ -8,47 +8,54 @@ from dataclasses import dataclass
 from moe_svd_distill.calibration.text import whole
 from moe_svd_distill.files.dtypes import BYTES_PER_ELEMENT
 from moe_svd_distill.pipeline.assembly import asked_head_rank, head_is_whole
-from moe_svd_distill.pipeline.extra_text import ROUNDS, for_fit
+from moe_svd_distill.pipeline.extra_text import ROUNDS
 from moe_svd_distill.pipeline.pair import Model, ModelPair
 from moe_svd_distill.pipeline.placement import (
-    LIBRARIES_BYTES,
     execution_settings,
     place_training,
     trained_numbers,
     trained_shapes,
 )
-from moe_svd_distill.pipeline.schedule import TextSize, schedule_training
+from moe_svd_distill.pipeline.schedule import (
+    StageName,
+    TextSize,
+    TrainingSchedule,
+    schedule_calibrated,
+    schedule_refined,
+)
 from moe_svd_distill.pipeline.texts import longest_sequence, sequence_length, validation_tokens
 from moe_svd_distill.recipe import Recipe
 from moe_svd_distill.streaming import PassSettings
 from moe_svd_distill.training.head_rank import SERVED_RANKS
-from moe_svd_distill.training.settings import needs_rows, passes_over_little, step_over_little
+from moe_svd_distill.training.settings import needs_rows
 from moe_svd_distill.training.trials import MULTIPLES, trial_steps
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 Rows = list[list[str]]
 _SCALES_TRIED = 3  # of the trained adapter on the search text: none, half, whole; fewer gain needs more
 SAVES_KEPT, SAVED_BYTES = 2, 4 * 4  # files in turn; value, best value and at most two moments, float32
-_TEACHER_PASSES = 2  # of the calibrated stage
-_SAVED_OF_FIT, _HELD_OF_FIT = 4 * 4, 4 * 13  # bytes for each number of the head: value, moments, the best of them
 
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """What the refined stage takes.
+    """What a stage on text takes.
 
     Attributes:
+        stage: Its name.
         teacher_tokens: That the teacher reads.
         copies: Of the training text among them.
         own_text: Tokens of the student's own text among them.
-        weights_read: Stored bytes read for the hidden states: the teacher once, the student for what it draws.
+        read_by_student: Tokens that the student reads to draw others, or to record what goes into later layers.
+        student_passes: In which it does that.
+        weights_read: Stored bytes read for the hidden states of both models.
         states_bytes: Hidden states kept on the disk.
         steps: Of the optimiser, at most.
         step_tokens: Tokens of one step.
         trial_steps: Further steps that choose the learning rate.
         trained_tokens: Tokens trained on in all, repeated ones counted again.
         measured_tokens: Tokens that the student is measured on meanwhile and in the scale search, the same.
-        read_by_student: Tokens that the student reads to draw others.
+        ranked_tokens: Tokens that its head is measured on at further ranks.
+        share: Of the student's layers that are trained.
         teacher_operations: Floating point operations of the teacher's forward pass, and of its head in training.
         student_operations: Those of the student's training and of measuring it meanwhile.
         adapter_bytes: The adapter's size, at most.
@@ -63,9 +70,12 @@ class TrainingCost:
         training_bytes: The same in all, with those for measuring the student meanwhile.
     """
 
+    stage: StageName
     teacher_tokens: int
     copies: int
     own_text: int
+    read_by_student: int
+    student_passes: int
     weights_read: int
     states_bytes: int
     steps: int
@@ -73,7 +83,8 @@ class TrainingCost:
     trial_steps: int
     trained_tokens: int
     measured_tokens: int
-    read_by_student: int
+    ranked_tokens: int
+    share: float
     teacher_operations: int
     student_operations: int
     adapter_bytes: int
@@ -110,79 +121,13 @@ class TrainingCost:
         if self.resident is False:
             rows.append(("weights read in each step", readable(self.step_bytes)))
             rows.append(("weights read while training", readable(self.training_bytes)))
-        return [[f"refined stage: {name}", value] for name, value in rows]
+        return [[f"{self.stage} stage: {name}", value] for name, value in rows]
 
 
-@dataclass(frozen=True)
-class CalibratingCost:
-    """What the calibrated stage takes.
-
-    Attributes:
-        text: Tokens of the text it is fitted on.
-        copies: Of that text.
-        check_tokens: By which passes and ranks are chosen.
-        search_tokens: By which the scale is chosen.
-        fit_passes: Over what it is fitted on.
-        fit_steps: Of all passes.
-        layers: Of the student.
-        last_layers: Of these, fitted with the head.
-        student_passes: Of the student over all of it.
-        teacher_bytes: Stored bytes of the teacher.
-        student_bytes: Stored bytes of the student.
-        states_bytes: Hidden states kept on the disk.
-        saves_bytes: The state of the fit that a stopped run goes on from, on the disk.
-        memory_bytes: Of the process that fits the head, about.
-    """
-
-    text: int
-    copies: int
-    check_tokens: int
-    search_tokens: int
-    fit_passes: int
-    fit_steps: int
-    layers: int
-    last_layers: int
-    student_passes: int
-    teacher_bytes: int
-    student_bytes: int
-    states_bytes: int
-    saves_bytes: int
-    memory_bytes: int
-
-    @property
-    def fitted_tokens(self) -> int:
-        """The text and its copies."""
-        return self.text * (1 + self.copies)
-
-    @property
-    def tokens(self) -> int:
-        """All that is read."""
-        return self.fitted_tokens + self.check_tokens + self.search_tokens
-
-    def rows(self) -> Rows:
-        """For people."""
-        teacher = f"{readable(_TEACHER_PASSES * self.teacher_bytes)} (teacher {_TEACHER_PASSES} times)"
-        student = f"{readable(self.student_passes * self.student_bytes)} (student {self.student_passes} times)"
-        rows = [
-            ("tokens read", f"{self.tokens:,} ({self.copies} copies of {self.text:,}, checking and search text)"),
-            ("weights read", f"{teacher}, {student}"),
-            ("hidden states kept", readable(self.states_bytes)),
-            ("saves of the fit, at most", readable(self.saves_bytes)),
-            ("memory", readable(self.memory_bytes)),
-        ]
-        return [[f"calibrated stage: {name}", value] for name, value in rows]
-
-
-def expected_text(recipe: Recipe, pair: ModelPair) -> TextSize:
-    """The text to train on and to check by, before it is read."""
-    length = sequence_length(recipe, longest_sequence(pair))
-    tokens, check = whole(recipe.tokens, length), whole(validation_tokens(recipe), length)
-    rows = pair.student.layout.geometry.vocabulary
-    return TextSize(tokens, tokens // length, length, check, recipe.vocabulary == "equal", rows)
-
-
-def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, at_hand: bool) -> TrainingCost:
-    """What the refined stage would read, compute and keep.
+def costs_of_training(
+    recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, at_hand: bool
+) -> dict[str, TrainingCost]:
+    """What each stage on text would read, compute and keep, by its name.
 
     Args:
         recipe: What is asked for.
@@ -190,17 +135,39 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
         stages: Of the run.
         at_hand: Whether the weights are on this machine, so that it can be said where the student would be trained.
     """
+    device, found = execution_settings(recipe).devices[0], {}
+    text = expected_text(recipe, pair, recipe.tokens)
+    if "calibrated" in stages:
+        tokens = min(recipe.tokens, recipe.training.start_tokens) if "refined" in stages else recipe.tokens
+        less, head_alone = expected_text(recipe, pair, tokens), "weights" in stages
+        schedule = schedule_calibrated(recipe, pair.student, less, device, head_alone=head_alone)
+        found["calibrated"] = _cost(recipe, pair, schedule, less, at_hand)
+    if "refined" in stages:
+        schedule = schedule_refined(recipe, pair.student, stages, text, device)
+        found["refined"] = _cost(recipe, pair, schedule, text, at_hand)
+    return found
+
+
+def expected_text(recipe: Recipe, pair: ModelPair, tokens: int) -> TextSize:
+    """So much text to train on, and the text to check by, before it is read."""
+    length = sequence_length(recipe, longest_sequence(pair))
+    tokens, check = whole(tokens, length), whole(validation_tokens(recipe), length)
+    rows = pair.student.layout.geometry.vocabulary
+    return TextSize(tokens, tokens // length, length, check, recipe.vocabulary == "equal", rows)
+
+
+def _cost(recipe: Recipe, pair: ModelPair, schedule: TrainingSchedule, text: TextSize, at_hand: bool) -> TrainingCost:
     teacher, student, execution = pair.teacher, pair.student, execution_settings(recipe)
-    text = expected_text(recipe, pair)
-    schedule = schedule_training(recipe, student, stages, text, execution.devices[0])
-    trained, settings, extra = schedule.trained, schedule.settings, schedule.extra
+    trained, settings, extra, beginning = schedule.trained, schedule.settings, schedule.extra, schedule.beginning
     placed = place_training(recipe, pair, execution.devices, execution.workers, trained) if at_hand else None
     resident = placed.resident if placed else {"resident": True, "streamed": False}.get(recipe.training.placement)
     processes = len(placed.devices) if placed else len(execution.devices)
     search = whole(recipe.scale_search_tokens, text.length)
     read = (text.sequences + extra.sequences(text.sequences)) * text.length + text.check + search
     own = extra.generated * text.length
-    read_by_student = text.tokens * bool(extra.copies) + ROUNDS * own
+    drawn = text.tokens * bool(extra.copies) + ROUNDS * own
+    recorded = read if beginning.layer else 0
+    kept_by_student = drawn + recorded * (1 if beginning.leaves_head_alone else 2)
     trials = len(MULTIPLES) if schedule.tries_rates else 0
     tried = trials * trial_steps(schedule.steps)
     trained_tokens = (schedule.steps + tried) * trained.step_tokens
@@ -212,26 +179,32 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
     body, head = teacher.active_parameters
     teacher_operations = 2 * body * read + 2 * head * (read if rows_bytes else trained_tokens + measured)
     body, head = student.active_parameters
+    body = int(body * trained.share)
     # Forward, and twice that for both gradients; streamed, every layer is computed once more on the way back.
     student_operations = (8 if resident is False else 6) * body * trained_tokens + 2 * (body + head) * measured
     student_operations += (6 if trained.head_moves else 4) * head * trained_tokens
     shapes = trained_shapes(student, trained.ranks)
     moving = trained_numbers(shapes, trained.ranks) + (head if trained.head_moves else 0)
     stored = sum(rank * sum(shapes[name]) for name, rank in trained.ranks.items())  # padded where a side is smaller
-    pass_bytes = student.checkpoint.total_bytes * processes if resident is False else 0
-    passes = bool(extra.copies) + ROUNDS * bool(extra.generated)
+    pass_bytes = int(student.checkpoint.total_bytes * trained.share) * processes if resident is False else 0
+    passes = bool(extra.copies) + ROUNDS * bool(extra.generated) + 2 * bool(recorded)
+    asked_rank = asked_head_rank(recipe, student.architecture.head)
     return TrainingCost(
+        stage=schedule.stage,
         teacher_tokens=read,
         copies=extra.copies,
         own_text=own,
+        read_by_student=drawn + recorded,
+        student_passes=passes,
         weights_read=2 * teacher.checkpoint.total_bytes + student.checkpoint.total_bytes * passes,
-        states_bytes=state_bytes(recipe, teacher) * read + state_bytes(recipe, student) * read_by_student,
+        states_bytes=state_bytes(recipe, teacher) * read + state_bytes(recipe, student) * kept_by_student,
         steps=schedule.steps,
         step_tokens=trained.step_tokens,
         trial_steps=tried,
         trained_tokens=trained_tokens,
         measured_tokens=measured,
-        read_by_student=read_by_student,
+        ranked_tokens=text.check * len(SERVED_RANKS) if trained.head_moves and asked_rank == "auto" else 0,
+        share=trained.share,
         teacher_operations=teacher_operations,
         student_operations=student_operations,
         adapter_bytes=stored * BYTES[recipe.dtype] + (_head_bytes(recipe, pair) if trained.head_moves else 0),
@@ -243,42 +216,6 @@ def cost_of_training(recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, 
         memory_bytes=placed.memory_bytes if placed and placed.resident else 0,
         step_bytes=2 * pass_bytes,
         training_bytes=pass_bytes * (2 * (schedule.steps + tried) + measurements),
-    )
-
-
-def cost_of_calibrating(recipe: Recipe, pair: ModelPair, *, as_start: bool) -> CalibratingCost:
-    """What the calibrated stage would read, compute and keep.
-
-    Args:
-        recipe: What is asked for.
-        pair: Teacher and student.
-        as_start: Whether the refined stage follows, for which it is fitted on less text.
-    """
-    text = min(recipe.tokens, recipe.training.start_tokens) if as_start else recipe.tokens
-    extra = for_fit(recipe, text, 1, identical=recipe.vocabulary == "equal")
-    copies = extra.sequences(1)
-    check, search = validation_tokens(recipe), recipe.scale_search_tokens
-    teacher, student = pair.teacher, pair.student
-    states = state_bytes(recipe, teacher) + state_bytes(recipe, student) * (2 if recipe.last_layers else 1)
-    mine, theirs = (of.layout.geometry.vocabulary * of.layout.geometry.hidden for of in (student, teacher))
-    step = step_over_little(text * (1 + copies), head_alone=not recipe.last_layers)
-    batches = max(1, text * (1 + copies) // step)
-    passes = passes_over_little(None if recipe.fit_passes == "auto" else recipe.fit_passes, batches)
-    return CalibratingCost(
-        text=text,
-        copies=copies,
-        check_tokens=check,
-        search_tokens=search,
-        fit_passes=passes,
-        fit_steps=passes * batches,
-        layers=student.layout.geometry.layers,
-        last_layers=recipe.last_layers,
-        student_passes=3 if copies else 2,
-        teacher_bytes=teacher.checkpoint.total_bytes,
-        student_bytes=student.checkpoint.total_bytes,
-        states_bytes=(text * (1 + copies) + check + search) * states,
-        saves_bytes=2 * _SAVED_OF_FIT * mine,
-        memory_bytes=LIBRARIES_BYTES + _HELD_OF_FIT * mine + 4 * theirs,
     )
 
 

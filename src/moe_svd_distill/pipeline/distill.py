@@ -39,7 +39,8 @@ from moe_svd_distill.report.record import RunRecord
 from moe_svd_distill.streaming import GROUPS
 
 if TYPE_CHECKING:
-    from moe_svd_distill.pipeline.course import Course, StageInput, StageResult
+    from moe_svd_distill.pipeline.schedule import TrainingSchedule
+    from moe_svd_distill.pipeline.stage import StageInput, StageResult
     from moe_svd_distill.streaming import ScaledAdapter
 
 __all__ = ["Adapter", "Listener", "distill", "load_adapter"]
@@ -175,7 +176,7 @@ class _Run:
 
     def calibrate(self, on_top: bool, decision: ScaleDecision) -> tuple[StageResult, Path | None]:
         """The calibrated stage; no part where nothing of it is kept."""
-        from moe_svd_distill.pipeline.course import calibrated_course
+        from moe_svd_distill.pipeline.schedule import TextSize, schedule_calibrated
 
         text = self.text
         assert text is not None
@@ -183,14 +184,17 @@ class _Run:
             text = replace(text, fit=text.fit.beginning(self.recipe.training.start_tokens))
         acting = on_top and any(decision.scales.values())
         given = self.given(text, self.staged_adapter(decision.scales) if acting else None)
-        fitted = self.distil_on_text(given, calibrated_course(given))
+        schedule = schedule_calibrated(
+            self.recipe, self.pair.student, TextSize.of(text), self.settings.devices[0], head_alone=acting
+        )
+        fitted = self.distil_on_text(given, schedule)
         if on_top and not fitted.search.accepted:
             return fitted, None
         return fitted, write_head_part(self.output.parts, self.pair, self.recipe, fitted, alone=not on_top)
 
     def refine(self, change: AdapterChange) -> tuple[StageResult, Path]:
         """The refined stage, from what the stages before have made, or from an adapter that was named."""
-        from moe_svd_distill.pipeline.course import refined_course
+        from moe_svd_distill.pipeline.schedule import TextSize, schedule_refined
         from moe_svd_distill.streaming import ScaledAdapter
 
         assert self.text is not None
@@ -201,18 +205,20 @@ class _Run:
             self.stage(change)
             start = self.staged_adapter(dict.fromkeys(GROUPS, 1.0))
         given = self.given(self.text, start)
-        refined = self.distil_on_text(given, refined_course(given))
+        schedule = schedule_refined(
+            self.recipe, self.pair.student, self.stages.names, TextSize.of(self.text), self.settings.devices[0]
+        )
+        refined = self.distil_on_text(given, schedule)
         return refined, write_head_part(self.output.parts, self.pair, self.recipe, refined, alone=True)
 
     def given(self, text: RunText, start: ScaledAdapter | None) -> StageInput:
         """What a stage on text works with."""
-        from moe_svd_distill.pipeline.course import StageInput
+        from moe_svd_distill.pipeline.stage import StageInput
 
         settings = self.settings
         return StageInput(
             self.recipe,
             self.pair,
-            self.stages.names,
             text,
             self.output.parts,
             settings.devices,
@@ -226,11 +232,11 @@ class _Run:
 
         return ScaledAdapter(self.output.staged(ADAPTER_FILE).parent, dict(scales))
 
-    def distil_on_text(self, given: StageInput, course: Course) -> StageResult:
+    def distil_on_text(self, given: StageInput, schedule: TrainingSchedule) -> StageResult:
         """A stage on text."""
         from moe_svd_distill.pipeline.text_stage import distil_on_text
 
-        return distil_on_text(given, course, self.listener.on_stage, self.listener.on_note)
+        return distil_on_text(given, schedule, self.listener.on_stage, self.listener.on_note)
 
     def _used(self) -> dict[str, list[str]]:
         """What an evaluation has to leave out."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_svd_distill.execution.memory import peak_of
-from moe_svd_distill.pipeline.cost import SAVED_BYTES, SAVES_KEPT, CalibratingCost, TrainingCost
+from moe_svd_distill.pipeline.cost import SAVED_BYTES, SAVES_KEPT, TrainingCost
 from moe_svd_distill.pipeline.placement import (
     LIBRARIES_BYTES,
     execution_settings,
@@ -21,7 +21,6 @@ from moe_svd_distill.pipeline.speed import HeadSeconds, LayerSeconds, head_speed
 from moe_svd_distill.pipeline.texts import longest_sequence, sequence_length
 from moe_svd_distill.pipeline.units import make_work
 from moe_svd_distill.streaming import PassSettings
-from moe_svd_distill.training.head_rank import SERVED_RANKS
 from moe_svd_distill.training.job import threads
 
 if TYPE_CHECKING:
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from moe_svd_distill.recipe import Recipe
 
 _READ_TOKENS = 1024  # enough of a batch to see how long a full one takes
-_SCALES_OF_A_FIT = 5
-_STEP_OF_A_FIT_S = 0.015  # what a step takes besides its products, measured on the lab; next to nothing on large models
 AROUND_S = 10.0  # loading libraries, reading the text, checking and publishing the adapter
 _BEST_BYTES = 4  # of a number, in the last save of a training
 _PRODUCTS_OF_A_STEP = 3  # with a head that is trained: logits, slopes of the states, slopes of the weight
@@ -103,34 +100,23 @@ def measure_pair(recipe: Recipe, pair: ModelPair) -> PairSpeed:
 
 
 def training_cost_here(cost: TrainingCost, speed: PairSpeed, save_seconds: float) -> StageCost:
-    """What the refined stage would take; text that the student writes word by word is counted as read."""
+    """What a stage on text would take; text that the student writes word by word is counted as read."""
     layers, fixed, steps = speed.trained, bool(cost.rows_bytes), cost.steps + cost.trial_steps
     mine, theirs = ((of.rounded if fixed else of.plain) for of in (speed.student_head, speed.teacher_head))
-    reading = _passes(2, cost.teacher_tokens, speed.teacher) + _passes(1, cost.read_by_student, speed.student)
+    reading = _passes(2, cost.teacher_tokens, speed.teacher)
+    reading += _passes(cost.student_passes, cost.read_by_student, speed.student)
     if fixed:
         reading += cost.teacher_tokens * (theirs + mine)
         of_trained, of_measured = _PRODUCTS_BEFORE_A_FIXED_HEAD * mine, mine
     else:
         of_trained, of_measured = theirs + _PRODUCTS_OF_A_STEP * mine, theirs + mine
     once_more, loading = (layers.forward, 2 * steps * layers.loading) if cost.resident is False else (0.0, 0.0)
-    training = cost.trained_tokens * (layers.learning + once_more + of_trained) + steps * layers.composing
-    training = max(training, loading)
-    measuring = cost.measured_tokens * (layers.forward + of_measured)
+    of_layers = cost.trained_tokens * (layers.learning + once_more) + steps * layers.composing
+    training = cost.share * of_layers + cost.trained_tokens * of_trained
+    training = max(training, cost.share * loading)
+    measuring = cost.measured_tokens * (cost.share * layers.forward + of_measured) + cost.ranked_tokens * of_measured
     kept = cost.states_bytes + cost.rows_bytes + 2 * cost.adapter_bytes + _saves(cost, int(training // save_seconds))
     return StageCost(reading + training + measuring, cost.memory_bytes * cost.processes, kept)
-
-
-def calibrating_cost_here(cost: CalibratingCost, speed: PairSpeed) -> StageCost:
-    """What the calibrated stage would take."""
-    theirs, mine = speed.teacher_head.plain, speed.student_head.plain
-    last = speed.trained.learning / cost.layers * cost.last_layers
-    reading = _passes(2, cost.tokens, speed.teacher) + _passes(cost.student_passes, cost.tokens, speed.student)
-    fitting = cost.fit_passes * (
-        cost.fitted_tokens * (theirs + _PRODUCTS_OF_A_STEP * mine + last) + cost.check_tokens * (theirs + mine + last)
-    )
-    choosing = (theirs + mine) * (len(SERVED_RANKS) * cost.check_tokens + _SCALES_OF_A_FIT * cost.search_tokens)
-    fitting += cost.fit_steps * _STEP_OF_A_FIT_S
-    return StageCost(reading + fitting + choosing, cost.memory_bytes, cost.states_bytes + cost.saves_bytes)
 
 
 def weights_cost_here(recipe: Recipe, pair: ModelPair, plan: Plan, adapter_bytes: int) -> StageCost:

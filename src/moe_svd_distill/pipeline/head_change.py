@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from moe_svd_distill.pipeline.assembly import asked_head_rank
-from moe_svd_distill.pipeline.course import HeadChange
+from moe_svd_distill.pipeline.stage import HeadChange
 from moe_svd_distill.training.head_rank import choose_rank, head_factors
 from moe_svd_distill.training.measuring import ComparedTokens, StatePairs, mean_kl, measure_states
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_svd_distill.algebra.figures import Measurement
-    from moe_svd_distill.pipeline.course import StageInput
+    from moe_svd_distill.pipeline.stage import StageInput
     from moe_svd_distill.training.head import TrainedHead
     from moe_svd_distill.training.job import StudentInTraining
     from moe_svd_distill.training.text import TrainingText

@@ -13,16 +13,13 @@ from moe_svd_distill.pairing.plan import Plan as Pairing
 from moe_svd_distill.pairing.unit import TensorTask, UnitOfWork
 from moe_svd_distill.pipeline.cost import (
     BYTES,
-    CalibratingCost,
     TrainingCost,
-    cost_of_calibrating,
-    cost_of_training,
+    costs_of_training,
     readable,
 )
 from moe_svd_distill.pipeline.duration import (
     PairSpeed,
     StageCost,
-    calibrating_cost_here,
     measure_pair,
     training_cost_here,
     weights_cost_here,
@@ -45,8 +42,7 @@ class Plan:
         stages: What is run, why, and how the models are related.
         pairing: The weights stage's work; empty, with a note, where it cannot be done and is not asked for.
         undecided: Whether it is known only with the weights if the embeddings change.
-        calibrated: What the calibrated stage would take; None where it is not run.
-        refined: The same of the refined stage.
+        training: Name of each stage on text to what it would take.
         speed: What was measured of this machine; None where nothing was.
         here: Stage to what it would take on this machine; empty where the weights are not on it.
     """
@@ -56,8 +52,7 @@ class Plan:
     stages: Stages
     pairing: Pairing
     undecided: bool
-    calibrated: CalibratingCost | None
-    refined: TrainingCost | None
+    training: Mapping[str, TrainingCost]
     speed: PairSpeed | None
     here: Mapping[str, StageCost]
 
@@ -94,8 +89,9 @@ class Plan:
                 "stages": list(stages.names),
                 "start": None if stages.start is None else str(stages.start),
             },
-            "calibrated": asdict(self.calibrated) if self.calibrated else None,
-            "refined": asdict(self.refined) if self.refined else None,
+            "calibrated": None,
+            "refined": None,
+            **{stage: asdict(cost) for stage, cost in self.training.items()},
             "speed": asdict(self.speed) if self.speed else None,
             "here": {stage: asdict(cost) for stage, cost in self.here.items()},
         }
@@ -124,8 +120,7 @@ class Plan:
         return [
             *([name, readable(size)] for name, size in zip(("teacher", "student"), self.bytes, strict=True)),
             *([f"weights stage: {name}", value] for name, value in weights if self.stages.weights),
-            *(self.calibrated.rows() if self.calibrated else []),
-            *(self.refined.rows() if self.refined else []),
+            *(row for cost in self.training.values() for row in cost.rows()),
         ]
 
 
@@ -149,10 +144,9 @@ def make_plan(recipe: Recipe, on_measuring: Callable[[], None] = lambda: None) -
             if stages.weights:
                 raise
             pairing = Pairing((), (), {}, {}, (error.what,))
-        refined = cost_of_training(recipe, pair, stages.names, at_hand=at_hand) if stages.refined else None
-        calibrated = cost_of_calibrating(recipe, pair, as_start=stages.refined) if stages.calibrated else None
+        training = costs_of_training(recipe, pair, stages.names, at_hand=at_hand)
         total = pair.teacher.checkpoint.total_bytes, pair.student.checkpoint.total_bytes
-        plan = Plan(recipe, total, stages, pairing, undecided, calibrated, refined, None, {})
+        plan = Plan(recipe, total, stages, pairing, undecided, training, None, {})
         if not (at_hand and stages.names):
             return plan
         on_measuring()
@@ -162,13 +156,12 @@ def make_plan(recipe: Recipe, on_measuring: Callable[[], None] = lambda: None) -
 def _measured(plan: Plan, pair: ModelPair) -> Plan:
     """With what the stages would take on this machine, where the weights are."""
     here: dict[str, StageCost] = {}
-    speed = measure_pair(plan.recipe, pair) if plan.calibrated or plan.refined else None
+    speed = measure_pair(plan.recipe, pair) if plan.training else None
     if plan.stages.weights:
         here["weights"] = weights_cost_here(plan.recipe, pair, plan.pairing, plan.factors_bytes)
-    if plan.calibrated and speed:
-        here["calibrated"] = calibrating_cost_here(plan.calibrated, speed)
-    if plan.refined and speed:
-        here["refined"] = training_cost_here(plan.refined, speed, plan.recipe.training.save_seconds)
+    if speed:
+        for stage, cost in plan.training.items():
+            here[stage] = training_cost_here(cost, speed, plan.recipe.training.save_seconds)
     return replace(plan, speed=speed, here=here)
 
 

@@ -27,8 +27,8 @@ from moe_svd_distill.report.record import RunRecord
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_svd_distill.pipeline.course import StageResult
     from moe_svd_distill.pipeline.method import Stages
+    from moe_svd_distill.pipeline.stage import StageResult
 
 SCHEMA = 1
 NOT_TRAINED = "the refined stage trains the matrices of the layers and the head alone"

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from moe_svd_distill.calibration.paired import PairedText
     from moe_svd_distill.evaluation.guard import Kind
     from moe_svd_distill.evaluation.scale_search import ScaleSearch
-    from moe_svd_distill.pipeline.course import StageResult
     from moe_svd_distill.pipeline.pair import ModelPair
+    from moe_svd_distill.pipeline.stage import StageResult
 
 Report = Callable[[float], None]
 At = Callable[[Mapping[str, float]], "Measurement"]

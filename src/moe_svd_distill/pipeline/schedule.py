@@ -1,14 +1,22 @@
-"""How the refined stage goes through its text: decided here once, printed by `plan` and followed by the run."""
+"""How the stages on text go through it: decided here once, printed by `plan` and followed by the run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from moe_svd_distill.pipeline.extra_text import MUCH_TEXT, ExtraText, for_training
+from moe_svd_distill.evaluation.scale_search import GLOBAL_SCALES
+from moe_svd_distill.pipeline.extra_text import MUCH_TEXT, ExtraText, for_fit, for_training
 from moe_svd_distill.pipeline.placement import TrainedParts, tokens_at_once, trained_ranks
-from moe_svd_distill.training.settings import TrainingSettings
+from moe_svd_distill.pipeline.stage_text import Beginning
+from moe_svd_distill.training.settings import (
+    HEAD_RATE,
+    LAST_LAYERS_RATE,
+    TrainingSettings,
+    passes_over_little,
+    step_over_little,
+)
 from moe_svd_distill.training.trials import worth_trying
 
 if TYPE_CHECKING:
@@ -17,6 +25,9 @@ if TYPE_CHECKING:
     from moe_svd_distill.recipe import Recipe
     from moe_svd_distill.training.optimiser import OptimiserName
 
+StageName: TypeAlias = Literal["calibrated", "refined"]
+_MOST_HALVINGS = 4
+_SCALES_OF_A_LONG_RUN = (0.25, 0.5, 1.0)
 _EPOCHS_OF_LITTLE, _EPOCHS_OF_MUCH, _SHARE_AFTER_WEIGHTS = 4.0, 2.75, 0.2
 _EPOCHS_OF_FIXED_HEAD = 2.0
 _TOKENS_OF_A_ROW = 4
@@ -56,29 +67,79 @@ class TextSize:
         return TextSize(student.tokens, count, student.length, check.student.tokens, fit.identical, rows)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainingSchedule:
-    """What is trained on what, and how.
+    """How a stage on text goes.
 
     Attributes:
+        stage: Its name.
+        beginning: The layer that training begins at.
+        keeps_start: Whether an adapter that it begins with stays as it is beneath what is trained, or is trained on.
         trained: What moves, and how much text goes into a step.
         extra: What is read beside the text.
         steps: Of the optimiser, at most.
         tries_rates: Whether the learning rates of the settings are a guess to be tried.
         settings: Of the training.
+        scales: That the result is tried at.
     """
 
+    stage: StageName
+    beginning: Beginning
+    keeps_start: bool
     trained: TrainedParts
     extra: ExtraText
     steps: int
     tries_rates: bool
     settings: TrainingSettings
+    scales: tuple[float, ...]
 
 
-def schedule_training(
+def schedule_calibrated(
+    recipe: Recipe, student: Model, text: TextSize, device: str, *, head_alone: bool
+) -> TrainingSchedule:
+    """The head and the last layers, on what a pass has recorded in front of them.
+
+    Args:
+        recipe: What is asked for.
+        student: The student.
+        text: How much of it there is.
+        device: Where to compute first.
+        head_alone: Whether there is an adapter already that changes the layers.
+    """
+    layers, length = student.architecture.layers, text.length
+    beginning = Beginning(layers - (0 if head_alone else min(recipe.last_layers, layers)), layers)
+    extra = for_fit(recipe, text.tokens, text.sequences, text.identical)
+    tokens = (text.sequences + extra.sequences(text.sequences)) * length
+    step_tokens = step_over_little(tokens, head_alone=beginning.leaves_head_alone)
+    if not beginning.leaves_head_alone:
+        step_tokens = max(1, step_tokens // length) * length
+    steps = max(1, tokens // step_tokens)
+    passes = passes_over_little(None if recipe.fit_passes == "auto" else recipe.fit_passes, steps)
+    width = student.architecture.head_slot.shape[1]
+    settings = TrainingSettings(
+        epochs=passes,
+        step_tokens=step_tokens,
+        batch_tokens=tokens_at_once(recipe, device),
+        rate=LAST_LAYERS_RATE / width,
+        head_rate=HEAD_RATE / width,
+        optimiser="adamw",
+        checks=passes,
+        patience=passes,
+        halvings=_MOST_HALVINGS,
+        seed=recipe.seed,
+    )
+    ranks = trained_ranks(recipe, student, range(beginning.layer, layers))
+    share = (layers - beginning.layer) / layers
+    trained = TrainedParts(ranks, True, max(1, step_tokens // length), step_tokens, share)
+    return TrainingSchedule(
+        "calibrated", beginning, True, trained, extra, passes * steps, False, settings, GLOBAL_SCALES
+    )
+
+
+def schedule_refined(
     recipe: Recipe, student: Model, stages: Sequence[str], text: TextSize, device: str
 ) -> TrainingSchedule:
-    """Decide how the student is trained.
+    """All layers, and the head where the text is enough for it; from a start or from zero.
 
     Args:
         recipe: What is asked for.
@@ -112,7 +173,10 @@ def schedule_training(
     )
     trained = TrainedParts(trained_ranks(recipe, student), head_moves, step_tokens // length, step_tokens)
     tries_rates = asked.learning_rate == "auto" and worth_trying(steps)
-    return TrainingSchedule(trained, extra, steps, tries_rates, settings)
+    beginning = Beginning(0, student.architecture.layers)
+    return TrainingSchedule(
+        "refined", beginning, False, trained, extra, steps, tries_rates, settings, _SCALES_OF_A_LONG_RUN
+    )
 
 
 def epochs(recipe: Recipe, stages: Sequence[str], head_moves: bool) -> float:

@@ -18,9 +18,10 @@ import torch
 from moe_svd_distill.algebra.figures import Measurement
 from moe_svd_distill.files.names import CURVE_FILE
 from moe_svd_distill.files.writing import write_json
-from moe_svd_distill.pipeline.course import Course, StageInput, StageResult
 from moe_svd_distill.pipeline.head_change import MovingHead
-from moe_svd_distill.pipeline.placement import threads_of_a_run
+from moe_svd_distill.pipeline.placement import place_training, threads_of_a_run
+from moe_svd_distill.pipeline.schedule import TrainingSchedule
+from moe_svd_distill.pipeline.stage import StageInput, StageResult
 from moe_svd_distill.pipeline.stage_text import Passes, Report, search_text, stage_texts, student_head
 from moe_svd_distill.pipeline.training_start import Start, read_start
 from moe_svd_distill.pipeline.units import digest_of, library_versions
@@ -41,12 +42,14 @@ if TYPE_CHECKING:
 ALGORITHM = 7  # raise whenever the same input would give another adapter
 
 
-def distil_on_text(given: StageInput, course: Course, report: Report, note: Callable[[str], None]) -> StageResult:
+def distil_on_text(
+    given: StageInput, schedule: TrainingSchedule, report: Report, note: Callable[[str], None]
+) -> StageResult:
     """Train the student's pairs and its head, choose the head's rank and the scale of it all.
 
     Args:
         given: What to work with.
-        course: How.
+        schedule: How.
         report: Told the name of a step and the fraction done.
         note: Told where training stands, in words, each time it is measured.
 
@@ -54,45 +57,47 @@ def distil_on_text(given: StageInput, course: Course, report: Report, note: Call
         DistillError: One of its kinds.
     """
     cache = given.recipe.cache or given.recipe.output / "cache"
-    adapter = given.start if course.keeps_start else None
+    adapter = given.start if schedule.keeps_start else None
     reading = Passes(given.pair, PassSettings(given.devices), cache, adapter, report)
     with threads(threads_of_a_run()), reading as passes:
-        return _TextStage(given, course, passes, report, note).run()
+        return _TextStage(given, schedule, passes, report, note).run()
 
 
 class _TextStage:
     def __init__(
-        self, given: StageInput, course: Course, passes: Passes, report: Report, note: Callable[[str], None]
+        self, given: StageInput, schedule: TrainingSchedule, passes: Passes, report: Report, note: Callable[[str], None]
     ) -> None:
-        self.given, self.course, self.passes, self.report, self.note = given, course, passes, report, note
+        self.given, self.schedule, self.passes, self.report, self.note = given, schedule, passes, report, note
         self.recipe, self.pair, self.fit_text = given.recipe, given.pair, given.fit_text
-        fitting = "fitting the head" if course.beginning.leaves_head_alone else "fitting the head and the last layers"
-        self.step = fitting if course.stage == "calibrated" else "training"
+        recipe, pair, trained = given.recipe, given.pair, schedule.trained
+        self.placement = place_training(recipe, pair, given.devices, given.workers, trained)
+        fitting = "fitting the head" if schedule.beginning.leaves_head_alone else "fitting the head and the last layers"
+        self.step = fitting if schedule.stage == "calibrated" else "training"
         self.points = self.halvings = 0
 
     def run(self) -> StageResult:
-        begin, course = time.monotonic(), self.course
-        start = read_start(self.given, course)
+        begin, schedule = time.monotonic(), self.schedule
+        start = read_start(self.given, schedule)
         job = self.job(start)
         self.report("preparing the student, and what the loss needs of the teacher", None)
         with run_training(job, self.on_progress) as (trainee, run):
             self.report("measuring the trained student", None)
             moving = None
             if isinstance(trainee.head, TrainedHead):
-                origin = start.head if course.keeps_start else None
+                origin = start.head if schedule.keeps_start else None
                 moving = MovingHead(self.given, trainee, trainee.head, run.outcome.curve[0].kl, origin)
             search = self.search_scale(trainee, moving)
-            scale = float(search.scales[course.stage])
+            scale = float(search.scales[schedule.stage])
             pairs = {name: self.stored_pair(trainee, name, scale) for name in trainee.bank.names}
             change = moving.change(scale) if moving else None
         pairs |= {name: (scale * left, right) for name, (left, right) in start.carried.items()}
         choice = moving.choice if moving else None
-        facts = self.facts_of_fit if course.stage == "calibrated" else self.facts_of_training
+        facts = self.facts_of_fit if schedule.stage == "calibrated" else self.facts_of_training
         record = facts(job, run, start) | {"scale": scale} | (asdict(choice) if choice else {})
         record |= {
             "common_tokens": len(job.student_ids),
-            "copies_of_the_text": course.extra.copies,
-            "own_text_sequences": course.extra.generated,
+            "copies_of_the_text": schedule.extra.copies,
+            "own_text_sequences": schedule.extra.generated,
             "full_rank": min(len(job.student_ids), self.pair.student.architecture.head_slot.shape[1]),
             "streamed": self.passes.facts,
             "seconds": round(time.monotonic() - begin, 2),
@@ -110,7 +115,7 @@ class _TextStage:
         if len(progress.curve) == self.points:
             return
         self.points = len(progress.curve)
-        if self.course.stage == "refined":
+        if self.schedule.stage == "refined":
             curve = [asdict(point) for point in progress.curve]
             write_json(self.recipe.output / CURVE_FILE, {"steps": steps, "curve": curve})
         last = progress.curve[-1]
@@ -122,21 +127,21 @@ class _TextStage:
 
     def job(self, start: Start) -> TrainingJob:
         """Let the models read the text, and write down what every process needs to know."""
-        fit, course, placement = self.fit_text, self.course, self.course.placement
-        head = student_head(self.pair, self.given.start if course.keeps_start else None, fit.student_ids, "cpu")
-        beginning, seed = course.beginning, self.recipe.seed
-        text, check = stage_texts(self.given.text, course.extra, beginning, self.passes, head, seed)
+        fit, schedule, placement = self.fit_text, self.schedule, self.placement
+        head = student_head(self.pair, self.given.start if schedule.keeps_start else None, fit.student_ids, "cpu")
+        beginning, seed = schedule.beginning, self.recipe.seed
+        text, check = stage_texts(self.given.text, schedule.extra, beginning, self.passes, head, seed)
         identity = {
             "algorithm": ALGORITHM,
             "versions": library_versions(),
-            "settings": asdict(course.settings),
+            "settings": asdict(schedule.settings),
             "start": start.path.name,
             "passes": {name: facts["key"] for name, facts in self.passes.facts.items()},
             "models": [self.pair.teacher.checkpoint.fingerprint(), self.pair.student.checkpoint.fingerprint()],
             "text": digest_of(text.ids, text.position, text.teacher_position, text.following, check.position),
             "tokens": digest_of(fit.student_ids, fit.teacher_ids),
             "first": beginning.layer,
-            "ranks": sorted(course.ranks.items()),
+            "ranks": sorted(schedule.trained.ranks.items()),
             "placement": asdict(placement),
         }
         key = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:32]
@@ -148,10 +153,10 @@ class _TextStage:
             text=text,
             check=check,
             first=beginning.layer,
-            ranks=course.ranks,
+            ranks=schedule.trained.ranks,
             start=start.path,
-            settings=course.settings,
-            tried=course.tries_rates,
+            settings=schedule.settings,
+            tried=schedule.tries_rates,
             resident=placement.resident,
             dtype=placement.torch_dtype,
             devices=placement.devices,
@@ -164,7 +169,7 @@ class _TextStage:
     def stored_pair(self, trainee: StudentInTraining, name: str, scale: float) -> tuple[Tensor, Tensor]:
         """``(B, A)`` of a matrix as stored, with zeros up to the rank that was asked for, so that all are alike."""
         left, right = trainee.pair(name)
-        lacking, dtype = self.course.ranks[name] - len(right), getattr(torch, self.recipe.dtype)
+        lacking, dtype = self.schedule.trained.ranks[name] - len(right), getattr(torch, self.recipe.dtype)
         left = torch.nn.functional.pad(scale * left, (0, lacking))
         return left.to("cpu", dtype), torch.nn.functional.pad(right, (0, 0, 0, lacking)).to("cpu", dtype)
 
@@ -172,16 +177,16 @@ class _TextStage:
         """How much of it all to keep; nothing is a valid answer."""
         from moe_svd_distill.evaluation.scale_search import search_scale
 
-        course, places = self.course, predicting_places(self.given.text.search)
-        dtype = course.placement.torch_dtype
-        text = search_text(self.given.text, course.beginning, self.passes).open(dtype)
+        schedule, places = self.schedule, predicting_places(self.given.text.search)
+        dtype = self.placement.torch_dtype
+        text = search_text(self.given.text, schedule.beginning, self.passes).open(dtype)
         head = trainee.head
         still = self.expected(head, text) if isinstance(head, FixedHead) else nullcontext()
         with still as expected:
             self.report("searching the scale of what was trained", None)
 
             def at(scales: Mapping[str, float]) -> Measurement:
-                scale = scales[course.stage]
+                scale = scales[schedule.stage]
                 if moving is not None:
                     return moving.figures(scale, text, places)
                 assert isinstance(head, FixedHead)
@@ -190,7 +195,7 @@ class _TextStage:
                 columns = head.figures(states, expected.text.teacher, expected.best, target)
                 return Measurement.of_tokens(columns.double().numpy(), places.unit)
 
-            return search_scale(at, (course.stage,), global_scales=course.scales)
+            return search_scale(at, (schedule.stage,), global_scales=schedule.scales)
 
     def expected(self, head: FixedHead, text: TrainingText) -> AbstractContextManager[ExpectedText]:
         """What the scale search needs of the teacher for a head that stands still."""
@@ -203,7 +208,7 @@ class _TextStage:
 
     def facts_of_fit(self, job: TrainingJob, run: TrainingReport, start: Start) -> dict[str, Any]:
         """For run.json, of the calibrated stage."""
-        outcome, settings, beginning = run.outcome, run.settings, self.course.beginning
+        outcome, settings, beginning = run.outcome, run.settings, self.schedule.beginning
         last, halved = beginning.layers - beginning.layer, 2**outcome.halvings
         return {
             "fitted_on_places": len(job.text.position),
@@ -220,7 +225,7 @@ class _TextStage:
             if self.given.start is None
             else "the weights stage has changed every layer already",
             "last_layers_step_size": settings.rate / halved if last else None,
-            "last_layers_matrices": len(self.course.ranks),
+            "last_layers_matrices": len(self.schedule.trained.ranks),
         }
 
     def facts_of_training(self, job: TrainingJob, run: TrainingReport, start: Start) -> dict[str, Any]:
@@ -244,7 +249,7 @@ class _TextStage:
             "settings": asdict(run.settings),
             "rate_trials": [asdict(trial) for trial in run.choice.trials] if run.choice else [],
             "rate_tried_from_start": bool(run.choice and run.choice.from_start),
-            "placement": self.course.placement.as_dict(),
-            "matrices": len(self.course.ranks),
+            "placement": self.placement.as_dict(),
+            "matrices": len(self.schedule.trained.ranks),
             "head": "fixed" if run.settings.head == "fixed" else "trained",
         }

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from moe_svd_distill.pipeline.course import Course, StageInput
     from moe_svd_distill.pipeline.pair import ModelPair
+    from moe_svd_distill.pipeline.schedule import TrainingSchedule
+    from moe_svd_distill.pipeline.stage import StageInput
     from moe_svd_distill.training.lora_pairs import Pair
 
 
@@ -44,7 +45,7 @@ class Start:
     names: tuple[str, ...]
 
 
-def read_start(given: StageInput, course: Course) -> Start:
+def read_start(given: StageInput, schedule: TrainingSchedule) -> Start:
     """Write down what training begins with.
 
     Raises:
@@ -57,8 +58,8 @@ def read_start(given: StageInput, course: Course) -> Start:
     head = None
     if given.start is not None and given.start.acts:
         head = _head_change(given.pair, given.start, given.fit_text.student_ids)
-        if not course.keeps_start:
-            tensors, carried = _pairs(given.pair, given.start, course.ranks)
+        if not schedule.keeps_start:
+            tensors, carried = _pairs(given.pair, given.start, schedule.trained.ranks)
             names = tuple(name.removesuffix("#A") for name in tensors if name.endswith("#A") and EMBEDDING not in name)
         if head is not None:
             tensors[HEAD] = head
