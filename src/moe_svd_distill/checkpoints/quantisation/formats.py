@@ -110,7 +110,7 @@ def read_auto_round(claims: Claims, settings: Mapping[str, Any]) -> None:
         BadDataError: A packing that is not known, or numbers that are no integers.
     """
     packing, kind = settings.get("packing_format") or "auto_round:gptq", settings.get("data_type") or "int"
-    if packing not in AUTO_ROUND or kind != "int":
+    if not isinstance(packing, str) or packing not in AUTO_ROUND or kind != "int":
         what = f"config.json has AutoRound's packing_format {plain(packing)} of data_type {plain(kind)}"
         raise BadDataError(f"{what} (expected int in {', '.join(AUTO_ROUND)})", USE_PLAIN)
     if AUTO_ROUND[packing] == "awq":
