@@ -335,6 +335,12 @@ def test_what_does_not_fit_modelopt_is_refused(
     assert words in refusal(quantised_model(tmp_path, kept, config)).what
 
 
+@pytest.mark.parametrize("broken", [3, [1], {"group_0": 3}, {"group_0": {"weights": "int"}}])
+@pytest.mark.parametrize("key", ["config_groups", "quantized_layers"])
+def test_settings_of_another_form_say_nothing(key: str, broken: Any, tmp_path: Path) -> None:
+    assert opened(tmp_path, nvfp4_tensors(24, 200), modelopt("NVFP4", **{key: broken}))[NAME].shape == (24, 200)
+
+
 def test_experts_that_are_packed_along_their_rows_are_refused(tmp_path: Path) -> None:
     """Llama 4 and gpt-oss by modelopt: quantised as a transpose and stored transposed back."""
     tensors = {FUSED: random_bytes(3, 20, 24), f"{FUSED}_weight_scale_2": torch.ones(())}

@@ -113,20 +113,23 @@ def read_modelopt(claims: Claims, settings: Mapping[str, Any]) -> None:
     Raises:
         BadDataError: Another algorithm, or sizes of groups that contradict each other.
     """
-    layers = settings.get("quantized_layers")
-    layers = [layer for layer in layers.values() if isinstance(layer, dict)] if isinstance(layers, dict) else []
+    layers = _inner(settings, "quantized_layers")
     for named in (settings.get("quant_algo"), *(layer.get("quant_algo") for layer in layers)):
         if named is not None and str(named).upper() not in (*ALGORITHMS, MIXED):
             known = ", ".join((*ALGORITHMS, MIXED))
             raise BadDataError(f"modelopt's quant_algo {plain(named)} is not read here (read are {known})", USE_PLAIN)
-    groups = settings.get("config_groups")
-    schemes = [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []
-    said = [settings, *layers, *(scheme for scheme in schemes if isinstance(scheme, dict))]
+    groups = [group.get("weights") for group in _inner(settings, "config_groups")]
+    said = [settings, *layers, *(weights for weights in groups if isinstance(weights, dict))]
     sizes = frozenset(whole_number(part, "group_size", 0) for part in said) - {0}
     _read(claims, settings, (MODELOPT_BLOCK, (1, MX_GROUP)), sizes)
     for name in claims.stored:
         if name.endswith(OTHER_WEIGHTS):
             claims.fault(f"{shown(name)} changes what the layer computes, and is not read here", USE_PLAIN)
+
+
+def _inner(settings: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    named = settings.get(key)
+    return [part for part in named.values() if isinstance(part, dict)] if isinstance(named, dict) else []
 
 
 def _read(
