@@ -18,7 +18,7 @@ from moe_svd_distill.pipeline.distill import Adapter, distill
 from moe_svd_distill.pipeline.pair import open_model, open_pair
 from tests.support.models import saved
 from tests.support.pairs import delta, recipe_for, records, run_units
-from tests.support.quantised import FP8, declare, in_float8
+from tests.support.quantised import FP8, SCHEMES, declare, in_float8, plain_copy, quantised_copy
 
 WIDE = {"hidden_size": 48, "num_hidden_layers": 3, "num_experts": 6, "moe_intermediate_size": 24}
 FULL_RANK = {"rank": "full", "head_rank": "full"}
@@ -125,6 +125,22 @@ def test_peft_loads_the_adapter_whatever_the_student_declares(
     declare(tmp_path, quantisation)
     assert check_loads(adapter.folder, tmp_path) == expected
     assert check_loads(adapter.folder, json.loads((tmp_path / "config.json").read_text())) == expected
+
+
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "fp8"])
+def test_every_format_of_a_teacher_and_of_a_student(scheme: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """A whole run; and its changes are those of the same numbers stored plainly, bit for bit."""
+    coded = [quantised_copy(models[name], tmp_path / name, scheme) for name in ("teacher", "student")]
+    plain = [plain_copy(folder, tmp_path / f"{folder.name}_plain") for folder in coded]
+    assert open_model(str(coded[0])).shapes == open_model(str(models["teacher"])).shapes
+    found, wanted = (run_units(recipe_for(*pair, tmp_path / "none", **FULL_RANK)) for pair in (coded, plain))
+    for (_, mine), (_, other) in zip(found, wanted, strict=True):
+        assert mine.tensors.keys() == other.tensors.keys()
+        assert all(torch.equal(mine.tensors[name], other.tensors[name]) for name in mine.tensors)
+    adapter = distill(recipe_for(*coded, tmp_path / "out", **FULL_RANK))
+    done = {name: row for name, row in records(found).items() if row["fate"] == "lora"}
+    assert distance(deltas(adapter.folder), {name: delta(found, name) for name in deltas(adapter.folder)}) < 0.01
+    assert len(deltas(adapter.folder)) == len(done)
 
 
 def test_inspect_says_the_format(models: dict[str, Path]) -> None:

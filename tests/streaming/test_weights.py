@@ -21,8 +21,9 @@ from moe_svd_distill.errors import IncompatiblePairError
 from moe_svd_distill.streaming import Decoder, PassSettings, load_head, stream_states
 from moe_svd_distill.streaming.weights import StoredTable, TableRows
 from tests.streaming.conftest import LENGTH, Case
-from tests.support import tiny
+from tests.support import architectures, tiny
 from tests.support.models import load, saved
+from tests.support.quantised import SCHEMES, plain_copy, quantised_copy
 from tests.support.quantisers import float8_blocks
 
 Ids = NDArray[np.int64]
@@ -102,6 +103,20 @@ def test_a_quantised_model_is_run_with_its_dequantised_weights(sparse: Case, seq
     stored = sum(info.bytes for name, info in quantised.stored.items() if name != "lm_head.weight")
     stored -= not_looked_up(quantised, sequences)
     assert result.record.bytes_read == result.record.bytes_needed == stored
+
+
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "fp8"])
+def test_every_format_is_run_with_its_dequantised_weights(scheme: str, sequences: Ids, tmp_path: Path) -> None:
+    """DeepSeek-V4 as it is: its own names, FP4 experts beside FP8 attention."""
+    model = architectures.saved("deepseek_v4", tmp_path / "m") if scheme == "deepseek_v4" else None
+    coded = quantised_copy(model or saved("qwen3_moe", tmp_path / "m"), tmp_path / "coded", scheme)
+    plain = open_checkpoint(plain_copy(coded, tmp_path / "plain"))
+    quantised = open_checkpoint(coded)
+    assert "fp4" in str(quantised.quantisation) or scheme not in ("deepseek_v4", "nvfp4")
+    ids = sequences % 64
+    expected, result = (stream_states(model, ids, tmp_path, SETTINGS) for model in (plain, quantised))
+    assert torch.equal(result.rows(slice(None)), expected.rows(slice(None)))
+    assert result.record.bytes_read == result.record.bytes_needed < expected.record.bytes_read
 
 
 def table(folder: Any) -> tuple[TableRows, Tensor]:

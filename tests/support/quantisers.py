@@ -88,3 +88,58 @@ def pack_words(integers: Tensor, bits: int) -> Tensor:
         stream[:, torch.arange(columns) * bits + bit] = (integers.long() >> bit) & 1
     words = (stream.view(rows, -1, 32) << torch.arange(32)).sum(2)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
+"""The numbers of four bits; a test holds them against the formula of OCP Microscaling Formats 1.0."""
+E2M1_LARGEST = 6.0
+
+
+def unpack_fp4(codes: Tensor) -> Tensor:
+    """Two numbers of each byte, the first in the low half, one after the other in a row, in float64."""
+    numbers = codes.view(torch.uint8).long()
+    pairs = torch.stack([E2M1[numbers % 16], E2M1[numbers // 16]], dim=-1)
+    return pairs.view(*codes.shape[:-1], 2 * codes.shape[-1])
+
+
+def pack_fp4(numbers: Tensor) -> Tensor:
+    """The nearest number of four bits for each, two to a byte."""
+    codes = (numbers.double()[..., None] - E2M1).abs().argmin(-1)
+    return (codes[..., 0::2] + 16 * codes[..., 1::2]).to(torch.uint8)
+
+
+def largest_of_groups(weight: Tensor, group: int) -> Tensor:
+    """The largest magnitude in each group of a row; the last one may be ragged."""
+    return torch.stack([part.abs().amax(-1) for part in weight.split(group, dim=-1)], dim=-1)
+
+
+def exponents_of(scale: Tensor) -> Tensor:
+    """The biased exponents of the powers of two that are not below the scales, in bytes."""
+    return (scale.clamp_min(2.0**-100).log2().ceil() + 127).to(torch.uint8)
+
+
+def deepseek_fp4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """An expert of DeepSeek-V4: codes in I8, scales as E8M0."""
+    exponents = exponents_of(largest_of_groups(weight, 32) / E2M1_LARGEST)
+    scale = in_groups(torch.exp2(exponents.double() - 127), weight.shape, 32)
+    return pack_fp4(weight.double() / scale).view(torch.int8), exponents.view(torch.float8_e8m0fnu)
+
+
+def nvfp4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight as modelopt stores it: codes, ``weight_scale``, ``weight_scale_2``."""
+    second = weight.abs().max() / (E2M1_LARGEST * E4M3_LARGEST)
+    scale = (largest_of_groups(weight, 16) / E2M1_LARGEST / second).to(torch.float8_e4m3fn)
+    whole = in_groups(scale.double(), weight.shape, 16) * second.double()
+    return pack_fp4(weight.double() / whole.clamp_min(1e-30)), scale, second
+
+
+def mxfp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight in e4m3, and the exponents of its groups of 32 in bytes."""
+    exponents = exponents_of(largest_of_groups(weight, 32) / E4M3_LARGEST)
+    scale = in_groups(torch.exp2(exponents.float() - 127), weight.shape, 32)
+    return (weight / scale).to(torch.float8_e4m3fn), exponents
+
+
+def in_groups(scale: Tensor, shape: tuple[int, ...], group: int) -> Tensor:
+    """Each number's own scale, of scales for groups of columns."""
+    return expand(scale, shape, (*(1,) * (len(shape) - 1), group))

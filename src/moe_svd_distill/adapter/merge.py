@@ -28,7 +28,8 @@ from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.architecture.matrices import Matrix
 from moe_svd_distill.architecture.stored import TensorSource
 from moe_svd_distill.checkpoints import Checkpoint, TensorInfo, refuse_quantised
-from moe_svd_distill.checkpoints.survey import CONFIG, INDEX
+from moe_svd_distill.checkpoints.configuration import CONFIG
+from moe_svd_distill.checkpoints.survey import INDEX
 from moe_svd_distill.errors import BadDataError, CannotWriteError
 from moe_svd_distill.files.header import read_header
 from moe_svd_distill.files.names import CONFIGURATION_FILE

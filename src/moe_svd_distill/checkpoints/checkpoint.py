@@ -11,8 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from moe_svd_distill.checkpoints.configuration import configuration_files
 from moe_svd_distill.checkpoints.quantisation.coded import Scaled
-from moe_svd_distill.checkpoints.survey import CONFIG, Survey, raise_faults, survey
+from moe_svd_distill.checkpoints.survey import Survey, raise_faults, survey
 from moe_svd_distill.errors import BadDataError, shown
 from moe_svd_distill.files.header import Header, TensorInfo, raw_header
 from moe_svd_distill.files.reading import FETCH_AGAIN, locate, open_regular, opened, read_at, read_small
@@ -169,7 +170,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
             digest.update(len(piece).to_bytes(8, "little"))
             digest.update(piece)
 
-        add(read_small(locate(self.folder, CONFIG)))
+        for name in configuration_files(self.folder):
+            add(read_small(locate(self.folder, name)))
         for name in sorted(self._sound().headers):
             path = locate(self.folder, name)
             with opened(path) as descriptor:

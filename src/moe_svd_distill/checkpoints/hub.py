@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_svd_distill.checkpoints.survey import CONFIG, find_layout, raise_faults
+from moe_svd_distill.checkpoints.configuration import CONFIG
+from moe_svd_distill.checkpoints.survey import find_layout, raise_faults
 from moe_svd_distill.errors import CannotWriteError, DistillError, MissingInputError, RemoteError, shown
 from moe_svd_distill.files.header import PREFIX_BYTES, Header, header_length, header_of
 

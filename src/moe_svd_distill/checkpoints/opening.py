@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from moe_svd_distill.checkpoints.checkpoint import Checkpoint
+from moe_svd_distill.checkpoints.configuration import read_config
 from moe_svd_distill.checkpoints.hub import fetch_headers, fetch_small, fetch_weights, parse_hub_id
 from moe_svd_distill.checkpoints.quantisation.claims import USE_PLAIN, declared_quantisation
-from moe_svd_distill.checkpoints.survey import raise_faults, read_config, survey
+from moe_svd_distill.checkpoints.survey import raise_faults, survey
 from moe_svd_distill.errors import BadDataError, MissingInputError, RemoteError, shown
 from moe_svd_distill.files.reading import explain
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe_svd_distill.checkpoints.configuration import read_config
 from moe_svd_distill.checkpoints.quantisation.view import View, view_of
 from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError, shown
 from moe_svd_distill.files.header import Header, TensorInfo, read_header
@@ -28,7 +29,6 @@ from moe_svd_distill.files.reading import (
     relative_name,
 )
 
-CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 NUMBERED = re.compile(r"(?P<stem>.*?)(?P<number>\d+)-of-(?P<total>\d+)\.safetensors")
@@ -112,12 +112,6 @@ def list_names(folder: Path) -> list[str]:
         return sorted(os.listdir(folder))  # noqa: PTH208
     except OSError as error:
         raise explain(error, folder) from error
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The model's ``config.json``; code that it names (``auto_map``) is never run."""
-    path = folder / CONFIG
-    return json_object(read_small(locate(folder, CONFIG)), shown(path), unique_keys=False)
 
 
 def _local_header(folder: Path, name: str) -> Header | DistillError:

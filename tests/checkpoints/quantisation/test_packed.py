@@ -208,3 +208,92 @@ def test_an_index_that_points_outside_is_refused_when_read(tmp_path: Path) -> No
     tensors[f"{MODULE}.g_idx"][5] = 2
     with pytest.raises(BadDataError, match="names the groups 0 to 2"):
         opened(tmp_path, tensors, GPTQ).read(NAME)
+
+
+def auto_round(packing: str | None, **others: Any) -> dict[str, Any]:
+    """As AutoRound 0.16 writes it; without a packing, as its first versions did."""
+    settings_: dict[str, Any] = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": False}
+    settings_ |= {"data_type": "int", "autoround_version": "0.16.1", "block_name_to_quantize": "model.layers"}
+    return settings_ | ({} if packing is None else {"packing_format": packing}) | others
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    "packing",
+    [None, "auto_round:auto_gptq", "auto_round:gptq", "auto_round", "auto_round:gptqmodel"],
+)
+def test_auto_round(bits: int, packing: str | None, tmp_path: Path) -> None:
+    """Zero points are stored less one where the name says GPTQ, and as they are in AutoRound's own packing."""
+    codes, zero = integers(192, 64, bits=bits), integers(6, 64, bits=bits, seed=1)
+    scale = (torch.rand(6, 64, generator=seeded(2)) + 0.01).half()
+    less_one = packing not in ("auto_round", "auto_round:gptqmodel")
+    tensors = gptq_tensors(codes, zero, scale, None, bits, less_one)
+    read = opened(tmp_path, tensors, auto_round(packing, bits=bits)).read(NAME)
+    same(read, affine(codes, zero, scale, torch.arange(192) // 32), torch.float16)
+
+
+def test_a_ragged_last_group_of_auto_round(tmp_path: Path) -> None:
+    codes, zero = integers(576, 200, bits=4), integers(5, 200, bits=4, seed=1)
+    scale = (torch.rand(5, 200, generator=seeded(2)) + 0.01).bfloat16()
+    tensors = gptq_tensors(codes, zero, scale, None, 4, v1=True)
+    read = opened(tmp_path, tensors, auto_round("auto_round:auto_gptq", group_size=128)).read(NAME)
+    same(read, affine(codes, zero, scale, torch.arange(576) // 128))
+
+
+@pytest.mark.parametrize("key", [MODULE, r".*layers\.0\.mlp.*"], ids=["by name", "by pattern"])
+def test_modules_with_settings_of_their_own_in_auto_round(key: str, tmp_path: Path) -> None:
+    codes, zero, scale = integers(96, 64, bits=8), integers(6, 64, bits=8, seed=1), torch.rand(6, 64).half() + 1
+    tensors = gptq_tensors(codes, zero, scale, None, 8, v1=True)
+    other = gptq_tensors(integers(64, 32, bits=4), integers(2, 32, bits=4), torch.ones(2, 32).half(), None, 4, v1=True)
+    tensors |= {name.replace(MODULE, "model.layers.1.mlp.up_proj"): tensor for name, tensor in other.items()}
+    extra = {key: {"bits": 8, "group_size": 16}, "model.layers.1": {"bits": 2}, "lm_head": {"bits": 16}}
+    checkpoint = opened(tmp_path, tensors, auto_round("auto_round:auto_gptq", extra_config=extra))
+    same(checkpoint.read(NAME), affine(codes, zero, scale, torch.arange(96) // 16), torch.float16)
+    assert checkpoint.quantisation == "auto-round: int4 in groups of 32, int8 in groups of 16"
+
+
+@pytest.mark.parametrize("packing", ["auto_round:auto_awq", "auto_round:awq"])
+def test_auto_round_as_awq(packing: str, tmp_path: Path) -> None:
+    codes, zero, scale = integers(64, 48, bits=4), integers(2, 48, bits=4, seed=1), torch.rand(2, 48).half() + 1
+    tensors = {f"{MODULE}.qweight": awq_words(codes), f"{MODULE}.qzeros": awq_words(zero), f"{MODULE}.scales": scale}
+    read = opened(tmp_path, tensors, auto_round(packing)).read(NAME)
+    same(read, affine(codes, zero, scale, torch.arange(64) // 32), torch.float16)
+
+
+@pytest.mark.parametrize("less_one", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_auto_round_as_the_library_packs_and_runs_it(bits: int, less_one: bool, tmp_path: Path) -> None:
+    name = "qlinear_torch_zp" if less_one else "qlinear_torch"
+    library = pytest.importorskip(f"auto_round_extension.torch.{name}")
+    linear = torch.nn.Linear(96, 64, bias=False)
+    layer = library.QuantLinear(bits, 32, 96, 64, bias=False)
+    layer.device = "cpu"
+    scale, zero = torch.rand(64, 3, generator=seeded(2)) / 8 + 0.01, integers(64, 3, bits=bits).clamp_min(1).float()
+    layer.pack(linear, scale, zero, device="cpu")
+    tensors = {f"{MODULE}.{key}": value for key, value in layer.state_dict().items()}
+    packing = "auto_round:auto_gptq" if less_one else "auto_round"
+    read = opened(tmp_path, tensors, auto_round(packing, bits=bits), dtype="float32").read(NAME)
+    assert torch.equal(read, layer(torch.eye(96, dtype=torch.float16)).T)
+
+
+@pytest.mark.parametrize(
+    ("change", "tensors", "words"),
+    [
+        ({"packing_format": "auto_round:llm_compressor"}, {}, "packing_format 'auto_round:llm_compressor'"),
+        ({"packing_format": ["\x1b"]}, {}, "\\x1b"),
+        ({"data_type": "mx_fp"}, {}, "data_type mx_fp"),
+        ({"bits": 8}, {}, "expected F16 [1, 32]"),
+        ({"group_size": 16}, {}, "expected F16 [4, 32]"),
+        ({"extra_config": {MODULE: {"bits": 2}}}, {}, "expected F16 [4, 32]"),
+        ({"extra_config": {"(": {"bits": 2}}}, {}, "has the pattern '('"),
+        ({}, {"scales": None}, "has no"),
+        ({}, {"qzeros": None}, "has no"),
+        ({}, {"qweight": None}, "auto-round does not explain it"),
+    ],
+)
+def test_what_does_not_fit_auto_round_is_refused(
+    change: dict[str, Any], tensors: dict[str, Tensor | None], words: str, tmp_path: Path
+) -> None:
+    changed = small_gptq() | {f"{MODULE}.{key}": value for key, value in tensors.items()}
+    kept = {name: tensor for name, tensor in changed.items() if tensor is not None and "g_idx" not in name}
+    assert words in refusal(quantised_model(tmp_path, kept, auto_round("auto_round:auto_gptq") | change)).what

@@ -20,14 +20,19 @@ Bytes = Callable[[TensorInfo], bytes | None]
 
 ACTIVATIONS = (
     *("input_scale", "input_scale_ub", "input_zero_point", "input_global_scale", "activation_scale"),
-    *("output_scale", "output_zero_point", "output_global_scale"),
+    *("output_scale", "output_zero_point", "output_global_scale", "qscale_act"),
 )
 CACHE = re.compile(r"(.*\.)?(q|k|v|kv|prob)_(global_)?(scale|zero_point)")
 OF_THE_CACHE = "quantises the attention or its cache when the model serves; no weight needs it"
 WIDE = frozenset({"F16", "BF16"})
 
 CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
-METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "mxfp4", "awq", "gptq", "bitsandbytes")
+METHODS = (
+    *("fp8", "fbgemm_fp8", "mxfp8", "modelopt", "compressed-tensors", "mxfp4"),
+    *("awq", "gptq", "auto-round", "bitsandbytes"),
+)
+BESIDE = ("expert_dtype",)
+"""What a model says of its quantisation outside of it: DeepSeek-V4."""
 PLAIN_WORD = re.compile(r"[\w.-]{1,40}")
 USE_PLAIN = "Give the bf16 checkpoint"
 DTYPES = {TORCH_NAMES[code]: code for code in ("F32", "F16", "BF16")}
@@ -112,7 +117,8 @@ def declared_quantisation(config: Mapping[str, Any], source: str) -> tuple[str, 
         BadDataError: A method that is not known, or two that contradict each other.
     """
     found: list[tuple[str, Any]] = []
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+    parts = (config, *(value for value in config.values() if isinstance(value, dict)))
+    for part in parts:
         found += [(key, part[key]) for key in CONFIG_KEYS if part.get(key)]
     if not found:
         return None
@@ -125,7 +131,8 @@ def declared_quantisation(config: Mapping[str, Any], source: str) -> tuple[str, 
     if any(other != value for _, other in found[1:]):
         names = " and ".join(dict.fromkeys(name for name, _ in found))
         raise BadDataError(f"{source}: config.json declares two different quantisations ({names})", USE_PLAIN)
-    return str(method), value
+    beside = {key: part[key] for part in parts for key in BESIDE if key in part}
+    return str(method), {**beside, **value}
 
 
 def _method(key: str, value: Any) -> object:
@@ -134,6 +141,8 @@ def _method(key: str, value: Any) -> object:
     method = value.get("quant_method")
     if method is None and "config_groups" in value and key != "quantization":
         return "compressed-tensors"  # as llm-compressor wrote it in its first versions
+    if method is None and "quant_algo" in value:
+        return "modelopt"
     if method is None and ("load_in_4bit" in value or "load_in_8bit" in value):
         return "bitsandbytes"
     return value.get("format") if method is None else method
@@ -179,3 +188,15 @@ def block_size(value: object) -> tuple[int, int] | None:
     if isinstance(value, (list, tuple)) and len(value) == 2 and all(type(side) is int and side > 0 for side in value):
         return value[0], value[1]
     raise BadDataError(f"config.json has the block size {shown(value)} (expected two numbers above 0)", USE_PLAIN)
+
+
+def matches(pattern: str, name: str, *, anywhere: bool = True) -> bool:
+    """Whether a pattern of the configuration fits a name, anywhere in it or from its beginning.
+
+    Raises:
+        BadDataError: It is not a pattern.
+    """
+    try:
+        return (re.search if anywhere else re.match)(pattern, name) is not None
+    except re.error as error:
+        raise BadDataError(f"config.json has the pattern {shown(pattern)}: {error}", USE_PLAIN) from error

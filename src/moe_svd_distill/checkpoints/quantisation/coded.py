@@ -9,7 +9,18 @@ from typing import Literal
 
 from moe_svd_distill.files.header import TensorInfo
 
-Part = Literal["codes", "scale", "global_scale", "zero", "column_group", "absmax", "map", "nested_absmax", "nested_map"]
+Part = Literal[
+    "codes",
+    "scale",
+    "second_scale",
+    "global_scale",
+    "zero",
+    "column_group",
+    "absmax",
+    "map",
+    "nested_absmax",
+    "nested_map",
+]
 
 WORD = 32
 """Bits of what codes of a few bits are packed in."""
@@ -23,7 +34,8 @@ class Scaled:
         codes: ``element``: one number per element. ``words``: integers of ``bits`` bits in 32-bit words along a row,
             shifted by ``2**(bits - 1)`` to be unsigned. ``e2m1``: two 4-bit floats per byte along a row, the first one
             in the low half.
-        block: Elements that share a scale, along each dimension of the codes. A global scale divides all of them.
+        block: Elements that share a scale, along each dimension of the codes. A second scale
+            multiplies, and a global scale divides, all of them.
         bits: Bits per code of ``words``.
         exponents: The scales are the biased exponents of powers of two (E8M0) in bytes.
         zero_words: The zero points are in words as the codes are, but along the columns.
@@ -134,6 +146,8 @@ def align(shape: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, ...] | N
     """The shape of the scales with as many dimensions as the weight's."""
     if all(count == 1 for count in scale):
         return (1,) * len(shape)
+    if len(scale) == 2 * len(shape) and all(count == 1 for count in scale[1::2]):
+        return scale[::2]  # each block's own numbers as further dimensions, as modelopt keeps them
     if len(scale) == len(shape):
         return scale
     if len(scale) < len(shape) and scale == shape[: len(scale)]:

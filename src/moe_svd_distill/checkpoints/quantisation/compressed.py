@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_svd_distill.checkpoints.quantisation.claims import USE_PLAIN, Claims, block_size, plain, whole_number
+from moe_svd_distill.checkpoints.quantisation.claims import USE_PLAIN, Claims, block_size, matches, plain, whole_number
 from moe_svd_distill.checkpoints.quantisation.coded import WORD, Part, Scaled, align, blocks, grid_words
 from moe_svd_distill.errors import BadDataError, shown
 from moe_svd_distill.files.dtypes import BYTES_PER_ELEMENT
@@ -224,19 +224,12 @@ def scheme_of(module: str, schemes: Sequence[Scheme]) -> Scheme | None:
             return scheme
     for scheme in schemes:
         for target in scheme.targets:
-            if target.startswith(REGEX) and _matches(target.removeprefix(REGEX), module):
+            if target.startswith(REGEX) and matches(target.removeprefix(REGEX), module, anywhere=False):
                 return scheme
     by_class = [scheme for scheme in schemes if any(_is_class(target) for target in scheme.targets)]
     linear = [scheme for scheme in by_class if LINEAR in scheme.targets]
     candidates = linear or by_class
     return candidates[0] if len(candidates) == 1 else None
-
-
-def _matches(pattern: str, module: str) -> bool:
-    try:
-        return re.match(pattern, module) is not None
-    except re.error as error:
-        raise BadDataError(f"config.json has the pattern {shown(pattern)}: {error}", USE_PLAIN) from error
 
 
 def _is_class(target: str) -> bool:

@@ -97,6 +97,8 @@ def _grids(coding: Scaled, parts: Parts, coded: Coded) -> dict[Part, Tensor]:
     grids: dict[Part, Tensor] = {"scale": _aligned(parts["scale"], stored)}
     if "zero" in parts and not coding.zero_words:
         grids["zero"] = _aligned(parts["zero"], stored)
+    if "second_scale" in parts:
+        grids["second_scale"] = parts["second_scale"].view(-1)
     return grids
 
 
@@ -118,6 +120,8 @@ def _fill(coding: Scaled, parts: Parts, out: Tensor, begin: int, coded: Coded) -
     for first, last in _slabs(begin, begin + out.shape[0], columns, WORD):
         values = _numbers(coding, codes[first:last], columns)
         factor = _of_rows(scale, first, last, rows_per_scale, exponents=coding.exponents) / coding.divisor
+        if "second_scale" in parts:
+            factor = factor * parts["second_scale"].view(-1)[0].float()
         if "global_scale" in parts:
             factor = factor / parts["global_scale"].view(-1)[0].float()
         shift = None
@@ -139,7 +143,7 @@ def _of_rows(grid: Tensor, first: int, last: int, rows_per_scale: int, *, expone
 def _numbers(coding: Scaled, codes: Tensor, columns: int) -> Tensor:
     if coding.codes == "words":
         return unpack_words(codes, coding.bits, columns).sub_(2 ** (coding.bits - 1))
-    return unpack_e2m1(codes) if coding.codes == "e2m1" else codes.float()
+    return unpack_e2m1(codes.view(torch.uint8)) if coding.codes == "e2m1" else codes.float()
 
 
 def _zeros_of_rows(words: Tensor, bits: int, first: int, last: int) -> Tensor:

@@ -1,8 +1,4 @@
-"""The formats that need no schemes of their own, one reader each: FP8, MXFP4, GPTQ, AWQ, bitsandbytes.
-
-FP8 (``quant_method`` fp8 and fbgemm_fp8), with scales in blocks, per row or per tensor: DeepSeek-V3, Qwen3-FP8 and
-others store ``weight`` (e4m3) with ``weight_scale_inv``, which despite its name is multiplied. Fused experts of three
-dimensions have the suffix at the parameter's own name.
+"""The formats that need no schemes of their own, one reader each: gpt-oss's MXFP4, GPTQ, AutoRound, AWQ, bitsandbytes.
 
 MXFP4 experts as gpt-oss stores them: ``…_blocks (experts, rows, groups, 16)`` with ``…_scales (experts, rows,
 groups)``. Each byte holds two e2m1 numbers, each scale is the exponent of a power of two for 32 of them. The weight is
@@ -10,7 +6,8 @@ what transformers has in memory, ``(experts, groups·32, rows)``: the transpose 
 
 GPTQ and AWQ: integers in 32-bit words, ``qweight`` with ``qzeros``, ``scales`` and the ``g_idx`` of GPTQ. Both store
 the input dimension first; the weight is ``(out, in)``. The first GPTQ format stores each zero point less one (its
-second, ``gptq_v2``, does not). ``g_idx`` names the group of each input, which activation order permutes.
+second, ``gptq_v2``, does not). ``g_idx`` names the group of each input, which activation order permutes. AutoRound
+packs as GPTQ without ``g_idx``, or as AWQ; ``extra_config`` has settings of single modules, by name or by pattern.
 
 bitsandbytes: 4-bit codes of a codebook (nf4, fp4) and 8-bit rows, as transformers saves them. The codebook, the scales
 and the state (a JSON object in a tensor of bytes) lie in the checkpoint, so the library itself is not needed for
@@ -22,10 +19,11 @@ reading. 4 bits: ``weight`` (bytes in a column), ``weight.absmax``, ``weight.qua
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from moe_svd_distill.checkpoints.quantisation.claims import USE_PLAIN, Claims, block_size, plain, whole_number
+from moe_svd_distill.checkpoints.quantisation.claims import USE_PLAIN, Claims, matches, plain, whole_number
 from moe_svd_distill.checkpoints.quantisation.coded import (
     WORD,
     Codebook,
@@ -33,58 +31,30 @@ from moe_svd_distill.checkpoints.quantisation.coded import (
     Part,
     Scaled,
     blocks,
-    fit_grid,
-    grid_words,
 )
 from moe_svd_distill.errors import BadDataError, shown
 from moe_svd_distill.files.header import TensorInfo
 from moe_svd_distill.files.reading import json_object
 
-FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
-SCALES = ("_scale_inv", "_scale")
-FLOAT8_SCALES = frozenset({"F32", "F16", "BF16", "F8_E8M0"})
-
 MXFP4_GROUP = 32
 
 ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
 GPTQ_BITS = (2, 3, 4, 8)
+AUTO_ROUND = {
+    "auto_round:auto_gptq": "gptq",
+    "auto_round:gptq": "gptq",
+    "auto_round": "gptq_v2",
+    "auto_round:gptqmodel": "gptq_v2",
+    "auto_round:auto_awq": "awq",
+    "auto_round:awq": "awq",
+}
+PATTERN = re.compile(r"[^\w.-]")
 WORD_SCALES = ("F16", "BF16", "F32")
 
 STATE = ".quant_state.bitsandbytes__"
 KINDS = ("nf4", "fp4")
 LARGEST = 127.0
 ROW_MAJOR = b"\0"
-
-
-def read_float8(claims: Claims, settings: Mapping[str, Any]) -> None:
-    """Claim every FP8 tensor with its scale."""
-    declared = block_size(settings.get("weight_block_size"))
-    for info in claims.stored.values():
-        if info.dtype not in FLOAT8:
-            continue
-        scales = [claims.stored[name] for suffix in SCALES if (name := info.name + suffix) in claims.stored]
-        if len(scales) != 1:
-            found = " and ".join(shown(scale.name) for scale in scales) or "none"
-            claims.fault(f"{shown(info.name)} is {info.dtype} and needs one scale beside it, found {found}")
-            continue
-        _claim_float8(claims, info, scales[0], declared)
-
-
-def _claim_float8(claims: Claims, info: TensorInfo, scale: TensorInfo, declared: tuple[int, int] | None) -> None:
-    if len(info.shape) not in (2, 3):
-        claims.fault(f"{shown(info.name)} is {info.dtype} of shape {list(info.shape)} (expected 2 or 3 dimensions)")
-        return
-    block = fit_grid(info.shape, scale.shape, declared)
-    if block is None or scale.dtype not in FLOAT8_SCALES:
-        expected = f"a scale per tensor, per row, or per block of {'×'.join(map(str, declared or ()))}"
-        if declared is None:
-            expected = "a scale per tensor or per row, as config.json has no weight_block_size"
-        claims.misfit(info, scale, expected)
-        return
-    module = info.name.removesuffix("weight") if info.name.endswith(".weight") else f"{info.name}_"
-    label = f"float8 {grid_words(block, info.shape)}"
-    unused = claims.activations(module)
-    claims.claim(info.name, info.shape, Scaled("element", block), {"codes": info, "scale": scale}, label, unused)
 
 
 def read_mxfp4(claims: Claims, settings: Mapping[str, Any]) -> None:
@@ -115,10 +85,11 @@ def read_gptq(claims: Claims, settings: Mapping[str, Any]) -> None:
     if written not in ZERO_OFFSETS:
         what = f"config.json has the GPTQ checkpoint_format {plain(written)} (expected {' or '.join(ZERO_OFFSETS)})"
         raise BadDataError(what, USE_PLAIN)
-    bits, group = whole_number(settings, "bits", 4), whole_number(settings, "group_size", 128)
     for module, codes in claims.named(".qweight"):
         if not _is_words(claims, codes):
             continue
+        own = _own_settings(module, settings)
+        bits, group = whole_number(own, "bits", 4), whole_number(own, "group_size", 128)
         index = claims.stored.get(f"{module}.g_idx")
         inputs = codes.shape[0] * WORD // bits if index is None or len(index.shape) != 1 else index.shape[0]
         own_bits = codes.shape[0] * WORD // max(1, inputs)
@@ -130,6 +101,34 @@ def read_gptq(claims: Claims, settings: Mapping[str, Any]) -> None:
             continue
         coding = InputMajor("gptq", own_bits, group if group > 0 else inputs, ZERO_OFFSETS[written])
         _claim_words(claims, module, (codes.shape[1], inputs), coding)
+
+
+def read_auto_round(claims: Claims, settings: Mapping[str, Any]) -> None:
+    """Claim every ``qweight``, packed as GPTQ or AWQ.
+
+    Raises:
+        BadDataError: A packing that is not known, or numbers that are no integers.
+    """
+    packing, kind = settings.get("packing_format") or "auto_round:gptq", settings.get("data_type") or "int"
+    if not isinstance(packing, str) or packing not in AUTO_ROUND or kind != "int":
+        what = f"config.json has AutoRound's packing_format {plain(packing)} of data_type {plain(kind)}"
+        raise BadDataError(f"{what} (expected int in {', '.join(AUTO_ROUND)})", USE_PLAIN)
+    if AUTO_ROUND[packing] == "awq":
+        read_awq(claims, {**settings, "version": "gemm"})
+    else:
+        read_gptq(claims, {**settings, "checkpoint_format": AUTO_ROUND[packing]})
+
+
+def _own_settings(module: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of a module: what AutoRound says of it alone before what it says of all."""
+    extra = settings.get("extra_config")
+    if not isinstance(extra, dict):
+        return settings
+    own = extra.get(module)
+    if own is None:
+        patterns = (key for key in extra if PATTERN.search(key))
+        own = next((extra[key] for key in patterns if matches(key, module)), None)
+    return {**settings, **own} if isinstance(own, dict) else settings
 
 
 def read_awq(claims: Claims, settings: Mapping[str, Any]) -> None:

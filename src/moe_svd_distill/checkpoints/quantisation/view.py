@@ -16,28 +16,33 @@ from moe_svd_distill.checkpoints.quantisation.claims import (
 from moe_svd_distill.checkpoints.quantisation.coded import Coded
 from moe_svd_distill.checkpoints.quantisation.compressed import read_compressed
 from moe_svd_distill.checkpoints.quantisation.formats import (
+    read_auto_round,
     read_awq,
     read_bitsandbytes,
-    read_float8,
     read_gptq,
     read_mxfp4,
 )
+from moe_svd_distill.checkpoints.quantisation.scaled import read_float8, read_modelopt, read_mxfp8
 from moe_svd_distill.errors import BadDataError, DistillError, shown
 from moe_svd_distill.files.header import TensorInfo
 
 READERS: dict[str, Callable[[Claims, Mapping[str, Any]], None]] = {
     "fp8": read_float8,
     "fbgemm_fp8": read_float8,
+    "mxfp8": read_mxfp8,
+    "modelopt": read_modelopt,
     "compressed-tensors": read_compressed,
     "mxfp4": read_mxfp4,
     "awq": read_awq,
     "gptq": read_gptq,
+    "auto-round": read_auto_round,
     "bitsandbytes": read_bitsandbytes,
 }
 CODE_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "U32"})
 CODE_SUFFIXES = (
     *(".weight_scale_inv", ".weight_packed", ".weight_scale", ".weight_global_scale", ".weight_zero_point"),
     *(".qweight", ".qzeros", ".g_idx", ".SCB", ".absmax", ".nested_absmax", ".quant_map", "_scale_inv"),
+    *("_weight_scale", "_scale_2", ".qscale_weight", ".pre_quant_scale"),
 )
 
 
