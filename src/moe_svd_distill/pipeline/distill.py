@@ -78,8 +78,10 @@ def distill(recipe: Recipe, listener: Listener | None = None) -> Adapter:
     refuse_foreign_folder(recipe.output)
     with open_pair(recipe.teacher, recipe.student) as pair:
         base = base_model(recipe, pair)
-        if recipe.base_model is None and pair.student.checkpoint.origin is not None:
-            listener.on_note(f"the adapter is for {base}, as {pair.student.checkpoint.origin[1]} of the student says")
+        if recipe.base_model is None and (origin := pair.student.checkpoint.origin) is not None:
+            listener.on_note(
+                f"the adapter is for {base}, as {origin[1]} of the student says; --base-model names another"
+            )
         stages = choose_stages(recipe, pair)
         listener.on_note(f"method: {' and '.join(stages.names)} ({stages.reason})")
         if stages.calibrated and not recipe.scale_search:

@@ -128,6 +128,25 @@ def test_a_model_in_several_files(tmp_path: Path, tokenizer: Path) -> None:
         open_checkpoint(first)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_beside_the_embeddings_is_tied_if_it_is_the_same(tmp_path: Path, tokenizer: Path, tied: bool) -> None:
+    """Files of tied models may have both, each rounded its own way; the adapter is for the tied original."""
+    original = model_in(tmp_path / "original", "qwen2", tokenizer, tie_word_embeddings=True)
+    with open_checkpoint(original) as wanted:
+        table = wanted.read("model.embed_tokens.weight").clone()
+    head = table if tied else table.roll(1, 0)
+
+    def with_head(writer: Any) -> None:
+        writer.add_tensor("output.weight", head.numpy())
+
+    with open_checkpoint(write_gguf(original, tmp_path / "model.gguf", "Q4_0", change=with_head)) as found:
+        assert found.config["tie_word_embeddings"] is tied
+        assert ("lm_head.weight" in found) is not tied
+        assert ("token_embd.weight" in found.set_aside) is tied
+        assert torch.equal(found.read("model.embed_tokens.weight"), table) is tied
+        load_model(found.folder)
+
+
 def test_the_tokenizer_is_the_original_s(tmp_path: Path, tokenizer: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -23,7 +23,7 @@ PLAIN = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")
 
 
-def file_with(path: Path, data: Any, kind: str, name: str = "blk.0.ffn_down.weight") -> Path:
+def file_with(path: Path, data: Any, kind: str, name: str = "blk.0.ffn_down.weight", **settings: float) -> Path:
     """A file with one tensor of a type, and what every file needs."""
     writer = gguf.GGUFWriter(path, "qwen2")
     writer.add_block_count(1)
@@ -32,6 +32,8 @@ def file_with(path: Path, data: Any, kind: str, name: str = "blk.0.ffn_down.weig
     writer.add_feed_forward_length(WIDTH)
     writer.add_head_count(4)
     writer.add_layer_norm_rms_eps(1e-6)
+    for key, value in settings.items():
+        writer.add_float32(f"qwen2.{key}", value)
     writer.add_tensor("token_embd.weight", np.zeros((8, ROWS), np.float32))
     writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()
@@ -78,6 +80,13 @@ def test_a_tensor_without_a_place_is_named(tmp_path: Path, name: str) -> None:
     file = file_with(tmp_path / "model.gguf", np.zeros((2, 4), np.float32), "F32", name)
     with pytest.raises(BadDataError, match=f"{name}.*has no place in qwen2"):
         open_checkpoint(file)
+
+
+def test_settings_that_nothing_is_made_of(tmp_path: Path) -> None:
+    with open_checkpoint(file_with(tmp_path / "model.gguf", blocks("Q8_0"), "Q8_0", strange=1.5)) as checkpoint:
+        assert checkpoint.set_aside.keys() == {"qwen2.strange"}
+    with pytest.raises(BadDataError, match=r"the setting qwen2\.logit_scale = 1\.5, which changes"):
+        open_checkpoint(file_with(tmp_path / "model.gguf", blocks("Q8_0"), "Q8_0", logit_scale=1.5))
 
 
 def test_a_type_that_the_package_cannot_read_is_named(tmp_path: Path) -> None:

@@ -34,12 +34,22 @@ _NO_SETTING = ("vocab_size", "attention.value_length", "rope.scaling.finetuned")
 
 @dataclass(frozen=True)
 class Settings:
-    """What a file says of its model, below the name of its architecture; `used` gathers what was asked for."""
+    """What a file says of its model, below the name of its architecture.
+
+    Attributes:
+        source: What the file is called in messages.
+        architecture: llama.cpp's name.
+        metadata: Name to value.
+        tensors: llama.cpp's name to where it lies.
+        one_table: Whether embeddings and head are the same but for rounding.
+        used: Gathers what was asked for.
+    """
 
     source: str
     architecture: str
     metadata: Mapping[str, Value]
     tensors: Mapping[str, TensorInfo]
+    one_table: bool = False
     used: set[str] = field(default_factory=set)
 
     def find(self, key: str) -> Any:
@@ -92,7 +102,7 @@ def config_of(settings: Settings, factors: Sequence[float] | None) -> dict[str, 
     config |= {name: value for key, name in _IF_THERE.items() if (value := settings.find(key)) is not None}
     config["num_hidden_layers"] = settings.need("block_count") - (settings.find("nextn_predict_layers") or 0)
     config["vocab_size"] = embedding.shape[0]
-    config["tie_word_embeddings"] = "output.weight" not in settings.tensors
+    config["tie_word_embeddings"] = settings.one_table or "output.weight" not in settings.tensors
     for key, name in _TOKENS.items():
         config[name] = settings.metadata.get(f"tokenizer.ggml.{key}")
     config |= _ARCHITECTURES[settings.architecture](settings, config)

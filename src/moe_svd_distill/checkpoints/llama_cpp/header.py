@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 
 from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError, shown
 from moe_svd_distill.files.header import MAX_ELEMENTS, Header, TensorInfo
-from moe_svd_distill.files.reading import FETCH_AGAIN, opened, read_at
+from moe_svd_distill.files.reading import FETCH_AGAIN, locate, opened, read_at
 
 Value: TypeAlias = bool | int | float | str | tuple[bool | int | float, ...] | None
 """What a piece of metadata says; long arrays and arrays of text, which only tokenizers have, are left out as None."""
@@ -72,7 +72,7 @@ def files_of(first: Path) -> Iterator[GgufFile | DistillError]:
     yield opening
     for number, path in enumerate(names, 1):
         try:
-            piece = read_gguf(path)
+            piece = read_gguf(locate(path.parent, path.name))
             found = piece.metadata.get("split.no")
             if found != number:
                 raise _bad(path, f"says it is number {shown(found)} of the split files (expected {number})")

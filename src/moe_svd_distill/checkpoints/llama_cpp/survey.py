@@ -29,8 +29,12 @@ ORIGINS = (
 
 _HUB = re.compile(r"(?:https?://huggingface\.co/)?([\w.-]+/[\w.-]+?)(?:\.git)?(?:/tree/\w+)?/?")
 _UNREAD = "a setting of llama.cpp that no field of the configuration is made of"
+_CHANGING = re.compile(r"scale|factor|softcap|clamp|alibi|temperature|causal")
 _FACTORS = "rope_freqs.weight"
 _MOST_FACTORS = 4096
+_ROWS = 64
+_ROUNDING = 0.4
+"""Two roundings of one table differ by less, even to two bits; two tables by more than one."""
 
 
 def survey_gguf(first: Path, source: str, *, as_stored: bool = False) -> Survey:
@@ -81,9 +85,13 @@ def _config(
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise BadDataError(f"{source} does not say its general.architecture", "Give the first file of the model")
-    settings = Settings(source, architecture, metadata, stored)
+    settings = Settings(source, architecture, metadata, stored, _one_table(stored))
     config = config_of(settings, _factors(stored.get(_FACTORS)))
-    return config, dict.fromkeys(settings.unused(), _UNREAD)
+    unread = settings.unused()
+    if changing := next((key for key in unread if _CHANGING.search(key)), None):
+        what = f"{source} has the setting {changing} = {metadata[changing]}, which changes what {architecture} computes"
+        raise BadDataError(f"{what} and is not read here", "Give the model's safetensors")
+    return config, dict.fromkeys(unread, _UNREAD)
 
 
 def _factors(info: TensorInfo | None) -> tuple[float, ...] | None:
@@ -96,6 +104,31 @@ def _factors(info: TensorInfo | None) -> tuple[float, ...] | None:
     with opened(info.file) as descriptor:
         raw = read_at(descriptor, info.file, info.offset, info.bytes)
     return struct.unpack(f"<{info.bytes // 4}f", raw)
+
+
+def _one_table(stored: Mapping[str, TensorInfo]) -> bool:
+    """Whether a file has embeddings and head apart that are one in the model: some converters write both."""
+    tables = [stored.get(name) for name in ("token_embd.weight", "output.weight")]
+    first, second = (None if info is None or len(info.shape) != 2 else _first_rows(info) for info in tables)
+    if first is None or second is None or first.shape != second.shape:
+        return False
+    return bool(abs(first - second).sum() < _ROUNDING * abs(second).sum())
+
+
+def _first_rows(info: TensorInfo) -> Any:
+    """Some rows of a matrix, (rows, columns) in float32."""
+    import gguf
+    import numpy as np
+
+    rows = min(_ROWS, info.shape[0])
+    with opened(info.file) as descriptor:
+        raw = read_at(descriptor, info.file, info.offset, info.bytes // info.shape[0] * rows)
+    stored = np.frombuffer(raw, np.uint8).reshape(rows, -1)
+    try:
+        with np.errstate(all="ignore"):
+            return gguf.dequantize(stored, gguf.GGMLQuantizationType[info.dtype])
+    except NotImplementedError:  # named where the weights are
+        return None
 
 
 def origin_of(metadata: Mapping[str, Value]) -> tuple[str, str] | None:

@@ -30,7 +30,8 @@ def weights_of(stored: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> t
         stored: The tensors under llama.cpp's names, experts of a layer in one.
         config: The model's config.json.
     """
-    found = _Weights(NAMINGS[config["model_type"]], config)
+    one_table = bool(config["tie_word_embeddings"]) and "output.weight" in stored
+    found = _Weights(NAMINGS[config["model_type"]], config, one_table)
     for info in stored.values():
         found.take(info)
     found.join()
@@ -62,6 +63,7 @@ def _known(kind: str) -> bool:
 class _Weights:
     naming: Naming
     config: Mapping[str, Any]
+    one_table: bool
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
     coded: dict[str, Coded] = field(default_factory=dict)
     companions: dict[str, str] = field(default_factory=dict)
@@ -72,7 +74,11 @@ class _Weights:
     def take(self, info: TensorInfo) -> None:
         """Find the weight that a tensor is, or is part of."""
         match = _IN_LAYER.fullmatch(info.name)
-        if info.name in OUTSIDE:
+        if self.config["tie_word_embeddings"] and info.name == "output.weight":
+            self._add(OUTSIDE["token_embd.weight"], info)
+        elif info.name == "token_embd.weight" and self.one_table:
+            self.set_aside[info.name] = "the head is the same but for rounding, and serves as the embeddings too"
+        elif info.name in OUTSIDE:
             shifted = self.naming.norms_plus_one and info.name == "output_norm.weight"
             self._add(OUTSIDE[info.name], info, "less_one" if shifted else "rows")
         elif info.name in ROTARY:
