@@ -40,14 +40,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
     def __init__(
         self, place: Path, source: str | None = None, *, known: Survey | None = None, as_stored: bool = False
     ) -> None:
-        """Open nothing yet.
-
-        Args:
-            place: A model's folder, or a GGUF file.
-            source: What the user called it.
-            known: What the headers say, if they were read.
-            as_stored: Leave quantised weights as they are stored.
-        """
+        """Open nothing yet: a model's folder or a GGUF file, what the user called it, and its headers if known."""
         self._place = place.absolute()
         self._as_stored = as_stored
         self.source = str(place) if source is None else source
@@ -241,7 +234,6 @@ class Checkpoint(Mapping[str, TensorInfo]):
         expected = {name: (header.file_bytes, header.digest) for name, header in headers.items()}
         return {
             "place": self._place,
-            "folder": self._made_folder(),
             "source": self.source,
             "expected": expected,
             "as_stored": self._as_stored,
@@ -250,18 +242,6 @@ class Checkpoint(Mapping[str, TensorInfo]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         Checkpoint.__init__(self, state["place"], state["source"], as_stored=state["as_stored"])
         self._expected = state["expected"]
-        if state["folder"] is not None:
-            from moe_svd_distill.checkpoints.llama_cpp.folder import adopt
-
-            adopt(state["folder"], self._place, state["expected"][self._place.name][1])
-
-    def _made_folder(self) -> Path | None:
-        """The folder that was made for a GGUF file, for other processes to use."""
-        if not self.is_gguf:
-            return None
-        from moe_svd_distill.checkpoints.llama_cpp.folder import folder_of
-
-        return folder_of(self._place, self._sound().headers[self._place.name].digest)
 
     @property
     def _directory(self) -> Path:

@@ -32,7 +32,8 @@ def model_folder(file: Path, digest: str, config: Mapping[str, Any]) -> Path:
     Raises:
         BadDataError: transformers cannot make the tokenizer, and no tokenizer.json lies beside the file.
     """
-    if (known := folder_of(file, digest)) is not None:
+    known = _made.get((file, digest))
+    if known is not None and known.is_dir():
         return known
     folder = Path(tempfile.mkdtemp(prefix="moe-svd-distill-"))
     atexit.register(_remove, folder, os.getpid())
@@ -40,18 +41,6 @@ def model_folder(file: Path, digest: str, config: Mapping[str, Any]) -> Path:
     _write_tokenizer(file, folder, config["vocab_size"])
     _made[file, digest] = folder
     return folder
-
-
-def folder_of(file: Path, digest: str) -> Path | None:
-    """The folder of a file, if it was made already."""
-    known = _made.get((file, digest))
-    return known if known is not None and known.is_dir() else None
-
-
-def adopt(folder: Path, file: Path, digest: str) -> None:
-    """Use the folder that another process has made."""
-    if folder.is_dir():
-        _made[file, digest] = folder
 
 
 def file_behind(folder: Path) -> Path | None:
