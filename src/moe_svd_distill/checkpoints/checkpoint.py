@@ -15,13 +15,14 @@ from moe_svd_distill.checkpoints.configuration import configuration_files
 from moe_svd_distill.checkpoints.quantisation.coded import Scaled
 from moe_svd_distill.checkpoints.survey import Survey, raise_faults, survey
 from moe_svd_distill.errors import BadDataError, shown
-from moe_svd_distill.files.header import Header, TensorInfo, raw_header
+from moe_svd_distill.files.header import Header, TensorInfo
 from moe_svd_distill.files.reading import FETCH_AGAIN, locate, open_regular, opened, read_at, read_small
 
 if TYPE_CHECKING:
     import torch
 
 MIB = 1024 * 1024
+GGUF = ".gguf"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -38,11 +39,12 @@ class Checkpoint(Mapping[str, TensorInfo]):
     """
 
     def __init__(
-        self, folder: Path, source: str | None = None, *, known: Survey | None = None, as_stored: bool = False
+        self, place: Path, source: str | None = None, *, known: Survey | None = None, as_stored: bool = False
     ) -> None:
-        self.folder = folder.absolute()
+        """Open nothing yet: a model's folder or a GGUF file, what the user called it, and its headers if known."""
+        self._place = place.absolute()
         self._as_stored = as_stored
-        self.source = str(folder) if source is None else source
+        self.source = str(place) if source is None else source
         self._survey = known
         self._expected: dict[str, tuple[int, str]] | None = None
         self._descriptors: dict[Path, int] = {}
@@ -58,10 +60,33 @@ class Checkpoint(Mapping[str, TensorInfo]):
         return self._sound().config
 
     @property
+    def folder(self) -> Path:
+        """Where configuration and tokenizer lie; for a GGUF file they are made, in a folder that goes with the process.
+
+        Raises:
+            BadDataError: No tokenizer can be made of the file.
+        """
+        if not self.is_gguf:
+            return self._place
+        from moe_svd_distill.checkpoints.llama_cpp.folder import model_folder
+
+        return model_folder(self._place, self._sound().headers[self._place.name].digest, self.config)
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the model is a GGUF file."""
+        return self._place.suffix.lower() == GGUF
+
+    @property
+    def origin(self) -> tuple[str, str] | None:
+        """The hub checkpoint that a GGUF file says it was made from, and the key of its metadata that says so."""
+        return self._sound().origin
+
+    @property
     def commit(self) -> str | None:
         """The commit that a hub model is pinned to, or ``None`` for a folder that does not come from the hub."""
-        is_snapshot = self.folder.parent.name == "snapshots" and COMMIT.fullmatch(self.folder.name)
-        return self.folder.name if is_snapshot else None
+        is_snapshot = self._place.parent.name == "snapshots" and COMMIT.fullmatch(self._place.name)
+        return self._place.name if is_snapshot else None
 
     @property
     def quantisation(self) -> str | None:
@@ -157,7 +182,11 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     def look_again(self) -> Survey:
         """What the headers say now, with all that is wrong with them."""
-        return survey(self.folder, as_stored=self._as_stored, source=self.source)
+        if self.is_gguf:
+            from moe_svd_distill.checkpoints.llama_cpp.survey import survey_gguf
+
+            return survey_gguf(self._place, self.source, as_stored=self._as_stored)
+        return survey(self._place, as_stored=self._as_stored, source=self.source)
 
     def fingerprint(self) -> str:
         """A digest that changes when the model does: sizes, headers, first and last MiB of each file, ``config.json``.
@@ -170,15 +199,16 @@ class Checkpoint(Mapping[str, TensorInfo]):
             digest.update(len(piece).to_bytes(8, "little"))
             digest.update(piece)
 
-        for name in configuration_files(self.folder):
-            add(read_small(locate(self.folder, name)))
-        for name in sorted(self._sound().headers):
-            path = locate(self.folder, name)
+        if not self.is_gguf:  # whose configuration is in the header
+            for name in configuration_files(self._place):
+                add(read_small(locate(self._place, name)))
+        for name, header in sorted(self._sound().headers.items()):
+            path = header.file if self.is_gguf else locate(self._place, name)
             with opened(path) as descriptor:
                 size = os.fstat(descriptor).st_size
                 add(name.encode())
                 add(str(size).encode())
-                add(hashlib.sha256(raw_header(descriptor, path, size)).digest())
+                add(hashlib.sha256(read_at(descriptor, path, 0, min(header.size, size))).digest())
                 add(read_at(descriptor, path, 0, min(MIB, size)))
                 add(read_at(descriptor, path, max(0, size - MIB), min(MIB, size)))
         return digest.hexdigest()
@@ -205,15 +235,24 @@ class Checkpoint(Mapping[str, TensorInfo]):
         headers = self._sound().headers
         expected = {name: (header.file_bytes, header.digest) for name, header in headers.items()}
         return {
-            "folder": self.folder,
+            "place": self._place,
             "source": self.source,
             "expected": expected,
             "as_stored": self._as_stored,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        Checkpoint.__init__(self, state["folder"], state["source"], as_stored=state["as_stored"])
+        Checkpoint.__init__(self, state["place"], state["source"], as_stored=state["as_stored"])
         self._expected = state["expected"]
+
+    @property
+    def _directory(self) -> Path:
+        """Where the weights files lie."""
+        return self._place.parent if self.is_gguf else self._place
+
+    def is_plain(self, name: str) -> bool:
+        """Whether a weight is stored as the numbers it is read as."""
+        return name not in self._sound().view.coded
 
     def _sound(self) -> Survey:
         """The headers, read once, or the error that names all that is wrong with them."""
@@ -233,18 +272,17 @@ class Checkpoint(Mapping[str, TensorInfo]):
         found = {name: (header.file_bytes, header.digest) for name, header in headers.items()}
         for name in sorted(self._expected.keys() | found.keys()):
             if self._expected.get(name) != found.get(name):
-                raise _changed(self.folder / name)
+                raise _changed(self._directory / name)
 
     def _open(self, info: TensorInfo) -> int:
         """The descriptor of the tensor's file, opened once; a file that was cut off or replaced is refused."""
         descriptor = self._descriptors.get(info.file)
         if descriptor is None:
-            header = self._sound().headers[info.file.relative_to(self.folder).as_posix()]
+            header = self._sound().headers[info.file.relative_to(self._directory).as_posix()]
             descriptor = open_regular(info.file)
             try:
                 size = os.fstat(descriptor).st_size
-                same = size == header.file_bytes
-                raw = raw_header(descriptor, info.file, size) if same else b""
+                raw = read_at(descriptor, info.file, 0, header.size) if size == header.file_bytes else b""
                 if hashlib.sha256(raw).hexdigest() != header.digest:
                     raise _changed(info.file)
             except BaseException:

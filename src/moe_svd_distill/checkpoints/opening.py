@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moe_svd_distill.checkpoints.checkpoint import Checkpoint
+from moe_svd_distill.checkpoints.checkpoint import GGUF, Checkpoint
 from moe_svd_distill.checkpoints.configuration import read_config
 from moe_svd_distill.checkpoints.hub import fetch_headers, fetch_small, fetch_weights, parse_hub_id
+from moe_svd_distill.checkpoints.llama_cpp.folder import file_behind
 from moe_svd_distill.checkpoints.quantisation.claims import USE_PLAIN, declared_quantisation
 from moe_svd_distill.checkpoints.survey import raise_faults, survey
 from moe_svd_distill.errors import BadDataError, MissingInputError, RemoteError, shown
@@ -16,7 +17,7 @@ from moe_svd_distill.files.reading import explain
 def open_checkpoint(
     model: str | Path, *, token: str | None = None, as_stored: bool = False, headers_only: bool = False
 ) -> Checkpoint:
-    """Open a model: a local folder, or a hub id ``organisation/name`` with an optional ``@revision``.
+    """Open a model: a folder, a GGUF file (the first of several), or a hub id ``organisation/name@revision``.
 
     Every header is read and checked before this returns; all faults are raised in one error, whose ``faults`` lists
     them. A hub model is downloaded into the hub's cache first, and refused before that if its small files say enough.
@@ -29,24 +30,26 @@ def open_checkpoint(
         headers_only: Of a hub model, fetch the small files and the headers only. Tensors cannot be read then.
     """
     source = str(model)
-    folder = _local_folder(model)
-    if folder:
-        checkpoint = Checkpoint(folder, source, as_stored=as_stored)
+    place = _local_place(model)
+    if place:
+        checkpoint = Checkpoint(place, source, as_stored=as_stored)
     else:
         checkpoint = _from_hub(source, token, as_stored, headers_only)
     checkpoint.check()
     return checkpoint
 
 
-def _local_folder(model: str | Path) -> Path | None:
-    """The folder that is meant, if there is one."""
+def _local_place(model: str | Path) -> Path | None:
+    """The folder or GGUF file that is meant, if there is one."""
     if not str(model):
         raise MissingInputError("the name of the model is empty", "Give the folder of a model, or a hub id")
     try:
         path = Path(model).expanduser()
         if path.is_dir():
-            return path.absolute()
+            return file_behind(path.absolute()) or path.absolute()
         is_file = path.exists()
+        if is_file and path.suffix.lower() == GGUF:
+            return path.absolute()
     except OSError as error:
         if isinstance(error, PermissionError):
             raise explain(error, Path(model)) from error
@@ -55,8 +58,9 @@ def _local_folder(model: str | Path) -> Path | None:
         is_file = False
     if is_file:
         raise MissingInputError(f"{shown(str(model))} is a file", "Give the folder that holds the model")
-    if isinstance(model, Path):
-        raise MissingInputError(f"the folder {shown(model)} is not there", "Check the path")
+    is_gguf = str(model).lower().endswith(GGUF)
+    if isinstance(model, Path) or is_gguf:
+        raise MissingInputError(f"the {'file' if is_gguf else 'folder'} {shown(model)} is not there", "Check the path")
     return None
 
 

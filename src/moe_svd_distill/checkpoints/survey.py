@@ -35,6 +35,7 @@ NUMBERED = re.compile(r"(?P<stem>.*?)(?P<number>\d+)-of-(?P<total>\d+)\.safetens
 MAX_SHARDS = 100_000
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 MAX_SMALL_TENSOR = 64 * 1024
+_GIVE_FILE = "Give the .gguf file itself"
 SHOWN_FAULTS = 8  # an error stays readable; `.faults` has all of them
 
 
@@ -48,6 +49,7 @@ class Survey:
         stored: Every tensor in the files.
         view: The weights that they make up.
         faults: All that is wrong.
+        origin: Of a GGUF file, the hub checkpoint that it says it was made from, and the key it says so by.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -55,6 +57,7 @@ class Survey:
     stored: dict[str, TensorInfo] = field(default_factory=dict)
     view: View = field(default_factory=lambda: View({}))
     faults: list[DistillError] = field(default_factory=list)
+    origin: tuple[str, str] | None = None
 
 
 def survey(
@@ -88,7 +91,7 @@ def survey(
     try:
         layout = find_layout(folder, names)
     except DistillError as fault:
-        result.faults.append(fault)
+        result.faults = [fault] if fault.action == _GIVE_FILE else [*result.faults, fault]
         return result
     result.faults += layout.faults
     found = headers_of(layout.files) if headers_of else {name: _local_header(folder, name) for name in layout.files}
@@ -97,7 +100,7 @@ def survey(
             result.faults.append(header)
         else:
             result.headers[name] = header
-    result.faults += _merge(result)
+    result.faults += merge_headers(result)
     result.faults += _compare_with_index(layout, result, folder)
     result.view = View(result.stored)
     if not as_stored and not result.faults:
@@ -135,7 +138,7 @@ def _small_tensor(info: TensorInfo) -> bytes | None:
         return read_at(descriptor, info.file, info.offset, info.bytes)
 
 
-def _merge(result: Survey) -> list[DistillError]:
+def merge_headers(result: Survey) -> list[DistillError]:
     """One mapping from all headers; a tensor that two files hold is a fault."""
     faults: list[DistillError] = []
     for name, header in result.headers.items():
@@ -268,6 +271,8 @@ def _no_weights(folder: Path, names: Collection[str]) -> DistillError:
     what = f"{shown(folder)} holds no {SINGLE}, no {INDEX} and no numbered shards{found}"
     if ADAPTER_FILE in names:
         return MissingInputError(what, "This is an adapter: give the folder of a whole model")
+    if others and others[0].endswith(".gguf"):
+        return MissingInputError(what, _GIVE_FILE)
     return MissingInputError(what, "Give the folder of a model with safetensors weights")
 
 

@@ -38,22 +38,26 @@ _lock = threading.RLock()  # re-entrant: the garbage collector may release a map
 def tensor_view(descriptor: int, info: TensorInfo) -> torch.Tensor:
     """A CPU tensor on the file's own bytes, mapped privately: nothing is copied before something is written.
 
+    Of a dtype of blocks, as GGUF files have, it is the bytes of each row.
+
     The bytes are copied where they cannot be mapped (too many mappings alive, or a file system without them), and where
     an element would straddle its alignment, which the format allows.
     """
     import torch
 
-    dtype = torch_dtype(info.dtype)
+    blocks = info.dtype not in BYTES_PER_ELEMENT
+    dtype = torch.uint8 if blocks else torch_dtype(info.dtype)
     if not info.bytes:
         return torch.empty(info.shape, dtype=dtype)
     buffer: Any
     try:
-        if info.offset % BYTES_PER_ELEMENT[info.dtype]:
+        if info.offset % (1 if blocks else BYTES_PER_ELEMENT[info.dtype]):
             raise OSError(errno.EINVAL, "not aligned")
         buffer = map_bytes(descriptor, info.offset, info.bytes)
     except OSError:
         buffer = _copied(descriptor, info)
-    return torch.frombuffer(buffer, dtype=torch.uint8).view(dtype).view(info.shape)
+    raw = torch.frombuffer(buffer, dtype=torch.uint8)
+    return raw.view(*info.shape[:-1], -1) if blocks else raw.view(dtype).view(info.shape)
 
 
 def _copied(descriptor: int, info: TensorInfo) -> bytearray:

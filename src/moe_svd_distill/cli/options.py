@@ -34,8 +34,9 @@ def recipe_options(function: Function) -> Function:
     """The recipe as a file and the settings that override it."""
     decorators = [
         click.argument("recipe", required=False, type=click.Path(path_type=Path, dir_okay=False)),
-        click.option("--teacher", help="Folder or hub id of the teacher."),
-        click.option("--student", help="Folder or hub id of the student."),
+        click.option("--teacher", help="Folder, GGUF file or hub id of the teacher."),
+        click.option("--student", help="Folder, GGUF file or hub id of the student."),
+        click.option("--base-model", help="What the adapter names as its base model; default: the student."),
         click.option("--output", type=click.Path(path_type=Path), help="Folder for the adapter."),
         click.option("--preset", help="fast, balanced or best: values for keys that are not given otherwise."),
         click.option("--method", help="auto, weights, calibrated, weights+calibrated, or refined: LoRA training."),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint
+from moe_svd_distill.checkpoints.llama_cpp.folder import file_behind
 from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError, UsageError
 
 if TYPE_CHECKING:
@@ -39,9 +42,15 @@ def load_model(folder: str | Path, device: str = "cpu", dtype: torch.dtype | Non
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         with _no_progress_bar():
-            model = model_class(parse_config(config, str(folder))).from_pretrained(
-                str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-            )
+            parsed = parse_config(config, str(folder))
+            if file_behind(folder.absolute()) is None:
+                model = model_class(parsed).from_pretrained(
+                    str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+                )
+            else:
+                with open_checkpoint(folder) as checkpoint:
+                    weights = {name: _OfGguf(checkpoint, name) for name in checkpoint}
+                    model = model_class(parsed).from_pretrained(None, config=parsed, state_dict=weights, dtype=dtype)
     except DistillError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
@@ -52,6 +61,16 @@ def load_model(folder: str | Path, device: str = "cpu", dtype: torch.dtype | Non
         # On a CPU the loop over experts is 1.7 times as fast as grouped_mm, and 20 times as fast as batched_mm.
         model.set_experts_implementation("eager")
     return model.to(device).eval().requires_grad_(False)
+
+
+class _OfGguf:
+    """A weight that transformers reads when it comes to it."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self._checkpoint, self._name = checkpoint, name
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        return self._checkpoint.read(self._name)
 
 
 def require_memory(folder: Path, device: str, dtype: torch.dtype) -> None:
@@ -99,6 +118,9 @@ def _needed_bytes(folder: Path, dtype: torch.dtype) -> int:
 
 def model_bytes(folder: Path, itemsize: int) -> int:
     """Estimate the bytes of a model's weights in memory from its file sizes and the type it is stored in."""
+    if file_behind(folder.absolute()) is not None:
+        with open_checkpoint(folder) as checkpoint:
+            return sum(math.prod(info.shape) for info in checkpoint.values()) * itemsize
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -14,6 +14,7 @@ from moe_svd_distill.adapter.keys import Target, planned_tensors
 from moe_svd_distill.adapter.naming import whole_key
 from moe_svd_distill.adapter.peft_model import modules_of
 from moe_svd_distill.architecture.matrices import Kind
+from moe_svd_distill.errors import UsageError
 from moe_svd_distill.execution.parts import PartContent, Parts, Planned, write_part, write_tensors
 from moe_svd_distill.execution.publish import OutputFolder
 from moe_svd_distill.files.header import read_header
@@ -69,7 +70,7 @@ def stage_adapter(output: OutputFolder, recipe: Recipe, pair: ModelPair, change:
         targets = [t for t in keys.targets.values() if pairs.changes(t) or (t.matrices and t.module in whole_modules)]
         ranks = {target.parameter: target.rank(pairs.rank) for target in targets}
         whole = f"{head}#{_WHOLE}" in parts
-        configuration = build_configuration(keys, ranks, base_model=base_model(pair), whole_head=whole)
+        configuration = build_configuration(keys, ranks, base_model=base_model(recipe, pair), whole_head=whole)
         # PEFT multiplies B·A by alpha / r. With an alpha of the user's own, B carries the inverse: the product stays.
         if recipe.alpha is not None:
             scale = recipe.alpha / configuration["r"]
@@ -217,9 +218,24 @@ def head_is_whole(recipe: Recipe, pair: ModelPair) -> bool:
     return recipe.head_format == "whole" or (recipe.head_format == "auto" and tied)
 
 
-def base_model(pair: ModelPair) -> str:
-    """What adapter_config.json names as the base."""
-    source = pair.student.checkpoint.source
+def base_model(recipe: Recipe, pair: ModelPair) -> str:
+    """What adapter_config.json names as the base: the student, or the checkpoint that a GGUF file was made from.
+
+    Raises:
+        UsageError: The file does not say that, and neither does the recipe.
+    """
+    checkpoint = pair.student.checkpoint
+    source = checkpoint.source
+    if recipe.base_model is not None:
+        return recipe.base_model
+    if checkpoint.is_gguf:
+        if checkpoint.origin is None:
+            raise UsageError(
+                f"{source} does not say which checkpoint of the hub it was made from, and the adapter is for that "
+                "(expected general.source or general.base_model in its metadata)",
+                "Name it: --base-model organisation/name",
+            )
+        return checkpoint.origin[0]
     folder = Path(source).expanduser()
     return str(folder.resolve()) if folder.is_dir() else source.partition("@")[0]
 

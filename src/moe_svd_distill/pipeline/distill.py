@@ -16,7 +16,7 @@ from moe_svd_distill.execution.supervisor import ExecutionSummary, Settings, exe
 from moe_svd_distill.files.names import ADAPTER_FILE, CACHE_FOLDER, CARD_FILE, RECORD_FILE
 from moe_svd_distill.files.writing import write_text
 from moe_svd_distill.pairing.plan import Plan
-from moe_svd_distill.pipeline.assembly import AdapterChange, head_is_whole, stage_adapter, write_head_part
+from moe_svd_distill.pipeline.assembly import AdapterChange, base_model, head_is_whole, stage_adapter, write_head_part
 from moe_svd_distill.pipeline.method import Stages, choose_stages
 from moe_svd_distill.pipeline.pair import ModelPair, open_pair
 from moe_svd_distill.pipeline.placement import execution_settings
@@ -78,6 +78,11 @@ def distill(recipe: Recipe, listener: Listener | None = None) -> Adapter:
     settings = execution_settings(recipe)
     refuse_foreign_folder(recipe.output)
     with open_pair(recipe.teacher, recipe.student) as pair:
+        base = base_model(recipe, pair)
+        if recipe.base_model is None and (origin := pair.student.checkpoint.origin) is not None:
+            listener.on_note(
+                f"the adapter is for {base}, as {origin[1]} of the student says; --base-model names another"
+            )
         stages = choose_stages(recipe, pair)
         listener.on_note(f"method: {' and '.join(stages.names)} ({stages.reason})")
         if stages.calibrated and not recipe.scale_search:
@@ -124,7 +129,7 @@ class _Run:
             parts = ()
         digest = self.stage(AdapterChange(parts, decision, head))
         self.listener.on_stage("checking that PEFT loads it", None)
-        check_loads(self.output.staged(ADAPTER_FILE).parent, self.pair.student.checkpoint.folder)
+        check_loads(self.output.staged(ADAPTER_FILE).parent, self.pair.student.checkpoint.config)
         results = {"calibrated": calibrated, "refined": refined}
         whole = head_is_whole(self.recipe, self.pair)
         tensors = fates(self.pair.student, plan, units, {name: it for name, it in results.items() if it}, whole)
@@ -134,6 +139,7 @@ class _Run:
         facts |= {"calibration": read | (calibrated.record if calibrated else {})}
         facts |= {"refinement": refined.record} if refined else {}
         facts |= {
+            "base_model": base_model(self.recipe, self.pair),
             "adapter_sha256": digest,
             "transferred": scale.transferred,
             "scale_search": scale.as_dict() | self._used(),

@@ -217,6 +217,11 @@ def _benchmarks(request: EvaluationRequest, on_progress: Progress | None) -> dic
     assert request.student
     checkpoint = open_model(request.student).checkpoint
     checkpoint.close()
+    if checkpoint.is_gguf:
+        raise UsageError(
+            f"the harness loads its models itself, and {request.student} is a GGUF file",
+            "Give --student the checkpoint that the file was made from",
+        )
     return run_benchmarks(request, checkpoint.folder, on_progress).as_dict()
 
 

@@ -104,7 +104,11 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     for variable, text in environment.items():
         if variable.startswith(ENVIRONMENT_PREFIX):
             key = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
-            values[key] = text if key in ("teacher", "student", "output", "devices", "start") else yaml.safe_load(text)
+            values[key] = (
+                text
+                if key in ("teacher", "student", "base_model", "output", "devices", "start")
+                else yaml.safe_load(text)
+            )
     return values
 
 

@@ -125,8 +125,13 @@ class TrainingRecipe(Section):
 class Recipe(Section):
     """Everything a run depends on besides the models themselves."""
 
-    teacher: str = Field(description="Folder or hub id (with optional @revision) of the teacher.")
-    student: str = Field(description="Folder or hub id (with optional @revision) of the student.")
+    teacher: str = Field(description="Folder, GGUF file or hub id (with optional @revision) of the teacher.")
+    student: str = Field(description="Folder, GGUF file or hub id (with optional @revision) of the student.")
+    base_model: str | None = Field(
+        None,
+        description="What the adapter names as its base model; default: the student, of a GGUF file the checkpoint "
+        "that its metadata names.",
+    )
     output: Path = Field(Path("out"), description="Folder the adapter is written to.")
     preset: Preset | None = Field(
         None,

@@ -38,7 +38,7 @@ def adapter_card(record: RunRecord) -> str:
 def _front_matter(record: RunRecord) -> str:
     import yaml
 
-    source = record.student.source
+    source = _base(record)
     fields: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
     tags = ["lora", "peft", "distillation", "moe-svd-distill"]
     if facts.is_hub_id(source):
@@ -47,6 +47,12 @@ def _front_matter(record: RunRecord) -> str:
         tags.append(f"base_model:adapter:{base}")
     fields["tags"] = tags
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
+
+
+def _base(record: RunRecord) -> str:
+    """What the adapter is loaded on: the student, or the checkpoint of the hub that a GGUF file was made from."""
+    source, named = record.student.source, record.base_model
+    return source if source.partition("@")[0] == named or not facts.is_hub_id(named) else named
 
 
 def _title(record: RunRecord) -> str:
@@ -156,7 +162,7 @@ def _scale(record: RunRecord) -> Iterator[str]:
 
 
 def _loading(record: RunRecord) -> Iterator[str]:
-    source = record.student.source
+    source = _base(record)
     name, _, revision = source.partition("@")
     base = name if facts.is_hub_id(source) else f"path/to/{facts.model_name(record, 'student')}"
     pinned = f', revision="{revision}"' if revision and facts.is_hub_id(source) else ""

@@ -255,6 +255,7 @@ class RunRecord:
         content: All of run.json.
         transferred: Whether anything was; None where no calibration text was given, so that nobody knows.
         depth_map: Student layer, and the teacher layers it is set against with their weights.
+        base_model: What adapter_config.json names.
         refinement: None without a refined stage.
         evaluation: None before `evaluate`, which keeps it in evaluation.json.
     """
@@ -262,6 +263,7 @@ class RunRecord:
     content: Mapping[str, Any] = _at("")
     teacher: ModelRecord
     student: ModelRecord
+    base_model: str = ""
     recipe: RecipeRecord
     method: str | None
     depth_map: tuple[Any, ...]

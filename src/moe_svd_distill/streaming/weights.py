@@ -107,7 +107,7 @@ def stored_tables(
             if not plain or not isinstance(slot.module, nn.Embedding) or slot.attribute != "weight":
                 continue
             name = source.pieces[0].hub_name
-            if checkpoint.stored.get(name) != checkpoint[name]:
+            if not checkpoint.is_plain(name):
                 continue
             rows = TableRows(checkpoint, name, slot.dtype, change if part == EMBEDDING else None)
             found[slot] = StoredTable.of(rows, slot.shape, slot.dtype, device)

@@ -20,7 +20,9 @@ Part = Literal[
     "map",
     "nested_absmax",
     "nested_map",
+    "second",
 ]
+Arrangement = Literal["rows", "turned", "less_one", "transposed", "interleaved", "latent"]
 
 WORD = 32
 """Bits of what codes of a few bits are packed in."""
@@ -86,7 +88,24 @@ class Codebook:
     nested_offset: float = 0.0
 
 
-Coding = Scaled | InputMajor | Codebook
+@dataclass(frozen=True, slots=True)
+class Ggml:
+    """Blocks of llama.cpp's types, which the package `gguf` turns into numbers; a part's dtype is its type.
+
+    Attributes:
+        arrangement: What the weight is of its parts. ``rows``: the codes as they are. ``turned``: rows of each head
+            (2i, 2i+1) are rows (i, i + half) of the weight. ``less_one``: one is subtracted. ``transposed``: in the
+            last two dimensions. ``interleaved``: codes and second part by turns along the last dimension, after
+            transposing what has three dimensions. ``latent``: head by head, the transpose of the codes and then the
+            second part.
+        heads: Of ``turned``.
+    """
+
+    arrangement: Arrangement
+    heads: int = 1
+
+
+Coding = Scaled | InputMajor | Codebook | Ggml
 
 
 @dataclass(frozen=True, slots=True)

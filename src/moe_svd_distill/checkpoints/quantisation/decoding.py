@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float32, Int32, Shaped, UInt8
 from torch import Tensor
 
-from moe_svd_distill.checkpoints.quantisation.coded import WORD, Codebook, Coded, InputMajor, Part, Scaled, align
+from moe_svd_distill.checkpoints.quantisation.coded import WORD, Codebook, Coded, Ggml, InputMajor, Part, Scaled, align
 from moe_svd_distill.errors import BadDataError, shown
 from moe_svd_distill.files.dtypes import torch_dtype
 from moe_svd_distill.files.reading import FETCH_AGAIN
@@ -31,6 +31,10 @@ Parts = Mapping[Part, Tensor]
 
 def dequantise(coded: Coded, parts: Parts, rows: slice, device: str | torch.device) -> Tensor:
     """Rows of a weight, in its dtype, on a device; the codes go to that device and become numbers there."""
+    if isinstance(coded.coding, Ggml):
+        from moe_svd_distill.checkpoints.llama_cpp.numbers import dequantise_ggml
+
+        return dequantise_ggml(coded, coded.coding, parts, rows, device)
     begin, end, _ = rows.indices(coded.info.shape[0])
     dtype = torch_dtype(coded.info.dtype)
     out = torch.empty((max(0, end - begin), *coded.info.shape[1:]), dtype=dtype, device=device)
@@ -56,7 +60,7 @@ def decode(coded: Coded, parts: Parts, out: Tensor, begin: int) -> None:
         _decode_codebook(coding, parts, out, begin, coded)
     elif isinstance(coding, InputMajor):
         _decode_input_major(coding, parts, out, begin, coded)
-    else:
+    elif isinstance(coding, Scaled):
         _decode_scaled(coding, parts, out, begin, coded)
 
 

@@ -151,5 +151,20 @@ def _show(adapter: Adapter) -> None:
     print_line(record.scale_search.decision)
     print_line(
         f"sha256 {adapter.sha256}\nNext: moe-svd-distill evaluate {folder} --teacher {record.teacher.source} "
-        "--text FILE"
+        f"--text FILE{_for_llama_cpp(adapter)}"
+    )
+
+
+def _for_llama_cpp(adapter: Adapter) -> str:
+    """How the adapter of a GGUF student comes to llama.cpp."""
+    from typing import get_args
+
+    from moe_svd_distill.adapter.export import Format
+
+    student = adapter.record.student.source
+    if not student.lower().endswith(".gguf"):
+        return ""
+    layout = "gguf" if "gguf" in get_args(Format) else "plain"
+    return (
+        f"\nNext, for llama.cpp: moe-svd-distill export {adapter.folder} OUTPUT --format {layout} --student {student}"
     )

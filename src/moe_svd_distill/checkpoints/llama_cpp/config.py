@@ -1,0 +1,246 @@
+"""From a GGUF file's metadata to the config.json of the model it was made from.
+
+transformers has a table for this too (`GGUF_CONFIG_MAPPING`), which a test holds this one against. It lacks DeepSeek,
+and of what it has the widths of heads and experts, sliding windows and every scaling of rotary positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe_svd_distill.checkpoints.llama_cpp.header import Value
+from moe_svd_distill.checkpoints.llama_cpp.rotary import rotary_parameters
+from moe_svd_distill.errors import BadDataError, IncompatiblePairError, shown
+from moe_svd_distill.files.header import TensorInfo
+
+_ANOTHER = "Give the model's safetensors"
+_ALWAYS = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+_IF_THERE = {
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+}
+_EXPERTS = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
+_TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
+_NO_SETTING = ("vocab_size", "attention.value_length", "rope.scaling.finetuned")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a file says of its model, below the name of its architecture.
+
+    Attributes:
+        source: What the file is called in messages.
+        architecture: llama.cpp's name.
+        metadata: Name to value.
+        tensors: llama.cpp's name to where it lies.
+        one_table: Whether embeddings and head are the same but for rounding.
+        used: Gathers what was asked for.
+    """
+
+    source: str
+    architecture: str
+    metadata: Mapping[str, Value]
+    tensors: Mapping[str, TensorInfo]
+    one_table: bool = False
+    used: set[str] = field(default_factory=set)
+
+    def find(self, key: str) -> Any:
+        """A setting that is one value, or None."""
+        name = f"{self.architecture}.{key}"
+        self.used.add(name)
+        value = self.metadata.get(name)
+        if isinstance(value, tuple) and len(set(value)) == 1:
+            return value[0]  # the same for every layer
+        if isinstance(value, tuple):
+            raise BadDataError(f"{self.source} has another {name} for each layer, which is not read here", _ANOTHER)
+        return value
+
+    def need(self, key: str) -> Any:
+        """A setting that has to be there."""
+        value = self.find(key)
+        if value is None:
+            raise BadDataError(f"{self.source} does not say {self.architecture}.{key}", _ANOTHER)
+        return value
+
+    def unused(self) -> Sequence[str]:
+        """Settings of the architecture that nothing was made of."""
+        known = {f"{self.architecture}.{key}" for key in _NO_SETTING}
+        return [
+            key for key in self.metadata if key.startswith(f"{self.architecture}.") and key not in self.used | known
+        ]
+
+
+def config_of(settings: Settings, factors: Sequence[float] | None) -> dict[str, Any]:
+    """The configuration, of the class for text alone where there are two.
+
+    Args:
+        settings: From the first file.
+        factors: The numbers of ``rope_freqs.weight``, where the file has it.
+
+    Raises:
+        IncompatiblePairError: An architecture that is not known here.
+        BadDataError: A setting is missing, or says what no field of the configuration can say.
+    """
+    if settings.architecture not in _ARCHITECTURES:
+        raise IncompatiblePairError(
+            f"{settings.source} is of llama.cpp's architecture {shown(settings.architecture)} "
+            f"(read are {', '.join(_ARCHITECTURES)})",
+            _ANOTHER,
+        )
+    embedding = settings.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise BadDataError(f"{settings.source} has no tensor token_embd.weight: it is no language model", _ANOTHER)
+    config: dict[str, Any] = {name: settings.need(key) for key, name in _ALWAYS.items()}
+    config |= {name: value for key, name in _IF_THERE.items() if (value := settings.find(key)) is not None}
+    config["num_hidden_layers"] = settings.need("block_count") - (settings.find("nextn_predict_layers") or 0)
+    config["vocab_size"] = embedding.shape[0]
+    config["tie_word_embeddings"] = settings.one_table or "output.weight" not in settings.tensors
+    for key, name in _TOKENS.items():
+        config[name] = settings.metadata.get(f"tokenizer.ggml.{key}")
+    config |= _ARCHITECTURES[settings.architecture](settings, config)
+    rotary = rotary_parameters(settings, _head_dim(config)["head_dim"], factors)
+    if config["model_type"] == "gemma3_text":
+        near = settings.find("rope.freq_base_swa") or 10_000.0
+        config["rope_parameters"] = {
+            "full_attention": rotary,
+            "sliding_attention": {"rope_type": "default", "rope_theta": near},
+        }
+    else:
+        config["rope_parameters"] = rotary
+    return config
+
+
+def _llama(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Llama, Mistral and Mixtral, which llama.cpp does not tell apart."""
+    if settings.find("expert_count"):
+        experts = settings.need("expert_count"), settings.need("expert_used_count")
+        return _typed("mixtral", "Mixtral") | dict(
+            zip(("num_local_experts", "num_experts_per_tok"), experts, strict=True), sliding_window=None
+        )
+    names = (settings.metadata.get(f"general.{key}") for key in ("name", "basename"))
+    if any("mistral" in str(name).lower() for name in names) and "blk.0.attn_q.bias" not in settings.tensors:
+        return _typed("mistral", "Mistral") | {"sliding_window": None}
+    biases = {
+        "attention_bias": "blk.0.attn_q.bias" in settings.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in settings.tensors,
+    }
+    return _typed("llama", "Llama") | biases
+
+
+def _qwen2(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
+    return _typed("qwen2", "Qwen2") | {"use_sliding_window": False}
+
+
+def _qwen2_moe(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
+    shared = {"shared_expert_intermediate_size": settings.need("expert_shared_feed_forward_length")}
+    return _typed("qwen2_moe", "Qwen2Moe") | _experts(settings) | shared | {"norm_topk_prob": False}
+
+
+def _qwen3(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
+    return _typed("qwen3", "Qwen3") | _head_dim(config) | {"use_sliding_window": False}
+
+
+def _qwen3_moe(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
+    own = _experts(settings) | _head_dim(config)
+    return _typed("qwen3_moe", "Qwen3Moe") | own | {"norm_topk_prob": True}  # llama.cpp always norms them
+
+
+def _gemma3(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
+    head, layers = _head_dim(config), config["num_hidden_layers"]
+    # Not in the file; llama.cpp tells the model of 27 billion parameters by its 62 layers.
+    scalar = config["hidden_size"] // config["num_attention_heads"] if layers == 62 else head["head_dim"]
+    window, cap = settings.find("attention.sliding_window"), settings.find("final_logit_softcapping")
+    layout = {"sliding_window": window} if window else {"layer_types": ["full_attention"] * layers}
+    return (
+        _typed("gemma3_text", "Gemma3")
+        | head
+        | layout
+        | {
+            "query_pre_attn_scalar": scalar,
+            "final_logit_softcapping": cap,
+        }
+    )
+
+
+def _gpt_oss(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
+    return (
+        _typed("gpt_oss", "GptOss")
+        | _head_dim(config)
+        | {
+            "num_local_experts": settings.need("expert_count"),
+            "num_experts_per_tok": settings.need("expert_used_count"),
+            "intermediate_size": settings.need("expert_feed_forward_length"),
+            "sliding_window": settings.need("attention.sliding_window"),
+        }
+    )
+
+
+def _deepseek(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The second and the third version: the latter's routers use the sigmoid."""
+    third = settings.find("expert_gating_func") == 2
+    rotary = settings.need("rope.dimension_count")
+    key = settings.find("attention.key_length_mla") or settings.need("attention.key_length")
+    value = settings.find("attention.value_length_mla") or settings.need("attention.value_length")
+    groups, used = settings.find("expert_group_count"), settings.find("expert_group_used_count")
+    experts = settings.need("expert_count")
+    if third and groups is None:  # older files do not say
+        groups, used = (8, 4) if experts == 256 else (1, 1)
+    own = {
+        "num_key_value_heads": config["num_attention_heads"],  # the file's number is that of the latent
+        "head_dim": rotary,
+        "q_lora_rank": settings.find("attention.q_lora_rank"),
+        "kv_lora_rank": settings.need("attention.kv_lora_rank"),
+        "qk_rope_head_dim": rotary,
+        "qk_nope_head_dim": key - rotary,
+        "v_head_dim": value,
+        "n_routed_experts": experts,
+        "n_shared_experts": settings.find("expert_shared_count") or None,
+        "num_experts_per_tok": settings.need("expert_used_count"),
+        "moe_intermediate_size": settings.need("expert_feed_forward_length"),
+        "first_k_dense_replace": settings.find("leading_dense_block_count") or 0,
+        "routed_scaling_factor": settings.find("expert_weights_scale") or 1.0,
+        "norm_topk_prob": bool(settings.find("expert_weights_norm")),
+        "n_group": groups,
+        "topk_group": used,
+    }
+    if third:
+        return _typed("deepseek_v3", "DeepseekV3") | own
+    return (
+        _typed("deepseek_v2", "DeepseekV2")
+        | own
+        | {"topk_method": "group_limited_greedy" if (groups or 1) > 1 else "greedy"}
+    )
+
+
+_ARCHITECTURES: dict[str, Callable[[Settings, Mapping[str, Any]], dict[str, Any]]] = {
+    "llama": _llama,
+    "qwen2": _qwen2,
+    "qwen2moe": _qwen2_moe,
+    "qwen3": _qwen3,
+    "qwen3moe": _qwen3_moe,
+    "gemma3": _gemma3,
+    "deepseek2": _deepseek,
+    "gpt-oss": _gpt_oss,
+}
+
+
+def _typed(model_type: str, name: str) -> dict[str, Any]:
+    return {"model_type": model_type, "architectures": [f"{name}ForCausalLM"]}
+
+
+def _head_dim(config: Mapping[str, Any]) -> dict[str, int]:
+    return {"head_dim": config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]}
+
+
+def _experts(settings: Settings) -> dict[str, Any]:
+    found = {name: settings.need(key) for key, name in _EXPERTS.items()}
+    found["moe_intermediate_size"] = settings.need("expert_feed_forward_length")
+    return found

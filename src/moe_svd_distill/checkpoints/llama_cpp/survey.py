@@ -1,0 +1,140 @@
+"""A GGUF model as a checkpoint: its configuration, its weights under the hub's names, and what is wrong with it."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from moe_svd_distill.checkpoints.llama_cpp.config import Settings, config_of
+from moe_svd_distill.checkpoints.llama_cpp.header import Value, files_of
+from moe_svd_distill.checkpoints.llama_cpp.weights import weights_of
+from moe_svd_distill.checkpoints.quantisation.view import View
+from moe_svd_distill.checkpoints.survey import Survey, merge_headers
+from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError, shown
+from moe_svd_distill.files.header import TensorInfo
+from moe_svd_distill.files.reading import opened, read_at
+
+ORIGINS = (
+    "general.source.huggingface.repository",
+    "general.source.repo_url",
+    "general.source.url",
+    "general.repo_url",
+    "general.base_model.0.repo_url",
+)
+"""Where a file says which checkpoint it was made from; what it was made from comes before what that was tuned from."""
+
+_HUB = re.compile(r"(?:https?://huggingface\.co/)?([\w.-]+/[\w.-]+?)(?:\.git)?(?:/tree/\w+)?/?")
+_UNREAD = "a setting of llama.cpp that no field of the configuration is made of"
+_CHANGING = re.compile(r"scale|factor|softcap|clamp|alibi|temperature|causal")
+_FACTORS = "rope_freqs.weight"
+_MOST_FACTORS = 4096
+_ROWS = 64
+_ROUNDING = 0.4
+"""Two roundings of one table differ by less, even to two bits; two tables by more than one."""
+
+
+def survey_gguf(first: Path, source: str, *, as_stored: bool = False) -> Survey:
+    """Read every header; gather the faults instead of stopping at the first.
+
+    Args:
+        first: The file, or the first one of several.
+        source: What the model is called in messages.
+        as_stored: Show llama.cpp's own tensors.
+    """
+    result = Survey()
+    if find_spec("gguf") is None:
+        result.faults.append(
+            MissingInputError(f"{source} is a GGUF file, and the package gguf is not installed", _INSTALL)
+        )
+        return result
+    metadata: Mapping[str, Value] = {}
+    for found in files_of(first):
+        if isinstance(found, DistillError):
+            result.faults.append(found)
+            continue
+        metadata = metadata or found.metadata
+        result.headers[found.header.file.name] = found.header
+    result.faults += merge_headers(result)
+    result.view = View(result.stored)
+    if result.faults:
+        return result
+    try:
+        result.config, unread = _config(source, metadata, result.stored)
+        result.origin = origin_of(metadata)
+        if not as_stored:
+            view, result.faults = weights_of(result.stored, result.config)
+            result.view = View(
+                view.tensors, view.coded, view.companions, {**view.set_aside, **unread}, view.quantisation
+            )
+    except DistillError as fault:
+        result.faults.append(fault)
+    return result
+
+
+_INSTALL = "Install moe-svd-distill[gguf]"
+
+
+def _config(
+    source: str, metadata: Mapping[str, Value], stored: Mapping[str, TensorInfo]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The configuration, and the settings that nothing was made of."""
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise BadDataError(f"{source} does not say its general.architecture", "Give the first file of the model")
+    settings = Settings(source, architecture, metadata, stored, _one_table(stored))
+    config = config_of(settings, _factors(stored.get(_FACTORS)))
+    unread = settings.unused()
+    if changing := next((key for key in unread if _CHANGING.search(key)), None):
+        what = f"{source} has the setting {changing} = {metadata[changing]}, which changes what {architecture} computes"
+        raise BadDataError(f"{what} and is not read here", "Give the model's safetensors")
+    return config, dict.fromkeys(unread, _UNREAD)
+
+
+def _factors(info: TensorInfo | None) -> tuple[float, ...] | None:
+    """The numbers of a small tensor of single precision."""
+    if info is None:
+        return None
+    if info.dtype != "F32" or info.bytes > 4 * _MOST_FACTORS:
+        what = f"{shown(info.name)} is {info.dtype} {list(info.shape)}"
+        raise BadDataError(f"{what} (expected at most {_MOST_FACTORS} F32)", "Fetch the model again")
+    with opened(info.file) as descriptor:
+        raw = read_at(descriptor, info.file, info.offset, info.bytes)
+    return struct.unpack(f"<{info.bytes // 4}f", raw)
+
+
+def _one_table(stored: Mapping[str, TensorInfo]) -> bool:
+    """Whether a file has embeddings and head apart that are one in the model: some converters write both."""
+    tables = [stored.get(name) for name in ("token_embd.weight", "output.weight")]
+    first, second = (None if info is None or len(info.shape) != 2 else _first_rows(info) for info in tables)
+    if first is None or second is None or first.shape != second.shape:
+        return False
+    return bool(abs(first - second).sum() < _ROUNDING * abs(second).sum())
+
+
+def _first_rows(info: TensorInfo) -> Any:
+    """Some rows of a matrix, (rows, columns) in float32."""
+    import gguf
+    import numpy as np
+
+    rows = min(_ROWS, info.shape[0])
+    with opened(info.file) as descriptor:
+        raw = read_at(descriptor, info.file, info.offset, info.bytes // info.shape[0] * rows)
+    stored = np.frombuffer(raw, np.uint8).reshape(rows, -1)
+    try:
+        with np.errstate(all="ignore"):
+            return gguf.dequantize(stored, gguf.GGMLQuantizationType[info.dtype])
+    except NotImplementedError:  # named where the weights are
+        return None
+
+
+def origin_of(metadata: Mapping[str, Value]) -> tuple[str, str] | None:
+    """The hub checkpoint that a file names as what it was made from, and the key it says so by."""
+    for key in ORIGINS:
+        value = metadata.get(key)
+        if isinstance(value, str) and (match := _HUB.fullmatch(value)):
+            return match[1], key
+    return None
