@@ -46,7 +46,7 @@ def test_every_part_is_of_the_shares(tmp_path: Path, folder: Path, share: float)
     read = read_sources(sources, field=None, group_field=None, tokens=8192)
     parts = divide_text(read.documents, load_tokenizer(folder), BUDGETS, length=64)
     for name, part in parts.items():
-        tokens = part.tokens_by_portion()
+        tokens = {portion.name: count for portion, count in part.tokens_by_portion().items()}
         assert part.tokens == BUDGETS[name]
         assert tokens.keys() == {str(a), OTHERS}
         assert abs(tokens[str(a)] - share * part.tokens) <= 128
@@ -138,7 +138,7 @@ def test_a_long_document_is_tokenised_only_as_far_as_it_is_needed(documents: int
         tokenizer = _Counting()
         run(tokenizer)
         assert tokenizer.most <= 1 << 20
-        assert tokenizer.total < 10_000_000
+        assert tokenizer.total < 5_000_000
 
 
 def test_the_same_text_but_for_white_space_is_the_same(tmp_path: Path) -> None:

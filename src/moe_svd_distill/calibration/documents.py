@@ -13,7 +13,7 @@ from moe_svd_distill.errors import BadDataError, UsageError
 
 MINIMUM_UNITS = 24
 """With fewer documents than this, long ones are cut into sections before they are divided or counted."""
-LONGEST = 1 << 18
+LONGEST = 1 << 16
 """Characters of a section at most, however few documents there are: a document is read no further than it is needed."""
 
 

@@ -32,6 +32,7 @@ TEXT_SUFFIXES = re.compile(
 ENOUGH_CHARACTERS = 50_000_000
 """Kept of a text at least, if it has them: about 12 million tokens, more than any preset asks for."""
 
+_LONGEST = 1 << 24  # kept of one document at least, if it has them
 _CHARACTERS_PER_TOKEN = 16  # several times what any text has, so that there is something to choose from
 _EVERYTHING = 1 << 62
 _REPLACEMENT = "\ufffd"
@@ -94,7 +95,7 @@ def read_text(
         field: The field of a record that holds its text or its messages; default: see `document_of_record`.
         group_field: The field of a record that names the source it belongs to (see `document_of_record`).
         limit_characters: Characters to keep at about most. Of more, documents are drawn by their content, so that
-            neither names nor order matter; a longer document is cut, and a data set is read no further.
+            neither names nor order matter; a document that is much of it is cut, and a data set is read no further.
         portion: What the documents count towards.
 
     Raises:
@@ -184,10 +185,11 @@ def _place(document: Document) -> bytes:
 class _Reading:
     """Documents of paths, one after another, and what was read otherwise than its name says."""
 
-    def __init__(self, field: str | None, group_field: str | None, longest: int) -> None:
-        self._field, self._group_field, self._longest = field, group_field, longest
+    def __init__(self, field: str | None, group_field: str | None, limit: int) -> None:
+        self._field, self._group_field, self._limit = field, group_field, limit
+        self._longest = limit if limit == _EVERYTHING else min(limit, max(_LONGEST, limit // 3))
         self._as_text: list[Path] = []
-        self._cut: list[str] = []
+        self._cut: dict[str, int] = {}
 
     def documents(self, path: str | Path) -> Iterator[Document]:
         if str(path).startswith(DATASET_PREFIX):
@@ -205,14 +207,14 @@ class _Reading:
                 f"{len(self._as_text):,} files of JSON or CSV hold no records of a known form and were read as plain "
                 f"text (the first: {self._as_text[0]})"
             )
-        for where in self._cut:
-            yield f"only about the first {self._longest:,} characters of {where} were read"
+        for where, characters in self._cut.items():
+            yield f"only about the first {characters:,} characters of {where} were read"
 
     def _of_records(self, file: Path, found: Iterator[Row]) -> Iterator[Document]:
         for row in found:
             where = f"{file}:{row.number}"
             if row.cut:
-                self._cut.append(where)
+                self._cut[where] = self._longest
             yield self._of_record(row.record, where, self._field)
 
     def _of_record(self, record: object, where: str, field: str | None) -> Document:
@@ -229,7 +231,7 @@ class _Reading:
         except OSError as error:
             raise unreadable(file, error) from error
         if cut:
-            self._cut.append(str(file))
+            self._cut[str(file)] = self._longest
         yield Document(str(file), text_of(file, content, cut=cut), group=folder)
 
     def _of_dataset(self, source: str) -> Iterator[Document]:
@@ -240,8 +242,8 @@ class _Reading:
             document = self._of_record(row, f"{source}:{number}", named.field or self._field)
             yield document
             characters += len(document.text)
-            if characters >= self._longest:
-                self._cut.append(source)
+            if characters >= self._limit:
+                self._cut[source] = self._limit
                 return
 
     def _holds_records(self, file: Path, *, named: bool) -> bool:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from moe_svd_distill.calibration.documents import LONGEST, MINIMUM_UNITS, Document
+from moe_svd_distill.calibration.documents import LONGEST, MINIMUM_UNITS, Document, Portion
 from moe_svd_distill.calibration.tokenizer import IntArray, Tokenizer
 from moe_svd_distill.errors import BadDataError
 
@@ -54,7 +54,7 @@ class TokenizedText:
         asked: Tokens that were asked for, or None if all there are.
         groups: Digests of the groups the documents belong to, ascending.
         division: How it was kept apart from other parts of the same text; None if it is no part.
-        portions: The name of what each document counts towards; empty where nothing has shares.
+        portions: What each document counts towards; empty where nothing has shares.
     """
 
     sequences: IntArray
@@ -65,14 +65,14 @@ class TokenizedText:
     asked: int | None = None
     groups: tuple[str, ...] = ()
     division: Division | None = None
-    portions: tuple[str, ...] = ()
+    portions: tuple[Portion, ...] = ()
 
-    def tokens_by_portion(self) -> dict[str, int]:
+    def tokens_by_portion(self) -> dict[Portion, int]:
         """Tokens that count towards each portion; empty where nothing has shares."""
         counts = np.bincount(self.document_of_token[self.document_of_token >= 0], minlength=len(self.portions))
-        found = dict.fromkeys(sorted(set(self.portions)), 0)
-        for name, count in zip(self.portions, counts, strict=False):
-            found[name] += int(count)
+        found: dict[Portion, int] = {}
+        for portion, count in zip(self.portions, counts, strict=False):
+            found[portion] = found.get(portion, 0) + int(count)
         return found
 
     @property
@@ -281,9 +281,9 @@ def all_groups(documents: Sequence[Document]) -> tuple[str, ...]:
     return tuple(sorted({document.group_digest for document in documents}))
 
 
-def all_portions(documents: Sequence[Document]) -> tuple[str, ...]:
+def all_portions(documents: Sequence[Document]) -> tuple[Portion, ...]:
     """What each of the documents counts towards; empty where nothing has shares."""
-    return tuple(document.portion.name for document in documents if document.portion is not None)
+    return tuple(document.portion for document in documents if document.portion is not None)
 
 
 def too_short(total: int, length: int, skipped: int) -> BadDataError:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 LONGEST_SEQUENCE = 512
 MUCH_REPEATED = 0.05
 """More repeated blocks than this share of the words are worth a note."""
+MUCH_LESS = 0.02
+"""Of the tokens of a part; a source that gives so much less than its share is worth a note."""
 FEWEST_VALIDATION_TOKENS, MOST_VALIDATION_TOKENS = 1024, 4096
 
 
@@ -71,7 +73,7 @@ class RunText:
                 "documents_skipped": part.student.skipped,
                 "places_compared": round(part.aligned, 4),
                 "common_tokens": len(part.student_ids),
-                **({"tokens_by_source": mixed} if (mixed := part.student.tokens_by_portion()) else {}),
+                **_tokens_by_source(part),
             }
             for name, part in self.parts.items()
         }
@@ -91,7 +93,17 @@ class RunText:
             for name, part in self.parts.items()
             if part.student.short
         ]
+        for name, part in self.parts.items():
+            for portion, tokens in part.student.tokens_by_portion().items():
+                wanted = int(portion.share * (part.student.asked or 0))
+                if tokens < wanted - MUCH_LESS * (part.student.asked or 0) - part.student.length:
+                    short.append(f"{name} text: {tokens:,} tokens of {portion.name} instead of {wanted:,}")
         return read + short + ([] if self.division is None else _division_notes(self.division))
+
+
+def _tokens_by_source(part: PairedText) -> dict[str, dict[str, int]]:
+    found = part.student.tokens_by_portion()
+    return {"tokens_by_source": {portion.name: tokens for portion, tokens in found.items()}} if found else {}
 
 
 def _division_record(division: Division) -> dict[str, Any]:
