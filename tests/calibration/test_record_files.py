@@ -44,6 +44,13 @@ def test_objects_one_after_another(tmp_path: Path, between: str) -> None:
     assert _texts(file) == [f"one {n}" for n in range(3000)]
 
 
+def test_arrays_one_after_another(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(json.dumps([{"text": f"one {n}"}, {"text": f"two {n}"}]) for n in (1, 2))
+    )
+    assert _texts(tmp_path / "a.jsonl") == ["one 1", "two 1", "one 2", "two 2"]
+
+
 def test_an_array_longer_than_what_is_read_at_a_time(tmp_path: Path) -> None:
     file, long = tmp_path / "a.json", [{"text": f"{n} " + "wört " * 30_000} for n in range(4)]
     file.write_text(json.dumps(long, ensure_ascii=False), encoding="utf-8")
@@ -59,6 +66,7 @@ def test_an_array_longer_than_what_is_read_at_a_time(tmp_path: Path) -> None:
         ("[1, 2]", r"a\.json:1 is not a record"),
         ("nonsense", r"a\.json:1 is not JSON"),
         ("[]", "no text in"),
+        ('[{"text": "a"}] and more', r"a\.json:2 is not JSON"),
     ],
 )
 def test_json_that_is_no_text_is_named(tmp_path: Path, content: str, said: str) -> None:

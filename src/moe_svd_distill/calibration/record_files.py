@@ -133,16 +133,14 @@ def _lines(file: Path, stream: BufferedReader, longest: int) -> Iterator[Row]:
 
 
 def _values(file: Path, stream: BufferedReader, longest: int) -> Iterator[Row]:
-    """Objects one after another, in an array or not."""
+    """Objects one after another, in arrays or not."""
     decoder, scan = codecs.getincrementaldecoder("utf-8")(), json.JSONDecoder().raw_decode
     text, at, begin, number, in_array, ended = "", 0, 0, 0, False, False
     while True:
         at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]
-        if number == 0 and not in_array and text.startswith("[", at):
-            in_array, at = True, at + 1
+        if text.startswith("]" if in_array else "[", at):
+            in_array, at = not in_array, at + 1
             continue
-        if in_array and text.startswith("]", at):
-            return
         value, after = None, 0
         if at < len(text):
             try:
