@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 
 from moe_svd_distill.calibration.chat import as_chat
 from moe_svd_distill.calibration.documents import (
-    WINDOW,
     Document,
-    Repeats,
     cut_long_documents,
     split_documents,
     without,
 )
 from moe_svd_distill.calibration.reading import read_documents
+from moe_svd_distill.calibration.repeats import WINDOW, Repeats
 from moe_svd_distill.errors import BadDataError, MissingInputError, UsageError
 from tests.support.windows import windows
 
@@ -58,7 +57,8 @@ def test_a_file_named_outright_is_read_whatever_its_suffix(tmp_path: Path) -> No
     [
         ("a.jsonl", b'{"text": "fine"}\n{"text"', "a.jsonl:2 is not a line of JSON"),
         ("a.jsonl", b'{"content": "x"}', "found: content"),
-        ("a.jsonl", b"[1]", "found: list"),
+        ("a.jsonl", b"[1]", "found: int"),
+        ("a.jsonl", b"3", "found: int"),
         ("a.jsonl", b'{"text": 3}', "has no text"),
         ("a.txt", b"caf\xe9", "not UTF-8 text (byte 3)"),
         ("a.txt", b"a\0b", "binary"),
@@ -141,7 +141,7 @@ def test_a_licence_stays_once_and_goes_at_line_ends_elsewhere() -> None:
     cut = repeats.fresh(second)
     assert cut is not None
     assert cut.text == "# b\n" + _code("b")
-    assert cut.digests == (cut.digest, second.digest)
+    assert cut.digests == (cut.identity, second.identity)
     assert repeats.removed == len(LICENCE.split())
     assert repeats.share == pytest.approx(repeats.removed / repeats.words)
 

@@ -49,7 +49,7 @@ def test_a_conversation_names_its_source_too_and_is_one_by_itself_otherwise(tmp_
         [_records(tmp_path, {"messages": talk, "conversation_id": "c"}, {"messages": other})]
     )
     assert first.group == "c"
-    assert second.group_digest == second.digest
+    assert second.group_digest == second.identity
 
 
 def test_numbers_name_sources_of_their_own_file_only(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_sections_stay_in_the_group_of_their_document() -> None:
         sections = cut_long_documents([document])
         assert len(sections) > 10
         assert {section.group_digest for section in sections} == {document.group_digest}
-    assert book.group_digest != tale.group_digest == tale.digest
+    assert book.group_digest != tale.group_digest == tale.identity
     assert without_groups([book, tale], {book.group_digest}) == (tale,)
 
 

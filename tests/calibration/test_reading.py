@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from moe_svd_distill.calibration.reading import DatasetName, parse_dataset, read_documents
+from moe_svd_distill.calibration.dataset_rows import DatasetName, parse_dataset
+from moe_svd_distill.calibration.reading import read_documents
 from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError, RemoteError, UsageError
 
 ROWS = [{"text": f"row {number} " + "x" * 100, "body": f"body {number}"} for number in range(1000)]

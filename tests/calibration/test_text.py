@@ -44,7 +44,7 @@ def test_the_limit_is_met_in_whole_sequences_and_stops_the_reading(folder: Path)
     packed = tokenize(documents, load_tokenizer(folder), 100, length=16)
     assert packed.sequences.shape == (6, 16)
     assert len(packed.sources) < 40
-    assert set(packed.digests) == {document.digest for document in documents[: len(packed.sources)]}
+    assert set(packed.digests) == {document.identity for document in documents[: len(packed.sources)]}
 
 
 def test_a_limit_is_spread_over_documents(folder: Path) -> None:

@@ -175,3 +175,9 @@ def test_a_refusal_of_the_system_is_explained(tmp_path: Path) -> None:
     with pytest.raises(CannotWriteError, match="not an empty folder"), new_folder(tmp_path / "file"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_name_that_is_no_text_is_the_same_when_it_is_read_again(tmp_path: Path) -> None:
+    name = os.fsdecode(b"/data/caf\xe9")
+    write_json(tmp_path / "run.json", {"path": name, "é": "模"})
+    assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8")) == {"path": name, "é": "模"}

@@ -156,6 +156,69 @@ def test_where_nothing_else_is_left_other_documents_of_the_same_sources_are_read
     assert (found.used, found.of_used_groups, found.apart) == (1, 0, False)
 
 
+LINES = "".join(f"line {n}: " + " ".join(f"w{n}x{k}" for k in range(8)) + "\n" for n in range(30))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        LINES.replace("\n", "\r\n"),
+        LINES + "and a last line\n",
+        LINES.rstrip("\n").rpartition("\n")[0],
+        " ".join(LINES.split()),
+        LINES.replace("line 7", "row 7").replace("w20x4", "edited"),
+        LINES.upper().replace(":", " -"),
+    ],
+)
+def test_text_that_differs_little_from_what_was_used_is_left_out_and_counted(changed: str) -> None:
+    used = Document("calibration", LINES)
+    search = read_as(SearchRecord, {"used_documents": list(used.digests), "used_groups": [used.group_digest]})
+    for others in ([], [OTHER], [OTHER, SAME]):
+        found = held_out([*others, Document("changed", changed)], search, [used])
+        assert found.documents == tuple(others)
+        assert found.used + (found.repeated or 0) == 1
+        assert found.of_used_groups == 0
+
+
+def test_a_short_text_that_differs_in_punctuation_is_left_out_too() -> None:
+    used = Document("calibration", "The cat sat on the mat.")
+    search = read_as(SearchRecord, {"used_documents": list(used.digests), "used_groups": [used.group_digest]})
+    found = held_out([Document("a", "the cat sat\non the mat"), Document("b", "the cat sat")], search, [used])
+    assert ([document.source for document in found.documents], found.repeated) == (["b"], 1)
+
+
+def test_white_space_is_noticed_without_the_calibration_text() -> None:
+    search = read_as(SearchRecord, {"used_documents": list(Document("calibration", LINES).digests)})
+    found = held_out([Document("changed", LINES.replace("\n", "\r\n").rstrip()), OTHER], search, [])
+    assert (found.documents, found.used, found.repeated) == ((OTHER,), 1, None)
+
+
+def test_the_calibration_text_is_found_again_from_the_record(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the recipe gives shares and fields."""
+    told: list[Any] = []
+    monkeypatch.setattr(
+        evaluate,
+        "evaluate",
+        lambda asked, teacher, student, documents, calibration, *_: (
+            told.extend([documents, calibration]) or SimpleNamespace(as_dict=lambda: {"verdict": "new"})
+        ),
+    )
+    folder = adapter.parent
+    (folder / "a.jsonl").write_text(json.dumps({"body": LINES}))
+    (folder / "b.jsonl").write_text(json.dumps({"text": OTHER.text}))
+    (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in (LINES + "\nmore", SAME.text)))
+    calibration = [{"path": str(folder / "a.jsonl"), "share": 0.3, "field": "body"}, str(folder / "b.jsonl")]
+    used = list(Document("x", LINES).digests)
+    content = {"recipe": {"calibration": calibration}, "scale_search": {"used_documents": used}}
+    (adapter / "run.json").write_text(json.dumps(content))
+    student = str(folder / "student")
+    result = evaluate_adapter(EvaluationRequest(adapter, student, student, (folder / "text.jsonl",)))
+    assert [document.text for document in told[0]] == [SAME.text]
+    assert [document.text for document in told[1]] == [LINES, OTHER.text]
+    assert result.evaluation["held_out"]["documents_repeated"] == 1
+    assert result.evaluation["held_out"]["read"]["documents"] == 2
+
+
 def test_an_adapter_without_a_record_and_text_that_is_all_used() -> None:
     assert held_out([USED, OTHER], read_as(SearchRecord, {}), []).documents == (USED, OTHER)
     assert held_out([USED], SEARCH, []).documents == ()

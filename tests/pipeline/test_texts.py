@@ -76,3 +76,30 @@ def test_the_recipe_names_the_field(tmp_path: Path) -> None:
     assert SOURCES in said
     with pytest.raises(BadDataError, match=r"field 'page' \(text_group\)"):
         _read(file, text_group="page")
+
+
+def test_shares_and_what_was_left_out_are_recorded(tmp_path: Path) -> None:
+    first = _rows(tmp_path / "a.jsonl", 60)
+    with first.open("a") as file:
+        file.write("\n" + json.dumps({"text": " "}) + "\n" + first.read_text().splitlines()[0])
+    values = {"calibration": [{"path": str(first), "share": 0.25}, str(tmp_path / "c.csv")]}
+    (tmp_path / "c.csv").write_text(
+        "text\n" + "".join(" ".join(f"other{n}x{k}" for k in range(150)) + "\n" for n in range(60))
+    )
+    text = _read(first, **values)
+    record = text.record()
+    assert (record["read"]["documents"], record["read"]["empty"], record["read"]["copies"]) == (120, 1, 1)
+    tokens = record["text"]["fit"]["tokens_by_source"]
+    assert sum(tokens.values()) == record["text"]["fit"]["tokens"] == 4096
+    assert abs(tokens[str(first)] - 1024) <= 512
+    assert record["shortfalls"][:2] == [
+        "calibration text: 1 documents without text were left out",
+        "calibration text: 1 documents the same as others but for white space were left out",
+    ]
+
+
+def test_a_source_that_is_too_small_for_its_share_is_said(tmp_path: Path) -> None:
+    first, second = _rows(tmp_path / "a.jsonl", 60), tmp_path / "b.jsonl"
+    second.write_text("\n".join(json.dumps({"text": " ".join(f"b{n}x{k}" for k in range(60))}) for n in range(9)))
+    text = _read(first, calibration=[str(first), {"path": str(second), "share": 0.9}])
+    assert any(f"of {second}" in said and "instead of" in said for said in text.shortfalls())

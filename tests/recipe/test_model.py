@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from moe_svd_distill.errors import UsageError
-from moe_svd_distill.recipe import parse_recipe
+from moe_svd_distill.recipe import TextSource, parse_recipe, recipe_yaml, text_sources
 
 BASE = {"teacher": "t", "student": "s"}
 
@@ -85,3 +86,29 @@ def test_a_fit_needs_text_and_a_head_that_may_change(method: str) -> None:
         parse_recipe(BASE | {"method": method, "calibration": ["text"], "head": "keep"})
     recipe = parse_recipe(BASE | {"method": method, "calibration": [Path("a.txt"), "datasets:name"]})
     assert recipe.calibration == ["a.txt", "datasets:name"]
+
+
+def test_sources_of_text_with_shares() -> None:
+    given = [{"path": Path("a"), "share": 0.3, "field": "body"}, "b"]
+    recipe = parse_recipe(BASE | {"calibration": given})
+    assert recipe.calibration == [TextSource(path="a", share=0.3, field="body"), "b"]
+    assert parse_recipe(yaml.safe_load(recipe_yaml(recipe))) == recipe
+    thirds = [{"path": name, "share": 0.33} for name in "abc"]
+    read = text_sources(parse_recipe(BASE | {"calibration": thirds}).calibration)
+    assert [source.share for source in read] == [0.33] * 3
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([{"path": "a", "share": 0.5}, {"path": "b", "share": 0.4}], "calibration: the shares sum to 0.9, expected 1"),
+        ([{"path": "a", "share": 1.0}, "b"], "the shares sum to 1 and leave nothing for the sources without one"),
+        ([{"path": "a", "share": 0}], r"calibration.0.share: Input should be greater than 0, found 0"),
+        ([{"path": "a", "shares": 0.5}], r"unknown key 'calibration.0.shares'. Did you mean 'share'"),
+        ([{"share": 0.5}], r"calibration.0.path is not given"),
+        ([3], "calibration.0: Input should be a valid string"),
+    ],
+)
+def test_shares_that_do_not_fit_are_refused(given: list[Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        parse_recipe(BASE | {"calibration": given})

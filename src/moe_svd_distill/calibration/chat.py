@@ -70,7 +70,8 @@ def as_chat(value: Any, record: Mapping[str, Any]) -> Chat:
     """Read a list of messages, in either form; `record` may offer `tools` and a `system` prompt beside it.
 
     Content of None becomes empty, and lists of text parts become their text. The ShareGPT form (`from`, `value`) is
-    translated to roles.
+    translated to roles. Tool calls become `{"type", "function": {"name", "arguments"}}` with a mapping for arguments
+    that are a string of JSON, as OpenAI's are, because chat templates write the arguments out as JSON themselves.
 
     Raises:
         ValueError: It is not a conversation of text; the message says what is wrong with which message.
@@ -81,7 +82,20 @@ def as_chat(value: Any, record: Mapping[str, Any]) -> Chat:
     system = record.get("system")
     if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
-    return Chat(json.dumps({"messages": messages, "tools": _tools(record.get("tools"))}, ensure_ascii=False))
+    try:
+        written = json.dumps({"messages": messages, "tools": _tools(record.get("tools"))}, ensure_ascii=False)
+    except (TypeError, RecursionError) as error:  # dates and bytes of a parquet file, and what is nested without end
+        raise ValueError(f"it holds what JSON cannot ({error})") from error
+    return Chat(well_formed(written))
+
+
+def well_formed(text: str) -> str:
+    """The text with the replacement character for lone surrogates, which no tokenizer takes; itself if it has none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def render_chat(chat: Chat, tokenizer: Any, *, where: str, begins: bool) -> str:
@@ -98,7 +112,7 @@ def render_chat(chat: Chat, tokenizer: Any, *, where: str, begins: bool) -> str:
 
     Raises:
         MissingInputError: The tokenizer has no chat template.
-        BadDataError: The template refuses the conversation, for example its order of roles.
+        BadDataError: The template refuses the conversation, for example its order of roles, or refuses any.
     """
     messages, tools = chat.messages, chat.tools
     try:
@@ -117,6 +131,11 @@ def render_chat(chat: Chat, tokenizer: Any, *, where: str, begins: bool) -> str:
             )
         )
     except Exception as error:  # whatever a template does, besides raising on purpose
+        if _refuses_anything(tokenizer, template):
+            raise BadDataError(
+                f"The chat template in {tokenizer.name_or_path} cannot render any conversation ({error})",
+                "Fetch the tokenizer's files again, or calibrate on plain text",
+            ) from error
         raise BadDataError(
             f"{where} cannot be rendered by the chat template in {tokenizer.name_or_path} ({error})",
             "Mend or remove the record",
@@ -125,6 +144,15 @@ def render_chat(chat: Chat, tokenizer: Any, *, where: str, begins: bool) -> str:
         text = text.removeprefix(tokenizer.bos_token)
     ended = text.rstrip()
     return ended if tokenizer.eos_token and ended.endswith(tokenizer.eos_token) else text
+
+
+def _refuses_anything(tokenizer: Any, template: str) -> bool:
+    plain = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        tokenizer.apply_chat_template(plain, chat_template=template, tokenize=False)
+    except Exception:  # as above
+        return True
+    return False
 
 
 def _message(message: Any, number: int) -> dict[str, Any]:
@@ -140,10 +168,12 @@ def _message(message: Any, number: int) -> dict[str, Any]:
             raise ValueError(f"message {number} is from {message['from']!r}, expected human, gpt, system or tool")
     else:
         raise ValueError(f"message {number} has neither role and content nor from and value")
-    rest = {key: value for key, value in message.items() if key not in known and value is not None}
+    rest = {str(key): value for key, value in message.items() if key not in known and value is not None}
+    calls = rest.pop("tool_calls", None) or rest.pop("function_call", None)
     if message.get("from") == "function_call":
-        return {"role": role, "content": "", "tool_calls": _tool_calls(content, number), **rest}
-    return {"role": role, "content": _text(content, number), **rest}
+        content, calls = None, content
+    called = {"tool_calls": _tool_calls(calls, number)} if calls else {}
+    return {"role": "tool" if role == "function" else role, "content": _text(content, number), **called, **rest}
 
 
 def _text(content: Any, number: int) -> str:
@@ -165,12 +195,25 @@ def _text(content: Any, number: int) -> str:
 def _tool_calls(content: Any, number: int) -> list[dict[str, Any]]:
     try:
         calls = json.loads(content) if isinstance(content, str) else content
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"message {number} is a function call that is not JSON ({error})") from error
-    calls = calls if isinstance(calls, list) else [calls]
-    if not all(isinstance(call, Mapping) and "name" in call for call in calls):
+    return [_tool_call(call, number) for call in (calls if isinstance(calls, list) else [calls])]
+
+
+def _tool_call(call: Any, number: int) -> dict[str, Any]:
+    if isinstance(call, Mapping) and "function" not in call:
+        call = {"type": "function", "function": call}
+    function = call["function"] if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise ValueError(f"message {number} is a function call without a name")
-    return [{"type": "function", "function": dict(call)} for call in calls]
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            read = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            read = arguments
+        function = {**function, "arguments": read if isinstance(read, dict) else arguments}
+    return {**call, "function": function}
 
 
 def _tools(tools: Any) -> list[Any] | None:
@@ -178,7 +221,7 @@ def _tools(tools: Any) -> list[Any] | None:
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"its tools are not JSON ({error})") from error
     if not tools:
         return None

@@ -6,16 +6,26 @@ Documents are read as far as the parts need them: without repeated blocks, token
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from moe_svd_distill.calibration.allocation import ENOUGH, WIDEST, Spread, allocate, complete
-from moe_svd_distill.calibration.documents import MINIMUM_UNITS, Document, Repeats, cut_long_documents, drawing_key
+from moe_svd_distill.calibration.documents import (
+    LONGEST,
+    MINIMUM_UNITS,
+    Document,
+    Portion,
+    cut_long_documents,
+    drawing_key,
+    without_groups,
+)
+from moe_svd_distill.calibration.repeats import Repeats
 from moe_svd_distill.calibration.text import (
-    BATCH,
     Division,
     TextPart,
     TokenizedText,
+    batches,
     encode_documents,
     even_share,
     fits,
@@ -53,6 +63,9 @@ def divide_text(
     in the order they are named in, so with enough text none depends on the budgets of those after it. The order of
     documents and groups is drawn from their content and the seed, never from names.
 
+    Where documents count towards portions (`Document.portion`), every part is of their shares, each portion divided by
+    itself, without the groups that one before it has given.
+
     With fewer than 24 documents long ones are cut into sections, which then count as documents of the same group. Where
     there are fewer groups than parts, or dividing by groups leaves the parts less than `LEAST_APART` of what they could
     have, documents are what is kept apart, and `Division.apart` is false.
@@ -85,14 +98,67 @@ def divide(
     """Choose the documents of each part, as `divide_text` describes, and leave the packing to the caller."""
     if not budgets or any(tokens <= 0 for tokens in budgets.values()):
         raise UsageError(f"A part of the text has no tokens: {dict(budgets)}", "Give every part a budget above 0")
-    names = list(budgets)
-    full = [whole(budgets[name], length) for name in names]
-    units = _units(documents, tokenizer, len(names))
+    portions: dict[Portion | None, list[Document]] = {}
+    for document in documents:
+        portions.setdefault(document.portion, []).append(document)
+    sequences = {name: whole(budgets[name], length) // length for name in budgets}
+    shares = [1.0 if portion is None else portion.share for portion in portions]
+    divided = {name: divided_by_share(count, shares) for name, count in sequences.items()}
+    reading, found = _Reading(tokenizer, vocabulary, Repeats() if len(budgets) > 1 else None), []
+    used: set[str] = set()
+    for number, own in enumerate(portions.values()):
+        full = [divided[name][number] * length for name in budgets]
+        parts = _divide_one(without_groups(own, used), reading, full, length, seed)
+        used.update(document.group_digest for part in parts for document in part.documents)
+        found.append(parts)
+    return {
+        name: replace(_joined([parts[number] for parts in found], seed), asked=budgets[name])
+        for number, name in enumerate(budgets)
+    }
+
+
+def divided_by_share(count: int, shares: Sequence[float]) -> list[int]:
+    """Whole numbers in these proportions, by largest remainders, of this sum; but none is 0, whatever the sum is then.
+
+    Args:
+        count: The sum.
+        shares: Above 0.
+    """
+    exact = [count * share / sum(shares) for share in shares]
+    found = [int(part) for part in exact]
+    for place in sorted(range(len(exact)), key=lambda place: found[place] - exact[place])[: count - sum(found)]:
+        found[place] += 1
+    return [max(part, 1) for part in found]
+
+
+def _joined(parts: Sequence[TextPart], seed: int) -> TextPart:
+    """One part of several portions, in the order their documents are drawn in."""
+    if len(parts) == 1:
+        return parts[0]
+    both = [found for part in parts for found in zip(part.documents, part.ids, part.limits(), strict=True)]
+    both.sort(key=lambda found: drawing_key(seed, found[0].digest))
+    divisions = [part.division for part in parts if part.division is not None]
+    return replace(
+        parts[-1],
+        documents=tuple(document for document, _, _ in both),
+        ids=tuple(ids for _, ids, _ in both),
+        wanted=sum(part.wanted or 0 for part in parts),
+        skipped=sum(part.skipped for part in parts),
+        longest=tuple(len(ids) if most is None else most for _, ids, most in both),
+        division=replace(divisions[-1], apart=all(division.apart for division in divisions)),
+    )
+
+
+def _divide_one(
+    documents: Sequence[Document], reading: _Reading, full: Sequence[int], length: int, seed: int
+) -> list[TextPart]:
+    """The parts of one portion; `reading` knows what those before have read."""
+    units = _units(documents, reading.tokenizer, len(full))
     groups = _groups(units, seed)
-    apart = len(groups) >= len(names)
+    apart = len(groups) >= len(full)
     if not apart:
         groups = [[unit] for unit in sorted(units, key=lambda unit: drawing_key(seed, unit.digest))]
-    read = _read_groups(groups, tokenizer, full, vocabulary)
+    read = _read_groups(groups, reading.anew(), full)
     order, numbers = read.by_group()
     lengths = read.lengths[order]
     allocation = allocate(lengths, numbers, full, length)
@@ -103,26 +169,32 @@ def divide(
             apart, order, lengths, allocation = False, mixed, read.lengths[mixed], closer
     if allocation is None:
         raise too_short(int(lengths.sum()), length * len(full), read.skipped)
-    division = Division(apart, read.repeats.share, read.repeats.left_out)
-    parts = {}
-    for name, tokens, places in zip(names, allocation.wanted, allocation.places, strict=True):
+    repeats = read.repeats or Repeats()
+    parts = []
+    for tokens, places in zip(allocation.wanted, allocation.places, strict=True):
         chosen = sorted(order[places], key=read.drawn(seed))
-        parts[name] = TextPart(
-            documents=tuple(read.documents[place] for place in chosen),
-            ids=tuple(read.ids[place] for place in chosen),
-            wanted=tokens,
-            longest=even_share(lengths[places], tokens),
-            asked=budgets[name],
-            skipped=read.skipped,
-            division=division,
+        parts.append(
+            TextPart(
+                documents=tuple(read.documents[place] for place in chosen),
+                ids=tuple(read.ids[place] for place in chosen),
+                wanted=tokens,
+                longest=(even_share(lengths[places], tokens),) * len(chosen),
+                asked=None,
+                skipped=read.skipped,
+                division=Division(apart, repeats.share, repeats.left_out),
+            )
         )
     return parts
 
 
 def _units(documents: Sequence[Document], tokenizer: Tokenizer, parts: int) -> Sequence[Document]:
-    if len(documents) >= MINIMUM_UNITS:
-        return documents
-    return cut_long_documents([rendered(document, tokenizer) for document in documents], minimum=MINIMUM_UNITS * parts)
+    """Documents, long ones cut into sections: many where there are few, and such as can be read at a time elsewhere."""
+    few = len(documents) < MINIMUM_UNITS
+    read = [
+        rendered(document, tokenizer) if few or (document.chat and len(document.chat.record) > LONGEST) else document
+        for document in documents
+    ]
+    return cut_long_documents(read, minimum=MINIMUM_UNITS * parts if few else MINIMUM_UNITS)
 
 
 def _groups(units: Sequence[Document], seed: int) -> list[list[Document]]:
@@ -140,19 +212,29 @@ def _groups(units: Sequence[Document], seed: int) -> list[list[Document]]:
 
 
 class _Reading:
-    """Documents read so far, in the order they were read; `groups` has the number of each one's group."""
+    """Documents read so far, in the order they were read; `groups` has the number of each one's group.
 
-    def __init__(self, tokenizer: Tokenizer, vocabulary: int | None, *, repeats_stay: bool) -> None:
-        self.tokenizer, self.vocabulary = tokenizer, vocabulary
-        self.repeats, self.repeats_stay = Repeats(), repeats_stay
+    Args:
+        tokenizer: The student's.
+        vocabulary: Documents with a token number at or above this are skipped.
+        repeats: What has been read, so that it is removed where it comes again; None if repetitions stay.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int | None, repeats: Repeats | None) -> None:
+        self.tokenizer, self.vocabulary, self.repeats, self.skipped = tokenizer, vocabulary, repeats, 0
         self.documents: list[Document] = []
         self.ids: list[IntArray] = []
         self.groups: list[int] = []
-        self.skipped = 0
+
+    def anew(self) -> _Reading:
+        """One without documents, which knows what repeats in those of this one."""
+        return _Reading(self.tokenizer, self.vocabulary, self.repeats)
 
     def read(self, chunk: Sequence[tuple[int, Document]]) -> None:
         """Read documents, each given with the number of its group."""
-        fresh = [(group, document if self.repeats_stay else self.repeats.fresh(document)) for group, document in chunk]
+        fresh = [
+            (group, self.repeats.fresh(document) if self.repeats is not None else document) for group, document in chunk
+        ]
         kept = [(group, document) for group, document in fresh if document is not None]
         encoded = encode_documents([document for _, document in kept], self.tokenizer)
         for (group, _), (document, ids) in zip(kept, encoded, strict=True):
@@ -184,17 +266,11 @@ class _Reading:
         return complete(self.lengths[order], groups, full, spreads) is not None
 
 
-def _read_groups(
-    groups: Sequence[Sequence[Document]], tokenizer: Tokenizer, full: Sequence[int], vocabulary: int | None
-) -> _Reading:
-    """Read groups in their order until every part has its tokens, over as many groups and documents as is wanted.
-
-    Blocks that documents share are removed where there are several parts.
-    """
-    reading = _Reading(tokenizer, vocabulary, repeats_stay=len(full) == 1)
+def _read_groups(groups: Sequence[Sequence[Document]], reading: _Reading, full: Sequence[int]) -> _Reading:
+    """Read groups in their order until every part has its tokens, over as many groups and documents as is wanted."""
     for chunks in _rounds(groups):
-        for begin in range(0, len(chunks), BATCH):
-            reading.read(chunks[begin : begin + BATCH])
+        for batch in batches(chunks, lambda chunk: len(chunk[1].text)):
+            reading.read(batch)
             if reading.suffices(full, (WIDEST,)):
                 return reading
         if reading.suffices(full, ENOUGH):

@@ -1,18 +1,11 @@
-"""Documents, the sources they belong to, dividing them so that none serves two purposes, and removing what repeats.
-
-Repeats are blocks of text that other documents hold too: licences, boilerplate, copied functions. Exact runs of words,
-as in Lee et al. 2022, "Deduplicating Training Data Makes Language Models Better", whose 50 subword tokens are about 30
-words. Words are compared without case, punctuation and white space, so a licence is the same in the comments of any
-language and at any width. Similar documents are not looked for: what differs every few words stays.
-"""
+"""Documents, the sources they belong to, and dividing them so that none serves two purposes."""
 
 from __future__ import annotations
 
 import hashlib
-import re
-from bisect import bisect_left
+import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from moe_svd_distill.calibration.chat import Chat
@@ -20,17 +13,19 @@ from moe_svd_distill.errors import BadDataError, UsageError
 
 MINIMUM_UNITS = 24
 """With fewer documents than this, long ones are cut into sections before they are divided or counted."""
-WINDOW = 30
-"""Words in a row that two documents must share for them to count as a repeated block."""
+LONGEST = 1 << 16
+"""Characters of a section at most, however few documents there are: a document is read no further than it is needed."""
 
-_LINE = 15
-"""A line goes as a whole where a repeated block begins or ends in it, unless so many words of its own stand there."""
 
-_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # kana and ideographs: each character counts as a word
-_WORD = re.compile(rf"[^\W{_UNSPACED}]+|[{_UNSPACED}]")
+_CHUNK = 1 << 20
 
-Run = tuple[int, int]
-"""Number of the first word, and one past the last."""
+
+@dataclass(frozen=True)
+class Portion:
+    """What a recipe takes from one place: its name, and which share of the tokens."""
+
+    name: str
+    share: float
 
 
 @dataclass(frozen=True)
@@ -40,12 +35,13 @@ class Document:
     Attributes:
         source: File, or file and line, or data set and row.
         text: What is read. Of a conversation, only what was said, for counting: `Tokenizer.render` makes its text.
-        origin: The digest of the whole document if this is a section of one, or of the conversation it was rendered
+        origin: The identity of the whole document if this is a section of one, or of the conversation it was rendered
             from.
         chat: The conversation, as long as no tokenizer has rendered it.
         group: Name of the source it belongs to (a package, a site), which all of its documents share; None if it is
             a source by itself.
         conversation: Whether it is, or was cut from, a conversation.
+        portion: What it counts towards where a recipe gives shares; None where it gives none.
     """
 
     source: str
@@ -54,6 +50,7 @@ class Document:
     chat: Chat | None = None
     group: str | None = None
     conversation: bool = False
+    portion: Portion | None = None
 
     @classmethod
     def of_chat(cls, source: str, chat: Chat, group: str | None = None) -> Document:
@@ -62,26 +59,40 @@ class Document:
 
     @cached_property
     def digest(self) -> str:
-        """A name for the content alone, so that a copy under another file name is recognised."""
+        """A name for the content alone, whatever the file is called; what orders are drawn by."""
         content = self.text if self.chat is None else self.chat.content
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+
+    @cached_property
+    def identity(self) -> str:
+        """A name for the content but for white space, line ends and spellings in Unicode."""
+        content = self.text
+        if self.chat is not None:
+            content = self.chat.content.replace("\\r", "").replace("\\n", "").replace("\\t", "")
+        if not content.isascii():
+            content = unicodedata.normalize("NFC", content)
+        found = hashlib.sha256()
+        for begin in range(0, len(content), _CHUNK):  # words of the whole would take ten times its memory
+            found.update("".join(content[begin : begin + _CHUNK].split()).encode("utf-8", "surrogatepass"))
+        return found.hexdigest()
 
     @property
     def digests(self) -> tuple[str, ...]:
         """What to write down once the document is used, so that `without` recognises it and the whole it is of."""
-        return (self.digest,) if self.origin is None else (self.digest, self.origin)
+        return (self.identity,) if self.origin is None else (self.identity, self.origin)
 
     @property
     def group_digest(self) -> str:
-        """A name for the source it belongs to; the digest of the whole document where it is a source by itself."""
+        """A name for the source it belongs to; the identity of the whole document where it is a source by itself."""
         if self.group is None:
-            return self.origin or self.digest
+            return self.origin or self.identity
         return hashlib.sha256(f"group:{self.group}".encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def without(documents: Sequence[Document], digests: Collection[str]) -> tuple[Document, ...]:
     """Leave out the documents whose content is already in use elsewhere, named by their `digests`."""
-    return tuple(document for document in documents if document.digest not in digests)
+    # Earlier versions wrote down `digest` in place of `identity`.
+    return tuple(d for d in documents if d.identity not in digests and d.digest not in digests)
 
 
 def without_groups(documents: Sequence[Document], digests: Collection[str]) -> tuple[Document, ...]:
@@ -133,12 +144,11 @@ def cut_long_documents(
 ) -> tuple[Document, ...]:
     """Cut documents into sections of at least `shortest` characters, at line ends, until there are about `minimum`.
 
-    Enough documents come back as they are, and so do conversations that are not rendered yet.
+    Of enough documents only those that are longer than two sections of `LONGEST` characters are cut. Conversations that
+    are not rendered yet come back as they are.
     """
-    if len(documents) >= minimum:
-        return tuple(documents)
     total = sum(len(document.text) for document in documents)
-    size = max(total // (2 * minimum), shortest)
+    size = LONGEST if len(documents) >= minimum else min(max(total // (2 * minimum), shortest), LONGEST)
     return tuple(section for document in documents for section in _sections(document, size))
 
 
@@ -156,110 +166,7 @@ def _sections(document: Document, size: int) -> Iterator[Document]:
                 document,
                 source=f"{document.source}#{number}",
                 text=text[begin:end],
-                origin=document.origin or document.digest,
+                origin=document.origin or document.identity,
             )
             number += 1
         begin = end
-
-
-@dataclass
-class Repeats:
-    """The text that has been read so far, as hashes of its windows; about 75 bytes a word.
-
-    Attributes:
-        words: Read, of all documents.
-        removed: Words removed of these, those of documents left out among them.
-        left_out: Documents of which too little remained.
-    """
-
-    words: int = 0
-    removed: int = 0
-    left_out: int = 0
-    _numbers: dict[str, int] = field(default_factory=dict)
-    _seen: set[int] = field(default_factory=set)
-
-    @property
-    def share(self) -> float:
-        """Share of the words that was removed."""
-        return self.removed / self.words if self.words else 0.0
-
-    def fresh(self, document: Document) -> Document | None:
-        """Read one more document: what no earlier document holds of it, cut at line ends where possible.
-
-        Of what comes back no window is in the text of a document that came back before. Conversations are an exception:
-        they come back whole, or not at all if most of their words are repeated. Repetitions inside a document stay.
-
-        Returns:
-            The document itself if nothing is repeated; None if less than a window remains of one that was cut.
-        """
-        text = document.text
-        spans, numbers = self._read(text)
-        total = len(numbers)
-        self.words += total
-        while runs := self._repeated(numbers):
-            if document.conversation:
-                if 2 * sum(last - first for first, last in runs) > total:
-                    self._leave_out(total)
-                    return None
-                break
-            text = without_runs(text, spans, runs)
-            spans, numbers = self._read(text)  # again: what is joined by the cut may be a repetition in turn
-        if len(numbers) < min(total, WINDOW):
-            self._leave_out(total)
-            return None
-        self.removed += total - len(numbers)
-        self._seen.update(_windows(numbers))
-        if text is document.text:
-            return document
-        return replace(document, text=text, origin=document.origin or document.digest)
-
-    def repeated_share(self, text: str) -> float:
-        """Share of a text's words that stand in blocks which have been read; the text itself is not read."""
-        _, numbers = self._read(text)
-        return sum(last - first for first, last in self._repeated(numbers)) / max(len(numbers), 1)
-
-    def _leave_out(self, words: int) -> None:
-        self.removed += words
-        self.left_out += 1
-
-    def _read(self, text: str) -> tuple[list[Run], list[int]]:
-        """Where the words are, and one number for each different one."""
-        spans, numbers = [], []
-        for found in _WORD.finditer(text):
-            spans.append(found.span())
-            numbers.append(self._numbers.setdefault(found[0].lower(), len(self._numbers)))
-        return spans, numbers
-
-    def _repeated(self, numbers: Sequence[int]) -> list[Run]:
-        runs: list[Run] = []
-        for first, window in enumerate(_windows(numbers)):
-            if window in self._seen:
-                if runs and first <= runs[-1][1]:
-                    runs[-1] = (runs[-1][0], first + WINDOW)
-                else:
-                    runs.append((first, first + WINDOW))
-        return runs
-
-
-def _windows(numbers: Sequence[int]) -> list[int]:
-    return [hash(window) for window in zip(*(numbers[place:] for place in range(WINDOW)), strict=False)]
-
-
-def without_runs(text: str, spans: Sequence[Run], runs: Sequence[Run]) -> str:
-    """Cut runs of words out of a text, and the rest of the lines they begin and end in if that is little.
-
-    Args:
-        text: The text.
-        spans: First character of each word and one past its last, ascending.
-        runs: Words to cut, ascending, not overlapping.
-    """
-    begins = [begin for begin, _ in spans]
-    kept: list[str] = []
-    at = 0
-    for first, last in runs:
-        begin, end = spans[first][0], spans[last - 1][1]
-        line, stop = text.rfind("\n", 0, begin) + 1, text.find("\n", end) + 1 or len(text)
-        whole = first - bisect_left(begins, line) < _LINE
-        kept.append(text[at : max(at, line)] if whole else text[at : max(at, begin)] + " ")
-        at = max(at, stop if bisect_left(begins, stop) - last < _LINE else end)
-    return "".join((*kept, text[at:]))

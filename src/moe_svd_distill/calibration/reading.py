@@ -1,37 +1,62 @@
-"""Reading documents: from files, folders, and data sets of the hub (streamed, by the optional package `datasets`)."""
+"""Reading documents: from files of text or of records, folders, and data sets of the hub.
+
+However much there is, no more stays in memory than is asked for: of more text, documents are drawn by their content.
+"""
 
 from __future__ import annotations
 
-import importlib
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from moe_svd_distill.calibration.chat import as_chat
-from moe_svd_distill.calibration.documents import Document
-from moe_svd_distill.errors import BadDataError, MissingInputError, RemoteError, UsageError
+from moe_svd_distill.calibration.dataset_rows import DATASET_PREFIX, dataset_rows, parse_dataset
+from moe_svd_distill.calibration.documents import Document, Portion, drawing_key
+from moe_svd_distill.calibration.record_files import (
+    RECORD_SUFFIXES,
+    Row,
+    is_parquet,
+    parquet_rows,
+    rows,
+    text_of,
+    unreadable,
+)
+from moe_svd_distill.calibration.records import document_of_record
+from moe_svd_distill.errors import BadDataError, MissingInputError
 
-FIELDS = ("text", "messages", "conversations")
-"""Where a record's content is looked for unless a field is named, in this order."""
-
-GROUP_FIELDS = ("group", "repo", "repository", "repo_name", "package", "conversation_id")
-"""Where the source a record belongs to is looked for unless a field is named, in this order."""
-
-RECORD_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 TEXT_SUFFIXES = re.compile(
     r"\.(txt|text|md|markdown|rst|tex|html?|xml|csv|tsv|ya?ml|toml|ini|cfg|json|ipynb"
     r"|pyi?|[jt]sx?|c|cc|cpp|h|hpp|cu|java|kt|scala|go|rs|rb|php|swift|m|r|jl|lua|pl|sh|bash|sql|css)"
 )
+ENOUGH_CHARACTERS = 50_000_000
+"""Kept of a text at least, if it has them: about 12 million tokens, more than any preset asks for."""
 
-DATASET_PREFIX = "datasets:"
-DATASET_CHARACTERS = 50_000_000
-"""Read of each data set at most unless told otherwise: about 12 million tokens, more than any preset asks for."""
+_LONGEST = 1 << 24  # kept of one document at least, if it has them
+_CHARACTERS_PER_TOKEN = 16  # several times what any text has, so that there is something to choose from
+_EVERYTHING = 1 << 62
+_REPLACEMENT = "\ufffd"
+_SLACK = 1.25  # by how much more is held than kept before documents are dropped
 
-_OLDEST = 4  # the first major version that runs no code from a data set's repository
-_FORM = "Write datasets:NAME[:CONFIG][:SPLIT][#FIELD], for example datasets:org/name::train#text"
+
+@dataclass(frozen=True)
+class ReadText:
+    """Documents and what became of the others.
+
+    Attributes:
+        documents: In the order they were read.
+        counts: For run.json: characters kept, and documents by what became of them.
+        notes: What people should know.
+    """
+
+    documents: tuple[Document, ...]
+    counts: dict[str, int]
+    notes: tuple[str, ...]
+
+
+def enough_characters(tokens: int | None) -> int:
+    """How many characters to keep of a text for so many tokens; None for all of it."""
+    return _EVERYTHING if tokens is None else max(ENOUGH_CHARACTERS, _CHARACTERS_PER_TOKEN * tokens)
 
 
 def read_documents(
@@ -39,13 +64,27 @@ def read_documents(
     *,
     field: str | None = None,
     group_field: str | None = None,
-    limit_characters: int = DATASET_CHARACTERS,
+    limit_characters: int = ENOUGH_CHARACTERS,
 ) -> tuple[Document, ...]:
-    """Read every document in files, folders and data sets; copies of the same text are kept once.
+    """The documents that `read_text` finds."""
+    return read_text(paths, field=field, group_field=group_field, limit_characters=limit_characters).documents
 
-    A folder is searched recursively for files with a text suffix, in the order of their names. A file of JSON lines
-    holds one document per line: a text or a conversation (see `document_of_record`); any other file is one document.
-    `datasets:NAME[:CONFIG][:SPLIT][#FIELD]` names a data set of the hub (see `parse_dataset`).
+
+def read_text(
+    paths: Sequence[str | Path],
+    *,
+    field: str | None = None,
+    group_field: str | None = None,
+    limit_characters: int = ENOUGH_CHARACTERS,
+    portion: Portion | None = None,
+) -> ReadText:
+    """Read the documents in files, folders and data sets; the same text is kept once, whatever its white space.
+
+    JSON lines, JSON arrays, CSV and parquet hold one document per record: a text or a conversation (see
+    `document_of_record`); any other file is one document. A folder is searched recursively for files with a text or
+    record suffix, in the order of their names; JSON and CSV there whose first record is of no known form are read as
+    plain text, and a note says so. `datasets:NAME[:CONFIG][:SPLIT][#FIELD]` names a data set of the hub (see
+    `parse_dataset`).
 
     Every document knows its group, the source it belongs to: a record says so in a field; text files of a folder with
     several sub-folders of text belong to the first-level sub-folder they are in, by its name; anything else is a source
@@ -53,105 +92,175 @@ def read_documents(
 
     Args:
         paths: Files, folders, and names of data sets.
-        field: The field of a record that holds its text or its messages; default: `text`, else `messages`, else
-            `conversations`.
+        field: The field of a record that holds its text or its messages; default: see `document_of_record`.
         group_field: The field of a record that names the source it belongs to (see `document_of_record`).
-        limit_characters: Characters to stream of each data set at most, from its beginning. Files are read whole.
+        limit_characters: Characters to keep at about most. Of more, documents are drawn by their content, so that
+            neither names nor order matter; a document that is much of it is cut, and a data set is read no further.
+        portion: What the documents count towards.
 
     Raises:
         MissingInputError: A file or a data set is not there.
         BadDataError: A file is not text, a record holds neither text nor messages, or there is no text at all.
-        UsageError: The name of a data set is not one, or the package `datasets` is missing.
+        UsageError: The name of a data set is not one, or an optional package is missing.
     """
-    found: dict[str, Document] = {}
+    reading, sample = _Reading(field, group_field, limit_characters), _Sample(limit_characters)
     for path in paths:
-        for document in _source(path, field, group_field, limit_characters):
-            if document.text.strip():
-                found.setdefault(document.digest, document)
+        for document in reading.documents(path):
+            sample.add(document if portion is None else replace(document, portion=portion))
+    found = sample.drawn()
     if not found:
         named = ", ".join(map(str, paths)) or "nothing was named"
         raise BadDataError(f"There is no text in {named}", "Name a text file, a JSON-lines file or a folder of them")
-    return tuple(found.values())
+    return ReadText(found, sample.counts(found), (*reading.notes(), *sample.notes()))
 
 
-def document_of_record(
-    record: Any, where: str, field: str | None = None, *, group_field: str | None = None
-) -> Document:
-    """Read a text, or a list of messages in the `role`/`content` or the ShareGPT form.
+class _Sample:
+    """As much text as is wanted; of more, the documents that come first in an order drawn from their content."""
 
-    Args:
-        record: The record's fields.
-        where: File and line, or data set and row; becomes the document's source.
-        field: The one field to look in; default: the first of `FIELDS` that is there and not null.
-        group_field: The one field that names the source the record belongs to, a string or a number; default: the
-            first of `GROUP_FIELDS` that holds one. A record without is a source by itself.
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._kept: dict[str, Document] = {}
+        self._characters = 0
+        self._border: bytes | None = None
+        self._left_out: Counter[str] = Counter()
+        self._read = 0
 
-    Raises:
-        BadDataError: The record holds neither.
-    """
-    if not isinstance(record, Mapping):
-        raise BadDataError(f"{where} is not a record (found: {type(record).__name__})", "Write one JSON object a line")
-    for name in FIELDS if field is None else (field,):
-        value = record.get(name)
-        if isinstance(value, str):
-            return Document(where, value, group=_group(record, where, group_field))
-        if value is None or (field is None and not isinstance(value, list)):
-            continue
-        try:
-            return Document.of_chat(where, as_chat(value, record), _group(record, where, group_field))
-        except ValueError as error:
-            raise BadDataError(
-                f"{where} has no text in the field {name!r}, and no conversation either: {error}",
-                "Mend or remove the record, or name the field that holds its text",
-            ) from error
-    looked = repr(field) if field is not None else f"{FIELDS[0]!r} and no messages in {' or '.join(FIELDS[1:])}"
-    there = ", ".join(sorted(map(str, record))) or "nothing"
-    raise BadDataError(f"{where} has no text in the field {looked} (found: {there})", "Name the field that holds it")
-
-
-@dataclass(frozen=True)
-class DatasetName:
-    """What `datasets:NAME[@REVISION][:CONFIG][:SPLIT][#FIELD]` names.
-
-    Attributes:
-        name: Repository on the hub, or a local folder of data files.
-        config: Configuration (subset) or None for the only one.
-        split: Which part, `train` unless given.
-        field: Field of a row that holds its text or messages, or None to look for it.
-        revision: Commit, tag or branch on the hub, or None.
-    """
-
-    name: str
-    config: str | None = None
-    split: str = "train"
-    field: str | None = None
-    revision: str | None = None
-
-
-def parse_dataset(source: str) -> DatasetName:
-    """Read `datasets:NAME[@REVISION][:CONFIG][:SPLIT][#FIELD]`; an empty place is the default (`NAME::validation`).
-
-    Raises:
-        UsageError: It is not of that form.
-    """
-    rest, _, field = source.removeprefix(DATASET_PREFIX).partition("#")
-    places = rest.split(":")
-    name, _, revision = places[0].partition("@")
-    if not source.startswith(DATASET_PREFIX) or not name or len(places) > 3:
-        raise UsageError(f"{source!r} does not name a data set", _FORM)
-    config, split = (*places[1:], "", "")[:2]
-    return DatasetName(name, config or None, split or "train", field or None, revision or None)
-
-
-def _source(path: str | Path, field: str | None, group_field: str | None, limit_characters: int) -> Iterator[Document]:
-    if str(path).startswith(DATASET_PREFIX):
-        yield from _dataset_documents(str(path), field, group_field, limit_characters)
-        return
-    for file, folder in _files(Path(path)):
-        if file.suffix.lower() in RECORD_SUFFIXES:
-            yield from _records(file, field, group_field)
+    def add(self, document: Document) -> None:
+        size = len(document.text)
+        self._read += size
+        if not size or document.text.isspace():
+            self._left_out["empty"] += 1
+        elif document.identity in self._kept:
+            self._left_out["copies"] += 1
+        elif self._border is not None and _place(document) >= self._border:
+            self._left_out["not_drawn"] += 1
         else:
-            yield Document(str(file), _read(file), group=folder)
+            self._kept[document.identity] = document
+            self._characters += size
+            if self._characters > _SLACK * self._limit:
+                self._drop()
+
+    def drawn(self) -> tuple[Document, ...]:
+        if self._characters > self._limit:
+            self._drop()
+        return tuple(self._kept.values())
+
+    def counts(self, found: Sequence[Document]) -> dict[str, int]:
+        return {
+            "documents": len(found),
+            "characters": sum(len(document.text) for document in found),
+            **{name: self._left_out[name] for name in ("empty", "copies", "not_drawn")},
+        }
+
+    def notes(self) -> Iterator[str]:
+        if self._left_out["not_drawn"]:
+            yield (
+                f"{self._characters:,} of {self._read:,} characters are used, drawn by content; "
+                "that is enough for the tokens asked for"
+            )
+        for count, what in (("empty", "without text"), ("copies", "the same as others but for white space")):
+            if self._left_out[count]:
+                yield f"{self._left_out[count]:,} documents {what} were left out"
+        lost = sum(_REPLACEMENT in document.text for document in self._kept.values())
+        if lost:
+            yield f"{lost:,} documents hold U+FFFD in place of what is no character (lone surrogates and the like)"
+
+    def _drop(self) -> None:
+        characters, kept = 0, set()
+        for document in sorted(self._kept.values(), key=_place):
+            if characters >= self._limit:
+                self._border = min(_place(document), self._border or b"\xff" * 32)
+                break
+            characters += len(document.text)
+            kept.add(document.identity)
+        self._left_out["not_drawn"] += len(self._kept) - len(kept)
+        self._kept = {name: document for name, document in self._kept.items() if name in kept}
+        self._characters = characters
+
+
+def _place(document: Document) -> bytes:
+    return drawing_key(0, document.identity)
+
+
+class _Reading:
+    """Documents of paths, one after another, and what was read otherwise than its name says."""
+
+    def __init__(self, field: str | None, group_field: str | None, limit: int) -> None:
+        self._field, self._group_field, self._limit = field, group_field, limit
+        self._longest = limit if limit == _EVERYTHING else min(limit, max(_LONGEST, limit // 3))
+        self._as_text: list[Path] = []
+        self._cut: dict[str, int] = {}
+
+    def documents(self, path: str | Path) -> Iterator[Document]:
+        if str(path).startswith(DATASET_PREFIX):
+            yield from self._of_dataset(str(path))
+            return
+        for file, folder in _files(Path(path)):
+            if self._holds_records(file, named=file == Path(path)):
+                yield from self._of_records(file, rows(file, self._longest))
+            else:
+                yield from self._of_text(file, folder)
+
+    def notes(self) -> Iterator[str]:
+        if self._as_text:
+            yield (
+                f"{len(self._as_text):,} files of JSON or CSV hold no records of a known form and were read as plain "
+                f"text (the first: {self._as_text[0]})"
+            )
+        for where, characters in self._cut.items():
+            yield f"only about the first {characters:,} characters of {where} were read"
+
+    def _of_records(self, file: Path, found: Iterator[Row]) -> Iterator[Document]:
+        for row in found:
+            where = f"{file}:{row.number}"
+            if row.cut:
+                self._cut[where] = self._longest
+            yield self._of_record(row.record, where, self._field)
+
+    def _of_record(self, record: object, where: str, field: str | None) -> Document:
+        return document_of_record(record, where, field, group_field=self._group_field)
+
+    def _of_text(self, file: Path, folder: str | None) -> Iterator[Document]:
+        try:
+            with file.open("rb") as stream:  # once: it may be a pipe
+                if is_parquet(file, stream):
+                    yield from self._of_records(file, parquet_rows(file))
+                    return
+                content = stream.read(self._longest if self._longest < _EVERYTHING else -1)
+                cut = bool(stream.read(1))
+        except OSError as error:
+            raise unreadable(file, error) from error
+        if cut:
+            self._cut[str(file)] = self._longest
+        yield Document(str(file), text_of(file, content, cut=cut), group=folder)
+
+    def _of_dataset(self, source: str) -> Iterator[Document]:
+        """A data set's rows in its order, until the limit is reached; a field that the source names goes first."""
+        named = parse_dataset(source)
+        characters = 0
+        for number, row in enumerate(dataset_rows(source, named), start=1):
+            document = self._of_record(row, f"{source}:{number}", named.field or self._field)
+            yield document
+            characters += len(document.text)
+            if characters >= self._limit:
+                self._cut[source] = self._limit
+                return
+
+    def _holds_records(self, file: Path, *, named: bool) -> bool:
+        suffix = file.suffix.lower()
+        if suffix not in RECORD_SUFFIXES:
+            return False
+        if named or not TEXT_SUFFIXES.fullmatch(suffix):
+            return True
+        try:
+            first = next(rows(file, self._longest), None)
+            if first is not None:
+                self._of_record(first.record, str(file), self._field)
+        except BadDataError:
+            first = None
+        if first is None:
+            self._as_text.append(file)
+        return first is not None
 
 
 def _files(path: Path) -> Iterator[tuple[Path, str | None]]:
@@ -173,90 +282,3 @@ def _readable(file: Path, root: Path) -> bool:
         return False
     suffix = file.suffix.lower()
     return bool(suffix in RECORD_SUFFIXES or TEXT_SUFFIXES.fullmatch(suffix)) and file.is_file()
-
-
-def _records(file: Path, field: str | None, group_field: str | None) -> Iterator[Document]:
-    for number, line in enumerate(_read(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{file}:{number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise BadDataError(f"{where} is not a line of JSON ({error})", "Mend or remove the line") from error
-        yield document_of_record(record, where, field, group_field=group_field)
-
-
-def _read(file: Path) -> str:
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadDataError(f"{file} is not UTF-8 text (byte {error.start})", "Convert it or leave it out") from error
-    except OSError as error:
-        raise MissingInputError(
-            f"{file} cannot be read ({error.strerror})", "Check the path and its permissions"
-        ) from error
-    if "\0" in text:
-        raise BadDataError(f"{file} is a binary file, not text", "Leave it out, or export it as text or JSON lines")
-    return text
-
-
-def _group(record: Mapping[str, Any], where: str, field: str | None) -> str | None:
-    for name in GROUP_FIELDS if field is None else (field,):
-        value = record.get(name)
-        if isinstance(value, str) and value.strip():
-            return value.strip()
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            # Another file that counts from 0 means other sources by the same numbers.
-            return f"{where.rpartition(':')[0]}:{value}"
-    return None
-
-
-def _dataset_documents(
-    source: str, field: str | None, group_field: str | None, limit_characters: int
-) -> Iterator[Document]:
-    """A data set's rows in its order, until the limit is reached; a field that the source names goes before `field`."""
-    named = parse_dataset(source)
-    characters = 0
-    for number, row in enumerate(_rows(source, named), start=1):
-        document = document_of_record(row, f"{source}:{number}", named.field or field, group_field=group_field)
-        yield document
-        characters += len(document.text)
-        if characters >= limit_characters:
-            return
-
-
-def _rows(source: str, named: DatasetName) -> Iterator[Any]:
-    library = _library(source)
-    try:
-        yield from library.load_dataset(
-            named.name, named.config, split=named.split, revision=named.revision, streaming=True
-        )
-    except (FileNotFoundError, ValueError) as error:  # no such data set; no such configuration or split
-        raise MissingInputError(f"{source} cannot be read ({_first_line(error)})", _FORM) from error
-    except (ConnectionError, TimeoutError, OSError) as error:
-        raise RemoteError(
-            f"{source} cannot be fetched ({_first_line(error)})", "Try again, or name a local file of JSON lines"
-        ) from error
-    except RuntimeError as error:  # among them: a data set that would need its own code
-        raise BadDataError(
-            f"{source} cannot be read ({_first_line(error)})", "Save it as JSON lines and name that file"
-        ) from error
-
-
-def _library(source: str) -> Any:
-    """Import `datasets`, which is not among what every installation has."""
-    install = "Install it with: pip install 'moe-svd-distill[datasets]'"
-    try:
-        library = importlib.import_module("datasets")
-    except ImportError as error:
-        raise UsageError(f"{source} needs the package 'datasets' ({error})", install) from error
-    version = str(getattr(library, "__version__", "unknown"))
-    major = re.match(r"\d+", version)
-    if major is None or int(major[0]) < _OLDEST:
-        raise UsageError(f"{source} needs the package 'datasets' from version {_OLDEST} on (found {version})", install)
-    return library
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

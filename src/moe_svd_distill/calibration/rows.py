@@ -16,16 +16,19 @@ import numpy as np
 
 from moe_svd_distill.calibration.documents import Document
 from moe_svd_distill.calibration.text import (
-    BATCH,
     TextPart,
     TokenizedText,
     all_digests,
     all_groups,
+    all_portions,
+    batches,
     ended,
     fits,
     too_short,
 )
 from moe_svd_distill.calibration.tokenizer import IntArray, Tokenizer, TokenSpans
+
+_ALIGNED_CHARACTERS = 1 << 20  # given to both tokenizers at a time
 
 
 def clean_cuts(spans: TokenSpans, characters: int) -> tuple[IntArray, IntArray]:
@@ -178,6 +181,7 @@ def pack_pair(
             asked=part.asked,
             groups=all_groups(used),
             division=part.division,
+            portions=all_portions(used),
         )
         for side in (0, 1)
     ]
@@ -189,18 +193,18 @@ def _paired_documents(
     part: TextPart, student: Tokenizer, teacher: Tokenizer, teacher_vocabulary: int | None
 ) -> Iterator[_PairedDocument | None]:
     """Every document in both tokenisations; None for one with a token the teacher's head has no row for."""
-    for begin in range(0, len(part.documents), BATCH):
-        documents = part.documents[begin : begin + BATCH]
-        texts = [document.text for document in documents]
-        both = zip(documents, student.encode_spans(texts), teacher.encode_spans(texts), strict=True)
-        for document, student_spans, teacher_spans in both:
+    limited = list(zip(part.documents, part.limits(), strict=True))
+    for batch in batches(limited, lambda item: len(item[0].text), _ALIGNED_CHARACTERS):
+        texts = [document.text for document, _ in batch]
+        both = zip(batch, student.encode_spans(texts), teacher.encode_spans(texts), strict=True)
+        for (document, longest), student_spans, teacher_spans in both:
             if not fits(teacher_spans.ids, teacher_vocabulary):
                 yield None
                 continue
             cuts = common_cuts(student_spans, teacher_spans, len(document.text))
             taken = (student_spans.ids, teacher_spans.ids)
-            if part.longest is not None and part.longest < len(student_spans.ids):
-                far_enough = np.flatnonzero(cuts[:, 0] >= part.longest)
+            if longest is not None and longest < len(student_spans.ids):
+                far_enough = np.flatnonzero(cuts[:, 0] >= longest)
                 if len(far_enough):
                     cuts = cuts[: far_enough[0] + 1]
                     taken = (taken[0][: cuts[-1, 0]], taken[1][: cuts[-1, 1]])

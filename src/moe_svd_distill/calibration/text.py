@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
-from moe_svd_distill.calibration.documents import MINIMUM_UNITS, Document
+from moe_svd_distill.calibration.documents import LONGEST, MINIMUM_UNITS, Document, Portion
 from moe_svd_distill.calibration.tokenizer import IntArray, Tokenizer
 from moe_svd_distill.errors import BadDataError
 
@@ -16,7 +17,12 @@ FEWEST_DOCUMENTS = 8
 SHORTEST_SHARE = 64
 """Tokens of a document that are taken at least, however many documents there are."""
 BATCH = 64
-"""Documents that are tokenised at a time."""
+"""Documents that are read at a time, as long as they have no more than `BATCH_CHARACTERS` together."""
+BATCH_CHARACTERS = 1 << 22
+_ENCODED_CHARACTERS = 1 << 20
+"""Given to a tokenizer at a time, which takes more than a hundred bytes for each while it works."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class TokenizedText:
         asked: Tokens that were asked for, or None if all there are.
         groups: Digests of the groups the documents belong to, ascending.
         division: How it was kept apart from other parts of the same text; None if it is no part.
+        portions: What each document counts towards; empty where nothing has shares.
     """
 
     sequences: IntArray
@@ -58,6 +65,15 @@ class TokenizedText:
     asked: int | None = None
     groups: tuple[str, ...] = ()
     division: Division | None = None
+    portions: tuple[Portion, ...] = ()
+
+    def tokens_by_portion(self) -> dict[Portion, int]:
+        """Tokens that count towards each portion; empty where nothing has shares."""
+        counts = np.bincount(self.document_of_token[self.document_of_token >= 0], minlength=len(self.portions))
+        found: dict[Portion, int] = {}
+        for portion, count in zip(self.portions, counts, strict=False):
+            found[portion] = found.get(portion, 0) + int(count)
+        return found
 
     @property
     def length(self) -> int:
@@ -99,7 +115,7 @@ class TextPart:
         documents: In the order they are packed in, rendered.
         ids: Tokens of each.
         wanted: Tokens to pack, whole sequences; None for all.
-        longest: Tokens to take of one document at most, the one that ends it not counted; None for all.
+        longest: Tokens to take of each document at most, the one that ends it not counted; None for all.
         asked: Tokens that were asked for; more than `wanted` if there is too little text.
         skipped: Documents of the whole text that hold a token one of the two models lacks.
         division: How far it is apart from other parts of the same text; None if it is no part.
@@ -108,10 +124,14 @@ class TextPart:
     documents: tuple[Document, ...]
     ids: tuple[IntArray, ...]
     wanted: int | None
-    longest: int | None
+    longest: tuple[int, ...] | None
     asked: int | None
     skipped: int = 0
     division: Division | None = None
+
+    def limits(self) -> Sequence[int | None]:
+        """`longest` of each document."""
+        return (None,) * len(self.documents) if self.longest is None else self.longest
 
 
 def tokenize(
@@ -139,8 +159,8 @@ def tokenize(
     ids: list[IntArray] = []
     used: list[Document] = []
     enough = skipped = 0
-    for begin in range(0, len(documents), BATCH):
-        for document, encoded in encode_documents(documents[begin : begin + BATCH], tokenizer):
+    for batch in batches(documents, lambda document: len(document.text)):
+        for document, encoded in encode_documents(batch, tokenizer):
             if not fits(encoded, vocabulary):
                 skipped += 1
                 continue
@@ -151,7 +171,7 @@ def tokenize(
             break
     longest = None
     if wanted is not None and share is not None:
-        longest = max(share, even_share([len(part) for part in ids], wanted))
+        longest = (max(share, even_share([len(part) for part in ids], wanted)),) * len(ids)
     part = TextPart(tuple(used), tuple(ids), wanted, longest, asked=limit_tokens, skipped=skipped)
     return pack(part, tokenizer.end_of_text, length)
 
@@ -167,7 +187,7 @@ def pack(part: TextPart, end_of_text: int | None, length: int) -> TokenizedText:
     Raises:
         BadDataError: There is not even one sequence.
     """
-    parts = [ended(ids[: part.longest], end_of_text) for ids in part.ids]
+    parts = [ended(ids[:most], end_of_text) for ids, most in zip(part.ids, part.limits(), strict=True)]
     total = sum(len(ids) for ids in parts)
     count = (total if part.wanted is None else min(total, part.wanted)) // length
     if count == 0:
@@ -183,25 +203,50 @@ def pack(part: TextPart, end_of_text: int | None, length: int) -> TokenizedText:
         asked=part.asked,
         groups=all_groups(used),
         division=part.division,
+        portions=all_portions(used),
     )
 
 
+def batches(items: Sequence[T], characters: Callable[[T], int], most: int = BATCH_CHARACTERS) -> Iterator[list[T]]:
+    """At most `BATCH` items at a time, of at most so many characters together; a longer one comes alone."""
+    batch: list[T] = []
+    left = most
+    for item in items:
+        if batch and (len(batch) == BATCH or characters(item) > left):
+            yield batch
+            batch, left = [], most
+        batch.append(item)
+        left -= characters(item)
+    if batch:
+        yield batch
+
+
 def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> list[tuple[Document, IntArray]]:
-    """Render what are conversations, and tokenise; each document comes back as the text that was read."""
-    read = [rendered(document, tokenizer) for document in documents]
-    encoded = tokenizer.encode([document.text for document in read])
-    return [(document, np.asarray(ids, dtype=np.int64)) for document, ids in zip(read, encoded, strict=True)]
+    """Render what are conversations, and tokenise; each document comes back as the text that was read.
+
+    Of a text that nobody has cut into sections, the beginning is read.
+    """
+    encoded = []
+    read = [_beginning(rendered(document, tokenizer)) for document in documents]
+    for batch in batches(read, lambda document: len(document.text), _ENCODED_CHARACTERS):
+        ids = tokenizer.encode([document.text for document in batch])
+        encoded += [(document, np.asarray(found, dtype=np.int64)) for document, found in zip(batch, ids, strict=True)]
+    return encoded
+
+
+def _beginning(document: Document) -> Document:
+    return document if len(document.text) <= 2 * LONGEST else replace(document, text=document.text[: 2 * LONGEST])
 
 
 def rendered(document: Document, tokenizer: Tokenizer) -> Document:
     """The document as text: a conversation as the tokenizer's chat template writes it, anything else as it is.
 
-    The conversation's own digest stays with it as `origin`, so it is recognised whichever template it went through.
+    The conversation's own identity stays with it as `origin`, so it is recognised whichever template it went through.
     """
     if document.chat is None:
         return document
     text = tokenizer.render(document.chat, document.source)
-    return replace(document, text=text, origin=document.digest, chat=None)
+    return replace(document, text=text, origin=document.identity, chat=None)
 
 
 def fits(ids: IntArray, vocabulary: int | None) -> bool:
@@ -234,6 +279,11 @@ def all_digests(documents: Sequence[Document]) -> tuple[str, ...]:
 def all_groups(documents: Sequence[Document]) -> tuple[str, ...]:
     """What to write down of the sources of documents that are used."""
     return tuple(sorted({document.group_digest for document in documents}))
+
+
+def all_portions(documents: Sequence[Document]) -> tuple[Portion, ...]:
+    """What each of the documents counts towards; empty where nothing has shares."""
+    return tuple(document.portion for document in documents if document.portion is not None)
 
 
 def too_short(total: int, length: int, skipped: int) -> BadDataError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_svd_distill.calibration.chat import Chat, render_chat
-from moe_svd_distill.errors import BadDataError, MissingInputError
+from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError, UsageError
 
 IntArray: TypeAlias = NDArray[np.int64]
+
+_SENTENCEPIECE = b"\n"  # what its protobuf begins with
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,11 @@ class Tokenizer(Protocol):
 
 
 class _FolderTokenizer:
-    """`tokenizer.json` read directly, or where there is none, the tokenizer that transformers makes."""
+    """The tokenizer that transformers makes of a folder; `tokenizer.json` as it stands where it makes none."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._fast = folder, None
-        if (folder / "tokenizer.json").is_file():
-            self._fast = _fast(folder)
+        self._folder, self._fast = folder, _as_transformers_reads(folder)
+        if self._fast is not None:
             self._fast.no_truncation()
             self._fast.no_padding()
             self.end_of_text = _end_of_text(folder, self._fast)
@@ -66,13 +68,22 @@ class _FolderTokenizer:
             self.end_of_text = self._transformers.eos_token_id
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        if self._fast is not None:
-            return [encoding.ids for encoding in self._fast.encode_batch_fast(list(texts))]
-        return [list(ids) for ids in self._transformers(list(texts), verbose=False)["input_ids"]]
+        try:
+            if self._fast is not None:
+                return [encoding.ids for encoding in self._fast.encode_batch_fast(list(texts))]
+            return [list(ids) for ids in self._transformers(list(texts), verbose=False)["input_ids"]]
+        except Exception as error:  # the libraries raise whatever they meet
+            raise self._failed(error) from error
 
     def encode_spans(self, texts: Sequence[str]) -> list[TokenSpans]:
+        try:
+            encodings = self._exact.encode_batch(list(texts))
+        except DistillError:
+            raise
+        except Exception as error:  # as above
+            raise self._failed(error) from error
         result = []
-        for encoding in self._exact.encode_batch(list(texts)):
+        for encoding in encodings:
             offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
             read = np.asarray(encoding.special_tokens_mask, dtype=np.int64) == 0
             result.append(TokenSpans(np.asarray(encoding.ids, dtype=np.int64), offsets[:, 0], offsets[:, 1], read))
@@ -84,7 +95,12 @@ class _FolderTokenizer:
 
     @cached_property
     def _exact(self) -> Any:
-        return _with_exact_offsets(backend(self._folder))
+        return _with_exact_offsets(backend(self._folder) if self._fast is None else self._fast)
+
+    def _failed(self, error: Exception) -> BadDataError:
+        return BadDataError(
+            f"The tokenizer in {self._folder} cannot read the text ({error})", "Fetch the tokenizer's files again"
+        )
 
     @cached_property
     def _transformers(self) -> Any:
@@ -92,7 +108,10 @@ class _FolderTokenizer:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Load a folder's tokenizer: `tokenizer.json` directly, others through transformers; never run code from it.
+    """Load a folder's tokenizer as transformers does; never run code from it.
+
+    A class such as LlamaTokenizer builds its own steps in place of those in tokenizer.json, and an adapter meets what
+    transformers makes. Where transformers knows no class, tokenizer.json is read as it stands.
 
     Raises:
         MissingInputError: The folder has no tokenizer.
@@ -129,7 +148,43 @@ def auto_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a tokenizer class meets in damaged files
+        missing = _missing_packages(folder)
+        if missing:
+            raise UsageError(
+                f"The tokenizer in {folder} has no tokenizer.json, and to read its tokenizer.model "
+                f"{' and '.join(missing)} must be installed",
+                f"Install it with: pip install {' '.join(missing)}, or add a tokenizer.json",
+            ) from error
         raise BadDataError(f"The tokenizer in {folder} cannot be loaded ({error})", "Add a tokenizer.json") from error
+
+
+def _missing_packages(folder: Path) -> list[str]:
+    """What a SentencePiece model without a fast file lacks; transformers asks for tiktoken then, which is no help."""
+    file = folder / "tokenizer.model"
+    if (folder / "tokenizer.json").is_file() or not file.is_file():
+        return []
+    with file.open("rb") as stream:
+        if stream.read(1) != _SENTENCEPIECE:
+            return []
+    return [name for name, module in (("sentencepiece",) * 2, ("protobuf", "google.protobuf")) if not _there(module)]
+
+
+def _there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _as_transformers_reads(folder: Path) -> Any:
+    """The `tokenizers.Tokenizer` within what transformers makes; None if there is none."""
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    try:
+        inner = getattr(auto_tokenizer(folder), "backend_tokenizer", None)
+    except BadDataError:  # an unknown class, or damaged, which is said now
+        return _fast(folder)
+    return _fast(folder) if inner is None else inner
 
 
 def model_settings(folder: Path) -> dict[str, Any]:

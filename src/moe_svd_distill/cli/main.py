@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import sys
 import traceback
 import warnings
+from contextlib import suppress
 
 import click
 
@@ -41,6 +43,7 @@ COMMANDS = {
 }
 INTERNAL_ERROR = 70
 INTERRUPTED = 130
+NOBODY_READS = 141  # what a shell reports of a program that a closed pipe has ended
 
 
 class LazyGroup(click.Group):
@@ -74,36 +77,63 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in words
     as_json = "--json" in words
     _prepare_environment()
+    _write_what_the_terminal_can()
     if not debug:
         # Deprecations of libraries, and PEFT's false alarm about rank_pattern keys, are nothing a user could act on.
         warnings.simplefilter("ignore")
     try:
-        program.main(args=[word for word in words if word != "--debug"], standalone_mode=False)
-        code = 0
+        code = _run([word for word in words if word != "--debug"], as_json, debug)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = _leave_the_pipe()
+    sys.exit(code)
+
+
+def _run(words: list[str], as_json: bool, debug: bool) -> int:
+    """Run a command and report its failure; the exit code."""
+    try:
+        program.main(args=words, standalone_mode=False)
+        return 0
     except click.exceptions.Exit as leaving:
-        code = leaving.exit_code
+        return leaving.exit_code
     except click.Abort:
-        code = INTERRUPTED
+        return INTERRUPTED
     except click.ClickException as error:
         hint = "" if not isinstance(error, click.UsageError) else " Try: moe-svd-distill --help"
-        code = _report(error.format_message().rstrip(".") + "." + hint, error.exit_code, as_json)
+        return _report(error.format_message().rstrip(".") + "." + hint, error.exit_code, as_json)
     except DistillError as error:
-        code = _report(str(error), error.exit_code, as_json, debug)
+        return _report(str(error), error.exit_code, as_json, debug)
     except KeyboardInterrupt as stop:
-        code = _report(
+        return _report(
             "Stopped. Finished parts are kept; run the same command again to go on.",
             getattr(stop, "exit_code", INTERRUPTED),
             as_json,
         )
     except BrokenPipeError:
-        code = 0
+        raise
+    except SystemExit:  # how click leaves a closed pipe, and nothing else
+        raise BrokenPipeError from None
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        code = _report(
+        return _report(
             f"Internal error: {text}. Run again with --debug and report what it prints.", INTERNAL_ERROR, as_json, debug
         )
-    sys.stdout.flush()
-    sys.exit(code)
+
+
+def _write_what_the_terminal_can() -> None:
+    """A letter that the terminal's encoding lacks, or a file name that is no text, must not end a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _leave_the_pipe() -> int:
+    """Let what is still buffered go nowhere, or the interpreter complains about it when it ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            os.dup2(nowhere, stream.fileno())
+    return NOBODY_READS
 
 
 def _report(message: str, code: int, as_json: bool, debug: bool = False) -> int:

@@ -20,9 +20,16 @@ from moe_svd_distill.execution import events
 
 EVERY_S = 30.0
 
-console = Console(stderr=True)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave a closed pipe to `main`; by default the program would end with code 1."""
+        raise BrokenPipeError
+
+
+console = _Console(stderr=True)
 # Where nobody looks, a table must not be squeezed into 80 columns.
-output = Console(width=None if sys.stdout.isatty() else 140)
+output = _Console(width=None if sys.stdout.isatty() else 140)
 
 
 def print_json(value: Any) -> None:

@@ -84,11 +84,13 @@ def durable_file(path: Path) -> Iterator[Sink]:
 def write_text(path: Path, text: str) -> None:
     """Write a text file that is whole or absent.
 
+    File names that are no text are written as escapes, which JSON reads as the same names.
+
     Raises:
         CannotWriteError: The disk is full or the folder cannot be written to.
     """
     with durable_file(path) as sink:
-        sink.write(text.encode())
+        sink.write(text.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:

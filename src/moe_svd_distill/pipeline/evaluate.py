@@ -21,6 +21,7 @@ from moe_svd_distill.files.writing import write_json, write_text
 from moe_svd_distill.pipeline.pair import open_model, open_pair
 from moe_svd_distill.pipeline.record import base_model
 from moe_svd_distill.pipeline.texts import longest_sequence
+from moe_svd_distill.recipe import text_sources
 from moe_svd_distill.report.card import adapter_card
 from moe_svd_distill.report.html import html_report
 from moe_svd_distill.report.record import RecipeRecord, RunRecord, SearchRecord
@@ -49,10 +50,10 @@ class EvaluatedAdapter:
 def evaluate_adapter(request: EvaluationRequest, on_progress: Progress | None = None) -> EvaluatedAdapter:
     """Measure teacher, untouched student, adapter and controls on text, and run benchmarks.
 
-    Documents the adapter was made on are left out, and so are others of the same sources, unless nothing else is left:
-    then the verdict says so. The figures are written to evaluation.json, and into README.md and
-    report.html where the folder holds the record of a run. Text or benchmarks alone leave the figures that an earlier
-    evaluation of the same adapter has of the other.
+    Documents the adapter was made on are left out, and what mostly repeats them, and so are others of the same sources,
+    unless nothing else is left: then the verdict says so. The figures are written to evaluation.json, and into
+    README.md and report.html where the folder holds the record of a run. Text or benchmarks alone leave the figures
+    that an earlier evaluation of the same adapter has of the other.
 
     Raises:
         DistillError: One of its kinds, each with its exit code.
@@ -94,9 +95,10 @@ class HeldOut:
         documents: What is left.
         used: Documents left out because the adapter was made on them.
         of_used_groups: Others left out because they are of the same sources.
-        repeated: Others left out because most of their words stand in what the adapter was made on; None if that is
-            not known, because that text is not here.
-        apart: Whether this was possible; if nothing is left, only the documents themselves are left out.
+        repeated: Others left out because most of their words stand in what the adapter was made on, in blocks of 30
+            words (about 50 tokens) without regard to case, punctuation and white space; None if that is not known,
+            because that text is not here.
+        apart: Whether documents of the same sources could be left out; if nothing else is left, they stay.
     """
 
     documents: tuple[Document, ...]
@@ -127,24 +129,24 @@ def held_out(documents: Sequence[Document], search: SearchRecord, calibration: S
 
     used: Collection[str] = set(search.used_documents)
     fresh = without(documents, used)
-    others = without_groups(fresh, set(search.used_groups))
-    seen = [document for document in calibration if document.digest in used]
-    left = _not_repeated(others, seen) if seen else others
-    if not left:
-        return HeldOut(fresh, len(documents) - len(fresh), apart=not fresh)
+    seen = [document for document in calibration if document.identity in used or document.digest in used]
+    new = _not_repeated(fresh, seen) if seen else fresh
+    others = without_groups(new, set(search.used_groups))
     return HeldOut(
-        left,
-        len(documents) - len(fresh),
-        len(fresh) - len(others),
-        len(others) - len(left) if seen else None,
+        documents=others or new,
+        used=len(documents) - len(fresh),
+        of_used_groups=len(new) - len(others) if others else 0,
+        repeated=len(fresh) - len(new) if seen else None,
+        apart=bool(others) or not new,
     )
 
 
 def _not_repeated(documents: Sequence[Document], seen: Sequence[Document]) -> tuple[Document, ...]:
-    from moe_svd_distill.calibration.documents import Repeats
+    from moe_svd_distill.calibration.documents import cut_long_documents
+    from moe_svd_distill.calibration.repeats import Repeats
 
     repeats = Repeats()
-    for document in seen:
+    for document in cut_long_documents(seen, minimum=0):
         repeats.fresh(document)
     return tuple(document for document in documents if repeats.repeated_share(document.text) <= MOSTLY)
 
@@ -175,13 +177,13 @@ def _kept(folder: Path, digest: str | None, texts: bool, harness: bool) -> dict[
 
 
 def _text_figures(request: EvaluationRequest, record: RunRecord, on_progress: Progress | None) -> dict[str, Any]:
-    from moe_svd_distill.calibration.reading import read_documents
+    from moe_svd_distill.calibration.reading import enough_characters, read_text
     from moe_svd_distill.evaluation.evaluate import evaluate
 
     recipe = record.recipe
     calibration = _calibration(recipe)
-    documents = read_documents(request.texts, group_field=recipe.text_group)
-    chosen = held_out(documents, record.scale_search, calibration)
+    read = read_text(request.texts, group_field=recipe.text_group, limit_characters=enough_characters(request.tokens))
+    chosen = held_out(read.documents, record.scale_search, calibration)
     asked: VocabularyMode = "shared" if recipe.vocabulary == "shared" else "equal"
     assert request.teacher
     assert request.student
@@ -191,7 +193,8 @@ def _text_figures(request: EvaluationRequest, record: RunRecord, on_progress: Pr
         folders = pair.teacher.checkpoint.folder, pair.student.checkpoint.folder
         told = _reading(on_progress) if on_progress else None
         result = evaluate(settled, *folders, chosen.documents, calibration, told)
-    figures = result.as_dict() | {"texts": [str(path) for path in request.texts], "held_out": chosen.as_dict()}
+    found = {**chosen.as_dict(), "read": read.counts, "notes": list(read.notes)}
+    figures = result.as_dict() | {"texts": [str(path) for path in request.texts], "held_out": found}
     if not chosen.apart:
         figures["verdict"] = f"{figures['verdict']} {SAME_SOURCES}"
     return figures
@@ -203,12 +206,16 @@ def _reading(on_progress: Progress) -> Progress:
 
 def _calibration(recipe: RecipeRecord) -> Sequence[Document]:
     """The text the adapter was calibrated on, where the run names files that are still here; else nothing."""
-    from moe_svd_distill.calibration.reading import read_documents
+    from moe_svd_distill.calibration.sources import read_sources
 
-    paths = [Path(path).expanduser() for path in recipe.calibration]
-    if not paths or not all(path.exists() for path in paths):
+    try:
+        sources = text_sources(recipe.calibration)
+    except ValueError:  # of another version
         return ()
-    return read_documents(paths, field=recipe.text_field, group_field=recipe.text_group)
+    if not sources or not all(Path(source.path).exists() for source in sources):
+        return ()
+    tokens = max(recipe.tokens or 0, recipe.scale_search_tokens or 0)
+    return read_sources(sources, field=recipe.text_field, group_field=recipe.text_group, tokens=tokens).documents
 
 
 def _benchmarks(request: EvaluationRequest, on_progress: Progress | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.pipeline.pair import ModelPair
-from moe_svd_distill.recipe import Recipe
+from moe_svd_distill.recipe import Recipe, text_sources
 
 if TYPE_CHECKING:
     from moe_svd_distill.calibration.paired import PairedText
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 LONGEST_SEQUENCE = 512
 MUCH_REPEATED = 0.05
 """More repeated blocks than this share of the words are worth a note."""
+MUCH_LESS = 0.02
+"""Of the tokens of a part; a source that gives so much less than its share is worth a note."""
 FEWEST_VALIDATION_TOKENS, MOST_VALIDATION_TOKENS = 1024, 4096
 
 
@@ -28,11 +30,15 @@ class RunText:
         search: Text the scale is searched on, which nothing else is chosen by.
         fit: Text that is fitted or trained on; None where only the weights stage runs.
         validation: Text that passes, steps and the head's rank are chosen by; with `fit`, all that a fit depends on.
+        counts: Of what was read, see `ReadText`.
+        notes: What people should know of that.
     """
 
     search: PairedText
     fit: PairedText | None
     validation: PairedText | None
+    counts: Mapping[str, int]
+    notes: tuple[str, ...]
 
     @property
     def parts(self) -> Mapping[str, PairedText]:
@@ -67,6 +73,7 @@ class RunText:
                 "documents_skipped": part.student.skipped,
                 "places_compared": round(part.aligned, 4),
                 "common_tokens": len(part.student_ids),
+                **_tokens_by_source(part),
             }
             for name, part in self.parts.items()
         }
@@ -75,17 +82,28 @@ class RunText:
         """For run.json: the parts, how far they are apart, and what people should know."""
         division = self.division
         found = {} if division is None else {"division": _division_record(division)}
-        return {"text": self.as_dict(), **found, "shortfalls": self.shortfalls()}
+        return {"read": dict(self.counts), "text": self.as_dict(), **found, "shortfalls": self.shortfalls()}
 
     def shortfalls(self) -> list[str]:
-        """What was asked for and could not be had, in words."""
+        """What was left out, and what was asked for and could not be had, in words."""
+        read = [f"calibration text: {note}" for note in self.notes]
         short = [
             f"{name} text: {part.student.tokens:,} tokens instead of the {part.student.asked:,} asked for; the "
             "calibration text has no more"
             for name, part in self.parts.items()
             if part.student.short
         ]
-        return short + ([] if self.division is None else _division_notes(self.division))
+        for name, part in self.parts.items():
+            for portion, tokens in part.student.tokens_by_portion().items():
+                wanted = int(portion.share * (part.student.asked or 0))
+                if tokens < wanted - MUCH_LESS * (part.student.asked or 0) - part.student.length:
+                    short.append(f"{name} text: {tokens:,} tokens of {portion.name} instead of {wanted:,}")
+        return read + short + ([] if self.division is None else _division_notes(self.division))
+
+
+def _tokens_by_source(part: PairedText) -> dict[str, dict[str, int]]:
+    found = part.student.tokens_by_portion()
+    return {"tokens_by_source": {portion.name: tokens for portion, tokens in found.items()}} if found else {}
 
 
 def _division_record(division: Division) -> dict[str, Any]:
@@ -122,9 +140,15 @@ def read_run_text(recipe: Recipe, pair: ModelPair, stages: Sequence[str]) -> Run
         IncompatiblePairError: The models have different vocabularies, and the recipe does not say ``shared``.
     """
     from moe_svd_distill.calibration.paired import PairTokenizers
-    from moe_svd_distill.calibration.reading import read_documents
+    from moe_svd_distill.calibration.sources import read_sources
 
-    documents = read_documents(recipe.calibration, field=recipe.text_field, group_field=recipe.text_group)
+    read = read_sources(
+        text_sources(recipe.calibration),
+        field=recipe.text_field,
+        group_field=recipe.text_group,
+        tokens=max(recipe.tokens, recipe.scale_search_tokens),
+    )
+    documents = read.documents
     if recipe.text_group is not None and all(document.group is None for document in documents):
         raise BadDataError(
             f"No record of the calibration text names its source in the field {recipe.text_group!r} (text_group)",
@@ -136,7 +160,7 @@ def read_run_text(recipe: Recipe, pair: ModelPair, stages: Sequence[str]) -> Run
     folders = pair.teacher.checkpoint.folder, pair.student.checkpoint.folder
     length = sequence_length(recipe, longest_sequence(pair))
     parts = PairTokenizers(*folders, recipe.vocabulary).parts(documents, budgets, length=length, seed=recipe.seed)
-    return RunText(parts["search"], parts.get("fit"), parts.get("validation"))
+    return RunText(parts["search"], parts.get("fit"), parts.get("validation"), read.counts, read.notes)
 
 
 def validation_tokens(recipe: Recipe) -> int:

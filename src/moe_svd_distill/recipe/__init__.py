@@ -12,6 +12,7 @@ from moe_svd_distill.recipe.loading import (
     supplied_values,
 )
 from moe_svd_distill.recipe.model import DEFAULT_HEAD_RANK, ExpertSettings, Rank, Recipe, TrainingRecipe
+from moe_svd_distill.recipe.text_source import TextSource, text_sources
 
 __all__ = [
     "DEFAULT_HEAD_RANK",
@@ -20,9 +21,11 @@ __all__ = [
     "ExpertSettings",
     "Rank",
     "Recipe",
+    "TextSource",
     "TrainingRecipe",
     "load_recipe",
     "parse_recipe",
     "recipe_yaml",
     "supplied_values",
+    "text_sources",
 ]

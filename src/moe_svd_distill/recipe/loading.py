@@ -12,7 +12,9 @@ import yaml
 from pydantic import ValidationError
 
 from moe_svd_distill.errors import BadDataError, MissingInputError, UsageError
-from moe_svd_distill.recipe.model import ExpertSettings, Recipe, Section, TrainingRecipe
+from moe_svd_distill.recipe.model import ExpertSettings, Recipe, TrainingRecipe
+from moe_svd_distill.recipe.section import Section
+from moe_svd_distill.recipe.text_source import TextSource
 
 ENVIRONMENT_PREFIX = "MOE_SVD_DISTILL_"
 # By how much time a run may take. Whatever is given elsewhere wins over them.
@@ -66,23 +68,25 @@ def _over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _explain(error: ValidationError, source: str) -> UsageError:
-    first = error.errors()[0]
+    # A source of text that is no path is a mapping, whatever else it might have been.
+    found = [each for each in error.errors() if "str" not in each["loc"] or not isinstance(each["input"], Mapping)]
+    first = (found or error.errors())[0]
     place = ".".join(str(part) for part in first["loc"] if not _is_union_tag(part))
-    same_place = [other for other in error.errors() if other["loc"][:1] == first["loc"][:1]]
+    same_place = [other for other in found or error.errors() if other["loc"][:1] == first["loc"][:1]]
     if first["type"] == "extra_forbidden":
-        section = _SECTIONS.get(str(first["loc"][0]), Recipe)
+        section = TextSource if "TextSource" in first["loc"] else _SECTIONS.get(str(first["loc"][0]), Recipe)
         near = get_close_matches(str(first["loc"][-1]), section.model_fields, n=1, cutoff=0.4)
         action = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(section.model_fields)}"
         return UsageError(f"{source}: unknown key {place!r}", action.rstrip("?"))
     if first["type"] == "missing":
         return UsageError(f"{source}: {place} is not given", f"Give --{place} or the recipe key {place!r}")
     message = " or ".join(dict.fromkeys(other["msg"].removeprefix("Value error, ") for other in same_place))
-    found = "" if isinstance(first["input"], Mapping) else f", found {first['input']!r}"
-    return UsageError(f"{source}: {place or 'recipe'}: {message}{found}", "Correct that value")
+    given = "" if isinstance(first["input"], Mapping) else f", found {first['input']!r}"
+    return UsageError(f"{source}: {place or 'recipe'}: {message}{given}", "Correct that value")
 
 
 def _is_union_tag(part: int | str) -> bool:
-    return isinstance(part, str) and ("[" in part or part in ("int", "float", "constrained-int"))
+    return isinstance(part, str) and ("[" in part or part in ("int", "float", "str", "constrained-int", "TextSource"))
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

@@ -9,7 +9,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from moe_svd_distill.recipe.section import Section
+from moe_svd_distill.recipe.text_source import TextSource, text_sources
 
 Preset: TypeAlias = Literal["fast", "balanced", "best"]
 DEFAULT_HEAD_RANK = 64
@@ -35,12 +38,6 @@ def _name_divergences(schema: dict[str, Any]) -> None:
     from moe_svd_distill.algebra.divergence import DIVERGENCES
 
     schema["enum"] = list(DIVERGENCES)
-
-
-class Section(BaseModel):
-    """A frozen group of keys; unknown ones are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
 class ExpertSettings(Section):
@@ -203,9 +200,10 @@ class Recipe(Section):
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Stored type of the factors.")
     nan: Literal["fail", "skip", "zero"] = Field("fail", description="What to do with NaN or Inf in a weight.")
 
-    calibration: list[str] = Field(
+    calibration: list[str | TextSource] = Field(
         default_factory=list,
-        description="Text the adapter is fitted and its scale searched on: files, folders, datasets:NAME.",
+        description="Text the adapter is fitted and its scale searched on: files, folders, datasets:NAME; of several, "
+        "{path: a, share: 0.3} for their shares of the tokens, and field: body for where a source's text is.",
     )
     scale_search: bool = Field(True, description="Scale the adapter by what helps on the calibration text, if any.")
     scale_search_tokens: int = Field(
@@ -241,11 +239,13 @@ class Recipe(Section):
         description="equal refuses a pair with different tokenizers; shared compares it on what both have in common.",
     )
     text_field: str | None = Field(
-        None, description="Field of JSON lines that holds the text; default: text, messages or conversations."
+        None,
+        description="Field of records that holds the text; default: text, messages, conversations, prompt and "
+        "completion, or instruction and output.",
     )
     text_group: str | None = Field(
         None,
-        description="Field of JSON lines that names the source a record belongs to; no source is both fitted and "
+        description="Field of records that names the source a record belongs to; no source is both fitted and "
         "searched on. Default: group, repo, repository, repo_name, package or conversation_id; a record without is a "
         "source by itself.",
     )
@@ -268,6 +268,12 @@ class Recipe(Section):
     @classmethod
     def _as_text(cls, value: Any) -> Any:
         return [str(part) if isinstance(part, Path) else part for part in value] if isinstance(value, list) else value
+
+    @field_validator("calibration")
+    @classmethod
+    def _shares(cls, value: list[str | TextSource]) -> list[str | TextSource]:
+        text_sources(value)
+        return value
 
     @field_validator("devices")
     @classmethod

@@ -52,14 +52,15 @@ def text_note(evaluation: EvaluationRecord | None) -> str:
         f"± is one standard error over {_known(student.documents)} {evaluation.unit}",
         f"the temperature was fitted on {temperature.fitted_on} and measured on the rest" if temperature else "",
     ]
-    counts = [
-        count or 0
-        for count in (evaluation.documents_used, evaluation.documents_of_used_groups, evaluation.documents_repeated)
-    ]
-    if sum(counts):
+    used, of_groups, repeated = (
+        evaluation.documents_used or 0,
+        evaluation.documents_of_used_groups or 0,
+        evaluation.documents_repeated,
+    )
+    if used or of_groups or repeated:
         parts.append(
-            f"{counts[0]} documents left out that it was made on, {counts[1]} of the same sources, {counts[2]} that "
-            "mostly repeat them"
+            f"{used} documents left out that it was made on, {of_groups} of the same sources, "
+            f"{'an unknown number' if repeated is None else repeated} that mostly repeat them"
         )
     if evaluation.groups_apart is False:
         parts.append("of the sources it was made on")

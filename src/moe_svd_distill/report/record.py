@@ -52,7 +52,9 @@ class RecipeRecord:
     expert_assignment: str | None = _at("experts.assignment")
     expert_blend: str | None = _at("experts.blend")
     start: str = "auto"
-    calibration: tuple[str, ...]
+    calibration: tuple[Any, ...]
+    tokens: int | None
+    scale_search_tokens: int | None
     text_field: str | None
     text_group: str | None
     vocabulary: str | None

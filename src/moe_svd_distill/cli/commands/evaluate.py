@@ -183,11 +183,13 @@ def _show_figures(title: str, evaluation: Mapping[str, Any]) -> None:
         notes.append("*: fitted on half of the text and measured on the other half.")
     left_out = evaluation.get("held_out") or {}
     if left_out.get("documents_used") or left_out.get("documents_of_used_groups") or left_out.get("documents_repeated"):
+        repeated = left_out["documents_repeated"]
         notes.append(
             f"Left out: {left_out['documents_used']} documents the adapter was made on, "
-            f"{left_out['documents_of_used_groups']} of the same sources, {left_out['documents_repeated'] or 0} that "
-            "mostly repeat them."
+            f"{left_out['documents_of_used_groups']} of the same sources, "
+            f"{'an unknown number of' if repeated is None else repeated} that mostly repeat them."
         )
+    notes += [f"Held-out text: {note}." for note in left_out.get("notes") or ()]
     output.print(" ".join(notes), soft_wrap=True, highlight=False, markup=False)
     output.print(evaluation["verdict"], soft_wrap=True, highlight=False)
 
