@@ -95,8 +95,13 @@ def _in_blocks(documents: Sequence[Document], student: Path) -> tuple[TokenizedT
 
 
 def _at_scales(adapted: AdaptedStudent, record: Any) -> Iterator[Measurement]:
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in adapted.model.modules() if isinstance(module, LoraLayer)]
+    factors = [layer.scaling["default"] for layer in layers]
     for scale in SCALES:
-        adapted.set_scale(dict.fromkeys(adapted.groups, scale))
+        for layer, factor in zip(layers, factors, strict=True):
+            layer.scaling["default"] = scale * factor
         yield measure(adapted.model, record)
 
 

@@ -1,4 +1,4 @@
-"""The dial on an adapter: live and merged, by group, and back to the untouched student."""
+"""An adapter around a student in memory, and back to the untouched student."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_svd_distill.errors import BadDataError, UsageError
+from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.evaluation.adapted import AdaptedStudent
 from moe_svd_distill.streaming import group_of
 from tests.support.language import qwen3_moe
@@ -56,30 +56,16 @@ def _logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", list(_SETTINGS))
-def test_scale_0_is_the_student_and_scale_1_the_plain_adapter(tmp_path: Path, kind: str) -> None:
+def test_an_adapter_acts_as_peft_loads_it_and_comes_off_again(tmp_path: Path, kind: str) -> None:
     from peft import PeftModel
 
     folder = _adapter(tmp_path, kind)
     untouched = _logits(qwen3_moe(320))
     plain = _logits(PeftModel.from_pretrained(qwen3_moe(320), folder).eval())
     assert (plain - untouched).abs().max() > 1e-2
-
     adapted = AdaptedStudent.load(qwen3_moe(320), folder)
-    adapted.set_live(0.0)
-    assert torch.equal(_logits(adapted.model), untouched)
-    adapted.set_live()
     assert torch.equal(_logits(adapted.model), plain)
-    adapted.set_merged(0.0)
-    assert torch.equal(_logits(adapted.model), untouched)
-    adapted.set_merged(1.0)
-    torch.testing.assert_close(_logits(adapted.model), plain, rtol=1e-4, atol=1e-5)
-
-    adapted.set_merged(0.4)
-    merged = _logits(adapted.model)
-    adapted.set_live(0.4)
-    torch.testing.assert_close(_logits(adapted.model), merged, rtol=1e-4, atol=1e-5)
-    adapted.set_live()
-    assert torch.equal(_logits(adapted.model), plain)
+    assert not any(tensor.requires_grad for tensor in adapted.model.parameters())
     assert torch.equal(_logits(adapted.detach()), untouched)
 
 
@@ -90,53 +76,11 @@ def test_the_other_side_of_a_tied_matrix_is_left_alone(tmp_path: Path, kind: str
     assert student.lm_head.weight is student.model.embed_tokens.weight
     untouched, embeddings = _logits(student), student.get_input_embeddings().weight.detach().clone()
     adapted = AdaptedStudent.load(student, folder)
-    plain = _logits(adapted.model)
-    assert (plain - untouched).abs().max() > 1e-2
-    previous = plain
-    for scale in (1.0, 0.4, 0.0, 1.3):
-        adapted.set_live(scale)
-        live = _logits(adapted.model)
-        assert (live - previous).abs().max() > 1e-2 or scale == 1.0
-        adapted.set_merged(scale)
-        torch.testing.assert_close(_logits(adapted.model), live, rtol=1e-4, atol=1e-5)
-        table = student.get_input_embeddings()
-        torch.testing.assert_close(getattr(table, "base_layer", table).weight, embeddings, rtol=0, atol=0)
-        previous = live
-    adapted.set_merged(0.0)
-    assert torch.equal(_logits(adapted.model), untouched)
-    adapted.set_merged(1.0)
-    assert any(part.group == "attention" and part.pristine is not None for part in adapted._parts)
-    assert not any(tensor.requires_grad for tensor in adapted.model.parameters())
-    adapted.set_live()
-    assert torch.equal(_logits(adapted.model), plain)
+    assert (_logits(adapted.model) - untouched).abs().max() > 1e-2
+    table = student.get_input_embeddings()
+    torch.testing.assert_close(getattr(table, "base_layer", table).weight, embeddings, rtol=0, atol=0)
     assert torch.equal(_logits(adapted.detach()), untouched)
     assert student.lm_head.weight is student.model.embed_tokens.weight
-
-
-def test_groups_are_turned_by_themselves(tmp_path: Path) -> None:
-    adapted = AdaptedStudent.load(qwen3_moe(320), _adapter(tmp_path, "all"))
-    assert adapted.groups == ("attention", "experts", "head")
-    untouched = _logits(qwen3_moe(320))
-    adapted.set_merged({"attention": 0.0, "experts": 0.0, "head": 1.0})
-    with_head = _logits(adapted.model)
-    adapted.set_live({"attention": 0.0, "experts": 0.0, "head": 1.0})
-    torch.testing.assert_close(_logits(adapted.model), with_head, rtol=1e-4, atol=1e-5)
-    assert not torch.equal(with_head, untouched)
-    states = adapted.model.get_decoder()(input_ids=IDS).last_hidden_state
-    expected = qwen3_moe(320).get_decoder()(input_ids=IDS).last_hidden_state
-    assert torch.equal(states, expected)
-    with pytest.raises(UsageError, match="No scale is given for experts"):
-        adapted.set_live({"attention": 0.0, "head": 1.0})
-
-
-def test_the_scales_of_a_float32_student_are_merged(tmp_path: Path) -> None:
-    folder = _adapter(tmp_path, "experts")
-    adapted = AdaptedStudent.load(qwen3_moe(320), folder)
-    adapted.set_scale(0.5)
-    assert all(part.pristine is not None for part in adapted._parts)
-    adapted = AdaptedStudent.load(qwen3_moe(320).bfloat16(), folder)
-    adapted.set_scale(0.5)
-    assert all(part.pristine is None for part in adapted._parts)
 
 
 def test_one_student_takes_one_adapter_after_the_other(tmp_path: Path) -> None:

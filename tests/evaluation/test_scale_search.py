@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from moe_svd_distill.algebra.figures import Measurement
-from moe_svd_distill.evaluation.adapted import AdaptedStudent
+from moe_svd_distill.calibration.paired import PairedText
 from moe_svd_distill.evaluation.guard import Guard
 from moe_svd_distill.evaluation.loading import load_model
 from moe_svd_distill.evaluation.scale_search import Evaluate, search_scale
-from moe_svd_distill.evaluation.sources import measure, record_teacher
+from moe_svd_distill.pipeline.pair import open_pair
+from moe_svd_distill.pipeline.scale import ScaleDecision, decide_scale
 from tests.support.language import Lab
 
 GROUPS = ("attention", "experts", "head")
@@ -155,26 +157,21 @@ def test_one_document_decides_nothing() -> None:
     assert "Give text of more documents" in search.decision
 
 
-def _on_models(lab: Lab, adapter: str) -> Evaluate:
-    record = record_teacher(load_model(lab.teacher), lab.text)
-    adapted = AdaptedStudent.load(load_model(lab.student), getattr(lab, adapter))
-
-    def evaluate(scales: Mapping[str, float]) -> Measurement:
-        adapted.set_scale(scales)
-        return measure(adapted.model, record)
-
-    return evaluate
+def _on_models(lab: Lab, adapter: Path, folder: Path) -> ScaleDecision:
+    text = PairedText.read_alike(lab.text, load_model(lab.student).config.vocab_size)
+    with open_pair(str(lab.teacher), str(lab.student)) as pair:
+        return decide_scale(adapter, pair, text, "cpu", folder, lambda fraction: None)
 
 
-def test_a_good_adapter_is_kept_whole(lab: Lab) -> None:
-    search = search_scale(_on_models(lab, "good_adapter"), ("attention", "mlp", "head"))
-    assert search.accepted
-    assert set(search.scales.values()) == {1.0}
+def test_a_good_adapter_is_kept_whole(lab: Lab, tmp_path: Path) -> None:
+    decision = _on_models(lab, lab.good_adapter, tmp_path)
+    assert decision.transferred
+    assert decision.scales == dict.fromkeys(("attention", "mlp", "head"), 1.0)
 
 
-def test_a_random_adapter_is_scaled_to_nothing(lab: Lab) -> None:
-    search = search_scale(_on_models(lab, "random_adapter"), ("attention", "mlp", "head"))
-    assert not search.accepted
-    assert set(search.scales.values()) == {0.0}
-    assert search.kind in ("harm", "none")
-    assert search.decision.startswith("Nothing was transferred: ")
+def test_a_random_adapter_is_scaled_to_nothing(lab: Lab, tmp_path: Path) -> None:
+    decision = _on_models(lab, lab.random_adapter, tmp_path)
+    assert decision.transferred is False
+    assert decision.scales == dict.fromkeys(("attention", "mlp", "head"), 0.0)
+    assert decision.kind in ("harm", "none")
+    assert decision.text.startswith("Nothing was transferred: ")

@@ -28,6 +28,7 @@ from tests.support.heads import TEXT, student_with_tokenizer, teacher_with_other
 from tests.support.models import load
 from tests.support.pairs import recipe_for
 from tests.support.quantised import in_float8
+from tests.support.scaling import scaled
 
 LITTLE: dict[str, Any] = {
     "calibration": [str(TEXT)], "tokens": 2048, "scale_search_tokens": 2048, "copies": 1, "fit_passes": 2
@@ -185,18 +186,16 @@ def _kl_on_text(
 ) -> dict[str, float]:
     """Mean KL on a part of the text, models in memory and adapters as PEFT loads them, times scales."""
     from moe_svd_distill.evaluation.adapted import AdaptedStudent
-    from moe_svd_distill.evaluation.sources import measure, teacher_pass
+    from moe_svd_distill.evaluation.sources import measure, record_teacher
 
     with open_pair(recipe.teacher, recipe.student) as pair:
         text = read_run_text(recipe, pair, recipe.method.split("+")).parts[part]
-    record = teacher_pass(Path(recipe.teacher), text.student, vocabulary=len(text.student_ids), device="cpu")
+    record = record_teacher(load(Path(recipe.teacher)), text.student, vocabulary=len(text.student_ids))
     found = {}
     for name, (folder, scales) in adapters.items():
         model = load(Path(recipe.student))
         if folder is not None:
-            adapted = AdaptedStudent.load(model, folder)
-            adapted.set_live(scales)
-            model = adapted.model
+            model = scaled(AdaptedStudent.load(model, folder).model, scales)
         measured = measure(model, record)
         found[name] = float(measured.kl.sum() / measured.tokens.sum())
     return found

@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moe_svd_distill.adapter.adapter_file import sha256_of
 from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.errors import BadDataError, UsageError
-from moe_svd_distill.evaluation.adapted import AdaptedStudent
 from moe_svd_distill.streaming import Decoder, PassSettings, ScaledAdapter, load_head, stream_states
 from tests.streaming.conftest import LENGTH, Case, outcome, resident
 from tests.support import tiny
+from tests.support.scaling import groups_of, scaled
 
 Ids = NDArray[np.int64]
 SETTINGS = PassSettings(batch_tokens=2 * LENGTH)
@@ -61,11 +61,11 @@ def test_equals_the_whole_model_with_its_adapter(case: Case, sequences: Ids, tmp
     torch.testing.assert_close(head.logits(result.rows(slice(None))), logits, **ROUNDING)
 
 
-def test_scales_by_group_as_live_layers_do(sparse: Case, sequences: Ids, tmp_path: Path) -> None:
-    adapted = AdaptedStudent.load(resident(sparse.folder), sparse.adapter)
-    scales = {group: 0.3 + 0.4 * number for number, group in enumerate(adapted.groups)}
-    adapted.set_live(scales)
-    states, logits = outcome(adapted.model, sequences)
+def test_scales_by_group_as_layers_of_peft_do(sparse: Case, sequences: Ids, tmp_path: Path) -> None:
+    model = resident(sparse.folder, sparse.adapter)
+    scales = {group: 0.3 + 0.4 * number for number, group in enumerate(groups_of(model))}
+    assert len(scales) > 1
+    states, logits = outcome(scaled(model, scales), sequences)
     result = stream_states(
         sparse.checkpoint, sequences, tmp_path, SETTINGS, adapter=ScaledAdapter(sparse.adapter, scales)
     )
@@ -111,15 +111,15 @@ def test_pairs_of_the_embeddings_leave_the_table_in_its_file(tmp_path: Path, seq
     student = tiny.save_student(tmp_path / "student", "qwen3")
     pairs = tiny.random_pairs(student, tiny.carried(student, embedding=True))
     adapter = tiny.save_adapter(tmp_path / "adapter", student, pairs)
-    adapted = AdaptedStudent.load(resident(student), adapter)
-    adapted.set_live(dict.fromkeys(adapted.groups, scale))
-    states, _ = outcome(adapted.model, sequences)
+    model = resident(student, adapter)
+    scales = dict.fromkeys(groups_of(model), scale)
+    states, _ = outcome(scaled(model, scales), sequences)
     result = stream_states(
         open_checkpoint(student),
         sequences,
         tmp_path,
         SETTINGS,
-        adapter=ScaledAdapter(adapter, dict.fromkeys(adapted.groups, scale)),
+        adapter=ScaledAdapter(adapter, scales),
     )
     torch.testing.assert_close(result.rows(slice(None)), states, **ROUNDING)
     table = open_checkpoint(student)["model.embed_tokens.weight"]

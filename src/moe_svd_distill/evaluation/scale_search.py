@@ -64,7 +64,7 @@ def search_scale(
 
     Args:
         evaluate: Measures the student at given scales; called up to 7 times and up to 3 times for each group.
-        groups: The groups of the adapter, for example `AdaptedStudent.groups`.
+        groups: The groups of the adapter.
         guard: What must hold for the adapter to be kept.
         global_scales: Scales above 0 to try for everything together.
         by_group: Whether to go on from the best of these and halve or raise the scale of each group in turn.

@@ -67,15 +67,6 @@ def record_teacher(
     return record_states(hidden, head, PairedText.read_alike(text, tokens))
 
 
-def teacher_pass(
-    folder: str | Path, text: TokenizedText, *, vocabulary: int, device: str, on_progress: Progress | None = None
-) -> TeacherRecord:
-    """Load the teacher, record its pass over a text that the student reads in the same tokens, and let go of it."""
-    record = record_teacher(load_model(folder, device), text, vocabulary=vocabulary, on_progress=on_progress)
-    gc.collect()
-    return record
-
-
 def resident_records(
     folder: str | Path, texts: Sequence[PairedText], device: str, on_progress: Progress | None = None
 ) -> list[TeacherRecord]:

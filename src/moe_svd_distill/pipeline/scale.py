@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
-from moe_svd_distill.evaluation.adapted import AdaptedStudent
-from moe_svd_distill.evaluation.loading import fits, load_model
 from moe_svd_distill.streaming import GROUPS, group_of
 
 if TYPE_CHECKING:
@@ -22,7 +19,6 @@ if TYPE_CHECKING:
     from moe_svd_distill.pipeline.stage import StageResult
 
 Report = Callable[[float], None]
-At = Callable[[Mapping[str, float]], "Measurement"]
 
 
 @dataclass(frozen=True)
@@ -102,9 +98,7 @@ def _of_both(weights: Kind | None, fit: Kind) -> Kind:
 def decide_scale(
     adapter_folder: Path, pair: ModelPair, text: PairedText, device: str, cache: Path, report: Report
 ) -> ScaleDecision:
-    """Measure the adapter at several scales on calibration text and keep what helps.
-
-    Models that fit in memory stay there for all trials; larger ones are streamed once for each.
+    """Measure the adapter at several scales on calibration text, one pass of the student each, and keep what helps.
 
     Args:
         adapter_folder: The adapter at scale 1.
@@ -114,61 +108,22 @@ def decide_scale(
         cache: Where streamed states lie.
         report: Told the fraction done.
     """
-    from moe_svd_distill.evaluation.scale_search import GLOBAL_SCALES, search_scale
-
-    folders = (pair.teacher.checkpoint.folder, pair.student.checkpoint.folder)
-    resident = text.identical and all(fits(folder, device) for folder in folders)
-    trials = _resident if resident else _streamed
-    done = 0
-    with trials(adapter_folder, pair, text, device, cache) as (at, groups):
-        most = len(GLOBAL_SCALES) + 2 + 2 * len(groups)
-
-        def counted(scales: Mapping[str, float]) -> Measurement:
-            nonlocal done
-            measured = at(scales)
-            done += 1
-            report(min(1.0, done / most))
-            return measured
-
-        found = search_scale(counted, groups)
-    return ScaleDecision.of(found, tokens=text.student.tokens, models="resident" if resident else "streamed")
-
-
-@contextmanager
-def _resident(
-    adapter_folder: Path, pair: ModelPair, text: PairedText, device: str, cache: Path
-) -> Iterator[tuple[At, tuple[str, ...]]]:
-    from moe_svd_distill.evaluation.sources import measure, teacher_pass
-
-    vocabulary = len(text.student_ids)
-    record = teacher_pass(pair.teacher.checkpoint.folder, text.student, vocabulary=vocabulary, device=device)
-    adapted = AdaptedStudent.load(load_model(pair.student.checkpoint.folder, device), adapter_folder)
-
-    def at(scales: Mapping[str, float]) -> Measurement:
-        adapted.set_scale(scales)
-        return measure(adapted.model, record)
-
-    yield at, adapted.groups
-
-
-@contextmanager
-def _streamed(
-    adapter_folder: Path, pair: ModelPair, text: PairedText, device: str, cache: Path
-) -> Iterator[tuple[At, tuple[str, ...]]]:
     import torch
 
+    from moe_svd_distill.evaluation.scale_search import GLOBAL_SCALES, search_scale
     from moe_svd_distill.streaming import PassSettings, ScaledAdapter, load_head, stream_states
     from moe_svd_distill.training.measuring import StatePairs, measure_states, predicting_places
 
-    settings, places = PassSettings((device,)), predicting_places(text)
+    settings, places, student = PassSettings((device,)), predicting_places(text), pair.student.checkpoint
     teacher = load_head(pair.teacher.checkpoint, device, torch.float32, tokens=text.teacher_ids)
     pairs = LowRankPairs(adapter_folder, pair.student.architecture)
     present = set(map(group_of, pairs.parameter_ranks())) | ({"head"} if pairs.head else set())
     groups = tuple(group for group in GROUPS if group in present)
+    most, done = len(GLOBAL_SCALES) + 2 + 2 * len(groups), 0
     with stream_states(pair.teacher.checkpoint, text.teacher.sequences, cache, settings) as theirs:
 
         def at(scales: Mapping[str, float]) -> Measurement:
-            student = pair.student.checkpoint
+            nonlocal done
             acting = any(scales.values())
             adapter = ScaledAdapter(adapter_folder, scales) if acting else None
             head = load_head(student, device, torch.float32, tokens=text.student_ids, adapter=adapter)
@@ -180,6 +135,10 @@ def _streamed(
                     places.student_position,
                     places.teacher_position,
                 )
-                return measure_states(states, places, head, teacher)
+                measured = measure_states(states, places, head, teacher)
+            done += 1
+            report(min(1.0, done / most))
+            return measured
 
-        yield at, groups
+        found = search_scale(at, groups)
+    return ScaleDecision.of(found, tokens=text.student.tokens)
