@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from moe_svd_distill.calibration.division import divide_text, divided_by_share
-from moe_svd_distill.calibration.documents import LONGEST, Document, cut_long_documents, without
+from moe_svd_distill.calibration.documents import LONGEST, Document, Portion, cut_long_documents, without
 from moe_svd_distill.calibration.reading import enough_characters, read_text
 from moe_svd_distill.calibration.sources import OTHERS, read_sources
 from moe_svd_distill.calibration.text import tokenize
 from moe_svd_distill.calibration.tokenizer import load_tokenizer
+from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.recipe import text_sources
 from tests.support.tokenizers import byte_level
 
@@ -159,3 +160,15 @@ def test_sections_of_a_text_are_all_of_it_however_many_documents_there_are() -> 
     assert "".join(section.text for section in sections) == "".join(texts)
     assert max(len(section.text) for section in sections) < 2 * LONGEST
     assert len(sections) > 3
+
+
+def test_no_documents_are_too_short_a_text(folder: Path) -> None:
+    with pytest.raises(BadDataError, match="too short: 0 tokens"):
+        divide_text([], load_tokenizer(folder), {"all": 100}, length=64)
+
+
+def test_a_source_whose_groups_another_has_given_is_named(folder: Path) -> None:
+    halves = [Portion("a", 0.5), Portion("b", 0.5)]
+    documents = [Document(f"{p.name}{n}", _words(n, 300), group="one", portion=p) for p in halves for n in range(30)]
+    with pytest.raises(BadDataError, match="Nothing of b is left for its share"):
+        divide_text(documents, load_tokenizer(folder), {"all": 4096}, length=64)

@@ -35,7 +35,7 @@ from moe_svd_distill.calibration.text import (
     whole,
 )
 from moe_svd_distill.calibration.tokenizer import IntArray, Tokenizer
-from moe_svd_distill.errors import UsageError
+from moe_svd_distill.errors import BadDataError, UsageError
 
 LEAST_APART = 0.4
 """Parts share groups rather than have less than this share of the tokens they could have with shared groups."""
@@ -98,7 +98,7 @@ def divide(
     """Choose the documents of each part, as `divide_text` describes, and leave the packing to the caller."""
     if not budgets or any(tokens <= 0 for tokens in budgets.values()):
         raise UsageError(f"A part of the text has no tokens: {dict(budgets)}", "Give every part a budget above 0")
-    portions: dict[Portion | None, list[Document]] = {}
+    portions: dict[Portion | None, list[Document]] = {} if documents else {None: []}
     for document in documents:
         portions.setdefault(document.portion, []).append(document)
     sequences = {name: whole(budgets[name], length) // length for name in budgets}
@@ -106,9 +106,15 @@ def divide(
     divided = {name: divided_by_share(count, shares) for name, count in sequences.items()}
     reading, found = _Reading(tokenizer, vocabulary, Repeats() if len(budgets) > 1 else None), []
     used: set[str] = set()
-    for number, own in enumerate(portions.values()):
+    for number, (portion, own) in enumerate(portions.items()):
         full = [divided[name][number] * length for name in budgets]
-        parts = _divide_one(without_groups(own, used), reading, full, length, seed)
+        left = without_groups(own, used)
+        if portion is not None and not left:
+            raise BadDataError(
+                f"Nothing of {portion.name} is left for its share: the sources before it hold all of its groups",
+                "Give it a text of other groups, or name them in another field (text_group)",
+            )
+        parts = _divide_one(left, reading, full, length, seed)
         used.update(document.group_digest for part in parts for document in part.documents)
         found.append(parts)
     return {
@@ -118,12 +124,7 @@ def divide(
 
 
 def divided_by_share(count: int, shares: Sequence[float]) -> list[int]:
-    """Whole numbers in these proportions, by largest remainders, of this sum; but none is 0, whatever the sum is then.
-
-    Args:
-        count: The sum.
-        shares: Above 0.
-    """
+    """Whole numbers in these proportions, by largest remainders, with this sum; but none is 0, whatever the sum is."""
     exact = [count * share / sum(shares) for share in shares]
     found = [int(part) for part in exact]
     for place in sorted(range(len(exact)), key=lambda place: found[place] - exact[place])[: count - sum(found)]:
@@ -159,7 +160,7 @@ def _divide_one(
     if not apart:
         groups = [[unit] for unit in sorted(units, key=lambda unit: drawing_key(seed, unit.digest))]
     read = _read_groups(groups, reading.anew(), full)
-    order, numbers = read.by_group()
+    (order, numbers), repeats = read.by_group(), read.repeats or Repeats()
     lengths = read.lengths[order]
     allocation = allocate(lengths, numbers, full, length)
     if apart and len(groups) < len(units) and (allocation is None or allocation.share < LEAST_APART):
@@ -169,7 +170,6 @@ def _divide_one(
             apart, order, lengths, allocation = False, mixed, read.lengths[mixed], closer
     if allocation is None:
         raise too_short(int(lengths.sum()), length * len(full), read.skipped)
-    repeats = read.repeats or Repeats()
     parts = []
     for tokens, places in zip(allocation.wanted, allocation.places, strict=True):
         chosen = sorted(order[places], key=read.drawn(seed))

@@ -17,7 +17,7 @@ LONGEST = 1 << 16
 """Characters of a section at most, however few documents there are: a document is read no further than it is needed."""
 
 
-_CHUNK = 1 << 20
+_SPACE = b" \t\n\r\v\f"
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,7 @@ class Document:
             content = self.chat.content.replace("\\r", "").replace("\\n", "").replace("\\t", "")
         if not content.isascii():
             content = unicodedata.normalize("NFC", content)
-        found = hashlib.sha256()
-        for begin in range(0, len(content), _CHUNK):  # words of the whole would take ten times its memory
-            found.update("".join(content[begin : begin + _CHUNK].split()).encode("utf-8", "surrogatepass"))
-        return found.hexdigest()
+        return hashlib.sha256(content.encode("utf-8", "surrogatepass").translate(None, _SPACE)).hexdigest()
 
     @property
     def digests(self) -> tuple[str, ...]:
