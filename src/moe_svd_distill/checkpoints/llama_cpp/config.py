@@ -7,15 +7,12 @@ and of what it has the widths of heads and experts, sliding windows and every sc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from moe_svd_distill.checkpoints.llama_cpp.header import Value
 from moe_svd_distill.checkpoints.llama_cpp.rotary import rotary_parameters
+from moe_svd_distill.checkpoints.llama_cpp.settings import ANOTHER, Settings
 from moe_svd_distill.errors import BadDataError, IncompatiblePairError, shown
-from moe_svd_distill.files.header import TensorInfo
 
-_ANOTHER = "Give the model's safetensors"
 _ALWAYS = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -29,53 +26,6 @@ _IF_THERE = {
 }
 _EXPERTS = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
 _TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
-_NO_SETTING = ("vocab_size", "attention.value_length", "rope.scaling.finetuned")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a file says of its model, below the name of its architecture.
-
-    Attributes:
-        source: What the file is called in messages.
-        architecture: llama.cpp's name.
-        metadata: Name to value.
-        tensors: llama.cpp's name to where it lies.
-        one_table: Whether embeddings and head are the same but for rounding.
-        used: Gathers what was asked for.
-    """
-
-    source: str
-    architecture: str
-    metadata: Mapping[str, Value]
-    tensors: Mapping[str, TensorInfo]
-    one_table: bool = False
-    used: set[str] = field(default_factory=set)
-
-    def find(self, key: str) -> Any:
-        """A setting that is one value, or None."""
-        name = f"{self.architecture}.{key}"
-        self.used.add(name)
-        value = self.metadata.get(name)
-        if isinstance(value, tuple) and len(set(value)) == 1:
-            return value[0]  # the same for every layer
-        if isinstance(value, tuple):
-            raise BadDataError(f"{self.source} has another {name} for each layer, which is not read here", _ANOTHER)
-        return value
-
-    def need(self, key: str) -> Any:
-        """A setting that has to be there."""
-        value = self.find(key)
-        if value is None:
-            raise BadDataError(f"{self.source} does not say {self.architecture}.{key}", _ANOTHER)
-        return value
-
-    def unused(self) -> Sequence[str]:
-        """Settings of the architecture that nothing was made of."""
-        known = {f"{self.architecture}.{key}" for key in _NO_SETTING}
-        return [
-            key for key in self.metadata if key.startswith(f"{self.architecture}.") and key not in self.used | known
-        ]
 
 
 def config_of(settings: Settings, factors: Sequence[float] | None) -> dict[str, Any]:
@@ -93,11 +43,11 @@ def config_of(settings: Settings, factors: Sequence[float] | None) -> dict[str, 
         raise IncompatiblePairError(
             f"{settings.source} is of llama.cpp's architecture {shown(settings.architecture)} "
             f"(read are {', '.join(_ARCHITECTURES)})",
-            _ANOTHER,
+            ANOTHER,
         )
     embedding = settings.tensors.get("token_embd.weight")
     if embedding is None:
-        raise BadDataError(f"{settings.source} has no tensor token_embd.weight: it is no language model", _ANOTHER)
+        raise BadDataError(f"{settings.source} has no tensor token_embd.weight: it is no language model", ANOTHER)
     config: dict[str, Any] = {name: settings.need(key) for key, name in _ALWAYS.items()}
     config |= {name: value for key, name in _IF_THERE.items() if (value := settings.find(key)) is not None}
     config["num_hidden_layers"] = settings.need("block_count") - (settings.find("nextn_predict_layers") or 0)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from moe_svd_distill.checkpoints.llama_cpp.settings import ANOTHER, Settings
 from moe_svd_distill.errors import BadDataError, shown
 
-if TYPE_CHECKING:
-    from moe_svd_distill.checkpoints.llama_cpp.config import Settings
-
-_ANOTHER = "Give the model's safetensors"
 _LOW, _HIGH = 1.0, 4.0
 _ORIGINALS = (8192, *(1 << power for power in range(10, 19)))
 _SAME = 1e-3
@@ -32,7 +29,7 @@ def rotary_parameters(settings: Settings, dimensions: int, factors: Sequence[flo
     turned = settings.find("rope.dimension_count")
     if turned is not None and turned != dimensions:
         raise BadDataError(
-            f"{settings.source} turns {turned} dimensions of a head with {dimensions}, which is not read here", _ANOTHER
+            f"{settings.source} turns {turned} dimensions of a head with {dimensions}, which is not read here", ANOTHER
         )
     kind = settings.find("rope.scaling.type") or "none"
     if factors is not None and any(abs(factor - 1) > _SAME for factor in factors):
@@ -44,7 +41,7 @@ def rotary_parameters(settings: Settings, dimensions: int, factors: Sequence[flo
     if kind != "yarn":
         raise BadDataError(
             f"{settings.source} scales rotary positions by {shown(kind)} (read are linear, yarn and Llama 3's)",
-            _ANOTHER,
+            ANOTHER,
         )
     return base | _yarn(settings)
 
@@ -81,7 +78,7 @@ def _by_wavelength(settings: Settings, factors: Sequence[float], theta: float) -
                 "high_freq_factor": _HIGH,
                 "original_max_position_embeddings": original,
             }
-    raise BadDataError(f"{settings.source} scales rotary positions otherwise than Llama 3 does (rope_freqs)", _ANOTHER)
+    raise BadDataError(f"{settings.source} scales rotary positions otherwise than Llama 3 does (rope_freqs)", ANOTHER)
 
 
 def _divisor(length: float, factor: float, original: int) -> float:

@@ -9,9 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from moe_svd_distill.checkpoints.llama_cpp.config import Settings, config_of
+from moe_svd_distill.checkpoints.llama_cpp.config import config_of
 from moe_svd_distill.checkpoints.llama_cpp.header import Value, files_of
-from moe_svd_distill.checkpoints.llama_cpp.weights import weights_of
+from moe_svd_distill.checkpoints.llama_cpp.settings import ANOTHER, Settings
+from moe_svd_distill.checkpoints.llama_cpp.weights import is_known, weights_of
 from moe_svd_distill.checkpoints.quantisation.view import View
 from moe_svd_distill.checkpoints.survey import Survey, merge_headers
 from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError, shown
@@ -90,7 +91,7 @@ def _config(
     unread = settings.unused()
     if changing := next((key for key in unread if _CHANGING.search(key)), None):
         what = f"{source} has the setting {changing} = {metadata[changing]}, which changes what {architecture} computes"
-        raise BadDataError(f"{what} and is not read here", "Give the model's safetensors")
+        raise BadDataError(f"{what} and is not read here", ANOTHER)
     return config, dict.fromkeys(unread, _UNREAD)
 
 
@@ -109,10 +110,11 @@ def _factors(info: TensorInfo | None) -> tuple[float, ...] | None:
 def _one_table(stored: Mapping[str, TensorInfo]) -> bool:
     """Whether a file has embeddings and head apart that are one in the model: some converters write both."""
     tables = [stored.get(name) for name in ("token_embd.weight", "output.weight")]
-    first, second = (None if info is None or len(info.shape) != 2 else _first_rows(info) for info in tables)
-    if first is None or second is None or first.shape != second.shape:
+    matrices = [info for info in tables if info is not None and len(info.shape) == 2 and is_known(info.dtype)]
+    if len(matrices) < len(tables):
         return False
-    return bool(abs(first - second).sum() < _ROUNDING * abs(second).sum())
+    first, second = map(_first_rows, matrices)
+    return first.shape == second.shape and bool(abs(first - second).sum() < _ROUNDING * abs(second).sum())
 
 
 def _first_rows(info: TensorInfo) -> Any:
@@ -124,11 +126,8 @@ def _first_rows(info: TensorInfo) -> Any:
     with opened(info.file) as descriptor:
         raw = read_at(descriptor, info.file, info.offset, info.bytes // info.shape[0] * rows)
     stored = np.frombuffer(raw, np.uint8).reshape(rows, -1)
-    try:
-        with np.errstate(all="ignore"):
-            return gguf.dequantize(stored, gguf.GGMLQuantizationType[info.dtype])
-    except NotImplementedError:  # named where the weights are
-        return None
+    with np.errstate(all="ignore"):
+        return gguf.dequantize(stored, gguf.GGMLQuantizationType[info.dtype])
 
 
 def origin_of(metadata: Mapping[str, Value]) -> tuple[str, str] | None:

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 from moe_svd_distill.checkpoints.llama_cpp.names import NAMINGS, OUTSIDE, Naming, Share
+from moe_svd_distill.checkpoints.llama_cpp.settings import ANOTHER
 from moe_svd_distill.checkpoints.quantisation.coded import Arrangement, Coded, Ggml, Part
 from moe_svd_distill.checkpoints.quantisation.view import View
 from moe_svd_distill.errors import BadDataError, DistillError, shown
@@ -37,7 +38,7 @@ def weights_of(stored: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> t
     found.join()
     kinds = sorted({info.dtype for info in stored.values()})
     for kind in kinds:
-        if kind not in FLOATS and not _known(kind):
+        if kind not in FLOATS and not is_known(kind):
             name = next(info.name for info in stored.values() if info.dtype == kind)
             what = f"tensor {shown(name)} is of type {kind}, which the installed gguf does not turn into numbers"
             found.faults.append(BadDataError(what, _USE_ANOTHER))
@@ -46,7 +47,7 @@ def weights_of(stored: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> t
 
 
 @cache
-def _known(kind: str) -> bool:
+def is_known(kind: str) -> bool:
     """Whether the package has the numbers of a type."""
     import gguf
     import numpy as np
@@ -160,7 +161,7 @@ class _Weights:
     def _nameless(self, info: TensorInfo) -> None:
         kind = self.config["model_type"]
         what = f"tensor {shown(info.name)} of {shown(info.file)} has no place in {kind} as it is known here"
-        self.faults.append(BadDataError(what, "Give the model's safetensors"))
+        self.faults.append(BadDataError(what, ANOTHER))
 
 
 def _joined(arrangement: Arrangement, parts: Mapping[Part, TensorInfo]) -> tuple[int, ...] | None:

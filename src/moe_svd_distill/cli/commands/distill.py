@@ -156,15 +156,8 @@ def _show(adapter: Adapter) -> None:
 
 
 def _for_llama_cpp(adapter: Adapter) -> str:
-    """How the adapter of a GGUF student comes to llama.cpp."""
-    from typing import get_args
-
-    from moe_svd_distill.adapter.export import Format
-
+    """How the adapter of a GGUF student comes to llama.cpp, whose converter reads the plain layout."""
     student = adapter.record.student.source
     if not student.lower().endswith(".gguf"):
         return ""
-    layout = "gguf" if "gguf" in get_args(Format) else "plain"
-    return (
-        f"\nNext, for llama.cpp: moe-svd-distill export {adapter.folder} OUTPUT --format {layout} --student {student}"
-    )
+    return f"\nNext, for llama.cpp: moe-svd-distill export {adapter.folder} OUTPUT --format plain --student {student}"
