@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from moe_svd_distill.cli.main import program
 from moe_svd_distill.errors import BadDataError, UsageError
 from moe_svd_distill.pipeline.distill import distill, load_adapter
 from moe_svd_distill.pipeline.evaluate import BenchmarkRequest, EvaluationRequest, evaluate_adapter
+from moe_svd_distill.pipeline.pair import open_pair
+from moe_svd_distill.pipeline.texts import read_run_text
 from tests.support.heads import TEXT, TRAINED, student_with_tokenizer, teacher_with_other_head, trained_tokenizer
 from tests.support.models import load, logits, saved
 from tests.support.pairs import recipe_for
@@ -135,6 +138,19 @@ def test_what_else_takes_a_gguf_student(models: dict[str, Path], finished: tuple
         ["export", str(out), str(tmp_path / "e"), "--format", "plain", "--student", str(models["student_file"])],
     )
     assert exported.exit_code == 0, exported.output
+
+
+def test_a_tokenizer_from_beside_the_file_is_said(models: dict[str, Path], tmp_path: Path) -> None:
+    def unknown(writer: Any) -> None:
+        writer.kv_data[0]["tokenizer.ggml.pre"].value = "of-my-own"
+
+    write_gguf(models["teacher"], tmp_path / "teacher.gguf", change=unknown)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(models["teacher"] / name, tmp_path / name)
+    recipe = recipe_for(tmp_path / "teacher.gguf", models["student"], tmp_path / "out", **TRAINED)
+    with open_pair(recipe.teacher, recipe.student) as pair:
+        text = read_run_text(recipe, pair, ["refined"])
+    assert any("is the tokenizer.json beside it" in note for note in text.shortfalls())
 
 
 def test_a_file_that_does_not_say_its_origin(models: dict[str, Path], tmp_path: Path) -> None:

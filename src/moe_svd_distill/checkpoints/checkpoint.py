@@ -73,6 +73,15 @@ class Checkpoint(Mapping[str, TensorInfo]):
         return model_folder(self._place, self._sound().headers[self._place.name].digest, self.config)
 
     @property
+    def tokenizer_notes(self) -> tuple[str, ...]:
+        """What people should know of where the tokenizer is from; nothing where it is the model's own."""
+        from moe_svd_distill.checkpoints.llama_cpp.folder import why_from_beside
+
+        why = why_from_beside(self.folder)
+        what = f"the tokenizer of {self.source} is the tokenizer.json beside it: transformers makes none of the file"
+        return () if why is None else (f"{what} ({why})",)
+
+    @property
     def is_gguf(self) -> bool:
         """Whether the model is a GGUF file."""
         return self._place.suffix.lower() == GGUF

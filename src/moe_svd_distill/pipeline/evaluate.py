@@ -193,7 +193,8 @@ def _text_figures(request: EvaluationRequest, record: RunRecord, on_progress: Pr
         folders = pair.teacher.checkpoint.folder, pair.student.checkpoint.folder
         told = _reading(on_progress) if on_progress else None
         result = evaluate(settled, *folders, chosen.documents, calibration, told)
-    found = {**chosen.as_dict(), "read": read.counts, "notes": list(read.notes)}
+        notes = [*read.notes, *pair.tokenizer_notes]
+    found = {**chosen.as_dict(), "read": read.counts, "notes": notes}
     figures = result.as_dict() | {"texts": [str(path) for path in request.texts], "held_out": found}
     if not chosen.apart:
         figures["verdict"] = f"{figures['verdict']} {SAME_SOURCES}"

@@ -77,6 +77,11 @@ class ModelPair:
     student: Model
 
     @property
+    def tokenizer_notes(self) -> tuple[str, ...]:
+        """What people should know of where the tokenizers are from."""
+        return self.teacher.checkpoint.tokenizer_notes + self.student.checkpoint.tokenizer_notes
+
+    @property
     def at_hand(self) -> bool:
         """Whether every weights file of both models is on this machine."""
         models = (self.teacher, self.student)

@@ -31,7 +31,7 @@ class RunText:
         fit: Text that is fitted or trained on; None where only the weights stage runs.
         validation: Text that passes, steps and the head's rank are chosen by; with `fit`, all that a fit depends on.
         counts: Of what was read, see `ReadText`.
-        notes: What people should know of that.
+        notes: What people should know of that, and of the tokenizers.
     """
 
     search: PairedText
@@ -160,7 +160,8 @@ def read_run_text(recipe: Recipe, pair: ModelPair, stages: Sequence[str]) -> Run
     folders = pair.teacher.checkpoint.folder, pair.student.checkpoint.folder
     length = sequence_length(recipe, longest_sequence(pair))
     parts = PairTokenizers(*folders, recipe.vocabulary).parts(documents, budgets, length=length, seed=recipe.seed)
-    return RunText(parts["search"], parts.get("fit"), parts.get("validation"), read.counts, read.notes)
+    notes = read.notes + pair.tokenizer_notes
+    return RunText(parts["search"], parts.get("fit"), parts.get("validation"), read.counts, notes)
 
 
 def validation_tokens(recipe: Recipe) -> int:

@@ -186,3 +186,8 @@ def test_a_tokenizer_that_transformers_cannot_make_is_asked_for(tmp_path: Path, 
             _ = found.folder
         with_tokenizer(place, tokenizer)
         assert (found.folder / "tokenizer.json").read_bytes() == (tokenizer / "tokenizer.json").read_bytes()
+        (note,) = found.tokenizer_notes
+        assert note.startswith(
+            f"the tokenizer of {found.source} is the tokenizer.json beside it: transformers makes none"
+        )
+        assert "of-my-own" in note

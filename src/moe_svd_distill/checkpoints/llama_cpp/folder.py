@@ -24,6 +24,8 @@ _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "tekken")
 """Of these a word that is a token as a whole is never taken apart (`ignore_merges`)."""
 
 _made: dict[tuple[Path, str], Path] = {}
+_from_beside: dict[Path, str] = {}
+"""Folder to why its tokenizer is the one that lies beside the file."""
 
 
 def model_folder(file: Path, digest: str, config: Mapping[str, Any]) -> Path:
@@ -46,6 +48,11 @@ def model_folder(file: Path, digest: str, config: Mapping[str, Any]) -> Path:
 def file_behind(folder: Path) -> Path | None:
     """The file that a folder was made for, if it was."""
     return next((file for (file, _), made in _made.items() if made == folder), None)
+
+
+def why_from_beside(folder: Path) -> str | None:
+    """Why transformers makes no tokenizer of the file behind a folder, so that it is the one that lies beside it."""
+    return _from_beside.get(folder)
 
 
 def _remove(folder: Path, process: int) -> None:
@@ -72,14 +79,15 @@ def _write_tokenizer(file: Path, folder: Path, rows: int) -> None:
         PreTrainedTokenizerFast(tokenizer_object=inner, **settings).save_pretrained(str(folder))
     except Exception as error:  # whatever transformers meets in metadata it does not know
         found = [file.parent / name for name in _BESIDE if (file.parent / name).is_file()]
+        reason = str(error).strip().split("\n", 1)[0]
         if not any(path.name == "tokenizer.json" for path in found):
-            reason = str(error).strip().split("\n", 1)[0]
             raise BadDataError(
                 f"transformers makes no tokenizer of {shown(file)}: {reason}",
                 "Put the tokenizer.json and tokenizer_config.json of the original model beside the file",
             ) from error
         for path in found:
             shutil.copyfile(path, folder / path.name)
+        _from_beside[folder] = reason
 
 
 def _of_the_file(tokenizer: str, tokens: Sequence[str], whole_words: bool) -> str:
