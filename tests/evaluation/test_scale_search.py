@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moe_svd_distill.algebra.figures import Measurement
+from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.evaluation.adapted import AdaptedStudent
 from moe_svd_distill.evaluation.guard import Guard
 from moe_svd_distill.evaluation.loading import load_model
@@ -178,3 +179,16 @@ def test_a_random_adapter_is_scaled_to_nothing(lab: Lab) -> None:
     assert set(search.scales.values()) == {0.0}
     assert search.kind in ("harm", "none")
     assert search.decision.startswith("Nothing was transferred: ")
+
+
+@pytest.mark.parametrize("at", [0.0, 1.0])
+def test_figures_that_are_no_numbers_are_no_verdict(at: float) -> None:
+    evaluate, _ = _landscape(dict.fromkeys(GROUPS, 0.6), dict.fromkeys(GROUPS, 0.1))
+
+    def broken(scales: Mapping[str, float]) -> Measurement:
+        found = evaluate(scales)
+        found.kl[3] = np.nan if scales["head"] == at else found.kl[3]
+        return found
+
+    with pytest.raises(BadDataError, match=f"the figures at scale attention {at:g}, .* are not finite"):
+        search_scale(broken, GROUPS)

@@ -12,7 +12,7 @@ from typing import Any
 
 from moe_svd_distill.calibration.chat import as_chat
 from moe_svd_distill.calibration.documents import Document
-from moe_svd_distill.errors import BadDataError, MissingInputError, RemoteError, UsageError
+from moe_svd_distill.errors import BadDataError, MissingInputError, RemoteError, UsageError, reason_of
 
 FIELDS = ("text", "messages", "conversations")
 """Where a record's content is looked for unless a field is named, in this order."""
@@ -259,4 +259,4 @@ def _library(source: str) -> Any:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return reason_of(error)

@@ -11,16 +11,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from moe_svd_distill.checkpoints.identity import cache_key, differs, fingerprint
 from moe_svd_distill.checkpoints.quantisation.coded import Scaled
 from moe_svd_distill.checkpoints.survey import CONFIG, Survey, raise_faults, survey
 from moe_svd_distill.errors import BadDataError, shown
 from moe_svd_distill.files.header import Header, TensorInfo, raw_header
-from moe_svd_distill.files.reading import FETCH_AGAIN, locate, open_regular, opened, read_at, read_small
+from moe_svd_distill.files.reading import FETCH_AGAIN, locate, open_regular, read_small
 
 if TYPE_CHECKING:
     import torch
 
-MIB = 1024 * 1024
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -34,6 +34,11 @@ class Checkpoint(Mapping[str, TensorInfo]):
     of their tensors is read first, and stay open until :meth:`close`. A checkpoint may be sent to another process: it
     reads the headers there again, and refuses files that are not the same any more. Reading from several threads is
     safe.
+
+    Attributes:
+        folder: Where its files are.
+        source: What the user called it.
+        role: Teacher or student, once that is known.
     """
 
     def __init__(
@@ -41,6 +46,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
     ) -> None:
         self.folder = folder.absolute()
         self._as_stored = as_stored
+        self.role = ""
         self.source = str(folder) if source is None else source
         self._survey = known
         self._expected: dict[str, tuple[int, str]] | None = None
@@ -55,6 +61,11 @@ class Checkpoint(Mapping[str, TensorInfo]):
     def config(self) -> dict[str, Any]:
         """The model's ``config.json``."""
         return self._sound().config
+
+    @property
+    def title(self) -> str:
+        """What to call the model in a message: its source, and its role where it has one."""
+        return f"{self.role} {self.source}" if self.role else self.source
 
     @property
     def commit(self) -> str | None:
@@ -116,7 +127,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         """``read(name)[begin:end]``, along the first dimension; of a quantised weight only those are dequantised."""
         info = self._sound().view.tensors.get(name)
         if info is None:
-            raise BadDataError(f"{self.source} has no tensor {shown(name)}", "Check the names with `inspect`")
+            raise BadDataError(f"{self.title} has no tensor {shown(name)}", "Check the names with `inspect`")
         rows = slice(begin, end)
         coded = self._sound().view.coded.get(name)
         if coded is None:
@@ -158,28 +169,20 @@ class Checkpoint(Mapping[str, TensorInfo]):
         """What the headers say now, with all that is wrong with them."""
         return survey(self.folder, as_stored=self._as_stored, source=self.source)
 
-    def fingerprint(self) -> str:
-        """A digest that changes when the model does: sizes, headers, first and last MiB of each file, ``config.json``.
+    def cache_key(self) -> str:
+        """A digest that changes when any byte of the model may have: names what is computed from it and kept.
 
         It is taken from the files as they are now, so that a model replaced during a run is noticed.
         """
-        digest = hashlib.sha256(b"checkpoint fingerprint 1\n")
+        return cache_key(self.folder, self._sound().headers, [read_small(locate(self.folder, CONFIG))])
 
-        def add(piece: bytes) -> None:
-            digest.update(len(piece).to_bytes(8, "little"))
-            digest.update(piece)
+    def fingerprint(self) -> str:
+        """A name for the weights that a copy of the model has too (`identity.fingerprint`)."""
+        return fingerprint(self.stored)
 
-        add(read_small(locate(self.folder, CONFIG)))
-        for name in sorted(self._sound().headers):
-            path = locate(self.folder, name)
-            with opened(path) as descriptor:
-                size = os.fstat(descriptor).st_size
-                add(name.encode())
-                add(str(size).encode())
-                add(hashlib.sha256(raw_header(descriptor, path, size)).digest())
-                add(read_at(descriptor, path, 0, min(MIB, size)))
-                add(read_at(descriptor, path, max(0, size - MIB), min(MIB, size)))
-        return digest.hexdigest()
+    def is_other_than(self, recorded: str | None) -> bool:
+        """Whether a recorded fingerprint says that it was taken of other weights."""
+        return differs(recorded, self.stored)
 
     def close(self) -> None:
         """Close the files; tensors that were read stay valid, and a later read opens the files again."""
@@ -205,12 +208,14 @@ class Checkpoint(Mapping[str, TensorInfo]):
         return {
             "folder": self.folder,
             "source": self.source,
+            "role": self.role,
             "expected": expected,
             "as_stored": self._as_stored,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Checkpoint.__init__(self, state["folder"], state["source"], as_stored=state["as_stored"])
+        self.role = state["role"]
         self._expected = state["expected"]
 
     def _sound(self) -> Survey:

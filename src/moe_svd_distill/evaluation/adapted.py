@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_svd_distill.adapter.verify import check_loads
-from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.errors import BadDataError, reason_of
 from moe_svd_distill.streaming import GROUPS, Scales, by_group, group_of
 
 _NAME = "default"
@@ -54,7 +54,7 @@ class AdaptedStudent:
                 warnings.simplefilter("ignore")  # check_loads has settled what PEFT warns about
                 loaded = PeftModel.from_pretrained(student, str(adapter_folder), adapter_name=_NAME)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            reason = str(error).strip().split("\n", 1)[0]
+            reason = reason_of(error)
             raise BadDataError(f"PEFT cannot load the adapter in {adapter_folder} ({reason})", "Verify it") from error
         return cls(loaded.eval().requires_grad_(False))
 

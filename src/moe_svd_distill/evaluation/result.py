@@ -168,7 +168,7 @@ def _sentence(found: Evaluation) -> str:
     match found.effect:
         case "helps":
             entropy = (
-                "; the student's cross-entropy was no worse than the teacher's"
+                "; the student's cross-entropy was not certainly worse than the teacher's"
                 if gap.cross_entropy is None
                 else f" and {gap.cross_entropy:.1f} % of the cross-entropy gap{_within(gap.cross_entropy_interval)}"
             )
@@ -179,8 +179,7 @@ def _sentence(found: Evaluation) -> str:
             )
             if temperature is not None and temperature.kl is not None:
                 controls += f" One temperature on its logits: {_percent(temperature)}."
-            of_kl = f"{gap.kl:.1f} % of the KL gap to the teacher{_within(gap.kl_interval)}"
-            return f"Closes {of_kl}{entropy}: {ways}.{controls}"
+            return f"Closes {_percent(gap)} of the KL gap to the teacher{entropy}: {ways}.{controls}"
         case "recalibrates":
             return (
                 f"No more than recalibration: closes {_percent(gap)} of the KL gap, one temperature on the untouched "

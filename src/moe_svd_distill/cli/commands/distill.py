@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -150,6 +151,6 @@ def _show(adapter: Adapter) -> None:
             print_line(f"{name}: {count} channels with a gain near zero not folded")
     print_line(record.scale_search.decision)
     print_line(
-        f"sha256 {adapter.sha256}\nNext: moe-svd-distill evaluate {folder} --teacher {record.teacher.source} "
-        "--text FILE"
+        f"sha256 {adapter.sha256}\nNext: moe-svd-distill evaluate {quote(str(folder))} --teacher "
+        f"{quote(record.teacher.source)} --text FILE"
     )
