@@ -59,7 +59,7 @@ def test_a_model_with_modules_of_both_formats_is_refused(tmp_path: Path) -> None
     codes, zero, scale = integers(64, 32, bits=4), torch.full((2, 32), 8), torch.ones(2, 32).half()
     first = gptq_tensors(codes, zero, scale, None, 4, v1=True)
     second = gptq_tensors(codes, zero, scale, None, 4, v1=False)
-    tensors = first | {name.replace("up_proj", "down_proj"): tensor for name, tensor in second.items()}
+    tensors = first | {name.replace("up_proj", "down_proj"): tensor.clone() for name, tensor in second.items()}
     assert "both GPTQ formats" in refusal(quantised_model(tmp_path, tensors, GPTQ)).what
 
 
