@@ -179,7 +179,9 @@ def _sentence(found: Evaluation) -> str:
             )
             if temperature is not None and temperature.kl is not None:
                 controls += f" One temperature on its logits: {_percent(temperature)}."
-            return f"Closes {_percent(gap)} of the KL gap to the teacher{entropy}: {ways}.{controls}"
+            share = "an unknown share" if gap.kl is None else f"{gap.kl:.1f} %"
+            of_kl = f"{share} of the KL gap to the teacher{_within(gap.kl_interval)}"
+            return f"Closes {of_kl}{entropy}: {ways}.{controls}"
         case "recalibrates":
             return (
                 f"No more than recalibration: closes {_percent(gap)} of the KL gap, one temperature on the untouched "
