@@ -6,11 +6,16 @@ where it has a fitting one.
 
 from __future__ import annotations
 
+import re
 import reprlib
 from pathlib import PurePath
 
 SHOWN_CHARACTERS = 120
 SHOWN_PATH_CHARACTERS = 400
+SHOWN_REASON_CHARACTERS = 300
+# Libraries advise to let a model's own code run; whoever reads that here may follow it.
+_WANTS_CODE = re.compile(r"[^.(]*\btrust_remote_code\b[^.)]*")
+_NEVER = " it wants to run code of the model, which is never done here"
 
 
 class DistillError(Exception):
@@ -24,7 +29,7 @@ class DistillError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, action: str) -> None:
-        self.what = " ".join(what.split()).rstrip(".")
+        self.what = _WANTS_CODE.sub(_NEVER, " ".join(what.split())).rstrip(".")
         self.action = " ".join(action.split()).rstrip(".")
         super().__init__(f"{self.what}. {self.action}.")
 
@@ -79,6 +84,13 @@ class NothingToTransferError(DistillError):
     """Every delta is exactly zero: the teacher already equals the student, and the adapter would do nothing."""
 
     exit_code = 79
+
+
+def reason_of(error: BaseException) -> str:
+    """What another library's error says, on one line: its first line, and those behind it that a colon announces."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    count = next((place for place, line in enumerate(lines, start=1) if not line.endswith(":")), len(lines))
+    return " ".join(lines[:count])[:SHOWN_REASON_CHARACTERS]
 
 
 def shown(value: object) -> str:

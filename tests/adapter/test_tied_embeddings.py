@@ -16,13 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from moe_svd_distill.adapter.export import export
 from moe_svd_distill.adapter.merge import merge
 from moe_svd_distill.adapter.random_control import write_random_control
 from moe_svd_distill.adapter.repair import rebuild_configuration
 from moe_svd_distill.adapter.verify import check_loads, verify
 from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.errors import BadDataError
-from tests.support import tiny
+from moe_svd_distill.pipeline.pair import open_model
+from tests.support import architectures, tiny
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 KEY = f"base_model.model.{HEAD}"
@@ -267,6 +269,31 @@ def test_a_student_that_is_tied_and_is_not_is_refused(make_tied: Callable[..., T
     for call in (
         lambda: merge(adapter, student, tmp_path / "out"),
         lambda: write_random_control(adapter, tmp_path / "control", 0, student),
+        lambda: verify(adapter, student),
+        lambda: export(adapter, tmp_path / "exported", "peft", student),
+        lambda: open_model(str(student)),
     ):
-        with pytest.raises(BadDataError, match="differ in its files: loaders disagree"):
+        with pytest.raises(BadDataError, match="differ in its files: transformers 5 takes the head") as caught:
             call()
+        assert "tie_word_embeddings" in caught.value.action
+
+
+def test_tying_that_config_json_leaves_to_the_class(make_tied: Callable[..., Tied], tmp_path: Path) -> None:
+    """Of Gemma a config.json without the key means tied embeddings."""
+    folder = architectures.saved("gemma2", tmp_path / "m", tie_word_embeddings=True)
+    config = tiny.config_of(folder)
+    config.pop("tie_word_embeddings", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = tiny.hub_weights(folder)
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    for shift in (0, 1):
+        head = weights[EMBEDDING].clone()
+        head[5, 7] += shift
+        save_file(weights | {HEAD: head}, folder / "model.safetensors", metadata={"format": "pt"})
+        model = open_model(str(folder))
+        if shift:
+            with pytest.raises(BadDataError, match="differ in its files"):
+                _ = model.architecture
+        else:
+            assert model.architecture.tied

@@ -15,7 +15,10 @@ from moe_svd_distill.architecture.skeleton import EMBEDDING, ENDS, HEAD, OUTSIDE
 from moe_svd_distill.architecture.stored import CheckpointMap
 from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint
 from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.pipeline.pair import open_model
+from moe_svd_distill.roles import read_layout
 from tests.architecture.conftest import Case
+from tests.support import architectures
 
 Change = Callable[[dict[str, Tensor]], object]
 
@@ -45,8 +48,6 @@ def test_every_stored_tensor_is_used_once_or_named(case: Case) -> None:
 
 
 def test_tied_embeddings_are_the_head(make_case: Callable[[str], Case], tmp_path: Path) -> None:
-    from tests.support import architectures
-
     case = Case(architectures.saved("llama", tmp_path / "model", tie_word_embeddings=True))
     head, embedding = (case.stored.of_part[part][0] for part in (HEAD, EMBEDDING))
     assert "lm_head.weight" not in case.checkpoint
@@ -104,6 +105,28 @@ def test_a_tensor_of_a_layer_without_a_place_is_named(make_case: Callable[[str],
     name = "model.layers.1.self_attn.sink.weight"
     checkpoint = changed(make_case("glm4_moe"), tmp_path, lambda weights: weights.update({name: torch.ones(2)}))
     assert f"{name} has no place in Glm4MoeForCausalLM" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("attribute", ["rotary_emb.inv_freq", "rotary_emb.cos_cached", "attention.bias", "masked_bias"])
+def test_buffers_that_older_versions_stored_are_listed(
+    attribute: str, make_case: Callable[[str], Case], tmp_path: Path
+) -> None:
+    name = f"model.layers.1.self_attn.{attribute}"
+    checkpoint = changed(make_case("glm4_moe"), tmp_path, lambda weights: weights.update({name: torch.ones(4)}))
+    assert mapped(checkpoint).unused == (name,)
+    shapes = {name: info.shape for name, info in checkpoint.items()}
+    assert "recomputed" in read_layout(checkpoint.config, shapes).ignored[name], "the weights stage has the same list"
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "deepseek_v3", "kimi_linear"])
+def test_a_model_saved_as_transformers_holds_it(model_type: str, tmp_path: Path) -> None:
+    """``save_original_format=False``: experts in one tensor, and names in memory."""
+    model = architectures.build(model_type)
+    hub = architectures.save(model, tmp_path / "hub")
+    model.save_pretrained(tmp_path / "memory", save_original_format=False)
+    one, other = (open_model(str(folder)) for folder in (hub, tmp_path / "memory"))
+    assert other.architecture.stored.unused == ()
+    assert set(one.keys.targets) == set(other.keys.targets)
 
 
 def test_what_the_model_does_not_run_is_listed(make_case: Callable[[str], Case], tmp_path: Path) -> None:

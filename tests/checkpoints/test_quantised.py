@@ -177,17 +177,17 @@ def test_it_travels_to_another_process(folder: Path) -> None:
         assert torch.equal(torch.from_numpy(values[name]), tensor.float())
 
 
-def test_the_fingerprint_covers_scales_and_configuration(folder: Path) -> None:
-    before = open_checkpoint(folder).fingerprint()
+def test_the_key_covers_scales_and_configuration(folder: Path) -> None:
+    before = open_checkpoint(folder).cache_key()
     file = folder / read_index(folder)[f"{UP}_scale_inv"]
     tensors = load_file(file)
     tensors[f"{UP}_scale_inv"][0, 0] *= 2
     save_file(tensors, file)
-    scaled = open_checkpoint(folder).fingerprint()
+    scaled = open_checkpoint(folder).cache_key()
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["weight_block_size"] = [8, 5]
     (folder / "config.json").write_text(json.dumps(config))
-    assert len({before, scaled, open_checkpoint(folder).fingerprint()}) == 3
+    assert len({before, scaled, open_checkpoint(folder).cache_key()}) == 3
 
 
 def test_a_companion_that_is_cut_off_while_open_is_noticed(folder: Path) -> None:

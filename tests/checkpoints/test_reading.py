@@ -7,7 +7,6 @@ import gc
 import multiprocessing
 import os
 import pickle
-import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +19,8 @@ from safetensors.torch import load_file, save_file
 from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint, tensors
 from moe_svd_distill.errors import BadDataError, MissingInputError
 from moe_svd_distill.files.dtypes import TORCH_NAMES
-from tests.checkpoints.builders import entry, safetensors_bytes, tiny_tensors, write_model
+from tests.checkpoints.builders import entry, safetensors_bytes, sparse_model, tiny_tensors, write_model
 
-MIB = 1024 * 1024
 NAME = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -95,17 +93,6 @@ def test_change_in_place_stays_in_that_one_tensor(checkpoint: Checkpoint) -> Non
     assert torch.equal(second, tiny_tensors()[NAME])
     assert torch.equal(checkpoint.read(NAME), tiny_tensors()[NAME])
     assert checkpoint[NAME].file.read_bytes() == before
-
-
-def sparse_model(folder: Path, mebibytes: int, count: int) -> Path:
-    """A model of which the weights take no room on the disk: all zeros."""
-    size = mebibytes * MIB // count
-    header = {f"t{i}": entry("BF16", [size // 2048, 1024], i * size, (i + 1) * size) for i in range(count)}
-    write_model(folder)
-    raw = safetensors_bytes(header)
-    (folder / "model.safetensors").write_bytes(raw)
-    os.truncate(folder / "model.safetensors", len(raw) + mebibytes * MIB)
-    return folder
 
 
 def resident() -> dict[str, int]:
@@ -241,41 +228,15 @@ def test_pickle_opens_lazily_and_refuses_other_files(checkpoint: Checkpoint) -> 
         len(pickle.loads(small))  # noqa: S301
 
 
-def test_fingerprint(tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "model", shards=2)
-    opened = open_checkpoint(folder)
-    first = opened.fingerprint()
-    assert first == opened.fingerprint()
-    shutil.copytree(folder, tmp_path / "copy")
-    assert open_checkpoint(tmp_path / "copy").fingerprint() == first, "it is the same wherever the model lies"
-    (folder / "notes.txt").write_text("of no account")
-    assert opened.fingerprint() == first
-    (folder / "config.json").write_text('{"model_type": "qwen3"}')
-    second = opened.fingerprint()
-    assert second != first, "it is taken from the files as they are now"
-    write_model(folder, shards=2, tensors=tiny_tensors(seed=1))
-    assert opened.fingerprint() not in (first, second)
-    (folder / "model-00001-of-00002.safetensors").unlink()
-    with pytest.raises(MissingInputError):
-        opened.fingerprint()
-
-
-def test_fingerprint_looks_at_both_ends_and_not_at_everything(tmp_path: Path) -> None:
-    opened = open_checkpoint(sparse_model(tmp_path, 64, 4))
-    file = tmp_path / "model.safetensors"
-    size, first = file.stat().st_size, opened.fingerprint()
-    with file.open("r+b") as handle:
-        for place, seen in ((size // 2, False), (size - 1, True), (MIB - 1, True)):
-            handle.seek(place)
-            handle.write(b"\1")
-            handle.flush()
-            assert (opened.fingerprint() != first) == seen
-            first = opened.fingerprint()
-
-
 def test_a_broken_checkpoint_says_so_at_every_use(tmp_path: Path) -> None:
     broken = Checkpoint(tmp_path)
-    for use in (lambda: len(broken), lambda: broken.config, lambda: broken.read(NAME), broken.fingerprint):
+    for use in (
+        lambda: len(broken),
+        lambda: broken.config,
+        lambda: broken.read(NAME),
+        broken.fingerprint,
+        broken.cache_key,
+    ):
         with pytest.raises(MissingInputError):
             use()
     broken.close()

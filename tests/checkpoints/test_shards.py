@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.errors import MissingInputError
 from tests.checkpoints.builders import read_index, shard_name, tiny_tensors, write_index, write_model
 from tests.support.refusals import refusal
@@ -130,3 +131,33 @@ def test_a_claim_of_a_billion_shards_costs_nothing(tmp_path: Path) -> None:
     write_model(tmp_path, shards=1)
     (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-99999999999.safetensors")
     assert "claims to have" in refusal(tmp_path).what
+
+
+def test_an_index_that_came_broken_can_be_left_out(tmp_path: Path) -> None:
+    write_model(tmp_path, shards=2)
+    write_index(tmp_path, read_index(tmp_path) | {"model.nothing.weight": FIRST})
+    assert "without model.safetensors.index.json" in refusal(tmp_path).action
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert sorted(open_checkpoint(tmp_path)) == sorted(tiny_tensors())
+
+
+@pytest.mark.parametrize(
+    ("prefix", "wrapper", "action"),
+    [
+        ("_orig_mod.", "torch.compile", "from inside the wrapper"),
+        ("module.", "DataParallel", "from inside the wrapper"),
+        ("module._orig_mod.", "torch.compile", "from inside the wrapper"),
+        ("base_model.model.", "PEFT", "merge_and_unload"),
+    ],
+)
+def test_names_as_a_wrapper_has_them(prefix: str, wrapper: str, action: str, tmp_path: Path) -> None:
+    write_model(tmp_path, tensors={prefix + name: tensor for name, tensor in tiny_tensors().items()})
+    error = refusal(tmp_path)
+    assert f"6 of 6 tensors are named as inside {wrapper}" in error.what
+    assert action in error.action
+
+
+def test_names_of_modules_inside_a_model_that_were_compiled_by_themselves(tmp_path: Path) -> None:
+    tensors = {name.replace("layers.0.", "layers.0._orig_mod."): tensor for name, tensor in tiny_tensors().items()}
+    write_model(tmp_path, tensors=tensors)
+    assert "2 of 6 tensors are named as inside torch.compile" in refusal(tmp_path).what

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +124,35 @@ def test_the_whole_way(models: tuple[Path, Path], tmp_path: Path, capsys: pytest
     assert code == 0
     assert not (out / "parts").exists() or not any((out / "parts").glob("part-*"))
     assert run(capsys, "verify", out)[0] == 0
+
+
+def test_the_next_command_can_be_copied_where_a_path_has_spaces(
+    models: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = tmp_path / "the teacher"
+    shutil.copytree(models[0], teacher)
+    out = tmp_path / "an output"
+    words = ["--teacher", teacher, "--student", models[1], "--rank", "2", "--device", "cpu", "--workers", "1"]
+    code, text, _ = run(capsys, "distill", *words, "--output", out)
+    assert code == 0
+    (line,) = [line for line in text.splitlines() if line.startswith("Next: ")]
+    assert shlex.split(line)[3:6] == [str(out), "--teacher", str(teacher)]
+
+
+def test_another_student_of_the_same_shapes_is_noticed(
+    models: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher, student = models
+    out, other = tmp_path / "out", saved("qwen3_moe", tmp_path / "other", seed=3)
+    words = ["--teacher", teacher, "--student", student, "--rank", "2", "--device", "cpu", "--workers", "1"]
+    assert run(capsys, "distill", *words, "--output", out)[0] == 0
+    copy = shutil.copytree(student, tmp_path / "copy")
+    for command in (["verify", out], ["merge", out, tmp_path / "m"], ["export", out, tmp_path / "e"]):
+        for number, (given, noticed) in enumerate([(copy, False), (other, True)]):
+            again = [*command[:2], *[Path(f"{path}{number}") for path in command[2:]]]
+            code, text, _ = run(capsys, *again, "--student", given)
+            assert code == 0
+            assert ("has other weights than the student the adapter was made for" in text) == noticed
 
 
 BAD = [

@@ -10,6 +10,7 @@ import pytest
 
 from moe_svd_distill.algebra.figures import Measurement
 from moe_svd_distill.calibration.paired import PairedText
+from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.evaluation.guard import Guard
 from moe_svd_distill.evaluation.loading import load_model
 from moe_svd_distill.evaluation.scale_search import Evaluate, search_scale
@@ -175,3 +176,16 @@ def test_a_random_adapter_is_scaled_to_nothing(lab: Lab, tmp_path: Path) -> None
     assert decision.scales == dict.fromkeys(("attention", "mlp", "head"), 0.0)
     assert decision.kind in ("harm", "none")
     assert decision.text.startswith("Nothing was transferred: ")
+
+
+@pytest.mark.parametrize("at", [0.0, 1.0])
+def test_figures_that_are_no_numbers_are_no_verdict(at: float) -> None:
+    evaluate, _ = _landscape(dict.fromkeys(GROUPS, 0.6), dict.fromkeys(GROUPS, 0.1))
+
+    def broken(scales: Mapping[str, float]) -> Measurement:
+        found = evaluate(scales)
+        found.kl[3] = np.nan if scales["head"] == at else found.kl[3]
+        return found
+
+    with pytest.raises(BadDataError, match=f"the figures at scale attention {at:g}, .* are not finite"):
+        search_scale(broken, GROUPS)

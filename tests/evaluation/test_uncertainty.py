@@ -9,8 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_svd_distill.algebra.figures import Measurement
-from moe_svd_distill.evaluation.uncertainty import Change, kl_change, paired_change, tokens_needed
+from moe_svd_distill.algebra.figures import FloatArray, Measurement
+from moe_svd_distill.evaluation.uncertainty import (
+    Bootstrap,
+    Change,
+    GapClosed,
+    gap_between,
+    kl_change,
+    paired_change,
+    tokens_needed,
+)
 
 
 def _change(falls: list[float], tokens: list[float]) -> Change:
@@ -108,3 +116,32 @@ def test_text_for_what_does_not_fall_is_that_which_shows_it() -> None:
     assert tokens_needed(rising, 2.75, 0.0, 4096) is not None
     assert tokens_needed(Change(0.0, 0.02, 11, 0.0, 12, 5), 2.75, 0.02, 4096) is None
     assert tokens_needed(Change(0.1, math.nan, 0, 1.0, 1, 1), 2.75, 0.02, 512) is None
+
+
+def _measured(kl: float, entropy: FloatArray) -> Measurement:
+    tokens = np.full(len(entropy), 100.0)
+    return Measurement(tokens * kl, tokens * entropy, tokens, tokens)
+
+
+@pytest.mark.parametrize("ahead", [0.0001, 0.0, -0.0001])
+def test_a_share_of_a_gap_that_may_be_none_is_no_figure(ahead: float, rng: np.random.Generator) -> None:
+    entropy = 3 + 0.3 * rng.standard_normal(20)
+    teacher, before = _measured(0, entropy), _measured(0.5, entropy + ahead + 0.05 * rng.standard_normal(20))
+    after = _measured(0.4, before.cross_entropy / 100 - 0.02)
+    gap = gap_between(before, after, teacher, Bootstrap(20))
+    assert (gap.cross_entropy, gap.cross_entropy_interval) == (None, None)
+    assert gap.kl == pytest.approx(20)
+    clear = gap_between(_measured(0.5, entropy + 0.2), after, teacher, Bootstrap(20))
+    assert clear.cross_entropy is not None
+    assert clear.cross_entropy_interval is not None
+
+
+def test_a_single_document_and_no_gap_at_all(rng: np.random.Generator) -> None:
+    one = np.array([3.0])
+    alone = gap_between(_measured(0.5, one + 0.2), _measured(0.4, one), _measured(0, one), Bootstrap(1))
+    assert (alone.kl, alone.cross_entropy) == (pytest.approx(20), None)
+    entropy = 3 + 0.3 * rng.standard_normal(20)
+    rounding = gap_between(
+        _measured(1e-8, entropy), _measured(2e-8, entropy), _measured(0, entropy - 1e-8), Bootstrap(20)
+    )
+    assert rounding == GapClosed(None, None)

@@ -217,3 +217,16 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     seen = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, cwd=root).stdout)
     assert seen["size"] > 300 << 20
     assert seen["growth"] < 60 << 20
+
+
+def test_nothing_is_written_that_is_no_number(tmp_path: Path) -> None:
+    good, bad = torch.ones(3, 2), torch.tensor([[1.0, float("nan")], [float("inf"), 2.0]])
+    write_tensors({"a": Planned((3, 2), torch.float32, partial(torch.clone, good))}, tmp_path / "out")
+    before = (tmp_path / "out").read_bytes()
+    planned = {
+        name: Planned(tuple(t.shape), t.dtype, partial(torch.clone, t)) for name, t in {"a": good, "b": bad}.items()
+    }
+    with pytest.raises(BadDataError, match=r"b of out would hold 2 NaN or Inf of 4 values in torch\.float32"):
+        write_tensors(planned, tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -112,8 +112,12 @@ def test_the_adapter_of_a_gguf_student_opens_on_the_original(
 
 def test_what_else_takes_a_gguf_student(models: dict[str, Path], finished: tuple[Path, str], tmp_path: Path) -> None:
     out, _ = finished
-    with open_checkpoint(models["student_file"]) as student:
-        assert verify(out, student).load
+    with open_checkpoint(models["student_file"]) as student, open_checkpoint(models["teacher_file"]) as other:
+        found = verify(out, student)
+        assert found.load
+        assert not any("other weights" in warning for warning in found.warnings)
+        assert any("other weights" in warning for warning in verify(out, other).warnings)
+    assert not any("other weights" in warning for warning in verify(out, models["student"]).warnings), "its original"
     request = EvaluationRequest(out, texts=(TEXT,), tokens=2000)
     figures = evaluate_adapter(request).evaluation
     again = evaluate_adapter(

@@ -209,13 +209,14 @@ def test_bfloat16(sparse: Case, sequences: Ids, tmp_path: Path) -> None:
     assert torch.float32 in seen.values()
 
 
-def test_values_that_are_not_finite_are_named(sequences: Ids, tmp_path: Path) -> None:
+def test_states_that_are_not_finite_are_named(sequences: Ids, tmp_path: Path) -> None:
     folder = tiny.save_student(tmp_path / "model", "llama")
     model = tiny.load_model(folder)
     with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+        for projection in ("up_proj", "down_proj"):
+            getattr(model.model.layers[1].mlp, projection).weight.mul_(1e30)
     model.save_pretrained(folder)
-    with pytest.raises(BadDataError, match="layer 1 of LlamaForCausalLM gives states that are not finite"):
+    with pytest.raises(BadDataError, match="model: layer 1 gives states that are not finite"):
         stream_states(open_checkpoint(folder), sequences, tmp_path, SETTINGS)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint
 from moe_svd_distill.errors import IncompatiblePairError
 from moe_svd_distill.streaming import Decoder, PassSettings, load_head, stream_states
-from moe_svd_distill.streaming.weights import StoredTable, TableRows
+from moe_svd_distill.streaming.tables import StoredTable, TableRows
 from tests.streaming.conftest import LENGTH, Case
 from tests.support import architectures, tiny
 from tests.support.models import load, saved

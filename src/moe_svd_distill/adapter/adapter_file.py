@@ -121,11 +121,9 @@ def scan_values(header: Header, *, digest_checked: bool) -> tuple[str, ...]:
 
 
 def _refuse_not_finite(name: str, tensor: torch.Tensor) -> None:
-    import torch
+    from moe_svd_distill.algebra.finite import count_not_finite
 
-    finite = torch.isfinite(tensor)
-    if not bool(finite.all()):
-        count = int((~finite).sum())
+    if count := count_not_finite(tensor):
         raise BadDataError(f"{name}: {count} of {tensor.numel()} values are NaN or Inf", _WRITE_AGAIN)
 
 

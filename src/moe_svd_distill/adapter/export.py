@@ -11,6 +11,7 @@ from moe_svd_distill.adapter.adapter_file import read_json
 from moe_svd_distill.adapter.configuration import build_configuration, plain_configuration
 from moe_svd_distill.adapter.keys import AdapterKeys, planned_tensors
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
+from moe_svd_distill.adapter.made_for import notes_on_student
 from moe_svd_distill.adapter.naming import whole_key
 from moe_svd_distill.adapter.peft_model import modules_of
 from moe_svd_distill.adapter.settling import settle_keys
@@ -36,7 +37,7 @@ class ExportReport:
         output: The folder.
         tensors: In the adapter's file.
         loads: Whether PEFT on the installed transformers loads every tensor; `why_not` says why not.
-        limits: What programs that serve adapters make of it, a sentence each.
+        limits: What should be known, and what programs that serve adapters make of it, a sentence each.
     """
 
     output: Path
@@ -94,7 +95,8 @@ def export(
             if layout != "plain":
                 raise
             why_not = error.what
-    return ExportReport(target, len(tensors), not why_not, why_not, served(configuration, keys, pairs, layout))
+    limits = notes_on_student(source, architecture.checkpoint) + served(configuration, keys, pairs, layout)
+    return ExportReport(target, len(tensors), not why_not, why_not, limits)
 
 
 def served(configuration: Mapping[str, Any], keys: AdapterKeys, pairs: LowRankPairs, layout: str) -> tuple[str, ...]:

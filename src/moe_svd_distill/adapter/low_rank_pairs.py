@@ -196,7 +196,7 @@ class LowRankPairs(Mapping[str, LowRankPair]):
                 name = next(name for name, slot in ends.items() if slot == parameter)
                 places[name] = _Place(shape, parameter or "", None, whole=True)
             elif not matrices:
-                raise BadDataError(f"{architecture.checkpoint.source} has no {module} to change", _OTHER_STUDENT)
+                raise BadDataError(f"{architecture.checkpoint.title} has no {module} to change", _OTHER_STUDENT)
             for matrix in matrices:
                 places[matrix.name] = _Place(shape, matrix.slot.name, matrix, whole=True)
         return dict(sorted(places.items()))

@@ -21,6 +21,7 @@ from torch import Tensor
 from moe_svd_distill.adapter.adapter_file import read_json
 from moe_svd_distill.adapter.keys import Factors
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
+from moe_svd_distill.adapter.made_for import notes_on_student
 from moe_svd_distill.adapter.rewriting import Addition, copy_companions, rewrite
 from moe_svd_distill.adapter.verify import check_loads
 from moe_svd_distill.adapter.whole_head import base_head, refuse_codes, replaced_blocks, row_blocks, student_of
@@ -29,7 +30,7 @@ from moe_svd_distill.architecture.matrices import Matrix
 from moe_svd_distill.architecture.stored import TensorSource
 from moe_svd_distill.checkpoints import Checkpoint, TensorInfo, refuse_quantised
 from moe_svd_distill.checkpoints.configuration import CONFIG
-from moe_svd_distill.checkpoints.survey import INDEX
+from moe_svd_distill.checkpoints.shards import INDEX
 from moe_svd_distill.errors import BadDataError, CannotWriteError
 from moe_svd_distill.files.header import read_header
 from moe_svd_distill.files.names import CONFIGURATION_FILE
@@ -50,6 +51,7 @@ class MergeReport:
         companions: Other files copied.
         left_out: Files of the student that were not copied: other formats of its weights, and hidden files.
         untied: Whether the student tied its head to its embeddings and the merged model does not any more.
+        warnings: What is not wrong but should be known.
     """
 
     output: Path
@@ -60,6 +62,7 @@ class MergeReport:
     companions: tuple[str, ...]
     left_out: tuple[str, ...]
     untied: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 def merge(
@@ -86,6 +89,7 @@ def merge(
     architecture = student_of(student, configuration, "a merge")
     checkpoint = architecture.checkpoint
     refuse_quantised(checkpoint)
+    warnings = notes_on_student(Path(adapter_folder), checkpoint)
     pairs = LowRankPairs(adapter_folder, architecture)
     check_loads(adapter_folder, checkpoint.config)  # a merge does what PEFT does, and nothing where PEFT does nothing
     if pairs.head is not None:
@@ -114,7 +118,7 @@ def merge(
         changed = _untied_files(checkpoint, addition) if untied else {}
         companions, left_out = copy_companions(checkpoint.folder, folder, set(files), changed)
     merged, copied = len(changes) + (addition is not None), len(checkpoint) - len(changes)
-    return MergeReport(target, merged, copied, len(files), total, companions, left_out, untied)
+    return MergeReport(target, merged, copied, len(files), total, companions, left_out, untied, warnings)
 
 
 def _check_space(output: Path, needed: int) -> None:

@@ -15,9 +15,16 @@ from typing import Any
 
 import torch
 
-from moe_svd_distill.adapter.adapter_file import adapter_header, read_json, scan_values, sha256_of, shapes_of
+from moe_svd_distill.adapter.adapter_file import (
+    adapter_header,
+    read_json,
+    scan_values,
+    sha256_of,
+    shapes_of,
+)
 from moe_svd_distill.adapter.configuration import pair_of_tied, rank_and_scale
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
+from moe_svd_distill.adapter.made_for import notes_on_student
 from moe_svd_distill.adapter.naming import pair_shapes, whole_modules
 from moe_svd_distill.adapter.peft_model import NAME, load, lora_targets, read_configuration, replaced_modules, wrap
 from moe_svd_distill.adapter.whole_head import WholeChange, change_of_head, named_student, student_of
@@ -214,8 +221,12 @@ def verify(folder: Path | str, student: Checkpoint | Path | str | None = None) -
     if recorded is None:
         warnings.append(f"{RECORD_FILE} records no digest: a half-written file cannot be told from a complete one")
     check_options(configuration, whole)
-    folder_or_config = _student(student, configuration)
-    load = None if folder_or_config is None else check_loads(place, folder_or_config)
+    given = student if student is None or isinstance(student, Checkpoint) else Path(student)
+    at_hand = named_student(configuration) if given is None else given
+    load = (
+        None if at_hand is None else check_loads(place, at_hand.config if isinstance(at_hand, Checkpoint) else at_hand)
+    )
+    warnings += notes_on_student(place, at_hand)
     if load is None:
         warnings.append("whether PEFT loads every tensor was not checked, because no student was given")
     scales = load.scales if load else {module: rank_and_scale(configuration, module)[1] for module in pairs}
@@ -232,13 +243,6 @@ def verify(folder: Path | str, student: Checkpoint | Path | str | None = None) -
         warnings.append(f"{len(zero)} of {len(pairs)} pairs are zero and change nothing")
     complete = recorded is not None
     return VerifyReport(len(pairs), zero, scale, digest, complete, load, transferred, tuple(warnings), whole)
-
-
-def _student(student: Checkpoint | Path | str | None, configuration: Mapping[str, Any]) -> dict[str, Any] | Path | None:
-    """The student's configuration or its folder; None where there is none at hand."""
-    if isinstance(student, Checkpoint):
-        return student.config
-    return named_student(configuration) if student is None else Path(student)
 
 
 def _change_of_head(

@@ -16,7 +16,6 @@ import torch
 
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.architecture.architecture import Architecture
-from moe_svd_distill.architecture.skeleton import HEAD
 from moe_svd_distill.checkpoints import Checkpoint, TensorInfo, open_checkpoint
 from moe_svd_distill.errors import BadDataError, UsageError
 from moe_svd_distill.files.dtypes import FLOATS
@@ -59,13 +58,14 @@ def student_of(student: Checkpoint | Path | str | None, configuration: Mapping[s
 
     Raises:
         UsageError: There is none at hand.
+        BadDataError: It ties its head to its embeddings and stores another one.
     """
-    if isinstance(student, Checkpoint):
-        return Architecture(student)
     student = named_student(configuration) if student is None else student
     if student is None:
         raise UsageError(f"{purpose} needs the student, and none is at hand", "Give the student")
-    return Architecture(open_checkpoint(student))
+    found = Architecture(student if isinstance(student, Checkpoint) else open_checkpoint(student))
+    found.refuse_other_head()
+    return found
 
 
 def named_student(configuration: Mapping[str, Any]) -> Path | None:
@@ -74,29 +74,13 @@ def named_student(configuration: Mapping[str, Any]) -> Path | None:
     return Path(named) if isinstance(named, str) and named and (Path(named) / "config.json").is_file() else None
 
 
-def _base_name(architecture: Architecture) -> str:
-    """The tensor that holds the student's own head: the embeddings where the two are tied."""
-    if not architecture.tied:
-        return architecture.head
-    checkpoint, embedding = architecture.checkpoint, architecture.embedding
-    for source in architecture.stored.of_part[HEAD]:
-        for _, name in source.hub_names:
-            if name != embedding and not torch.equal(checkpoint.read(name), checkpoint.read(embedding)):
-                raise BadDataError(
-                    f"{checkpoint.source} ties its head to its embeddings in config.json, but {name} and {embedding} "
-                    "differ in its files: loaders disagree on which counts",
-                    "Set tie_word_embeddings to what is meant, or remove the tensor that is not used",
-                )
-    return embedding
-
-
 def base_head(architecture: Architecture) -> torch.Tensor:
     """The student's own head ``(V, d)`` as stored; the rest of the student may be quantised.
 
     Raises:
-        BadDataError: It is not stored as floating-point numbers, or a tied student has another head in its files.
+        BadDataError: It is not stored as floating-point numbers.
     """
-    name = _base_name(architecture)
+    name = architecture.embedding if architecture.tied else architecture.head
     refuse_codes(architecture.checkpoint[name])
     return architecture.checkpoint.read(name)
 

@@ -139,11 +139,15 @@ def halves(tokens: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.i
     return first, second
 
 
+NO_GAP = 1e-6
+"""Nats per token: a gap below this is rounding."""
+
+
 def kl_gap_closed(before: float, after: float) -> float | None:
     """Percent of the way to the teacher's distribution; None if there is no gap."""
-    return 100.0 * (before - after) / before if before > 0 else None
+    return 100.0 * (before - after) / before if before > NO_GAP else None
 
 
 def cross_entropy_gap_closed(before: float, after: float, teacher: float) -> float | None:
     """Percent of the way to the teacher's cross-entropy; None if the student is not behind the teacher."""
-    return 100.0 * (before - after) / (before - teacher) if before > teacher else None
+    return 100.0 * (before - after) / (before - teacher) if before - teacher > NO_GAP else None

@@ -13,6 +13,7 @@ from moe_svd_distill.architecture.matrices import LayerMatrices, Matrix, find_ma
 from moe_svd_distill.architecture.skeleton import EMBEDDING, HEAD, ParameterSlot, Skeleton, build_skeleton
 from moe_svd_distill.architecture.stored import CheckpointMap
 from moe_svd_distill.checkpoints import Checkpoint
+from moe_svd_distill.checkpoints.tied import refuse_other_head
 from moe_svd_distill.errors import IncompatiblePairError
 
 
@@ -36,7 +37,7 @@ class Architecture:
         """
         self.checkpoint, self.text_only = checkpoint, text_only
         self.skeleton: Skeleton = build_skeleton(
-            checkpoint.config, checkpoint.source, torch.float32, "cpu", text_only=text_only
+            checkpoint.config, checkpoint.title, torch.float32, "cpu", text_only=text_only
         )
         self.stored = CheckpointMap(checkpoint, self.skeleton)
         self.matrices: LayerMatrices = find_matrices(self.skeleton, self.stored)
@@ -97,6 +98,17 @@ class Architecture:
     def head(self) -> str:
         """Name of the output head: stored, or in memory where it is tied to the embeddings."""
         return self.head_slot.name if self.tied else self._stored_name(self.head_slot)
+
+    def refuse_other_head(self) -> None:
+        """Refuse a model that is tied, by its configuration or by what its class does without, and stores another head.
+
+        Raises:
+            BadDataError: It does.
+        """
+        for source in self.stored.of_part[HEAD] if self.tied else ():
+            for _, name in source.hub_names:
+                if name != self.embedding and self.checkpoint[name].file.exists():
+                    refuse_other_head(self.checkpoint, name, self.embedding)
 
     def _weight(self, part: str, what: str) -> ParameterSlot:
         found = [slot for slot in self.skeleton.of_part(part) if slot.attribute == "weight" and len(slot.shape) == 2]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_svd_distill.errors import BadDataError, IncompatiblePairError
+from moe_svd_distill.errors import BadDataError, IncompatiblePairError, reason_of
 
 _REPORT = "Report the architecture to the project"
 _NOT_OF_THE_MODEL = frozenset({"auto_map", "quantization_config", "compression_config"})
@@ -94,7 +94,7 @@ def build_on_meta(parsed: Any, source: str, dtype: torch.dtype | None = None, *,
 
 
 def _not_built(source: str, error: Exception) -> BadDataError:
-    reason = str(error).strip().split("\n", 1)[0]
+    reason = reason_of(error)
     return BadDataError(
         f"transformers cannot build {source} from its config.json: {reason}", "Use the config.json of the model"
     )

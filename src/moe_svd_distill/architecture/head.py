@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moe_svd_distill.algebra.divergence import LogitTransform
 from moe_svd_distill.architecture.building import ModuleProxy, find_decoder
-from moe_svd_distill.errors import IncompatiblePairError
+from moe_svd_distill.errors import IncompatiblePairError, reason_of
 
 _REPORT = "Report the architecture to the project"
 _POSITIONS = 8
@@ -70,7 +70,7 @@ def measure_head(model: Any) -> MeasuredHead:
             ids = torch.zeros(1, _POSITIONS, dtype=torch.long, device=device)
             logits = model(input_ids=ids, use_cache=False).logits
     except Exception as error:
-        reason = str(error).strip().split("\n", 1)[0]
+        reason = reason_of(error)
         raise IncompatiblePairError(
             f"{name} does something unknown between its decoder and its logits ({reason})", _REPORT
         ) from error

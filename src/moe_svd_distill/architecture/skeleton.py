@@ -63,6 +63,7 @@ class Skeleton:
         embedding: The module of the token embeddings.
         head: The module of the output head, if there is one.
         slots: Name in memory to slot, for every parameter and every buffer that a checkpoint holds.
+        recomputed: Names in memory of the buffers that no checkpoint needs to hold.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype, whole: Skeleton | None = None) -> None:
@@ -80,9 +81,11 @@ class Skeleton:
         self.head: nn.Module | None = model.get_output_embeddings()
         self.head_name = names.get(id(self.head))
         self.slots: dict[str, ParameterSlot] = {}
+        self.recomputed: set[str] = set()
         inside = {id(module) for module in self.decoder.modules()}
         precise = _kept_precise(model, dtype)
         for path, module in model.named_modules(remove_duplicate=False):
+            self.recomputed |= {f"{path}.{buffer}" for buffer in module._non_persistent_buffers_set}
             for attribute, tensor, is_buffer in _persistent(module):
                 name = f"{path}.{attribute}" if path else attribute
                 wide = precise is not None and precise.search(name) is not None

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from moe_svd_distill.architecture.skeleton import EMBEDDING, ENDS, OUTSIDE, ParameterSlot, Part, Skeleton
 from moe_svd_distill.checkpoints import Checkpoint, TensorInfo
-from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.errors import BadDataError, reason_of
+from moe_svd_distill.roles.table import RECOMPUTED
 
 _FETCH = "Fetch the model again, or report the architecture to the project"
-_OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")  # transformers ignores these in every model
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class TensorSource:
             again = self.convert((stored[name] for _, name in self.hub_names), names)
         except Exception as error:
             raise BadDataError(
-                f"transformers cannot undo how it makes {self.first_name}: {error}",
+                f"transformers cannot undo how it makes {self.first_name}: {reason_of(error)}",
                 "Load the adapter with PEFT instead",
             ) from error
         if not all(torch.equal(again[name], value) for name, value in made.items()):
@@ -162,9 +162,10 @@ class CheckpointMap:
         """What a decoder layer has and the model does not would be lost silently."""
         part = self.skeleton.part_of_name(name)
         inside = isinstance(part, int) and part < len(self.skeleton.originals)
-        if inside and not ignored.search(hub_name) and not ignored.search(name):
+        known = any(RECOMPUTED.fullmatch(each) or ignored.search(each) for each in (hub_name, name))
+        if inside and not known and name not in self.skeleton.recomputed:
             kind = type(self.skeleton.model).__name__
-            raise BadDataError(f"{self.checkpoint.source}: tensor {hub_name} has no place in {kind}", _FETCH)
+            raise BadDataError(f"{self.checkpoint.title}: tensor {hub_name} has no place in {kind}", _FETCH)
 
     def _source(self, name: str, converter: Any, taken: list[tuple[str, str]]) -> TensorSource:
         slot = self.skeleton.slots[name]
@@ -172,24 +173,25 @@ class CheckpointMap:
         if converter is None:
             if len(taken) > 1:
                 both = " and ".join(hub_name for _, hub_name in taken[:2])
-                raise BadDataError(f"{self.checkpoint.source}: {both} are both {name} in memory", _FETCH)
+                raise BadDataError(f"{self.checkpoint.title}: {both} are both {name} in memory", _FETCH)
             self._check_shape(name, infos[0].shape, slot.shape)
             return TensorSource((slot,), tuple(taken), (StoredSlice(taken[0][1]),))
         pieces = _pieces(converter, taken, infos, slot.shape)
         if pieces is not None:
             return TensorSource((slot,), tuple(taken), pieces)
         if missing := _missing_expert(converter, taken, slot.shape):
-            raise BadDataError(f"{self.checkpoint.source}: {missing} is missing, {name} needs it", _FETCH)
+            raise BadDataError(f"{self.checkpoint.title}: {missing} is missing, {name} needs it", _FETCH)
         trial = TensorSource((), tuple(taken), converter=converter, first_name=name)
         try:
             made = trial.convert((torch.empty(info.shape, device="meta") for info in infos), self.names)
         except Exception as error:
             raise BadDataError(
-                f"{self.checkpoint.source}: transformers cannot make {name} from {taken[0][1]}: {error}", _FETCH
+                f"{self.checkpoint.title}: transformers cannot make {name} from {taken[0][1]}: {reason_of(error)}",
+                _FETCH,
             ) from error
         for made_name, tensor in made.items():
             if made_name not in self.skeleton.slots:
-                raise BadDataError(f"{self.checkpoint.source}: {made_name} has no place in the model", _FETCH)
+                raise BadDataError(f"{self.checkpoint.title}: {made_name} has no place in the model", _FETCH)
             self._check_shape(made_name, tuple(tensor.shape), self.skeleton.slots[made_name].shape)
         targets = tuple(self.skeleton.slots[made_name] for made_name in made)
         return TensorSource(targets, tuple(taken), converter=converter, first_name=name)
@@ -197,13 +199,13 @@ class CheckpointMap:
     def _check_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
         if tuple(found) != expected:
             sizes = ["×".join(map(str, shape)) for shape in (found, expected)]
-            raise BadDataError(f"{self.checkpoint.source}: {name} is {sizes[0]}, the config needs {sizes[1]}", _FETCH)
+            raise BadDataError(f"{self.checkpoint.title}: {name} is {sizes[0]}, the config needs {sizes[1]}", _FETCH)
 
     def _only_part(self, source: TensorSource) -> Part:
         parts = {slot.part for slot in source.slots}
         if len(parts) > 1:
             name = source.hub_names[0][1]
-            raise BadDataError(f"{self.checkpoint.source}: {name} holds weights of several layers", _FETCH)
+            raise BadDataError(f"{self.checkpoint.title}: {name} holds weights of several layers", _FETCH)
         return parts.pop()
 
     def _fill_tied(self, filled: Mapping[str, TensorSource]) -> None:
@@ -216,10 +218,10 @@ class CheckpointMap:
             partners = [root, *(target for target, source in tied.items() if source == root)]
             partner = next((other for other in partners if other in filled), None) if name in {root, *tied} else None
             if partner is None:
-                raise BadDataError(f"{self.checkpoint.source}: {name} is missing", _FETCH)
+                raise BadDataError(f"{self.checkpoint.title}: {name} is missing", _FETCH)
             source = filled[partner]
             if not source.pieces:
-                raise BadDataError(f"{self.checkpoint.source}: {name} is tied to a converted tensor", _FETCH)
+                raise BadDataError(f"{self.checkpoint.title}: {name} is tied to a converted tensor", _FETCH)
             self.of_part[slot.part].append(TensorSource((slot,), source.hub_names, source.pieces))
 
 
@@ -248,7 +250,7 @@ def in_memory(skeleton: Skeleton, hub_names: Iterable[str]) -> Iterator[tuple[st
 def _ignored(model: Any) -> re.Pattern[str]:
     """What transformers leaves out of a checkpoint on purpose, such as layers for multi-token prediction."""
     own = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    return re.compile("|".join(f"({pattern})" for pattern in (*own, *_OLD_BUFFERS)))
+    return re.compile("|".join(f"({pattern})" for pattern in own) or r"(?!)")
 
 
 def _pieces(

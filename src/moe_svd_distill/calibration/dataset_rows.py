@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from moe_svd_distill.errors import BadDataError, MissingInputError, RemoteError, UsageError
+from moe_svd_distill.errors import BadDataError, MissingInputError, RemoteError, UsageError, reason_of
 
 DATASET_PREFIX = "datasets:"
 
@@ -65,14 +65,14 @@ def dataset_rows(source: str, named: DatasetName) -> Iterator[Any]:
             named.name, named.config, split=named.split, revision=named.revision, streaming=True
         )
     except (FileNotFoundError, ValueError) as error:  # no such data set; no such configuration or split
-        raise MissingInputError(f"{source} cannot be read ({_first_line(error)})", _FORM) from error
+        raise MissingInputError(f"{source} cannot be read ({reason_of(error)})", _FORM) from error
     except (ConnectionError, TimeoutError, OSError) as error:
         raise RemoteError(
-            f"{source} cannot be fetched ({_first_line(error)})", "Try again, or name a local file of JSON lines"
+            f"{source} cannot be fetched ({reason_of(error)})", "Try again, or name a local file of JSON lines"
         ) from error
     except RuntimeError as error:  # among them: a data set that would need its own code
         raise BadDataError(
-            f"{source} cannot be read ({_first_line(error)})", "Save it as JSON lines and name that file"
+            f"{source} cannot be read ({reason_of(error)})", "Save it as JSON lines and name that file"
         ) from error
 
 
@@ -88,7 +88,3 @@ def _library(source: str) -> Any:
     if major is None or int(major[0]) < _OLDEST:
         raise UsageError(f"{source} needs the package 'datasets' from version {_OLDEST} on (found {version})", install)
     return library
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -12,16 +12,16 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.checkpoints.configuration import configuration_files
+from moe_svd_distill.checkpoints.identity import cache_key, differs, fingerprint
 from moe_svd_distill.checkpoints.quantisation.coded import Scaled
 from moe_svd_distill.checkpoints.survey import Survey, raise_faults, survey
 from moe_svd_distill.errors import BadDataError, shown
 from moe_svd_distill.files.header import Header, TensorInfo
-from moe_svd_distill.files.reading import FETCH_AGAIN, locate, open_regular, opened, read_at, read_small
+from moe_svd_distill.files.reading import FETCH_AGAIN, locate, open_regular, read_at, read_small
 
 if TYPE_CHECKING:
     import torch
 
-MIB = 1024 * 1024
 GGUF = ".gguf"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -36,6 +36,10 @@ class Checkpoint(Mapping[str, TensorInfo]):
     of their tensors is read first, and stay open until :meth:`close`. A checkpoint may be sent to another process: it
     reads the headers there again, and refuses files that are not the same any more. Reading from several threads is
     safe.
+
+    Attributes:
+        source: What the user called it.
+        role: Teacher or student, once that is known.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         """Open nothing yet: a model's folder or a GGUF file, what the user called it, and its headers if known."""
         self._place = place.absolute()
         self._as_stored = as_stored
+        self.role = ""
         self.source = str(place) if source is None else source
         self._survey = known
         self._expected: dict[str, tuple[int, str]] | None = None
@@ -90,6 +95,11 @@ class Checkpoint(Mapping[str, TensorInfo]):
     def origin(self) -> tuple[str, str] | None:
         """The hub checkpoint that a GGUF file says it was made from, and the key of its metadata that says so."""
         return self._sound().origin
+
+    @property
+    def title(self) -> str:
+        """What to call the model in a message: its source, and its role where it has one."""
+        return f"{self.role} {self.source}" if self.role else self.source
 
     @property
     def commit(self) -> str | None:
@@ -151,7 +161,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         """``read(name)[begin:end]``, along the first dimension; of a quantised weight only those are dequantised."""
         info = self._sound().view.tensors.get(name)
         if info is None:
-            raise BadDataError(f"{self.source} has no tensor {shown(name)}", "Check the names with `inspect`")
+            raise BadDataError(f"{self.title} has no tensor {shown(name)}", "Check the names with `inspect`")
         rows = slice(begin, end)
         coded = self._sound().view.coded.get(name)
         if coded is None:
@@ -197,30 +207,24 @@ class Checkpoint(Mapping[str, TensorInfo]):
             return survey_gguf(self._place, self.source, as_stored=self._as_stored)
         return survey(self._place, as_stored=self._as_stored, source=self.source)
 
-    def fingerprint(self) -> str:
-        """A digest that changes when the model does: sizes, headers, first and last MiB of each file, ``config.json``.
+    def cache_key(self) -> str:
+        """A digest that changes when any byte of the model may have: names what is computed from it and kept.
 
         It is taken from the files as they are now, so that a model replaced during a run is noticed.
         """
-        digest = hashlib.sha256(b"checkpoint fingerprint 1\n")
+        headers = self._sound().headers
+        if self.is_gguf:  # whose configuration is in the header
+            return cache_key(headers, {name: header.file for name, header in headers.items()}, ())
+        small = [read_small(locate(self._place, name)) for name in configuration_files(self._place)]
+        return cache_key(headers, {name: locate(self._place, name) for name in headers}, small)
 
-        def add(piece: bytes) -> None:
-            digest.update(len(piece).to_bytes(8, "little"))
-            digest.update(piece)
+    def fingerprint(self) -> str:
+        """A name for the weights that a copy of the model has too (`identity.fingerprint`)."""
+        return fingerprint(self.stored, gguf=self.is_gguf)
 
-        if not self.is_gguf:  # whose configuration is in the header
-            for name in configuration_files(self._place):
-                add(read_small(locate(self._place, name)))
-        for name, header in sorted(self._sound().headers.items()):
-            path = header.file if self.is_gguf else locate(self._place, name)
-            with opened(path) as descriptor:
-                size = os.fstat(descriptor).st_size
-                add(name.encode())
-                add(str(size).encode())
-                add(hashlib.sha256(read_at(descriptor, path, 0, min(header.size, size))).digest())
-                add(read_at(descriptor, path, 0, min(MIB, size)))
-                add(read_at(descriptor, path, max(0, size - MIB), min(MIB, size)))
-        return digest.hexdigest()
+    def is_other_than(self, recorded: str | None) -> bool:
+        """Whether a recorded fingerprint says that it was taken of other weights."""
+        return differs(recorded, self.stored, gguf=self.is_gguf)
 
     def close(self) -> None:
         """Close the files; tensors that were read stay valid, and a later read opens the files again."""
@@ -246,12 +250,14 @@ class Checkpoint(Mapping[str, TensorInfo]):
         return {
             "place": self._place,
             "source": self.source,
+            "role": self.role,
             "expected": expected,
             "as_stored": self._as_stored,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Checkpoint.__init__(self, state["place"], state["source"], as_stored=state["as_stored"])
+        self.role = state["role"]
         self._expected = state["expected"]
 
     @property

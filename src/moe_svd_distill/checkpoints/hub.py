@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_svd_distill.checkpoints.configuration import CONFIG
-from moe_svd_distill.checkpoints.survey import find_layout, raise_faults
-from moe_svd_distill.errors import CannotWriteError, DistillError, MissingInputError, RemoteError, shown
+from moe_svd_distill.checkpoints.shards import find_layout
+from moe_svd_distill.checkpoints.survey import raise_faults
+from moe_svd_distill.errors import CannotWriteError, DistillError, MissingInputError, RemoteError, reason_of, shown
 from moe_svd_distill.files.header import PREFIX_BYTES, Header, header_length, header_of
 
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
@@ -215,7 +216,7 @@ def translate(error: Exception, model: str, token: str | None) -> DistillError:
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         what = f"{model} cannot be stored in the hub's cache: {error.strerror}"
         return CannotWriteError(what, "Make room, or point HF_HOME to another disk")
-    reason = redact(str(error).strip().split("\n")[0], token)[:200]
+    reason = redact(reason_of(error), token)[:200]
     return RemoteError(
         f"the hub cannot be reached for {model} ({type(error).__name__}: {reason})",
         "Check the network, or give a local folder",

@@ -102,4 +102,4 @@ def _from_cache(folder: Path, source: str, unreachable: RemoteError, as_stored: 
 def refuse_quantised(checkpoint: Checkpoint) -> None:
     """Raise if the model is quantised: for work that writes its weights again in the form they are stored in."""
     if checkpoint.quantisation is not None:
-        raise BadDataError(f"{checkpoint.source} is quantised ({checkpoint.quantisation})", USE_PLAIN)
+        raise BadDataError(f"{checkpoint.title} is quantised ({checkpoint.quantisation})", USE_PLAIN)

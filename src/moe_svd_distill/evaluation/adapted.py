@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_svd_distill.adapter.verify import check_loads
-from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.errors import BadDataError, reason_of
 
 
 class AdaptedStudent:
@@ -37,7 +37,7 @@ class AdaptedStudent:
                 warnings.simplefilter("ignore")  # check_loads has settled what PEFT warns about
                 loaded = PeftModel.from_pretrained(student, str(adapter_folder))
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            reason = str(error).strip().split("\n", 1)[0]
+            reason = reason_of(error)
             raise BadDataError(f"PEFT cannot load the adapter in {adapter_folder} ({reason})", "Verify it") from error
         return cls(loaded.eval().requires_grad_(False))
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from moe_svd_distill.adapter.verify import check_loads
-from moe_svd_distill.errors import BadDataError, MissingInputError, UsageError
+from moe_svd_distill.errors import BadDataError, MissingInputError, UsageError, reason_of
 from moe_svd_distill.evaluation.loading import default_dtype, require_memory
 from moe_svd_distill.evaluation.request import BenchmarkRequest, EvaluationRequest, Progress
 
@@ -185,7 +185,7 @@ def _run(
             fewshot_random_seed=seed,
         )
     except Exception as error:  # tasks bring their own data and code, and fail in their own ways
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason'}"
+        reason = f"{type(error).__name__}: {reason_of(error)}"
         raise BadDataError(
             f"the lm-evaluation-harness failed on {', '.join(asked.harness)} ({reason[:300]})",
             "Try the task with lm_eval itself",

@@ -129,7 +129,7 @@ def record_states(hidden: Hidden, head: Head, text: PairedText, on_progress: Pro
         on_progress: Told about every batch.
 
     Raises:
-        BadDataError: There is no such place.
+        BadDataError: There is no such place, or the figures are not finite.
     """
     if text.identical and len(head.weight) < len(text.teacher_ids):
         ids = text.teacher_ids[: len(head.weight)]
@@ -158,7 +158,7 @@ def record_states(hidden: Hidden, head: Head, text: PairedText, on_progress: Pro
                     mass += float((common.logsumexp(-1) - whole.logsumexp(-1)).exp().double().sum())
                 yield common, common, target.to(common.device)
 
-    measurement, count = measure_tokens(chunks(), places.unit), len(places.target)
+    measurement, count = _finite(measure_tokens(chunks(), places.unit), "teacher"), len(places.target)
     compared = Aligned(len(text.teacher_ids), count, count / text.student.predicted, mass / count)
     aligned = None if text.identical else compared
     return TeacherRecord(hidden, common_head, places, text.student_ids, measurement, text.student, aligned)
@@ -189,10 +189,13 @@ def compare(
                     reader.add(*chunk)
                 yield chunk
 
-    measurement = measure_tokens(chunks(), teacher.units)
+    return _finite(measure_tokens(chunks(), teacher.units), name)
+
+
+def _finite(measurement: Measurement, name: str) -> Measurement:
     if not np.isfinite(measurement.kl).all() or not np.isfinite(measurement.cross_entropy).all():
         raise BadDataError(
-            f"The figures of the {name} are not finite", "Check the adapter for NaN: moe-svd-distill verify"
+            f"The figures of the {name} are not finite", "Check models and adapter for NaN, or compute in a wider type"
         )
     return measurement
 

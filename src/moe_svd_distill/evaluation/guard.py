@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
-from moe_svd_distill.algebra.figures import Measurement
+from moe_svd_distill.algebra.figures import NO_GAP, Measurement
 from moe_svd_distill.evaluation.uncertainty import Change, cross_entropy_change, kl_change, tokens_needed
 
 Kind: TypeAlias = Literal["kept", "harm", "none", "unproven"]
 """What was found: a fall; a rise of KL or cross-entropy; no fall that counts; or too little text to tell."""
 
-_NO_GAP = 1e-6  # nats per token: less KL than this is rounding
 _NOTHING = "Nothing was transferred: "
 
 
@@ -120,7 +119,7 @@ def kind_of(trials: Sequence[Trial], guard: Guard) -> Literal["harm", "none", "u
         trials: All that was tried, at least one setting.
         guard: What had to be proven.
     """
-    if trials[0].kl.before < _NO_GAP:
+    if trials[0].kl.before < NO_GAP:
         return "harm" if any(trial.harms(guard) for trial in trials) else "none"
     hopeful = [trial for trial in trials if trial.most(guard) >= guard.share]
     if not hopeful:
@@ -156,7 +155,7 @@ def refusal(kind: Kind, trials: Sequence[Trial], guard: Guard, tokens: int) -> t
         return f"{_NOTHING}the adapter harms: {_figures(harmful, guard)}.", None
     if kind == "none":
         best = max(trials, key=lambda trial: trial.most(guard))
-        if best.kl.before < _NO_GAP:
+        if best.kl.before < NO_GAP:
             return f"{_NOTHING}the student agrees with the teacher already.", None
         return (
             f"{_NOTHING}no effect that counts: {_figures(best, guard)}, less than the {guard.share:.0%} that would.",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint
 from moe_svd_distill.checkpoints.llama_cpp.folder import file_behind
-from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError, UsageError
+from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError, UsageError, reason_of
 
 if TYPE_CHECKING:
     import torch
@@ -54,9 +54,7 @@ def load_model(folder: str | Path, device: str = "cpu", dtype: torch.dtype | Non
     except DistillError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise BadDataError(
-            f"The model in {folder} cannot be loaded ({first_line(error)})", "Check the model"
-        ) from error
+        raise BadDataError(f"The model in {folder} cannot be loaded ({reason_of(error)})", "Check the model") from error
     if torch.device(device).type == "cpu" and hasattr(model, "set_experts_implementation"):
         # On a CPU the loop over experts is 1.7 times as fast as grouped_mm, and 20 times as fast as batched_mm.
         model.set_experts_implementation("eager")
@@ -155,8 +153,3 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, cut to one line."""
-    return str(error).strip().split("\n", 1)[0][:300]

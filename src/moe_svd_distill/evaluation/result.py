@@ -168,7 +168,7 @@ def _sentence(found: Evaluation) -> str:
     match found.effect:
         case "helps":
             entropy = (
-                "; the student's cross-entropy was no worse than the teacher's"
+                "; the student's cross-entropy was not certainly worse than the teacher's"
                 if gap.cross_entropy is None
                 else f" and {gap.cross_entropy:.1f} % of the cross-entropy gap{_within(gap.cross_entropy_interval)}"
             )
@@ -179,7 +179,8 @@ def _sentence(found: Evaluation) -> str:
             )
             if temperature is not None and temperature.kl is not None:
                 controls += f" One temperature on its logits: {_percent(temperature)}."
-            of_kl = f"{gap.kl:.1f} % of the KL gap to the teacher{_within(gap.kl_interval)}"
+            share = "an unknown share" if gap.kl is None else f"{gap.kl:.1f} %"
+            of_kl = f"{share} of the KL gap to the teacher{_within(gap.kl_interval)}"
             return f"Closes {of_kl}{entropy}: {ways}.{controls}"
         case "recalibrates":
             return (

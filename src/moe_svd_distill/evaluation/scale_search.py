@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from moe_svd_distill.algebra.figures import Measurement, plain
+from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.evaluation.guard import Guard, Kind, Trial, kept_sentence, kind_of, refusal
 from moe_svd_distill.evaluation.uncertainty import kl_change
 
@@ -68,6 +69,9 @@ def search_scale(
         guard: What must hold for the adapter to be kept.
         global_scales: Scales above 0 to try for everything together.
         by_group: Whether to go on from the best of these and halve or raise the scale of each group in turn.
+
+    Raises:
+        BadDataError: A figure is not finite.
     """
     return _Search(evaluate, groups, guard or Guard()).run(sorted(global_scales), by_group)
 
@@ -77,7 +81,7 @@ class _Search:
         self.evaluate, self.groups, self.guard = evaluate, tuple(groups), guard
         self.known: dict[tuple[float, ...], Trial] = {}
         self.nothing = dict.fromkeys(self.groups, 0.0)
-        self.untouched = evaluate(dict(self.nothing))
+        self.untouched = self.measured(self.nothing)
         self.known[(0.0,) * len(self.groups)] = Trial(self.nothing, self.untouched, self.untouched)
         self.best: Trial | None = None
 
@@ -93,8 +97,18 @@ class _Search:
     def tried(self, scales: Mapping[str, float]) -> Trial:
         key = tuple(scales[group] for group in self.groups)
         if key not in self.known:
-            self.known[key] = Trial(dict(scales), self.untouched, self.evaluate(dict(scales)))
+            self.known[key] = Trial(dict(scales), self.untouched, self.measured(scales))
         return self.known[key]
+
+    def measured(self, scales: Mapping[str, float]) -> Measurement:
+        found = self.evaluate(dict(scales))
+        if not (np.isfinite(found.kl).all() and np.isfinite(found.cross_entropy).all()):
+            named = ", ".join(f"{group} {scale:g}" for group, scale in scales.items())
+            raise BadDataError(
+                f"the figures at scale {named} are not finite, so nothing is known of the adapter",
+                "Check both models, or train with a smaller rate or in a wider type",
+            )
+        return found
 
     def consider(self, tried: Trial) -> None:
         """Take a setting that is proven, if KL falls further there."""

@@ -87,6 +87,7 @@ def streamed_records(
     """Run a teacher of any size over all texts at once; its states stay in the cache."""
     read = [text.teacher for text in texts]
     with open_checkpoint(folder) as checkpoint:
+        checkpoint.role = "teacher"
         told = _by_layer(on_progress, "teacher", read)
         states = stream_states(checkpoint, _together(read), cache, PassSettings((device,)), on_progress=told)
         head = load_head(checkpoint, device, torch.float32)
@@ -154,6 +155,7 @@ class StreamedStudent:
 
     def __init__(self, folder: str | Path, texts: Sequence[TokenizedText], cache: Path, *, device: str = "cpu") -> None:
         self._checkpoint = open_checkpoint(folder)
+        self._checkpoint.role = "student"
         self._texts, self._cache, self._device = tuple(texts), cache, device
         self._untouched: tuple[StreamedStates, Head] | None = None
 

@@ -193,7 +193,7 @@ class Bootstrap:
 
 @dataclass(frozen=True)
 class GapClosed:
-    """Percent of the way from the untouched student to the teacher; None where the student is not behind.
+    """Percent of the way from the untouched student to the teacher; None where it is not certain to be behind.
 
     Attributes:
         kl: (before − after) / before, of KL to the teacher.
@@ -209,13 +209,20 @@ class GapClosed:
 
 
 def gap_between(before: Measurement, after: Measurement, teacher: Measurement, bootstrap: Bootstrap) -> GapClosed:
-    """The gap that is closed from one measurement to another, with its intervals."""
+    """The gap that is closed from one measurement to another, with its intervals.
+
+    A share of a gap that may be none is no figure, as large as it comes out: there is one only where the bootstrap has
+    an interval. Of a single document, which has none, KL is still a gap, because it is never below 0.
+    """
     old, new = before.figures, after.figures
-    return GapClosed(
-        kl_gap_closed(old.kl, new.kl),
-        cross_entropy_gap_closed(old.cross_entropy, new.cross_entropy, teacher.figures.cross_entropy),
-        *bootstrap.gaps(before, after, teacher),
-    )
+    kl_interval, entropy_interval = bootstrap.gaps(before, after, teacher)
+    kl = kl_gap_closed(old.kl, new.kl)
+    entropy = cross_entropy_gap_closed(old.cross_entropy, new.cross_entropy, teacher.figures.cross_entropy)
+    if kl_interval is None and len(before.tokens) > 1:
+        kl = None
+    if entropy_interval is None:
+        entropy = None
+    return GapClosed(kl, entropy, None if kl is None else kl_interval, None if entropy is None else entropy_interval)
 
 
 def mean_gap(gaps: Sequence[GapClosed]) -> GapClosed:

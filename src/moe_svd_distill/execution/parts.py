@@ -257,8 +257,11 @@ def write_tensors(planned: Mapping[str, Planned], output: Path) -> str:
 
     Raises:
         CannotWriteError: The output cannot be written.
+        BadDataError: A value is not finite; the file is left as it was.
         ValueError: A tensor is made of another type or shape than planned; a fault of the caller.
     """
+    from moe_svd_distill.algebra.finite import count_not_finite
+
     slots = lay_out((name, dtype_code(plan.dtype), plan.shape) for name, plan in planned.items())
     with durable_file(output) as sink:
         sink.write(encode_header(slots, {"format": "pt"}))
@@ -266,6 +269,12 @@ def write_tensors(planned: Mapping[str, Planned], output: Path) -> str:
             plan, tensor = planned[slot.name], planned[slot.name].make()
             if tuple(tensor.shape) != plan.shape or tensor.dtype != plan.dtype:
                 raise ValueError(f"{slot.name} is {tensor.dtype} {tuple(tensor.shape)}, planned {plan}")
+            if count := count_not_finite(tensor):
+                raise BadDataError(
+                    f"{slot.name} of {output.name} would hold {count} NaN or Inf of {tensor.numel()} values in "
+                    f"{tensor.dtype}, so it is not written",
+                    "Check both models; where dtype is float16, try bfloat16",
+                )
             sink.write(tensor_bytes(tensor.to("cpu")))
             large = tensor.nbytes >= _LARGE
             del tensor

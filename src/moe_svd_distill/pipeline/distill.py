@@ -83,6 +83,7 @@ def distill(recipe: Recipe, listener: Listener | None = None) -> Adapter:
             listener.on_note(
                 f"the adapter is for {base}, as {origin[1]} of the student says; --base-model names another"
             )
+        models = pair.cache_keys()
         stages = choose_stages(recipe, pair)
         listener.on_note(f"method: {' and '.join(stages.names)} ({stages.reason})")
         if stages.calibrated and not recipe.scale_search:
@@ -94,7 +95,7 @@ def distill(recipe: Recipe, listener: Listener | None = None) -> Adapter:
             listener.on_note(shortfall)
         plan = prepare(recipe, pair, settings) if stages.weights else None
         with OutputFolder(recipe.output) as output:
-            run = _Run(recipe, pair, settings, stages, text, output, listener)
+            run = _Run(recipe, pair, settings, stages, text, output, listener, models)
             record = run.complete(plan)
     return Adapter(recipe.output, record)
 
@@ -110,6 +111,7 @@ class _Run:
     text: RunText | None
     output: OutputFolder
     listener: Listener
+    models: tuple[str, str]
 
     def complete(self, plan: Plan | None) -> RunRecord:
         """Run the stages and publish the adapter."""
@@ -128,6 +130,7 @@ class _Run:
             refined, head = self.refine(AdapterChange(parts, decision, head))
             parts = ()
         digest = self.stage(AdapterChange(parts, decision, head))
+        self.refuse_changed_models()
         self.listener.on_stage("checking that PEFT loads it", None)
         check_loads(self.output.staged(ADAPTER_FILE).parent, self.pair.student.checkpoint.config)
         results = {"calibrated": calibrated, "refined": refined}
@@ -155,7 +158,7 @@ class _Run:
         self.listener.on_plan([(unit.label, unit.cost) for unit in plan.units])
         work = make_work(self.recipe, self.pair)
         summary = execute(plan.units, work, self.output.parts, self.settings, self.listener.on_event)
-        _refuse_changed_models(plan, self.recipe, self.pair, self.settings)
+        self.refuse_changed_models()
         units = unit_records(plan, summary.parts)
         if is_nothing(tensor_records(units)):
             raise NothingToTransferError(
@@ -164,6 +167,12 @@ class _Run:
                 "Choose a teacher that differs from the student",
             )
         return summary, tuple(summary.parts[unit.key] for unit in plan.units), units
+
+    def refuse_changed_models(self) -> None:
+        """The models must be at the end what they were at the beginning."""
+        for model, before, now in zip(("teacher", "student"), self.models, self.pair.cache_keys(), strict=True):
+            if before != now:
+                raise BadDataError(f"the {model}'s files changed during the run", "Run the same command again")
 
     def stage(self, change: AdapterChange) -> str:
         """Write the adapter as it stands; returns its digest."""
@@ -253,10 +262,3 @@ class _Run:
 
 def _no_text(recipe: Recipe) -> str:
     return "no calibration text was given" if not recipe.calibration else "recipe: scale_search: false"
-
-
-def _refuse_changed_models(plan: Plan, recipe: Recipe, pair: ModelPair, settings: Settings) -> None:
-    """The models must be at the end what they were at the beginning."""
-    again = prepare(recipe, pair, settings)
-    if [unit.key for unit in again.units] != [unit.key for unit in plan.units]:
-        raise BadDataError("a model's files changed during the run", "Run the same command again")

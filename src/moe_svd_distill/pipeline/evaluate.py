@@ -242,7 +242,7 @@ def _code_benchmarks(
         assert source
         checkpoint = open_model(source).checkpoint
         try:
-            return LocalModel(checkpoint.folder, checkpoint.fingerprint())
+            return LocalModel(checkpoint.folder, checkpoint.cache_key())
         finally:
             checkpoint.close()
 

@@ -10,6 +10,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint
+from moe_svd_distill.checkpoints.tied import refuse_other_head
 from moe_svd_distill.roles import ModelLayout, read_layout
 
 if TYPE_CHECKING:
@@ -34,7 +35,9 @@ class Model:
         """
         from moe_svd_distill.architecture.architecture import Architecture
 
-        return Architecture(self.checkpoint)
+        found = Architecture(self.checkpoint)
+        found.refuse_other_head()
+        return found
 
     @cached_property
     def keys(self) -> AdapterKeys:
@@ -76,6 +79,10 @@ class ModelPair:
     teacher: Model
     student: Model
 
+    def cache_keys(self) -> tuple[str, str]:
+        """Of both checkpoints, as their files are now."""
+        return self.teacher.checkpoint.cache_key(), self.student.checkpoint.cache_key()
+
     @property
     def tokenizer_notes(self) -> tuple[str, ...]:
         """What people should know of where the tokenizers are from."""
@@ -97,17 +104,22 @@ def open_model(source: str, *, headers_only: bool = False) -> Model:
 
     Raises:
         MissingInputError: The model or one of its files is not there.
-        BadDataError: Files that contradict each other.
+        BadDataError: Files that contradict each other, or a head that is tied and stored otherwise.
     """
     checkpoint = open_checkpoint(source, headers_only=headers_only)
     shapes = {name: info.shape for name, info in checkpoint.items()}
-    return Model(checkpoint, read_layout(checkpoint.config, shapes))
+    layout = read_layout(checkpoint.config, shapes)
+    head, embedding = layout.second_head, layout.find("embedding")
+    if head and embedding and all(checkpoint[name].file.exists() for name in (head, embedding)):
+        refuse_other_head(checkpoint, head, embedding)
+    return Model(checkpoint, layout)
 
 
 @contextmanager
 def open_pair(teacher: str, student: str, *, headers_only: bool = False) -> Iterator[ModelPair]:
     """Open both models as ``open_model`` does; their files are closed at the end."""
     pair = ModelPair(open_model(teacher, headers_only=headers_only), open_model(student, headers_only=headers_only))
+    pair.teacher.checkpoint.role, pair.student.checkpoint.role = "teacher", "student"
     try:
         yield pair
     finally:

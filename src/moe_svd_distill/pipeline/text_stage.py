@@ -137,7 +137,7 @@ class _TextStage:
             "settings": asdict(schedule.settings),
             "start": start.path.name,
             "passes": {name: facts["key"] for name, facts in self.passes.facts.items()},
-            "models": [self.pair.teacher.checkpoint.fingerprint(), self.pair.student.checkpoint.fingerprint()],
+            "models": self.pair.cache_keys(),
             "text": digest_of(text.ids, text.position, text.teacher_position, text.following, check.position),
             "tokens": digest_of(fit.student_ids, fit.teacher_ids),
             "first": beginning.layer,

@@ -70,8 +70,8 @@ def identity(recipe: Recipe, pair: ModelPair, execution: Settings) -> dict[str, 
         "devices": kinds,
         "threads": execution.threads_per_worker,
         "settings": asdict(transfer_settings(recipe)),
-        "teacher": pair.teacher.checkpoint.fingerprint(),
-        "student": pair.student.checkpoint.fingerprint(),
+        "teacher": pair.teacher.checkpoint.cache_key(),
+        "student": pair.student.checkpoint.cache_key(),
     }
 
 

@@ -15,6 +15,8 @@ from moe_svd_distill.roles.table import ROLES
 if TYPE_CHECKING:
     from torch import Tensor
 
+HEAD_IS_TIED = "the head is tied to the embeddings"
+
 
 @dataclass(frozen=True, slots=True)
 class TensorView:
@@ -142,6 +144,11 @@ class ModelLayout:
     def find(self, role: str, layer: int | None = None, expert: int | None = None) -> str | None:
         """The name of a role at a place, or None where the model has none."""
         return self.by_place.get((role, layer, expert))
+
+    @property
+    def second_head(self) -> str | None:
+        """Name of a head that is stored although config.json ties it to the embeddings."""
+        return next((name for name, reason in self.ignored.items() if reason == HEAD_IS_TIED), None)
 
     def view(self, role: str, layer: int | None = None, expert: int | None = None) -> TensorView | None:
         """Where a role at a place is stored, or None where the model has none."""

@@ -25,7 +25,7 @@ from moe_svd_distill.roles.geometry import (
     is_tied,
     text_config,
 )
-from moe_svd_distill.roles.layout import Geometry, Meaning, ModelLayout, Shape, TensorView
+from moe_svd_distill.roles.layout import HEAD_IS_TIED, Geometry, Meaning, ModelLayout, Shape, TensorView
 from moe_svd_distill.roles.table import ROLES, Axis
 
 NUMBER = re.compile(r"(?P<list>(?:[^.]+\.)*?[^.]+)\.(?P<layer>\d+)\.(?P<below>.+)")
@@ -62,7 +62,7 @@ class _Reading:
         tied = is_tied(self.config, "head" in by_role)
         for name in outside:
             if tied and ends.get(name) == "head":
-                self.ignored[name] = "the head is tied to the embeddings"
+                self.ignored[name] = HEAD_IS_TIED
             elif name in ends:
                 self.meanings[name] = Meaning(ends[name], None, None, TensorView(name), self.shapes[name])
             else:

@@ -148,7 +148,9 @@ SIGNS = {
     # rows of gate and up take turns (gpt-oss)
     "interleaved": re.compile(r".*\.gate_up_proj_bias"),
     # self_attn is not softmax attention
-    "linear attention": re.compile(r"self_attn\.(?:A_log|[qk]_conv1d\.weight|output_gate\.weight|slope_rate)"),
+    "linear attention": re.compile(
+        r"self_attn\.(?:A_log|(?:[qk]_)?conv1d\.weight|output_gate\.weight|slope_rate|forget_gate\..*)"
+    ),
 }
 """Names that say of the others in their layer what those do not say themselves."""
 ONE_MORE = re.compile(
@@ -156,6 +158,11 @@ ONE_MORE = re.compile(
 )
 """Architectures whose norms multiply by one more than their weight."""
 
+RECOMPUTED = re.compile(
+    r"(?:.*\.)?(?:(?:rotary_emb|rotary_pos_emb|rotary|rope)\.(?:\w+_)?(?:inv_freq|cos_cached|sin_cached)|"
+    r"position_ids|masked_bias|(?:attn|attention)\.bias)"
+)
+"""Buffers that older versions of the libraries stored: no loader reads them."""
 IGNORED = (
     (
         re.compile(
@@ -165,10 +172,7 @@ IGNORED = (
         "part of the image or audio input, which no text passes through",
     ),
     (re.compile(r"(?:.*\.)?mtp\w*\..*"), "multi-token prediction, not loaded"),
-    (
-        re.compile(r".*\.(?:rotary_emb\.inv_freq|position_ids|masked_bias)|.*\.attn\.bias|.*\.attention\.bias"),
-        "recomputed from config.json by every loader",
-    ),
+    (RECOMPUTED, "recomputed from config.json by every loader"),
 )
 """Names of tensors that no text model uses, with the reason."""
 

@@ -22,7 +22,8 @@ from moe_svd_distill.streaming.gates import GatedDecoder, replicate
 from moe_svd_distill.streaming.layout import Layout
 from moe_svd_distill.streaming.overlay import AdapterOverlay, ScaledAdapter
 from moe_svd_distill.streaming.states_file import LayerInputs
-from moe_svd_distill.streaming.weights import EmbeddingChange, WeightReader, stored_tables
+from moe_svd_distill.streaming.tables import EmbeddingChange, stored_tables
+from moe_svd_distill.streaming.weights import WeightReader
 
 
 class Decoder:
@@ -64,7 +65,7 @@ class Decoder:
         """
         self.device = devices[0]
         kind = self.device.type
-        self.skeleton = build_skeleton(checkpoint.config, checkpoint.source, dtype, kind, gradients=gradients)
+        self.skeleton = build_skeleton(checkpoint.config, checkpoint.title, dtype, kind, gradients=gradients)
         self.stored = CheckpointMap(checkpoint, self.skeleton)
         self.layers = len(self.skeleton.originals)
         overlay = None if adapter is None else AdapterOverlay(self.stored, adapter)

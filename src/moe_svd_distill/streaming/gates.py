@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moe_svd_distill.architecture.building import ModuleProxy
 from moe_svd_distill.architecture.skeleton import Skeleton
 from moe_svd_distill.errors import IncompatiblePairError
-from moe_svd_distill.streaming.weights import StoredTable
+from moe_svd_distill.streaming.tables import StoredTable
 
 _REPORT = "Report the architecture to the project"
 

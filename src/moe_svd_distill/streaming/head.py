@@ -89,7 +89,7 @@ def load_head(
     """
     settings = PassSettings((device,), dtype)
     place, kind = settings.torch_devices()[0], settings.compute_dtype()
-    skeleton = build_skeleton(checkpoint.config, checkpoint.source, kind if adapter is None else torch.float32, "cpu")
+    skeleton = build_skeleton(checkpoint.config, checkpoint.title, kind if adapter is None else torch.float32, "cpu")
     measured = measure_head(skeleton.model)
     stored = CheckpointMap(checkpoint, skeleton)
     overlay = None if adapter is None else AdapterOverlay(stored, adapter)

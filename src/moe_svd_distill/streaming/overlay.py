@@ -23,7 +23,7 @@ from moe_svd_distill.adapter.adapter_file import adapter_header, read_tensor
 from moe_svd_distill.adapter.verify import check_loads
 from moe_svd_distill.architecture.skeleton import HEAD, OUTSIDE, Part, Skeleton
 from moe_svd_distill.architecture.stored import CheckpointMap, in_memory
-from moe_svd_distill.errors import BadDataError, UsageError
+from moe_svd_distill.errors import BadDataError, UsageError, reason_of
 
 _NAME = "default"
 _MODEL = "base_model.model."
@@ -273,7 +273,7 @@ def _wrap(model: Any, folder: Path) -> Any:
             warnings.simplefilter("ignore")
             wrapped = PeftModel(model, configuration, adapter_name=_NAME, low_cpu_mem_usage=True)
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().split("\n", 1)[0]
+        reason = reason_of(error)
         raise BadDataError(f"PEFT cannot load the adapter in {folder} ({reason})", _VERIFY) from error
     return wrapped.eval().requires_grad_(False)
 

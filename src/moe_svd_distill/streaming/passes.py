@@ -174,7 +174,7 @@ def pass_key(
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     identity: dict[str, Any] = {
         "format": _FORMAT,
-        "model": checkpoint.fingerprint(),
+        "model": checkpoint.cache_key(),
         "tokens": hashlib.sha256(np.ascontiguousarray(sequences, dtype="<i8").tobytes()).hexdigest(),
         "shape": list(sequences.shape),
         "rows": settings.rows_per_batch(sequences.shape[1]),

@@ -66,7 +66,7 @@ def stream_states(
     settings = settings or PassSettings()
     settings = replace(settings, dtype=settings.compute_dtype(_width(checkpoint)))
     _check_tokens(sequences)
-    layers, first = layer_count(checkpoint.config, checkpoint.source), settings.record_at
+    layers, first = layer_count(checkpoint.config, checkpoint.title), settings.record_at
     files = PassFiles(Path(folder), pass_key(checkpoint, sequences, settings, adapter), layers, first)
     if files.finished():
         record = PassRecord(files.key, layers, layers_computed=0, layers_reused=layers, rejected=tuple(files.rejected))
@@ -202,9 +202,9 @@ class _Pass:
 
     def _finite(self, values: Tensor, layer: int) -> Tensor:
         if values.is_floating_point() and not bool(torch.isfinite(values).all()):
-            name = type(self._decoder.skeleton.model).__name__
+            model = self._decoder.stored.checkpoint.title
             raise BadDataError(
-                f"layer {layer} of {name} gives states that are not finite in {values.dtype}",
+                f"{model}: layer {layer} gives states that are not finite in {values.dtype}",
                 "Verify the model and the adapter, or compute in a wider type",
             )
         return values
@@ -226,7 +226,7 @@ def _on_cores(batches: int, fitting: int) -> tuple[tuple[torch.device, ...], int
 
 
 def _width(checkpoint: Checkpoint) -> int:
-    width: int = parse_config(checkpoint.config, checkpoint.source).get_text_config().hidden_size
+    width: int = parse_config(checkpoint.config, checkpoint.title).get_text_config().hidden_size
     return width
 
 

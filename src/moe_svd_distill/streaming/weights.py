@@ -1,117 +1,23 @@
-"""Reading a part's weights into memory, each stored byte once, in a thread of its own.
-
-Embedding tables stay in their file: a look-up reads the rows of its tokens and nothing else.
-"""
+"""Reading a part's weights into memory, each stored byte once, in a thread of its own."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moe_svd_distill.architecture.skeleton import EMBEDDING, ENDS, ParameterSlot, Part
+from moe_svd_distill.algebra.finite import count_not_finite
+from moe_svd_distill.architecture.skeleton import ParameterSlot, Part
 from moe_svd_distill.architecture.stored import CheckpointMap, TensorSource
-from moe_svd_distill.checkpoints import Checkpoint
-from moe_svd_distill.errors import BadDataError, IncompatiblePairError
+from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.execution.memory import MemoryWatch
 from moe_svd_distill.streaming.devices import Staging
 from moe_svd_distill.streaming.overlay import AdapterOverlay
-
-EmbeddingChange = Callable[[Tensor], Tensor]
-"""Token ids (n,) to what is added to their embeddings as stored, (n, d)."""
-
-_embedding: Any = nn.functional.embedding
-
-
-class TableRows:
-    """The rows of a stored table, read as they are asked for, by any number of threads.
-
-    Attributes:
-        bytes: Stored bytes of the whole table.
-    """
-
-    def __init__(
-        self, checkpoint: Checkpoint, hub_name: str, dtype: torch.dtype, change: EmbeddingChange | None
-    ) -> None:
-        self._stored, self._dtype, self._change = checkpoint.read(hub_name), dtype, change
-        self.bytes = checkpoint[hub_name].bytes
-        self._seen = torch.zeros(len(self._stored), dtype=torch.bool)
-
-    def read(self, ids: Tensor) -> Tensor:
-        """Rows of ids of any shape (…) on the CPU, in the type they are computed with, (…, d)."""
-        self._seen[ids] = True
-        rows = self._stored[ids].to(self._dtype)
-        return rows if self._change is None else rows + self._change(ids.flatten()).view(rows.shape).to(rows)
-
-    @property
-    def bytes_read(self) -> int:
-        """Stored bytes of the rows that were read, each counted once."""
-        return int(self._seen.sum()) * self.bytes // len(self._seen)
-
-
-class StoredTable(Tensor):
-    """Stands for a table as the weight of an embedding; it can be looked up in, and asked for its shape and type.
-
-    Attributes:
-        rows: Where its values are.
-    """
-
-    rows: TableRows
-
-    @staticmethod
-    def of(rows: TableRows, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> StoredTable:
-        """A table of this shape, for look-ups on this device."""
-        table = torch.zeros((), dtype=dtype, device=device).expand(shape).as_subclass(StoredTable)
-        table.rows = rows
-        return table
-
-    def on(self, device: torch.device) -> StoredTable:
-        """The same for look-ups on another device."""
-        return StoredTable.of(self.rows, tuple(self.shape), self.dtype, device)
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _embedding and isinstance(args[1], cls):
-            return args[1].rows.read(args[0].cpu()).to(args[0].device)
-        if func is Tensor.detach:
-            return args[0]
-        found = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
-        if isinstance(found, Tensor) and found is not args[0] and func is not Tensor.as_subclass:
-            raise IncompatiblePairError(
-                f"The decoder takes its embeddings for something else than a look-up ({func.__name__})",
-                "Report the architecture to the project",
-            )
-        return found
-
-
-def stored_tables(
-    stored: CheckpointMap, device: torch.device, change: EmbeddingChange | None = None
-) -> dict[ParameterSlot, StoredTable]:
-    """A table for every embedding around the layers that is stored plainly as one tensor.
-
-    Args:
-        stored: Where a model's values lie.
-        device: For look-ups on this device.
-        change: What an adapter adds to the token embeddings.
-    """
-    checkpoint, found = stored.checkpoint, {}
-    parts: tuple[Part, ...] = (EMBEDDING, ENDS)
-    for part in parts:
-        for source in stored.of_part[part]:
-            slot = source.slots[0]
-            plain = len(source.pieces) == 1 and source.pieces[0].index is None and source.pieces[0].begin is None
-            if not plain or not isinstance(slot.module, nn.Embedding) or slot.attribute != "weight":
-                continue
-            name = source.pieces[0].hub_name
-            if not checkpoint.is_plain(name):
-                continue
-            rows = TableRows(checkpoint, name, slot.dtype, change if part == EMBEDDING else None)
-            found[slot] = StoredTable.of(rows, slot.shape, slot.dtype, device)
-    return found
+from moe_svd_distill.streaming.tables import StoredTable, not_finite
 
 
 class _Loaded(NamedTuple):
@@ -151,6 +57,7 @@ class WeightReader:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
         self._coming: tuple[Part, Future[_Loaded]] | None = None
         self._stream: torch.cuda.Stream | None = None
+        self._sound: set[str] = set()
         self.watch = MemoryWatch()
         self.bytes_read = 0
         self.seconds_reading = self.seconds_waiting = 0.0
@@ -170,7 +77,7 @@ class WeightReader:
             here: Whether it is read by the caller's thread, on its own stream.
 
         Raises:
-            BadDataError: A file was cut off or changed, or the adapter does not fit.
+            BadDataError: A file was cut off or changed, a value is not finite, or the adapter does not fit.
         """
         loaded = self._load(part) if here else self._take(part)
         if self._overlay is not None:
@@ -237,7 +144,9 @@ class WeightReader:
             if (table := self._tables.get(source.slots[0])) is not None:
                 base.append((source.slots[0], table))
             else:
-                base += self._copied(source) if source.pieces else self._converted(source)
+                filled = self._copied(source) if source.pieces else self._converted(source)
+                self._refuse_not_finite(source, filled)
+                base += filled
         return _Loaded(base, {} if self._overlay is None else self._overlay.read(part))
 
     def _copied(self, source: TensorSource) -> list[tuple[ParameterSlot, Tensor]]:
@@ -264,6 +173,21 @@ class WeightReader:
         self.watch.look()
         # A converter may return views of one tensor, or a stored one that is not contiguous.
         return [(slot, made[slot.name].to(slot.dtype).contiguous()) for slot in source.slots]
+
+    def _refuse_not_finite(self, source: TensorSource, filled: list[tuple[ParameterSlot, Tensor]]) -> None:
+        """Looked for where the values are computed with, once for each tensor; then the stored ones say which it is."""
+        for slot, tensor in filled:
+            if slot.name in self._sound or not count_not_finite(tensor):
+                self._sound.add(slot.name)
+                continue
+            checkpoint = self._stored.checkpoint
+            for _, name in source.hub_names:
+                if count_not_finite(stored := checkpoint.read(name)):
+                    raise not_finite(checkpoint.title, name, stored)
+            raise BadDataError(
+                f"{checkpoint.title}: {slot.name} has values that {slot.dtype} does not reach",
+                "Compute in a wider type",
+            )
 
     def _fetch(self, hub_name: str) -> Tensor:
         # What is quantised is dequantised where it is needed; anything else is copied from the file to its slot.

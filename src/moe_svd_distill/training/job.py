@@ -16,7 +16,7 @@ from moe_svd_distill.algebra.whitening import Whitening, whitening
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.execution.parts import PartContent, open_part, part_path, read_record, verify_part, write_part
 from moe_svd_distill.streaming import Decoder, Head, LayerInputs, load_head
-from moe_svd_distill.streaming.weights import EmbeddingChange
+from moe_svd_distill.streaming.tables import EmbeddingChange
 from moe_svd_distill.training.engine import Engine, HeadEngine, ResidentEngine, StreamedEngine
 from moe_svd_distill.training.fixed_head import FixedHead, with_teacher_expectations
 from moe_svd_distill.training.head import TrainedHead

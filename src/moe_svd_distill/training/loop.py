@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.training.engine import Engine
 from moe_svd_distill.training.fixed_head import FixedHead
 from moe_svd_distill.training.head import TrainedHead
@@ -74,12 +75,20 @@ class Training:
             saves: Where the run is saved; None keeps nothing.
             on_progress: Told after each step where the run stands, and the number of steps.
             kl_before: What `measure` gives at the start, where that is known.
+
+        Raises:
+            BadDataError: It is not finite.
         """
         found = saves.load() if saves else None
         progress = Progress()
         best = [values.clone() for values in self._values()]
         if found is None:
             kl = self.measure() if kl_before is None else kl_before
+            if not math.isfinite(kl):
+                raise BadDataError(
+                    f"KL of the untrained student on other text is {kl}, so training has nothing to begin with",
+                    "Check both models, or compute in a wider type",
+                )
             progress.curve.append(Point(0, 0, 0.0, None, kl, 0.0))
         else:
             tensors, record = found

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moe_svd_distill.algebra.finite import count_not_finite
 from moe_svd_distill.algebra.interpolation import linear, spherical
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.pairing.unit import Source
@@ -38,24 +39,24 @@ class TensorReader:
         self._interpolate = spherical if interpolation == "spherical" else linear
         self.device = device
         self.replaced: dict[str, int] = {}
-        self._sound: set[tuple[str, str]] = set()
+        self._sound: set[tuple[Checkpoint, str]] = set()
         self._last: tuple[Checkpoint, str, Tensor] | None = None
 
     def student(self, view: TensorView) -> Tensor:
         """A matrix or vector of the student in float32."""
-        return self._read(self._student, "student", view)
+        return self._read(self._student, view)
 
     def teacher(self, view: TensorView) -> Tensor:
         """A matrix or vector of the teacher in float32."""
-        return self._read(self._teacher, "teacher", view)
+        return self._read(self._teacher, view)
 
     def teacher_rows(self, view: TensorView, start: int, stop: int) -> Tensor:
         """Rows of a matrix of the teacher in float32; only those rows are read."""
-        return self._checked(self._stored(self._teacher, view, start, stop), "teacher", view.name)
+        return self._checked(self._stored(self._teacher, view, start, stop), self._teacher, view.name)
 
     def student_rows(self, view: TensorView, start: int, stop: int) -> Tensor:
         """Rows of a matrix of the student in float32; only those rows are read."""
-        return self._checked(self._stored(self._student, view, start, stop), "student", view.name)
+        return self._checked(self._stored(self._student, view, start, stop), self._student, view.name)
 
     def blend(self, sources: Sequence[Source]) -> Tensor:
         """The teacher's matrices of adjacent layers, interpolated; float32."""
@@ -68,10 +69,10 @@ class TensorReader:
         """Two tensors interpolated as the recipe says."""
         return self._interpolate(first, second, weight)
 
-    def _read(self, checkpoint: Checkpoint, role: str, view: TensorView) -> Tensor:
-        tensor = self._checked(self._stored(checkpoint, view), role, view.name)
+    def _read(self, checkpoint: Checkpoint, view: TensorView) -> Tensor:
+        tensor = self._checked(self._stored(checkpoint, view), checkpoint, view.name)
         if view.name not in self.replaced:
-            self._sound.add((role, view.name))
+            self._sound.add((checkpoint, view.name))
         return tensor
 
     def _stored(self, checkpoint: Checkpoint, view: TensorView, start: int = 0, stop: int | None = None) -> Tensor:
@@ -92,19 +93,14 @@ class TensorReader:
             self._last = (checkpoint, view.matrix, whole)
         return view.rows_of(self._last[2])[start:stop]
 
-    def _checked(self, stored: Tensor, role: str, name: str) -> Tensor:
+    def _checked(self, stored: Tensor, checkpoint: Checkpoint, name: str) -> Tensor:
         tensor = stored.to(self.device).to(torch.float32).contiguous()
-        # One reduction finds NaN and Inf: either makes the sum non-finite.
-        if (role, name) in self._sound or bool(torch.isfinite(tensor.sum())):
+        if (checkpoint, name) in self._sound or not (count := count_not_finite(tensor)):
             return tensor
-        bad = ~torch.isfinite(tensor)
-        count = int(bad.sum())
-        if count == 0:  # the sum itself left the range of float32
-            return tensor
-        where = f"{role} tensor {name} holds {count} NaN or Inf of {tensor.numel()} entries"
+        where = f"{checkpoint.title}: {name} holds {count} NaN or Inf of {tensor.numel()} entries"
         if self._nan == "fail":
             raise BadDataError(where, "Repair the checkpoint, or choose nan: skip or nan: zero in the recipe")
         if self._nan == "skip":
             raise NonFiniteTensorError(where)
         self.replaced[name] = max(count, self.replaced.get(name, 0))
-        return torch.where(bad, torch.zeros_like(tensor), tensor)
+        return torch.where(torch.isfinite(tensor), tensor, torch.zeros_like(tensor))

@@ -116,6 +116,15 @@ def test_a_model_in_several_files(tmp_path: Path, tokenizer: Path) -> None:
         again = pickle.loads(pickle.dumps(found))  # noqa: S301
         assert again.fingerprint() == found.fingerprint()
         assert again.keys() == found.keys()
+        key = found.cache_key()
+        assert again.cache_key() == key
+        (tmp_path / "config.json").write_text("{}")  # what lies beside the files is not the model's
+        assert found.cache_key() == key
+        last = max(tmp_path.glob("model-*.gguf"))
+        content = bytearray(last.read_bytes())
+        content[len(content) * 3 // 4] ^= 1
+        last.write_bytes(content)
+        assert found.cache_key() != key
     others = sorted(tmp_path.glob("model-*.gguf"))
     with pytest.raises(MissingInputError, match="not the first of its"):
         open_checkpoint(others[1])

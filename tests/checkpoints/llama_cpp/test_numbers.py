@@ -163,9 +163,9 @@ def test_headers_are_read_without_torch(tmp_path: Path) -> None:
     file = file_with(tmp_path / "model.gguf", blocks("Q8_0"), "Q8_0")
     script = (
         "import sys\nfrom moe_svd_distill.checkpoints import open_checkpoint\n"
-        "found = open_checkpoint(sys.argv[1])\nprint(len(found), len(found.fingerprint()))\n"
+        "found = open_checkpoint(sys.argv[1])\nprint(len(found), len(found.fingerprint()), len(found.cache_key()))\n"
         "sys.exit(str({'torch', 'transformers'} & set(sys.modules) or ''))"
     )
     done = subprocess.run([sys.executable, "-c", script, str(file)], capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["2", "64"], done.stderr
+    assert done.stdout.split() == ["2", str(len("gguf-1:") + 64), "64"], done.stderr
     assert done.stderr.strip() == ""

@@ -252,12 +252,12 @@ def test_a_quantisation_that_stands_in_a_file_of_its_own(own: Any, written: dict
     tensors = nvfp4_tensors(24, 200)
     expected = opened(tmp_path / "expected", tensors, NVFP4).read(NAME)
     folder = quantised_model(tmp_path / "model", tensors, own)
-    before = open_checkpoint(folder, as_stored=True).fingerprint()
+    before = open_checkpoint(folder, as_stored=True).cache_key()
     file = folder / "hf_quant_config.json"
     file.write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": written}))
     checkpoint = open_checkpoint(folder)
     assert torch.equal(checkpoint.read(NAME), expected)
-    assert checkpoint.fingerprint() != before
+    assert checkpoint.cache_key() != before
     for wrong in ("FP8", None):
         file.write_text(json.dumps({"quantization": written | {"quant_algo": wrong}} if wrong else {"producer": {}}))
         assert own is not NVFP4 or "hf_quant_config.json" in refusal(folder).what

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_svd_distill.errors import BadDataError, shown
+from moe_svd_distill.errors import BadDataError, reason_of, shown
 
 _BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _UNUSED = 5
@@ -79,7 +79,7 @@ def _write_tokenizer(file: Path, folder: Path, rows: int) -> None:
         PreTrainedTokenizerFast(tokenizer_object=inner, **settings).save_pretrained(str(folder))
     except Exception as error:  # whatever transformers meets in metadata it does not know
         found = [file.parent / name for name in _BESIDE if (file.parent / name).is_file()]
-        reason = str(error).strip().split("\n", 1)[0]
+        reason = reason_of(error)
         if not any(path.name == "tokenizer.json" for path in found):
             raise BadDataError(
                 f"transformers makes no tokenizer of {shown(file)}: {reason}",

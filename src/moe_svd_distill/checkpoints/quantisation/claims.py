@@ -5,9 +5,9 @@ weight.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from moe_svd_distill.checkpoints.quantisation.coded import Coded, Coding, Part
 from moe_svd_distill.errors import BadDataError, DistillError, shown
@@ -15,8 +15,12 @@ from moe_svd_distill.files.dtypes import TORCH_NAMES
 from moe_svd_distill.files.header import TensorInfo
 from moe_svd_distill.files.reading import FETCH_AGAIN
 
-Bytes = Callable[[TensorInfo], bytes | None]
-"""The bytes of a small stored tensor, or ``None`` where the file is not at hand."""
+
+class Bytes(Protocol):
+    """Reads a small stored tensor, or so many bytes from the beginning of one; ``None`` where the file is not here."""
+
+    def __call__(self, info: TensorInfo, count: int | None = None, /) -> bytes | None: ...
+
 
 ACTIVATIONS = (
     *("input_scale", "input_scale_ub", "input_zero_point", "input_global_scale", "activation_scale"),

@@ -14,6 +14,7 @@ from typing import Any
 
 from moe_svd_distill.checkpoints.quantisation.claims import USE_PLAIN, Claims, block_size, matches, plain, whole_number
 from moe_svd_distill.checkpoints.quantisation.coded import WORD, Part, Scaled, align, blocks, grid_words
+from moe_svd_distill.checkpoints.quantisation.zero_points import refuse_unless_middle
 from moe_svd_distill.errors import BadDataError, shown
 from moe_svd_distill.files.dtypes import BYTES_PER_ELEMENT
 from moe_svd_distill.files.header import TensorInfo
@@ -99,6 +100,8 @@ def _claim(claims: Claims, module: str, scheme: Scheme, codes: TensorInfo, scale
             claims.misfit(codes, zero, f"zero points {list(expected)}")
             return
         parts["zero"] = zero
+    elif (zero := stored.get(f"{module}.weight_zero_point")) is not None:
+        refuse_unless_middle(claims, zero, scheme.bits, zero.shape[-1] * WORD // scheme.bits, "symmetric")
     coding = Scaled(packing, block, scheme.bits, exponents, zero_words)
     unused = claims.activations(f"{module}.")
     for name in ("weight_shape", "weight_zero_point"):

@@ -6,8 +6,9 @@ what transformers has in memory, ``(experts, groups·32, rows)``: the transpose 
 
 GPTQ and AWQ: integers in 32-bit words, ``qweight`` with ``qzeros``, ``scales`` and the ``g_idx`` of GPTQ. Both store
 the input dimension first; the weight is ``(out, in)``. The first GPTQ format stores each zero point less one (its
-second, ``gptq_v2``, does not). ``g_idx`` names the group of each input, which activation order permutes. AutoRound
-packs as GPTQ without ``g_idx``, or as AWQ; ``extra_config`` has settings of single modules, by name or by pattern.
+second, ``gptq_v2``, does not); symmetric data say which of the two they are. ``g_idx`` names the group of each input,
+which activation order permutes. AutoRound packs as GPTQ without ``g_idx``, or as AWQ; ``extra_config`` has settings of
+single modules, by name or by pattern.
 
 bitsandbytes: 4-bit codes of a codebook (nf4, fp4) and 8-bit rows, as transformers saves them. The codebook, the scales
 and the state (a JSON object in a tensor of bytes) lie in the checkpoint, so the library itself is not needed for
@@ -21,6 +22,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from moe_svd_distill.checkpoints.quantisation.claims import USE_PLAIN, Claims, matches, plain, whole_number
@@ -32,6 +34,7 @@ from moe_svd_distill.checkpoints.quantisation.coded import (
     Scaled,
     blocks,
 )
+from moe_svd_distill.checkpoints.quantisation.zero_points import refuse_unless_middle, settled_offset
 from moe_svd_distill.errors import BadDataError, shown
 from moe_svd_distill.files.header import TensorInfo
 from moe_svd_distill.files.reading import json_object
@@ -85,6 +88,8 @@ def read_gptq(claims: Claims, settings: Mapping[str, Any]) -> None:
     if written not in ZERO_OFFSETS:
         what = f"config.json has the GPTQ checkpoint_format {plain(written)} (expected {' or '.join(ZERO_OFFSETS)})"
         raise BadDataError(what, USE_PLAIN)
+    found: dict[str, InputMajor] = {}
+    zeros: list[tuple[TensorInfo, int, int]] = []
     for module, codes in claims.named(".qweight"):
         if not _is_words(claims, codes):
             continue
@@ -99,8 +104,16 @@ def read_gptq(claims: Claims, settings: Mapping[str, Any]) -> None:
         if index is not None and (index.dtype not in ("I32", "I64") or len(index.shape) != 1):
             claims.misfit(codes, index, f"I32 [{inputs}]")
             continue
-        coding = InputMajor("gptq", own_bits, group if group > 0 else inputs, ZERO_OFFSETS[written])
-        _claim_words(claims, module, (codes.shape[1], inputs), coding)
+        found[module] = InputMajor("gptq", own_bits, group if group > 0 else inputs, ZERO_OFFSETS[written])
+        zero = claims.stored.get(f"{module}.qzeros")
+        if zero is not None and _is_words(claims, zero) and own.get("sym") == settings.get("sym"):
+            zeros.append((zero, own_bits, codes.shape[1]))
+    offset = settled_offset(claims, zeros, ZERO_OFFSETS[written], symmetric=settings.get("sym") is True)
+    note = "" if offset == ZERO_OFFSETS[written] else f", zero points not of {written} as config.json says"
+    for module, coding in found.items():
+        codes = claims.stored[f"{module}.qweight"]
+        inputs = codes.shape[0] * WORD // coding.bits
+        _claim_words(claims, module, (codes.shape[1], inputs), replace(coding, zero_offset=offset), note)
 
 
 def read_auto_round(claims: Claims, settings: Mapping[str, Any]) -> None:
@@ -148,6 +161,9 @@ def read_awq(claims: Claims, settings: Mapping[str, Any]) -> None:
         inputs, words = codes.shape
         coding = InputMajor("awq", bits, group if group > 0 else inputs, 0)
         symmetric = settings.get("zero_point") is False
+        zero = claims.stored.get(f"{module}.qzeros")
+        if symmetric and zero is not None:
+            refuse_unless_middle(claims, zero, bits, words * WORD // bits, "zero_point: false")
         _claim_words(claims, module, (words * WORD // bits, inputs), coding, symmetric=symmetric)
 
 
@@ -160,7 +176,7 @@ def _is_words(claims: Claims, codes: TensorInfo) -> bool:
 
 
 def _claim_words(
-    claims: Claims, module: str, shape: tuple[int, int], coding: InputMajor, *, symmetric: bool = False
+    claims: Claims, module: str, shape: tuple[int, int], coding: InputMajor, note: str = "", *, symmetric: bool = False
 ) -> None:
     codes, outputs, inputs = claims.stored[f"{module}.qweight"], *shape
     scale, zero = claims.stored.get(f"{module}.scales"), claims.stored.get(f"{module}.qzeros")
@@ -182,7 +198,7 @@ def _claim_words(
         parts["zero"] = zero
     if index is not None:
         parts["column_group"] = index
-    claims.claim(f"{module}.weight", shape, coding, parts, f"int{coding.bits} in groups of {coding.group}")
+    claims.claim(f"{module}.weight", shape, coding, parts, f"int{coding.bits} in groups of {coding.group}{note}")
 
 
 def read_bitsandbytes(claims: Claims, settings: Mapping[str, Any]) -> None:
@@ -223,7 +239,7 @@ def _claim_codebook(claims: Claims, name: str, state: TensorInfo, kind: str) -> 
     if not isinstance(shape, list) or not all(type(side) is int and side >= 0 for side in shape):
         raise BadDataError(f"{shown(state.name)} has the shape {shown(shape)}", "Save the model again")
     nested = "nested_blocksize" in fields
-    offset = fields.get("nested_offset", 0.0)
+    offset = fields.get("nested_offset", math.nan if nested else 0.0)
     coding = Codebook(
         whole_number(fields, "blocksize", 64),
         whole_number(fields, "nested_blocksize", 0),

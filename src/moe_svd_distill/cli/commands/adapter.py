@@ -56,6 +56,8 @@ def merge_command(folder: Path, output: Path, student: str | None, as_json: bool
     if as_json:
         print_json({**asdict(report), "output": str(report.output)})
         return
+    for warning in report.warnings:
+        click.echo(f"note: {warning}")
     for name in report.left_out:
         click.echo(f"not copied: {name}")
     click.echo(

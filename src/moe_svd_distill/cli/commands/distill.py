@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -150,8 +151,8 @@ def _show(adapter: Adapter) -> None:
             print_line(f"{name}: {count} channels with a gain near zero not folded")
     print_line(record.scale_search.decision)
     print_line(
-        f"sha256 {adapter.sha256}\nNext: moe-svd-distill evaluate {folder} --teacher {record.teacher.source} "
-        f"--text FILE{_for_llama_cpp(adapter)}"
+        f"sha256 {adapter.sha256}\nNext: moe-svd-distill evaluate {quote(str(folder))} --teacher "
+        f"{quote(record.teacher.source)} --text FILE{_for_llama_cpp(adapter)}"
     )
 
 
@@ -160,4 +161,5 @@ def _for_llama_cpp(adapter: Adapter) -> str:
     student = adapter.record.student.source
     if not student.lower().endswith(".gguf"):
         return ""
-    return f"\nNext, for llama.cpp: moe-svd-distill export {adapter.folder} OUTPUT --format plain --student {student}"
+    command = f"moe-svd-distill export {quote(str(adapter.folder))} OUTPUT --format plain --student {quote(student)}"
+    return f"\nNext, for llama.cpp: {command}"

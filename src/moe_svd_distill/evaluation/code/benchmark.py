@@ -81,11 +81,11 @@ class LocalModel:
 
     Attributes:
         folder: With weights and tokenizer.
-        fingerprint: Of its checkpoint.
+        key: Of its checkpoint (`cache_key`).
     """
 
     folder: Path
-    fingerprint: str
+    key: str
 
 
 def run_code_benchmark(
@@ -176,7 +176,7 @@ class _Run:
         self.limits, self.guards = Limits(), guards()
 
     def solve(self, who: str, model: LocalModel, adapter: str | None, load: Callable[[], Any]) -> Solved:
-        file = CompletionFile.of(self._kept, model.fingerprint, adapter, self._problems, self._settings)
+        file = CompletionFile.of(self._kept, model.key, adapter, self._problems, self._settings)
 
         def writing(done: int, total: int) -> None:
             self._on_progress(f"{self._problems.name}: {who} writes", done, total)

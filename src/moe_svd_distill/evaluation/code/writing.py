@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_svd_distill.errors import BadDataError, UsageError
+from moe_svd_distill.errors import BadDataError, UsageError, reason_of
 from moe_svd_distill.evaluation.code.problems import ProblemSet, by_length
-from moe_svd_distill.evaluation.loading import first_line
 from moe_svd_distill.files.writing import make_folder, write_text
 
 STOPS = ("\nclass ", "\ndef ", "\n#", "\n@", "\nif ", "\nprint(", "\nassert ", "\n```")
@@ -82,7 +81,7 @@ class Writer:
             return self._continue_texts(prompts, limit)
         except RuntimeError as error:  # no memory, or a cache of the model's own that rows cannot leave
             raise UsageError(
-                f"{type(self._model).__name__} cannot continue {len(prompts)} texts at a time ({first_line(error)})",
+                f"{type(self._model).__name__} cannot continue {len(prompts)} texts at a time ({reason_of(error)})",
                 "Give a smaller --benchmark-batch",
             ) from error
 
@@ -187,7 +186,7 @@ class CompletionFile:
 
         Args:
             folder: Where completions are kept.
-            model: The checkpoint's fingerprint.
+            model: The checkpoint's key.
             adapter: Sha256 of the adapter's file; None without one.
             problems: What is completed.
             settings: How.

@@ -1,0 +1,99 @@
+"""Whether a model is still what it was, and whether it is another one's equal: without reading all of it.
+
+Two questions. What is computed from a model and kept needs a key that changes with any byte of it (`cache_key`): a
+result found under the wrong key is wrong without a sign, while one computed again costs time only. A record that
+travels needs a name that a copy has as well (`fingerprint`); there a sample of the weights tells models apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from moe_svd_distill.files.header import Header, TensorInfo
+from moe_svd_distill.files.reading import opened, read_at
+
+WHOLE_BYTES = 16 << 20
+"""Files up to this size are read, so that small models keep their key where they are copied."""
+
+SAMPLED_TENSORS, SAMPLED_BYTES = 1024, 4096
+SCHEME, GGUF_SCHEME = "weights-1:", "gguf-1:"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def cache_key(headers: Mapping[str, Header], paths: Mapping[str, Path], small: Iterable[bytes]) -> str:
+    """A digest that changes with any byte of the weights: of the files as they are now.
+
+    A file in the hub's cache counts by the sha256 that is its name there; a small file by its bytes; any other by its
+    header, size, and the times of its last modification and of its last change, which nobody can set back.
+
+    Args:
+        headers: The model's weights files, by name.
+        paths: Where they are, by name.
+        small: Content of other files that count.
+    """
+    digest = _Digest("checkpoint key 3\n")
+    for content in small:
+        digest.add(content)
+    for name, header in sorted(headers.items()):
+        path = paths[name]
+        with opened(path) as descriptor:
+            state = os.fstat(descriptor)
+            digest.add(name.encode())
+            digest.add(hashlib.sha256(read_at(descriptor, path, 0, min(header.size, state.st_size))).digest())
+            blob = path.resolve()
+            if state.st_size <= WHOLE_BYTES:
+                digest.add(read_at(descriptor, path, 0, state.st_size))
+            elif blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
+                digest.add(blob.name.encode())
+            else:
+                digest.add(f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}".encode())
+    return digest.hexdigest()
+
+
+def fingerprint(stored: Mapping[str, TensorInfo], *, gguf: bool) -> str:
+    """A name for a model's weights, the same wherever they lie and however they are divided into files.
+
+    It covers name, dtype and shape of every stored tensor, and bytes from the middle of up to 1,024 of them: enough to
+    tell a model from its relatives of the same shape, and not from one with a few changed bytes.
+
+    Args:
+        stored: The tensors as they are in the files.
+        gguf: Whether those are GGUF files, where the same weights have other names and types.
+    """
+    digest = _Digest("weights 1\n")
+    names = sorted(stored)
+    for name in names:
+        digest.add(f"{name} {stored[name].dtype} {stored[name].shape}".encode())
+    for name in names[:: -(-len(names) // SAMPLED_TENSORS) or 1]:
+        info = stored[name]
+        count = min(SAMPLED_BYTES, info.bytes)
+        with opened(info.file) as descriptor:
+            digest.add(read_at(descriptor, info.file, info.offset + (info.bytes - count) // 2, count))
+    return (GGUF_SCHEME if gguf else SCHEME) + digest.hexdigest()
+
+
+def differs(recorded: str | None, stored: Mapping[str, TensorInfo], *, gguf: bool) -> bool:
+    """Whether a recorded fingerprint says that it is of other weights; an older one, or of other files, says nothing.
+
+    The arguments are those of `fingerprint`.
+    """
+    scheme = GGUF_SCHEME if gguf else SCHEME
+    return recorded is not None and recorded.startswith(scheme) and recorded != fingerprint(stored, gguf=gguf)
+
+
+class _Digest:
+    """A digest of pieces that no other division into pieces has."""
+
+    def __init__(self, kind: str) -> None:
+        self._digest = hashlib.sha256(kind.encode())
+
+    def add(self, piece: bytes) -> None:
+        self._digest.update(len(piece).to_bytes(8, "little"))
+        self._digest.update(piece)
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
