@@ -28,7 +28,9 @@ class Hub:
     failures: dict[str, tuple[int, str]] = field(default_factory=dict)  # repository -> status and X-Error-Code
     ignores_ranges: set[str] = field(default_factory=set)
     cuts_off: set[str] = field(default_factory=set)
+    hiccups: dict[str, list[str]] = field(default_factory=dict)  # repository -> "429", "503" or "cut" of the next ranges
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Range
+    sent: dict[str, int] = field(default_factory=dict)  # repository -> bytes of ranges
     url: str = ""
 
 
@@ -76,21 +78,28 @@ def serve(hub: Hub) -> Iterator[Hub]:
             wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
             if not wanted or repo in hub.ignores_ranges:
                 return self._send(200, content, headers, with_body)
+            hiccup = hub.hiccups[repo].pop(0) if hub.hiccups.get(repo) else ""
+            if hiccup in ("429", "503"):
+                return self._send(int(hiccup), b"", {"Retry-After": "0"}, with_body)
             begin, end = int(wanted[1]), min(int(wanted[2] or len(content)) + 1, len(content))
             headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(content)}"
             piece = content[begin : begin + 4] if repo in hub.cuts_off else content[begin:end]
-            self._send(206, piece, headers, with_body)
+            hub.sent[repo] = hub.sent.get(repo, 0) + (len(piece) // 2 if hiccup else len(piece))
+            self._send(206, piece, headers, with_body, cut=hiccup == "cut")
 
         def _json(self, value: Any, with_body: bool) -> None:
             self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"}, with_body)
 
-        def _send(self, status: int, body: bytes, headers: dict[str, str], with_body: bool) -> None:
+        def _send(
+            self, status: int, body: bytes, headers: dict[str, str], with_body: bool, *, cut: bool = False
+        ) -> None:
             self.send_response(status)
             for name, value in (headers | {"Content-Length": str(len(body))}).items():
                 self.send_header(name, value)
             self.end_headers()
             if with_body:
-                self.wfile.write(body)
+                self.wfile.write(body[: len(body) // 2] if cut else body)
+            self.close_connection = self.close_connection or cut
 
         def log_message(self, format: str, *args: Any) -> None:
             pass

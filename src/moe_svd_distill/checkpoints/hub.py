@@ -8,7 +8,8 @@ from __future__ import annotations
 import errno
 import glob
 import re
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,10 @@ NOTHING = [CONFIG]  # a pattern for a model without small files: an empty list w
 
 FIRST_PIECE = 256 * 1024  # nearly every header fits, so one request per file is enough
 CONNECTIONS = 8
+TRIES = 5
+"""In a row, of connections that end before `PROGRESS` bytes came."""
+PROGRESS = 1 << 20
+SECONDS_BETWEEN = 0.25
 CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{4,}|(?<=Bearer )\S+|(?<=://)[^/@\s]+(?=@)")
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
@@ -135,26 +140,65 @@ def fetch_headers(
 
 
 def _fetch_header(model: HubModel, snapshot: Snapshot, name: str, token: str | None) -> Header:
-    """One header: the beginning of the file, and the rest of the header if it is longer than that."""
     path = snapshot.folder / name
-    raw, file_bytes = _fetch_range(model, snapshot.commit, name, token, 0, FIRST_PIECE)
+    raw, size = raw_header_of(lambda begin, end: fetch_range(model, snapshot.commit, name, token, begin, end), path)
+    return header_of(raw, path, size)
+
+
+def raw_header_of(read: Callable[[int, int], tuple[bytes, int]], path: Path) -> tuple[bytes, int]:
+    """The bytes of a remote file's header, and the file's size: the beginning, and more if the header is longer.
+
+    Args:
+        read: Gives the bytes from one offset to another, as far as the file has them, and its size.
+        path: What the file is called in messages.
+    """
+    raw, file_bytes = read(0, FIRST_PIECE)
     end = PREFIX_BYTES + header_length(raw[:PREFIX_BYTES], path, file_bytes)
     if end > len(raw):
-        raw += _fetch_range(model, snapshot.commit, name, token, len(raw), end)[0]
-    return header_of(raw[:end], path, file_bytes)
+        raw += read(len(raw), end)[0]
+    return raw[:end], file_bytes
 
 
-def _fetch_range(model: HubModel, commit: str, name: str, token: str | None, begin: int, end: int) -> tuple[bytes, int]:
-    """The bytes from ``begin`` to ``end`` of a remote file, as far as it has them, and the file's size."""
-    from huggingface_hub import get_session, hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+def fetch_range(model: HubModel, commit: str, name: str, token: str | None, begin: int, end: int) -> tuple[bytes, int]:
+    """The bytes from ``begin`` to ``end`` of a remote file, as far as it has them, and the file's size.
+
+    Where the hub is busy it is asked again, later each time; where a connection ends early, for the rest.
+
+    Raises:
+        RemoteError: It cannot be reached, refuses, or does not send parts of files.
+        MissingInputError: The file is not there.
+    """
+    body, size, tries = bytearray(), end, 0
+    while not body or len(body) < min(end, size) - begin:
+        already = len(body)
+        size, cut = _append_range(body, model, commit, name, token, begin + already, end)
+        if cut is None and len(body) == min(end, size) - begin:
+            break
+        tries = tries + 1 if len(body) - already < PROGRESS else 0
+        if tries == TRIES or len(body) > min(end, size) - begin:
+            what = f"the hub sent {len(body)} bytes of {shown(name)} of {model} (expected {min(end, size) - begin})"
+            raise RemoteError(what, "Try again later") from cut
+        time.sleep(tries * SECONDS_BETWEEN)
+    return bytes(body), size
+
+
+def _append_range(
+    body: bytearray, model: HubModel, commit: str, name: str, token: str | None, begin: int, end: int
+) -> tuple[int, Exception | None]:
+    """Append what comes of a range; the file's size, and what ended the connection early."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        build_hf_headers,
+        hf_raise_for_status,
+        http_stream_backoff,
+    )
 
     url = hf_hub_url(model.repo, name, revision=commit)
     headers = build_hf_headers(token=token)
     headers |= {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
     with (
         hub_errors(model, token),
-        get_session().stream("GET", url, headers=headers, follow_redirects=True) as response,
+        http_stream_backoff("GET", url, headers=headers, follow_redirects=True) as response,
     ):
         hf_raise_for_status(response)
         found = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
@@ -165,16 +209,16 @@ def _fetch_range(model: HubModel, commit: str, name: str, token: str | None, beg
                 "Download the model and give its folder",
             )
         size = int(found[3])
-        expected = min(end, size) - begin
-        body = bytearray()
-        for piece in response.iter_bytes():
-            body += piece
-            if len(body) > expected:
-                break
-        if len(body) != expected:
-            what = f"the hub sent {len(body)} bytes of {shown(name)} of {model} (expected {expected})"
-            raise RemoteError(what, "Try again later")
-    return bytes(body), size
+        left = min(end, size) - begin
+        try:
+            for piece in response.iter_bytes():
+                body += piece
+                left -= len(piece)
+                if left < 0:
+                    break
+        except Exception as cut:  # of whichever library the hub's own stands on
+            return size, cut
+    return size, None
 
 
 @contextmanager

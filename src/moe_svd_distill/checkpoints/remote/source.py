@@ -1,0 +1,200 @@
+"""Where a remote model lies: the hub (``hf://``), or any file system that fsspec knows (``s3://``, ``gs://``, …)."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from moe_svd_distill.checkpoints.hub import HubModel, Snapshot, fetch_range, fetch_small, parse_hub_id, redact
+from moe_svd_distill.errors import DistillError, MissingInputError, RemoteError, UsageError, shown
+
+HUB = "hf"
+_ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+]*)://(?P<place>.+)", re.ASCII)
+_LOCAL = ("file", "local")
+_SMALL_BYTES = 64 * 1024 * 1024
+
+
+class Source(Protocol):
+    """A model somewhere else.
+
+    Attributes:
+        address: As the user gave it, without secrets.
+        revision: What its files were when it was opened: of the hub, the commit.
+        names: All of its files.
+    """
+
+    address: str
+    revision: str
+    names: tuple[str, ...]
+
+    def small_file(self, name: str) -> bytes:
+        """A whole file that is no weights file."""
+        ...
+
+    def read(self, name: str, begin: int, end: int) -> tuple[bytes, int]:
+        """The bytes from ``begin`` to ``end`` of a file, as far as it has them, and the file's size.
+
+        Raises:
+            RemoteError: It cannot be reached, refuses, or does not send parts of files.
+            MissingInputError: The file is not there.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A model on the hub, at one commit."""
+
+    model: HubModel
+    snapshot: Snapshot
+
+    @property
+    def address(self) -> str:
+        """As the user gave it."""
+        return f"{HUB}://{self.model}"
+
+    @property
+    def revision(self) -> str:
+        """The commit."""
+        return self.snapshot.commit
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of its files."""
+        return self.snapshot.names
+
+    def small_file(self, name: str) -> bytes:
+        """From the hub's cache, where it was fetched to."""
+        return (self.snapshot.folder / name).read_bytes()
+
+    def read(self, name: str, begin: int, end: int) -> tuple[bytes, int]:
+        """A part of a file, asked for again where the hub is busy or the connection ends early."""
+        return fetch_range(self.model, self.snapshot.commit, name, None, begin, end)
+
+
+class StoreSource:
+    """A folder of an object store, read through fsspec."""
+
+    def __init__(self, address: str, revision: str | None = None) -> None:
+        """List the files.
+
+        Args:
+            address: Such as ``s3://bucket/folder``.
+            revision: What the files have to be still; None takes them as they are.
+
+        Raises:
+            MissingInputError: Nothing is there, or the file system's package is not installed.
+            RemoteError: The store cannot be reached or refuses.
+            BadDataError: The files are others than those of the revision.
+        """
+        self.address = redact(address, None)
+        self._files, self._root = _file_system(address)
+        with _explained(self.address):
+            found: dict[str, Any] = self._files.find(self._root, detail=True)
+        if not found:
+            raise MissingInputError(f"there is no file at {shown(self.address)}", "Check the address")
+        begin = len(self._root.rstrip("/")) + 1
+        self._details = {path[begin:]: detail for path, detail in sorted(found.items())}
+        self.names = tuple(self._details)
+        self.revision = _digest_of(self._details)
+        if revision not in (None, self.revision):
+            raise MissingInputError(
+                f"the files at {shown(self.address)} are not those that were opened any more", "Start the run again"
+            )
+
+    def small_file(self, name: str) -> bytes:
+        """A whole file, refused where it is a large one."""
+        return self.read(name, 0, _SMALL_BYTES)[0]
+
+    def read(self, name: str, begin: int, end: int) -> tuple[bytes, int]:
+        """A part of a file."""
+        size = int(self._details[name]["size"])
+        end = min(end, size)
+        with _explained(self.address):
+            found = bytes(self._files.cat_file(f"{self._root.rstrip('/')}/{name}", start=begin, end=end))
+        if len(found) != end - begin:
+            raise RemoteError(
+                f"{shown(self.address)} sent {len(found)} bytes of {shown(name)}, expected {end - begin}",
+                "Copy the model to this machine and give its folder",
+            )
+        return found, size
+
+
+def is_address(text: str) -> bool:
+    """Whether this is an address with a scheme, such as ``hf://organisation/name``."""
+    return _ADDRESS.fullmatch(text) is not None
+
+
+def open_source(address: str, revision: str | None = None) -> Source:
+    """What an address names.
+
+    Args:
+        address: ``hf://organisation/name@revision``, or a folder of a store, ``s3://bucket/folder``.
+        revision: What an earlier opening found; None for what there is now.
+
+    Raises:
+        MissingInputError: There is no such model, or a package for such addresses is not installed.
+        RemoteError: It cannot be reached or refuses.
+    """
+    found = _ADDRESS.fullmatch(address)
+    if found is None:
+        raise UsageError(f"{shown(address)} is no address of a model", "Give hf://organisation/name")
+    if found["scheme"] != HUB:
+        return StoreSource(address, revision)
+    model = parse_hub_id(found["place"])
+    if model is None:
+        raise MissingInputError(f"{shown(address)} is not a possible name of a hub model", f"Give {HUB}://organisation/name@revision")
+    if revision is not None:
+        return HubSource(model, Snapshot(Path(), revision))
+    snapshot = fetch_small(model, None)
+    if snapshot.unreachable is not None:
+        raise snapshot.unreachable
+    return HubSource(model, snapshot)
+
+
+def _file_system(address: str) -> tuple[Any, str]:
+    import fsspec
+
+    scheme = address.partition("://")[0]
+    if scheme in _LOCAL:
+        raise UsageError(f"{shown(address)} is on this machine", "Give the folder without the scheme")
+    try:
+        return fsspec.core.url_to_fs(address)  # type: ignore[no-any-return]
+    except ImportError as error:
+        raise MissingInputError(
+            f"{scheme}:// needs a package that is not installed ({error})",
+            "Install moe-svd-distill with the extra 'stores', or the package named",
+        ) from error
+    except ValueError as error:
+        raise UsageError(f"{shown(redact(address, None))} cannot be read ({error})", "Give hf:// or s3://") from error
+
+
+class _explained:  # noqa: N801
+    """Whatever a store's library raises, in the words of this project."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, DistillError) or not isinstance(error, Exception):
+            return
+        if isinstance(error, FileNotFoundError):
+            raise MissingInputError(f"there is no model at {shown(self._address)}", "Check the address") from error
+        reason = redact(str(error).strip().partition("\n")[0], None)[:200]
+        raise RemoteError(
+            f"{shown(self._address)} cannot be read ({type(error).__name__}: {reason})",
+            "Check the network and the store's credentials, or give a local folder",
+        ) from error
+
+
+def _digest_of(details: dict[str, Any]) -> str:
+    """Of the names, sizes and whatever the store says changes with the contents."""
+    known = ("ETag", "etag", "md5Hash", "crc32c", "LastModified", "updated", "mtime", "created")
+    lines = [f"{name} {detail['size']} {[str(detail.get(key, '')) for key in known]}" for name, detail in details.items()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:40]
