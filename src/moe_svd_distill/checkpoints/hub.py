@@ -27,7 +27,6 @@ DEFAULT_REVISION = "main"
 ASK_THE_OWNER = "Give another revision, or tell the owner of the model"
 NOTHING = [CONFIG]  # a pattern for a model without small files: an empty list would mean all files
 
-FIRST_PIECE = 256 * 1024  # nearly every header fits, so one request per file is enough
 CONNECTIONS = 8
 TRIES = 5
 """In a row, of connections that end before `PROGRESS` bytes came."""
@@ -146,17 +145,15 @@ def _fetch_header(model: HubModel, snapshot: Snapshot, name: str, token: str | N
 
 
 def raw_header_of(read: Callable[[int, int], tuple[bytes, int]], path: Path) -> tuple[bytes, int]:
-    """The bytes of a remote file's header, and the file's size: the beginning, and more if the header is longer.
+    """The bytes of a remote file's header, and the file's size.
 
     Args:
         read: Gives the bytes from one offset to another, as far as the file has them, and its size.
         path: What the file is called in messages.
     """
-    raw, file_bytes = read(0, FIRST_PIECE)
-    end = PREFIX_BYTES + header_length(raw[:PREFIX_BYTES], path, file_bytes)
-    if end > len(raw):
-        raw += read(len(raw), end)[0]
-    return raw[:end], file_bytes
+    prefix, file_bytes = read(0, PREFIX_BYTES)
+    end = PREFIX_BYTES + header_length(prefix, path, file_bytes)
+    return prefix + (read(PREFIX_BYTES, end)[0] if end > PREFIX_BYTES else b""), file_bytes
 
 
 def fetch_range(model: HubModel, commit: str, name: str, token: str | None, begin: int, end: int) -> tuple[bytes, int]:

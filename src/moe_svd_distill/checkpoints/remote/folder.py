@@ -6,14 +6,16 @@ and a record of where the rest is. A `Checkpoint` of such a folder reads like an
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from moe_svd_distill.checkpoints.hub import SMALL_FILES, raw_header_of
+from moe_svd_distill.checkpoints.hub import CONNECTIONS, SMALL_FILES, raw_header_of
 from moe_svd_distill.checkpoints.remote.source import HubSource, Source, open_source
 from moe_svd_distill.checkpoints.remote.tensors import FetchedTensors
 from moe_svd_distill.checkpoints.shards import find_layout
@@ -96,8 +98,6 @@ class RemoteFolder:
     def small_tensor(self, info: TensorInfo) -> bytes:
         """The bytes of a tensor that says how others are stored."""
         descriptor, path = self.tensors.open(self.name_of(info), info)
-        import os
-
         try:
             return read_at(descriptor, path, 0, info.bytes)
         finally:
@@ -113,7 +113,7 @@ def keep(address: str, room: int | None) -> Path:
 
     Args:
         address: Of the model.
-        room: Bytes that its tensors may take.
+        room: Bytes that its tensors may take; None leaves what was said before.
 
     Raises:
         MissingInputError: There is no such model, or files are missing.
@@ -128,8 +128,8 @@ def keep(address: str, room: int | None) -> Path:
         if isinstance(source, HubSource) and source.snapshot.unreachable is not None:
             raise source.snapshot.unreachable
         known = _made(folder, source, room)
-    if known.room != room:
-        _write_record(RemoteFolder(folder, known.address, known.revision, known.sizes, known.names, room))
+    if room not in (None, known.room):
+        _write_record(replace(known, room=room))
     return folder
 
 
@@ -145,12 +145,18 @@ def _made(folder: Path, source: Source, room: int | None) -> RemoteFolder:
     for name in source.names:
         if SMALL_FILES.fullmatch(name):
             _write(folder / relative_name(name, source.address), source.small_file(name))
-    sizes = {}
-    for name in find_layout(folder, source.names).files:
+    files = find_layout(folder, source.names).files
+    for name in files:
         if name not in source.names:
             raise MissingInputError(f"the weights file {shown(name)} of {source.address} is missing", "Give another model")
-        raw, sizes[name] = raw_header_of(lambda begin, end, name=name: source.read(name, begin, end), folder / name)  # type: ignore[misc]
+
+    def header(name: str) -> int:
+        raw, size = raw_header_of(partial(source.read, name), folder / name)
         _write(folder / _HEADERS / name, raw)
+        return size
+
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        sizes = dict(zip(files, pool.map(header, files), strict=True))
     made = RemoteFolder(folder, source.address, source.revision, sizes, source.names, room)
     _write_record(made)
     return made

@@ -1,0 +1,178 @@
+"""Models read by range from a stand-in for the hub and from an object store, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.checkpoints.builders import CONFIG, write_model
+from tests.checkpoints.hub_server import COMMIT, Hub, serve
+
+SCRIPT = """
+import json, sys
+from moe_svd_distill.checkpoints import open_checkpoint
+from moe_svd_distill.errors import DistillError
+model, names, keep = json.load(sys.stdin)
+try:
+    with open_checkpoint(model, remote_bytes=keep) as found:
+        sums = {name: float(found.read(name).double().sum()) for name in (found if names is None else names)}
+        again = open_checkpoint(found.folder)
+        answer = {"sums": sums, "commit": found.commit, "folder": str(found.folder), "key": found.cache_key(),
+                  "same": again.cache_key() == found.cache_key(), "print": found.fingerprint(), "source": found.source}
+except DistillError as error:
+    answer = {"error": str(error), "exit_code": error.exit_code}
+print(json.dumps(answer))
+"""
+TENSORS = {f"model.layers.{n}.mlp.up_proj.weight": torch.arange(6400.0).view(80, 80) + n for n in range(6)}
+HEADER_ROOM = 256 * 1024
+
+
+def _read(url: str, home: Path, model: str, names: list[str] | None = None, keep: int | None = None) -> dict[str, Any]:
+    environment = os.environ | {
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        input=json.dumps([model, names, keep]),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    root = tmp_path_factory.mktemp("hub")
+    model = write_model(root / "model", tensors=TENSORS, shards=2)
+    (model / "tokenizer.json").write_text("{}")
+    names = ("model", "busy", "cut", "refusing", "norange", "bounded", "gone")
+    served = Hub(
+        repositories={f"org/{name}": model for name in names},
+        failures={"org/private": (401, "RepoNotFound"), "org/refusing": (403, "")},
+        ignores_ranges={"org/norange"},
+    )
+    with serve(served):
+        yield served
+
+
+def _sums(names: list[str] | None = None) -> dict[str, float]:
+    return {name: float(TENSORS[name].double().sum()) for name in names or TENSORS}
+
+
+def test_only_what_is_read_is_fetched_and_once(hub: Hub, tmp_path: Path) -> None:
+    first, second = list(TENSORS)[:2], list(TENSORS)[:4]
+    begin = hub.sent.get("org/model", 0)
+    found = _read(hub.url, tmp_path, "hf://org/model", first)
+    assert found["sums"] == _sums(first)
+    assert (found["commit"], found["source"], found["same"]) == (COMMIT, "hf://org/model", True)
+    headers = sum(path.stat().st_size for path in (Path(found["folder"]) / "headers").iterdir())
+    assert not list(Path(found["folder"]).glob("*.safetensors"))
+    assert hub.sent["org/model"] - begin <= 1.01 * (headers + 2 * 25_600) + 4 * 4096
+    between = hub.sent["org/model"]
+    again = _read(hub.url, tmp_path, "hf://org/model", second)
+    assert again["sums"] == _sums(second)
+    assert 2 * 25_600 <= hub.sent["org/model"] - between <= 2 * 25_600 + 2 * 4096
+    assert (again["key"], again["print"]) == (found["key"], found["print"])
+
+
+def test_the_same_weights_on_the_disk_have_the_same_fingerprint(hub: Hub, tmp_path: Path) -> None:
+    remote = _read(hub.url, tmp_path, f"hf://org/model@{COMMIT}")
+    local = _read(hub.url, tmp_path, str(hub.repositories["org/model"]))
+    assert remote["sums"] == local["sums"] == _sums()
+    assert remote["print"] == local["print"]
+
+
+def test_a_busy_hub_is_asked_again(hub: Hub, tmp_path: Path) -> None:
+    hub.hiccups["org/busy"] = ["429", "503", "cut", "cut", "503"]
+    assert _read(hub.url, tmp_path, "hf://org/busy")["sums"] == _sums()
+    assert hub.hiccups["org/busy"] == []
+
+
+def test_no_more_is_kept_than_is_allowed(hub: Hub, tmp_path: Path) -> None:
+    found = _read(hub.url, tmp_path, "hf://org/bounded", keep=60_000)
+    assert found["sums"] == _sums()
+    kept = [path.stat().st_size for path in (Path(found["folder"]) / "tensors").rglob("*") if path.is_file()]
+    assert 0 < sum(kept) <= 60_000
+    refused = _read(hub.url, tmp_path, "hf://org/bounded", keep=20_000)
+    assert refused["exit_code"] == 2
+    assert "remote_cache_gb" in refused["error"]
+
+
+@pytest.mark.parametrize(("model", "exit_code", "words"), [
+    ("hf://org/norange", 69, "does not send a part"),
+    ("hf://org/private", 66, "log in with"),
+    ("hf://org/refusing", 69, "refuses"),
+    ("hf://org/nothing", 66, "neither a folder here nor a model"),
+    ("hf://nothing", 66, "organisation/name@revision"),
+    ("nosuch://bucket/model", 2, "cannot be read"),
+    ("file:///somewhere", 2, "without the scheme"),
+    ("s3://bucket/model", 66, "extra 'stores'"),
+])  # fmt: skip
+def test_refusals(hub: Hub, tmp_path: Path, model: str, exit_code: int, words: str) -> None:
+    if model.startswith("s3") and __import__("importlib.util").util.find_spec("s3fs"):
+        pytest.skip("s3fs is installed")
+    found = _read(hub.url, tmp_path, model)
+    assert found["exit_code"] == exit_code, found
+    assert words in found["error"]
+
+
+def test_without_the_hub_what_was_fetched_serves(hub: Hub, tmp_path: Path) -> None:
+    names = list(TENSORS)[:2]
+    _read(hub.url, tmp_path, "hf://org/gone", names)
+    nobody = "http://127.0.0.1:9"
+    assert _read(nobody, tmp_path, "hf://org/gone", names)["sums"] == _sums(names)
+    assert _read(nobody, tmp_path, "hf://org/gone")["exit_code"] == 69
+
+
+def test_a_quantised_model_is_read_by_range(hub: Hub, tmp_path: Path) -> None:
+    folder = hub.repositories["org/model"].parent / "fp8"
+    folder.mkdir()
+    weight, scale = torch.randn(256, 128).to(torch.float8_e4m3fn), torch.rand(2, 1)
+    save_file({"a.weight": weight, "a.weight_scale_inv": scale}, folder / "model.safetensors")
+    method = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": method}))
+    hub.repositories["org/fp8"] = folder
+    expected = (weight.float() * scale.repeat_interleave(128, 0)).double().sum()
+    assert _read(hub.url, tmp_path, "hf://org/fp8")["sums"]["a.weight"] == pytest.approx(float(expected), rel=1e-3)
+
+
+STORE = """
+import json, sys
+from pathlib import Path
+import fsspec
+from moe_svd_distill.checkpoints import open_checkpoint
+folder = Path(sys.argv[1])
+store = fsspec.filesystem("memory")
+for path in folder.iterdir():
+    store.pipe_file(f"/bucket/model/{path.name}", path.read_bytes())
+with open_checkpoint("memory://bucket/model") as found:
+    print(json.dumps({"sums": {name: float(found.read(name).double().sum()) for name in found}, "commit": found.commit}))
+"""
+
+
+def test_an_object_store(hub: Hub, tmp_path: Path) -> None:
+    folder = shutil.copytree(hub.repositories["org/model"], tmp_path / "model")
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [sys.executable, "-c", STORE, str(folder)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"sums": _sums(), "commit": None}
