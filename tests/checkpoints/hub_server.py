@@ -28,7 +28,9 @@ class Hub:
     failures: dict[str, tuple[int, str]] = field(default_factory=dict)  # repository -> status and X-Error-Code
     ignores_ranges: set[str] = field(default_factory=set)
     cuts_off: set[str] = field(default_factory=set)
-    hiccups: dict[str, list[str]] = field(default_factory=dict)  # repository -> "429", "503" or "cut" of the next ranges
+    hiccups: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # repository -> "429", "503" or "cut" of the next ranges
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Range
     sent: dict[str, int] = field(default_factory=dict)  # repository -> bytes of ranges
     url: str = ""

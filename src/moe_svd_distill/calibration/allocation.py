@@ -56,9 +56,9 @@ def allocate(lengths: IntArray, groups: IntArray, full: Sequence[int], length: i
     """Give parts their documents so that no group is in two, over as many groups and documents as the text allows.
 
     Parts take groups in their order. With too few groups for the widest spread, the largest part takes all that the
-    others leave, whose number of groups then does not depend on how much they ask for. Too little text shrinks all parts by one factor, down to `KEPT`; then the smallest
-    parts come first, take the smallest groups if large ones would be wasted on them, and what is left goes to the
-    largest.
+    others leave, whose number of groups then does not depend on how much they ask for. Too little text shrinks all
+    parts by one factor, down to `KEPT`; then the smallest parts come first, take the smallest groups if large ones
+    would be wasted on them, and what is left goes to the largest.
 
     Args:
         lengths: Tokens of every document, (documents,), those of a group side by side.

@@ -6,14 +6,17 @@ import hashlib
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.checkpoints.configuration import configuration_files
-from moe_svd_distill.checkpoints.identity import cache_key, differs, fingerprint
+from moe_svd_distill.checkpoints.identity import Read, cache_key, differs, digest_of, fingerprint, read_extracts
 from moe_svd_distill.checkpoints.quantisation.coded import Scaled
+from moe_svd_distill.checkpoints.remote.folder import RemoteFolder
 from moe_svd_distill.checkpoints.survey import Survey, raise_faults, survey
 from moe_svd_distill.errors import BadDataError, shown
 from moe_svd_distill.files.header import Header, TensorInfo
@@ -85,6 +88,15 @@ class Checkpoint(Mapping[str, TensorInfo]):
         why = why_from_beside(self.folder)
         what = f"the tokenizer of {self.source} is the tokenizer.json beside it: transformers makes none of the file"
         return () if why is None else (f"{what} ({why})",)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether its weights files are not on this machine, and tensors are fetched as they are read."""
+        return self._remote is not None
+
+    @cached_property
+    def _remote(self) -> RemoteFolder | None:
+        return None if self.is_gguf else RemoteFolder.of(self._place)
 
     @property
     def is_gguf(self) -> bool:
@@ -196,8 +208,26 @@ class Checkpoint(Mapping[str, TensorInfo]):
         """A stored tensor, as a view on its file."""
         from moe_svd_distill.checkpoints.tensors import tensor_view
 
+        if self._remote is not None:
+            descriptor, path = self._remote.open(info)
+            try:
+                return tensor_view(descriptor, replace(info, file=path, offset=0))
+            finally:
+                os.close(descriptor)
         with self._lock:  # the descriptor must not be closed by another thread before the file is mapped
             return tensor_view(self._open(info), info)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Of a remote model, fetch these weights side by side; of any other, nothing.
+
+        Raises:
+            RemoteError: They cannot be fetched.
+        """
+        if self._remote is not None:
+            coded, stored = self._sound().view.coded, self._sound().stored
+            self._remote.fetch(
+                part for name in names for part in (coded[name].parts.values() if name in coded else [stored[name]])
+            )
 
     def look_again(self) -> Survey:
         """What the headers say now, with all that is wrong with them."""
@@ -205,7 +235,17 @@ class Checkpoint(Mapping[str, TensorInfo]):
             from moe_svd_distill.checkpoints.llama_cpp.survey import survey_gguf
 
             return survey_gguf(self._place, self.source, as_stored=self._as_stored)
-        return survey(self._place, as_stored=self._as_stored, source=self.source)
+        remote = self._remote
+        if remote is None:
+            return survey(self._place, as_stored=self._as_stored, source=self.source)
+        return survey(
+            self._place,
+            remote.names,
+            remote.headers,
+            small_tensor=remote.beginning,
+            as_stored=self._as_stored,
+            source=self.source,
+        )
 
     def cache_key(self) -> str:
         """A digest that changes when any byte of the model may have: names what is computed from it and kept.
@@ -216,15 +256,21 @@ class Checkpoint(Mapping[str, TensorInfo]):
         if self.is_gguf:  # whose configuration is in the header
             return cache_key(headers, {name: header.file for name, header in headers.items()}, ())
         small = [read_small(locate(self._place, name)) for name in configuration_files(self._place)]
+        if self._remote is not None:
+            return digest_of([self._remote.revision.encode(), *(it.digest.encode() for it in headers.values()), *small])
         return cache_key(headers, {name: locate(self._place, name) for name in headers}, small)
 
     def fingerprint(self) -> str:
         """A name for the weights that a copy of the model has too (`identity.fingerprint`)."""
-        return fingerprint(self.stored, gguf=self.is_gguf)
+        return fingerprint(self.stored, self._extracts, gguf=self.is_gguf)
 
     def is_other_than(self, recorded: str | None) -> bool:
         """Whether a recorded fingerprint says that it was taken of other weights."""
-        return differs(recorded, self.stored, gguf=self.is_gguf)
+        return differs(recorded, self.stored, self._extracts, gguf=self.is_gguf)
+
+    @property
+    def _extracts(self) -> Read:
+        return read_extracts if self._remote is None else self._remote.extracts
 
     def close(self) -> None:
         """Close the files; tensors that were read stay valid, and a later read opens the files again."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from moe_svd_distill.files.header import Header, TensorInfo
 from moe_svd_distill.files.reading import opened, read_at
@@ -22,6 +23,12 @@ WHOLE_BYTES = 16 << 20
 SAMPLED_TENSORS, SAMPLED_BYTES = 1024, 4096
 SCHEME, GGUF_SCHEME = "weights-1:", "gguf-1:"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+Extract: TypeAlias = tuple[TensorInfo, int, int]
+"""A tensor, and which of its bytes: the first, and how many."""
+
+Read: TypeAlias = Callable[[Sequence[Extract]], Iterable[bytes]]
 
 
 def cache_key(headers: Mapping[str, Header], paths: Mapping[str, Path], small: Iterable[bytes]) -> str:
@@ -54,7 +61,7 @@ def cache_key(headers: Mapping[str, Header], paths: Mapping[str, Path], small: I
     return digest.hexdigest()
 
 
-def fingerprint(stored: Mapping[str, TensorInfo], *, gguf: bool) -> str:
+def fingerprint(stored: Mapping[str, TensorInfo], read: Read, *, gguf: bool) -> str:
     """A name for a model's weights, the same wherever they lie and however they are divided into files.
 
     It covers name, dtype and shape of every stored tensor, and bytes from the middle of up to 1,024 of them: enough to
@@ -62,27 +69,45 @@ def fingerprint(stored: Mapping[str, TensorInfo], *, gguf: bool) -> str:
 
     Args:
         stored: The tensors as they are in the files.
+        read: Gives bytes of tensors.
         gguf: Whether those are GGUF files, where the same weights have other names and types.
     """
     digest = _Digest("weights 1\n")
     names = sorted(stored)
     for name in names:
         digest.add(f"{name} {stored[name].dtype} {stored[name].shape}".encode())
-    for name in names[:: -(-len(names) // SAMPLED_TENSORS) or 1]:
-        info = stored[name]
-        count = min(SAMPLED_BYTES, info.bytes)
-        with opened(info.file) as descriptor:
-            digest.add(read_at(descriptor, info.file, info.offset + (info.bytes - count) // 2, count))
+    for piece in read([_middle_of(stored[name]) for name in names[:: -(-len(names) // SAMPLED_TENSORS) or 1]]):
+        digest.add(piece)
     return (GGUF_SCHEME if gguf else SCHEME) + digest.hexdigest()
 
 
-def differs(recorded: str | None, stored: Mapping[str, TensorInfo], *, gguf: bool) -> bool:
+def _middle_of(info: TensorInfo) -> Extract:
+    count = min(SAMPLED_BYTES, info.bytes)
+    return info, (info.bytes - count) // 2, count
+
+
+def read_extracts(extracts: Sequence[Extract]) -> Iterator[bytes]:
+    """Bytes of tensors whose files are on this machine."""
+    for info, begin, count in extracts:
+        with opened(info.file) as descriptor:
+            yield read_at(descriptor, info.file, info.offset + begin, count)
+
+
+def differs(recorded: str | None, stored: Mapping[str, TensorInfo], read: Read, *, gguf: bool) -> bool:
     """Whether a recorded fingerprint says that it is of other weights; an older one, or of other files, says nothing.
 
     The arguments are those of `fingerprint`.
     """
     scheme = GGUF_SCHEME if gguf else SCHEME
-    return recorded is not None and recorded.startswith(scheme) and recorded != fingerprint(stored, gguf=gguf)
+    return recorded is not None and recorded.startswith(scheme) and recorded != fingerprint(stored, read, gguf=gguf)
+
+
+def digest_of(pieces: Iterable[bytes]) -> str:
+    """A digest of these pieces in this order."""
+    digest = _Digest("pieces 1\n")
+    for piece in pieces:
+        digest.add(piece)
+    return digest.hexdigest()
 
 
 class _Digest:

@@ -6,18 +6,28 @@ from pathlib import Path
 
 from moe_svd_distill.checkpoints.checkpoint import GGUF, Checkpoint
 from moe_svd_distill.checkpoints.configuration import read_config
-from moe_svd_distill.checkpoints.hub import fetch_headers, fetch_small, fetch_weights, parse_hub_id
+from moe_svd_distill.checkpoints.hub import fetch_headers, fetch_small, fetch_weights, parse_hub_id, redact
 from moe_svd_distill.checkpoints.llama_cpp.folder import file_behind
 from moe_svd_distill.checkpoints.quantisation.claims import USE_PLAIN, declared_quantisation
+from moe_svd_distill.checkpoints.remote.folder import keep
+from moe_svd_distill.checkpoints.remote.source import is_address
 from moe_svd_distill.checkpoints.survey import raise_faults, survey
 from moe_svd_distill.errors import BadDataError, MissingInputError, RemoteError, shown
 from moe_svd_distill.files.reading import explain
 
 
 def open_checkpoint(
-    model: str | Path, *, token: str | None = None, as_stored: bool = False, headers_only: bool = False
+    model: str | Path,
+    *,
+    token: str | None = None,
+    as_stored: bool = False,
+    headers_only: bool = False,
+    remote_bytes: int | None = None,
 ) -> Checkpoint:
-    """Open a model: a folder, a GGUF file (the first of several), or a hub id ``organisation/name@revision``.
+    """Open a model: a folder, a GGUF file (the first of several), a hub id or an address.
+
+    An address (``hf://organisation/name``, ``s3://bucket/folder``) is read by range: tensors are fetched when they are
+    read first, and the whole model is never on this machine.
 
     Every header is read and checked before this returns; all faults are raised in one error, whose ``faults`` lists
     them. A hub model is downloaded into the hub's cache first, and refused before that if its small files say enough.
@@ -28,9 +38,14 @@ def open_checkpoint(
         token: The hub's access token; by default the one that the user is logged in with.
         as_stored: Show quantised weights as the codes and companions that they are stored as, for looking at them.
         headers_only: Of a hub model, fetch the small files and the headers only. Tensors cannot be read then.
+        remote_bytes: What fetched tensors of an address may take on the disk; None for what was said before, or all.
     """
     source = str(model)
-    place = _local_place(model)
+    if is_address(source):
+        place: Path | None = keep(source, remote_bytes)
+        source = redact(source, token)
+    else:
+        place = _local_place(model)
     if place:
         checkpoint = Checkpoint(place, source, as_stored=as_stored)
     else:

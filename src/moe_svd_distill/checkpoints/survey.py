@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from moe_svd_distill.checkpoints.configuration import read_config
 from moe_svd_distill.checkpoints.quantisation.view import View, view_of
@@ -33,6 +33,7 @@ WRAPPERS = {
 WRAPPER = re.compile(
     r"(?:.*\.)?(?P<word>_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.)|(?P<outer>module\.|base_model\.)"
 )
+SmallTensor: TypeAlias = Callable[[TensorInfo, int], bytes | None]
 SHOWN_FAULTS = 8  # an error stays readable; `.faults` has all of them
 
 
@@ -62,6 +63,7 @@ def survey(
     names: Collection[str] | None = None,
     headers_of: Callable[[Sequence[str]], Mapping[str, Header | DistillError]] | None = None,
     *,
+    small_tensor: SmallTensor | None = None,
     as_stored: bool = False,
     source: str | None = None,
 ) -> Survey:
@@ -71,6 +73,7 @@ def survey(
         folder: Where the configuration and the index lie.
         names: All files of the model, where they are not all in the folder.
         headers_of: How to read the headers, where the weights files are not in the folder.
+        small_tensor: How to read the beginning of a tensor that says how others are stored, where they are not.
         as_stored: Leave quantised weights as the codes and companions that they are stored as.
         source: What the model is called in messages.
     """
@@ -102,7 +105,9 @@ def survey(
     result.faults += _wrapped(result)
     result.view = View(result.stored)
     if not as_stored and not result.faults:
-        result.view, faults = view_of(result.stored, result.config, source or str(folder), _small_tensor)
+        result.view, faults = view_of(
+            result.stored, result.config, source or str(folder), _limited(small_tensor or _small_tensor)
+        )
         result.faults += faults
     return result
 
@@ -125,14 +130,21 @@ def _local_header(folder: Path, name: str) -> Header | DistillError:
         return fault
 
 
-def _small_tensor(info: TensorInfo, count: int | None = None) -> bytes | None:
-    """The bytes of a tensor that says how others are stored; ``None`` where only the headers were fetched."""
+def _limited(small_tensor: SmallTensor) -> Callable[..., bytes | None]:
+    def read(info: TensorInfo, count: int | None = None) -> bytes | None:
+        count = info.bytes if count is None else count
+        if count > MAX_SMALL_TENSOR and small_tensor(info, 0) is not None:
+            found = f"found {info.bytes} bytes, expected at most {MAX_SMALL_TENSOR}"
+            raise BadDataError(f"tensor {shown(info.name)} is not what its name says: {found}", FETCH_AGAIN)
+        return small_tensor(info, count)
+
+    return read
+
+
+def _small_tensor(info: TensorInfo, count: int) -> bytes | None:
+    """The first bytes of a tensor; ``None`` where only the headers were fetched."""
     if not info.file.exists():
         return None
-    count = info.bytes if count is None else count
-    if count > MAX_SMALL_TENSOR:
-        found = f"found {info.bytes} bytes, expected at most {MAX_SMALL_TENSOR}"
-        raise BadDataError(f"tensor {shown(info.name)} is not what its name says: {found}", FETCH_AGAIN)
     with opened(info.file) as descriptor:
         return read_at(descriptor, info.file, info.offset, count)
 

@@ -1,6 +1,6 @@
-"""What is kept of a remote model on this machine: a folder like a model's own, with headers instead of weights files.
+"""What is kept of a remote model on this machine: a folder like a model's own, with headers for weights files.
 
-It holds the small files (configuration, index, tokenizer), the header of every weights file, the tensors fetched so far,
+It holds the small files (configuration, index, tokenizer), the header of every weights file, the tensors fetched,
 and a record of where the rest is. A `Checkpoint` of such a folder reads like any other, in every process.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -21,13 +21,15 @@ from moe_svd_distill.checkpoints.remote.tensors import FetchedTensors
 from moe_svd_distill.checkpoints.shards import find_layout
 from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError, shown
 from moe_svd_distill.files.header import Header, TensorInfo, header_of
-from moe_svd_distill.files.reading import json_object, opened, read_at, read_small, relative_name
+from moe_svd_distill.files.reading import json_object, read_at, read_small, relative_name
 from moe_svd_distill.files.writing import durable_file, make_folder, write_json
 
 MARKER = "remote.json"
 _HEADERS, _TENSORS = "headers", "tensors"
 _HUB, _STORE = "snapshots", "contents"
 """A folder of a commit of the hub has a parent of this name, as in the hub's own cache."""
+_SMALL = 2
+"""A tensor up to so many times what is asked of it is fetched whole."""
 _BEGIN_AGAIN = "Remove this folder and start again"
 
 
@@ -82,10 +84,37 @@ class RemoteFolder:
         except KeyError:
             return MissingInputError(f"the weights file {shown(name)} of {self.address} is missing", _BEGIN_AGAIN)
 
-    @cached_property
-    def tensors(self) -> FetchedTensors:
-        """Its tensors; the source is asked when the first is fetched."""
+    def open(self, info: TensorInfo) -> tuple[int, Path]:
+        """A descriptor of a file that holds a tensor and nothing else, fetched where it is not there, and its path."""
+        return self._tensors.open(self._file_of(info), info)
 
+    def fetch(self, tensors: Iterable[TensorInfo]) -> None:
+        """Fetch several tensors side by side."""
+        self._tensors.fetch((self._file_of(info), info) for info in tensors)
+
+    def beginning(self, info: TensorInfo, count: int) -> bytes:
+        """The first bytes of a tensor."""
+        return next(iter(self.extracts([(info, 0, count)])))
+
+    def extracts(self, wanted: Sequence[tuple[TensorInfo, int, int]]) -> list[bytes]:
+        """Bytes of tensors, each given with the first and how many; small tensors are fetched and kept."""
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            return list(pool.map(lambda each: self._extract(*each), wanted))
+
+    def _extract(self, info: TensorInfo, begin: int, count: int) -> bytes:
+        file = self._file_of(info)
+        if not count:
+            return b""
+        if info.bytes > _SMALL * count and not self._tensors.has(file, info):
+            return self._source.read(file, info.offset + begin, info.offset + begin + count)[0]
+        descriptor, path = self.open(info)
+        try:
+            return read_at(descriptor, path, begin, count)
+        finally:
+            os.close(descriptor)
+
+    @cached_property
+    def _tensors(self) -> FetchedTensors:
         def read(name: str, begin: int, end: int) -> tuple[bytes, int]:
             return self._source.read(name, begin, end)
 
@@ -93,18 +122,10 @@ class RemoteFolder:
 
     @cached_property
     def _source(self) -> Source:
+        """Asked when the first tensor is fetched."""
         return open_source(self.address, self.revision)
 
-    def small_tensor(self, info: TensorInfo) -> bytes:
-        """The bytes of a tensor that says how others are stored."""
-        descriptor, path = self.tensors.open(self.name_of(info), info)
-        try:
-            return read_at(descriptor, path, 0, info.bytes)
-        finally:
-            os.close(descriptor)
-
-    def name_of(self, info: TensorInfo) -> str:
-        """The weights file that a tensor is in."""
+    def _file_of(self, info: TensorInfo) -> str:
         return info.file.relative_to(self.folder).as_posix()
 
 
@@ -148,7 +169,9 @@ def _made(folder: Path, source: Source, room: int | None) -> RemoteFolder:
     files = find_layout(folder, source.names).files
     for name in files:
         if name not in source.names:
-            raise MissingInputError(f"the weights file {shown(name)} of {source.address} is missing", "Give another model")
+            raise MissingInputError(
+                f"the weights file {shown(name)} of {source.address} is missing", "Give another model"
+            )
 
     def header(name: str) -> int:
         raw, size = raw_header_of(partial(source.read, name), folder / name)

@@ -18,17 +18,19 @@ _SMALL_BYTES = 64 * 1024 * 1024
 
 
 class Source(Protocol):
-    """A model somewhere else.
+    """A model somewhere else."""
 
-    Attributes:
-        address: As the user gave it, without secrets.
-        revision: What its files were when it was opened: of the hub, the commit.
-        names: All of its files.
-    """
+    @property
+    def address(self) -> str:
+        """As the user gave it, without secrets."""
 
-    address: str
-    revision: str
-    names: tuple[str, ...]
+    @property
+    def revision(self) -> str:
+        """What its files were when it was opened: of the hub, the commit."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of its files."""
 
     def small_file(self, name: str) -> bytes:
         """A whole file that is no weights file."""
@@ -146,23 +148,22 @@ def open_source(address: str, revision: str | None = None) -> Source:
         return StoreSource(address, revision)
     model = parse_hub_id(found["place"])
     if model is None:
-        raise MissingInputError(f"{shown(address)} is not a possible name of a hub model", f"Give {HUB}://organisation/name@revision")
+        raise MissingInputError(
+            f"{shown(address)} is not a possible name of a hub model", f"Give {HUB}://organisation/name@revision"
+        )
     if revision is not None:
         return HubSource(model, Snapshot(Path(), revision))
-    snapshot = fetch_small(model, None)
-    if snapshot.unreachable is not None:
-        raise snapshot.unreachable
-    return HubSource(model, snapshot)
+    return HubSource(model, fetch_small(model, None))
 
 
 def _file_system(address: str) -> tuple[Any, str]:
-    import fsspec
+    import fsspec  # type: ignore[import-untyped]
 
     scheme = address.partition("://")[0]
     if scheme in _LOCAL:
         raise UsageError(f"{shown(address)} is on this machine", "Give the folder without the scheme")
     try:
-        return fsspec.core.url_to_fs(address)  # type: ignore[no-any-return]
+        return fsspec.core.url_to_fs(address)
     except ImportError as error:
         raise MissingInputError(
             f"{scheme}:// needs a package that is not installed ({error})",
@@ -196,5 +197,7 @@ class _explained:  # noqa: N801
 def _digest_of(details: dict[str, Any]) -> str:
     """Of the names, sizes and whatever the store says changes with the contents."""
     known = ("ETag", "etag", "md5Hash", "crc32c", "LastModified", "updated", "mtime", "created")
-    lines = [f"{name} {detail['size']} {[str(detail.get(key, '')) for key in known]}" for name, detail in details.items()]
+    lines = [
+        f"{name} {detail['size']} {[str(detail.get(key, '')) for key in known]}" for name, detail in details.items()
+    ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:40]

@@ -12,10 +12,10 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from threading import BoundedSemaphore, Lock
+from threading import BoundedSemaphore, Condition
 
 from moe_svd_distill.errors import CannotWriteError, RemoteError, UsageError, shown
 from moe_svd_distill.files.header import TensorInfo
@@ -49,9 +49,9 @@ class FetchedTensors:
 
     def __init__(self, folder: Path, read: Read, room: int | None = None) -> None:
         self._folder, self._read, self._room = folder, read, room
-        self._lock, self._connections = Lock(), BoundedSemaphore(CONNECTIONS)
+        self._connections, self._changed = BoundedSemaphore(CONNECTIONS), Condition()
         self._counted: int | None = None
-        self._since = 0
+        self._since = self._coming = 0
 
     def open(self, name: str, info: TensorInfo) -> tuple[int, Path]:
         """A descriptor of the file that holds a tensor and nothing else, and its path.
@@ -69,6 +69,10 @@ class FetchedTensors:
             with suppress(FileNotFoundError):  # let go of by another process meanwhile
                 return os.open(path, os.O_RDONLY | os.O_CLOEXEC), path
 
+    def has(self, name: str, info: TensorInfo) -> bool:
+        """Whether a tensor is there."""
+        return self._path(name, info).exists()
+
     def fetch(self, tensors: Iterable[tuple[str, TensorInfo]]) -> None:
         """Fetch several at a time what is not there, up to half of the room: the rest would push out the first."""
         absent, left = [], None if self._room is None else self._room // 2
@@ -77,7 +81,7 @@ class FetchedTensors:
                 left -= info.bytes
                 if left < 0:
                     break
-            if not self._path(name, info).exists():
+            if not self.has(name, info):
                 absent.append((name, info))
         with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="fetch") as pool:
             for _ in pool.map(lambda tensor: self._fetched(*tensor), absent):
@@ -114,12 +118,12 @@ class FetchedTensors:
             done = os.fstat(descriptor).st_size
             if done > info.bytes:
                 os.ftruncate(descriptor, done := 0)
-            self._make_room(info.bytes - done)
-            for piece in self._pieces(name, info.offset + done, info.offset + info.bytes):
-                os.pwrite(descriptor, piece, done)
-                done += len(piece)
-            os.fsync(descriptor)
-            part.rename(path)
+            with self._room_for(info.bytes - done):
+                for piece in self._pieces(name, info.offset + done, info.offset + info.bytes):
+                    os.pwrite(descriptor, piece, done)
+                    done += len(piece)
+                os.fsync(descriptor)
+                part.rename(path)
         finally:
             os.close(descriptor)
 
@@ -143,29 +147,43 @@ class FetchedTensors:
             raise RemoteError(f"found {len(found)} bytes of {shown(name)}, expected {end - begin}", "Try again later")
         return found
 
-    def _make_room(self, wanted: int) -> None:
-        """Let go of the tensors that were used longest ago."""
+    @contextmanager
+    def _room_for(self, wanted: int) -> Iterator[None]:
+        """Room for so many bytes that are about to come; the tensors that were used longest ago make it."""
         if self._room is None:
+            yield
             return
         if wanted > self._room:
             raise UsageError(
                 f"a tensor takes {wanted:,} bytes, and {self._room:,} may be kept of a remote model (remote_cache_gb)",
                 "Allow more",
             )
-        limit = max(wanted, int(_FULL * self._room))
-        with self._lock:
-            if self._counted is None or self._since + wanted > min(limit - self._counted, _LOOK_AGAIN * self._room):
-                files = self._files()
-                counted = sum(size for _, size, _ in files)
-                if counted + wanted > limit:
-                    for _, size, path in files:
-                        if counted + wanted <= limit - _FREED * self._room:
-                            break
-                        if path.suffix != _PART:
-                            path.unlink(missing_ok=True)
-                            counted -= size
-                self._counted, self._since = counted, 0
-            self._since += wanted
+        with self._changed:
+            while not self._fits(wanted, self._room):
+                self._changed.wait()
+            self._coming += wanted
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._coming -= wanted
+                self._since += wanted
+                self._changed.notify_all()
+
+    def _fits(self, wanted: int, room: int) -> bool:
+        limit, coming = max(wanted, int(_FULL * room)), self._coming + wanted
+        if self._counted is None or self._since + coming > min(limit - self._counted, _LOOK_AGAIN * room):
+            files = self._files()
+            counted = sum(size for _, size, _ in files)
+            if counted + coming > limit:
+                for _, size, path in files:
+                    if counted + coming <= limit - _FREED * room:
+                        break
+                    if path.suffix != _PART:
+                        path.unlink(missing_ok=True)
+                        counted -= size
+            self._counted, self._since = counted, 0
+        return self._counted + self._since + coming <= limit or self._coming == 0
 
     def _files(self) -> list[tuple[float, int, Path]]:
         """When each was used last, its size, and where it is; the oldest first."""
