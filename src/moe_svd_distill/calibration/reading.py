@@ -114,6 +114,21 @@ def read_text(
     return ReadText(found, sample.counts(found), (*reading.notes(), *sample.notes()))
 
 
+def refuse_missing(paths: Sequence[str | Path]) -> None:
+    """Look for files and folders without reading them; names of data sets are left alone.
+
+    Raises:
+        MissingInputError: One is not there.
+    """
+    for path in paths:
+        if not str(path).startswith(DATASET_PREFIX) and not Path(path).exists():
+            raise _missing(Path(path))
+
+
+def _missing(path: Path) -> MissingInputError:
+    return MissingInputError(f"The text {path} does not exist", "Check the path")
+
+
 class _Sample:
     """As much text as is wanted; of more, the documents that come first in an order drawn from their content."""
 
@@ -266,7 +281,7 @@ class _Reading:
 def _files(path: Path) -> Iterator[tuple[Path, str | None]]:
     """Files to read, each with the sub-folder it is in where the given folder has several."""
     if not path.exists():
-        raise MissingInputError(f"The text {path} does not exist", "Check the path")
+        raise _missing(path)
     if not path.is_dir():
         yield path, None
         return

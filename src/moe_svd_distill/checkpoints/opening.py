@@ -10,9 +10,9 @@ from moe_svd_distill.checkpoints.hub import fetch_headers, fetch_small, fetch_we
 from moe_svd_distill.checkpoints.llama_cpp.folder import file_behind
 from moe_svd_distill.checkpoints.quantisation.claims import USE_PLAIN, declared_quantisation
 from moe_svd_distill.checkpoints.remote.folder import keep
-from moe_svd_distill.checkpoints.remote.source import is_address
+from moe_svd_distill.checkpoints.remote.source import HUB, is_address
 from moe_svd_distill.checkpoints.survey import raise_faults, survey
-from moe_svd_distill.errors import BadDataError, MissingInputError, RemoteError, shown
+from moe_svd_distill.errors import BadDataError, MissingInputError, RemoteError, UsageError, shown
 from moe_svd_distill.files.reading import explain
 
 
@@ -43,7 +43,7 @@ def open_checkpoint(
     source = str(model)
     if is_address(source):
         place: Path | None = keep(source, remote_bytes)
-        source = redact(source, token)
+        source = redact(source.removeprefix(f"{HUB}://"), token)
     else:
         place = _local_place(model)
     if place:
@@ -115,6 +115,11 @@ def _from_cache(folder: Path, source: str, unreachable: RemoteError, as_stored: 
 
 
 def refuse_quantised(checkpoint: Checkpoint) -> None:
-    """Raise if the model is quantised: for work that writes its weights again in the form they are stored in."""
+    """Raise if the model is quantised or read by range: for work that writes its files again as they are stored."""
+    if checkpoint.is_remote:
+        raise UsageError(
+            f"the weights files of {checkpoint.title} are not on this machine",
+            "Give the id of the hub without hf://, which downloads them, or a folder",
+        )
     if checkpoint.quantisation is not None:
         raise BadDataError(f"{checkpoint.title} is quantised ({checkpoint.quantisation})", USE_PLAIN)

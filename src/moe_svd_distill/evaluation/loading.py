@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint
 from moe_svd_distill.checkpoints.llama_cpp.folder import file_behind
+from moe_svd_distill.checkpoints.remote.folder import RemoteFolder
 from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError, UsageError, reason_of
 
 if TYPE_CHECKING:
@@ -43,13 +44,14 @@ def load_model(folder: str | Path, device: str = "cpu", dtype: torch.dtype | Non
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         with _no_progress_bar():
             parsed = parse_config(config, str(folder))
-            if file_behind(folder.absolute()) is None:
+            if _has_files(folder):
                 model = model_class(parsed).from_pretrained(
                     str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
                 )
             else:
                 with open_checkpoint(folder) as checkpoint:
-                    weights = {name: _OfGguf(checkpoint, name) for name in checkpoint}
+                    checkpoint.prefetch(checkpoint)
+                    weights = {name: _Weight(checkpoint, name) for name in checkpoint}
                     model = model_class(parsed).from_pretrained(None, config=parsed, state_dict=weights, dtype=dtype)
     except DistillError:
         raise
@@ -61,7 +63,12 @@ def load_model(folder: str | Path, device: str = "cpu", dtype: torch.dtype | Non
     return model.to(device).eval().requires_grad_(False)
 
 
-class _OfGguf:
+def _has_files(folder: Path) -> bool:
+    """Whether transformers finds the weights in the folder; those of a GGUF file or read by range it does not."""
+    return file_behind(folder.absolute()) is None and RemoteFolder.of(folder) is None
+
+
+class _Weight:
     """A weight that transformers reads when it comes to it."""
 
     def __init__(self, checkpoint: Checkpoint, name: str) -> None:
@@ -116,7 +123,7 @@ def _needed_bytes(folder: Path, dtype: torch.dtype) -> int:
 
 def model_bytes(folder: Path, itemsize: int) -> int:
     """Estimate the bytes of a model's weights in memory from its file sizes and the type it is stored in."""
-    if file_behind(folder.absolute()) is not None:
+    if not _has_files(folder):
         with open_checkpoint(folder) as checkpoint:
             return sum(math.prod(info.shape) for info in checkpoint.values()) * itemsize
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))

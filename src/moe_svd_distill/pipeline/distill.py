@@ -31,7 +31,7 @@ from moe_svd_distill.pipeline.record import (
     unit_records,
 )
 from moe_svd_distill.pipeline.scale import ScaleDecision, combined_decision, decide_scale, not_searched
-from moe_svd_distill.pipeline.texts import RunText, read_run_text
+from moe_svd_distill.pipeline.texts import RunText, read_run_text, refuse_missing_text
 from moe_svd_distill.pipeline.units import make_work, prepare
 from moe_svd_distill.recipe import Recipe
 from moe_svd_distill.report.card import adapter_card
@@ -77,7 +77,8 @@ def distill(recipe: Recipe, listener: Listener | None = None) -> Adapter:
     listener = listener or Listener()
     settings = execution_settings(recipe)
     refuse_foreign_folder(recipe.output)
-    with open_pair(recipe.teacher, recipe.student) as pair:
+    refuse_missing_text(recipe)
+    with open_pair(recipe.teacher, recipe.student, remote_cache_gb=recipe.remote_cache_gb) as pair:
         base = base_model(recipe, pair)
         if recipe.base_model is None and (origin := pair.student.checkpoint.origin) is not None:
             listener.on_note(

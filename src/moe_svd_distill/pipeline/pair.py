@@ -95,18 +95,20 @@ class ModelPair:
         return all(path.exists() for model in models for path in {it.file for it in model.checkpoint.stored.values()})
 
 
-def open_model(source: str, *, headers_only: bool = False) -> Model:
+def open_model(source: str, *, headers_only: bool = False, remote_cache_gb: float | None = None) -> Model:
     """Open a model and check its headers against its config.json.
 
     Args:
         source: Folder or hub id.
         headers_only: Of a hub model, fetch no weights; they can be read only if they are in the cache already.
+        remote_cache_gb: As of a recipe.
 
     Raises:
         MissingInputError: The model or one of its files is not there.
         BadDataError: Files that contradict each other, or a head that is tied and stored otherwise.
     """
-    checkpoint = open_checkpoint(source, headers_only=headers_only)
+    remote_bytes = None if remote_cache_gb is None else int(remote_cache_gb * 10**9)
+    checkpoint = open_checkpoint(source, headers_only=headers_only, remote_bytes=remote_bytes)
     shapes = {name: info.shape for name, info in checkpoint.items()}
     layout = read_layout(checkpoint.config, shapes)
     head, embedding = layout.second_head, layout.find("embedding")
@@ -116,9 +118,14 @@ def open_model(source: str, *, headers_only: bool = False) -> Model:
 
 
 @contextmanager
-def open_pair(teacher: str, student: str, *, headers_only: bool = False) -> Iterator[ModelPair]:
+def open_pair(
+    teacher: str, student: str, *, headers_only: bool = False, remote_cache_gb: float | None = None
+) -> Iterator[ModelPair]:
     """Open both models as ``open_model`` does; their files are closed at the end."""
-    pair = ModelPair(open_model(teacher, headers_only=headers_only), open_model(student, headers_only=headers_only))
+    first, second = (
+        open_model(source, headers_only=headers_only, remote_cache_gb=remote_cache_gb) for source in (teacher, student)
+    )
+    pair = ModelPair(first, second)
     pair.teacher.checkpoint.role, pair.student.checkpoint.role = "teacher", "student"
     try:
         yield pair

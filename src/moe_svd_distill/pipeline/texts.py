@@ -164,6 +164,17 @@ def read_run_text(recipe: Recipe, pair: ModelPair, stages: Sequence[str]) -> Run
     return RunText(parts["search"], parts.get("fit"), parts.get("validation"), read.counts, notes)
 
 
+def refuse_missing_text(recipe: Recipe) -> None:
+    """Refuse a run whose text is not there before a model is downloaded.
+
+    Raises:
+        MissingInputError: A text is not there.
+    """
+    from moe_svd_distill.calibration.reading import refuse_missing
+
+    refuse_missing([source.path for source in text_sources(recipe.calibration)])
+
+
 def validation_tokens(recipe: Recipe) -> int:
     """Tokens that passes, steps and ranks are chosen by: a quarter of what is fitted on, within bounds."""
     return min(max(recipe.tokens // 4, FEWEST_VALIDATION_TOKENS), MOST_VALIDATION_TOKENS)

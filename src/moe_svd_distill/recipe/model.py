@@ -254,6 +254,13 @@ class Recipe(Section):
         description="Folder for hidden states, reused by every run on the same model and text; default: the output's.",
     )
 
+    remote_cache_gb: float | None = Field(
+        None,
+        gt=0,
+        description="GB on the disk that tensors of a model read by range (hf://, s3://) may take, in HF_HOME; the "
+        "ones used longest ago go first. Default: what was said before for this model, or all that are fetched.",
+    )
+
     devices: list[str] = Field(default_factory=lambda: ["auto"], description="auto, cpu, or cuda:0, cuda:1, …")
     workers: int | None = Field(None, ge=1, description="Worker processes; default: one per device, or per CPU core.")
     threads: int = Field(1, ge=1, description="CPU threads of one worker; part of the result's identity.")

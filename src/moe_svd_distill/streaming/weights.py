@@ -140,6 +140,8 @@ class WeightReader:
     def _load(self, part: Part) -> _Loaded:
         """Read a part into memory of its own on the device, converted to the type it is held in."""
         base: list[tuple[ParameterSlot, Tensor]] = []
+        sources = [source for source in self._stored.of_part[part] if source.slots[0] not in self._tables]
+        self._stored.checkpoint.prefetch(name for source in sources for name in _stored_names(source))
         for source in self._stored.of_part[part]:
             if (table := self._tables.get(source.slots[0])) is not None:
                 base.append((source.slots[0], table))
@@ -195,3 +197,7 @@ class WeightReader:
         tensor = checkpoint.read(hub_name, device="cpu" if checkpoint.quantisation is None else self._device)
         self.bytes_read += checkpoint[hub_name].bytes
         return tensor
+
+
+def _stored_names(source: TensorSource) -> list[str]:
+    return [piece.hub_name for piece in source.pieces] or [name for _, name in source.hub_names]

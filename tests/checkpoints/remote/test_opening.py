@@ -29,7 +29,8 @@ for model, names, keep in json.load(sys.stdin):
             sums = {name: float(found.read(name).double().sum()) for name in (found if names is None else names)}
             again = open_checkpoint(found.folder)
             answer = {"sums": sums, "commit": found.commit, "folder": str(found.folder), "key": found.cache_key(),
-                      "same": again.cache_key() == found.cache_key(), "print": found.fingerprint() if names is None else "",
+                      "same": again.cache_key() == found.cache_key(),
+                      "print": found.fingerprint() if names is None else "",
                       "source": found.source}
     except DistillError as error:
         answer = {"error": str(error), "exit_code": error.exit_code}
@@ -90,7 +91,7 @@ def test_only_what_is_read_is_fetched_and_once(hub: Hub, tmp_path: Path) -> None
     begin = hub.sent.get("org/model", 0)
     found = _read(hub.url, tmp_path, "hf://org/model", first)
     assert found["sums"] == _sums(first)
-    assert (found["commit"], found["source"], found["same"]) == (COMMIT, "hf://org/model", True)
+    assert (found["commit"], found["source"], found["same"]) == (COMMIT, "org/model", True)
     headers = sum(path.stat().st_size for path in (Path(found["folder"]) / "headers").iterdir())
     assert not list(Path(found["folder"]).glob("*.safetensors"))
     assert hub.sent["org/model"] - begin == headers + 2 * 25_600

@@ -1,0 +1,147 @@
+"""Whole runs on models that are read by range from a stand-in for the hub: the same adapters, and each byte once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moe_svd_distill.files.header import read_header
+from moe_svd_distill.pipeline.distill import distill
+from moe_svd_distill.recipe import parse_recipe
+from tests.checkpoints.hub_server import Hub, serve
+from tests.support.heads import TRAINED, student_with_tokenizer, trained_tokenizer
+from tests.support.pairs import recipe_for
+
+MOE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_experts": 4}
+CALIBRATED: dict[str, Any] = {key: value for key, value in TRAINED.items() if key != "start"} | {"method": "calibrated"}
+WEIGHTS: dict[str, Any] = {"method": "weights", "rank": 4, "head_rank": 4, "workers": 2}
+
+
+@dataclass
+class Served:
+    hub: Hub
+    teacher: Path
+    student: Path
+
+    def run(self, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {
+            "HF_ENDPOINT": self.hub.url,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
+        command = [sys.executable, "-m", "moe_svd_distill", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    def distill(self, home: Path, output: Path, **values: Any) -> subprocess.CompletedProcess[str]:
+        recipe = recipe_for(Path("teacher"), Path("student"), output, **values)
+        given = {key: json.loads(recipe.model_dump_json())[key] for key in recipe.model_fields_set}
+        file = output.parent / f"{output.name}.json"
+        file.write_text(json.dumps({**given, "teacher": "hf://org/teacher", "student": "hf://org/student"}))
+        return self.run(home, "distill", str(file))
+
+    def needed(self, name: str) -> int:
+        header = read_header({"teacher": self.teacher, "student": self.student}[name] / "model.safetensors")
+        return header.size + sum(info.bytes for info in header.tensors.values())
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = trained_tokenizer(folder / "tokenizer", 300)
+    teacher = student_with_tokenizer("qwen3_moe", folder / "teacher", tokenizer, **MOE)
+    student = student_with_tokenizer("qwen3_moe", folder / "student", tokenizer, **MOE)
+    tensors = load_file(student / "model.safetensors")
+    moved = {name: tensor + 0.02 * torch.randn_like(tensor) for name, tensor in tensors.items()}
+
+    save_file(moved, student / "model.safetensors", metadata={"format": "pt"})
+    with serve(Hub(repositories={"org/teacher": teacher, "org/student": student})) as hub:
+        yield Served(hub, teacher, student)
+
+
+def _same(first: Path, second: Path) -> bool:
+    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("values", [WEIGHTS, CALIBRATED], ids=["weights", "calibrated"])
+def test_a_remote_run_gives_the_same_adapter_and_fetches_each_byte_once(
+    served: Served, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    served.hub.sent.clear()
+    done = served.distill(tmp_path / "home", tmp_path / "remote", **values)
+    assert done.returncode == 0, done.stderr
+    for name in ("teacher", "student"):
+        assert served.hub.sent[f"org/{name}"] <= 1.01 * served.needed(name)
+    assert {path.parent.name for path in (tmp_path / "home").rglob("*.safetensors") if path.is_file()} == {"headers"}
+    distill(recipe_for(served.teacher, served.student, tmp_path / "local", **values))
+    assert _same(tmp_path / "remote", tmp_path / "local")
+    record = json.loads((tmp_path / "remote" / "run.json").read_text())
+    assert record["teacher"]["source"] == "org/teacher"
+    configuration = json.loads((tmp_path / "remote" / "adapter_config.json").read_text())
+    assert configuration["base_model_name_or_path"] == "org/student"
+
+
+def test_inspect_fetches_headers_alone(served: Served, tmp_path: Path) -> None:
+    served.hub.sent.clear()
+    done = served.run(tmp_path / "home", "inspect", "hf://org/teacher", "--json")
+    assert done.returncode == 0, done.stderr
+    assert served.hub.sent["org/teacher"] == read_header(served.teacher / "model.safetensors").size
+
+
+def test_no_more_lies_on_the_disk_than_is_allowed(served: Served, tmp_path: Path) -> None:
+    largest = max(info.bytes for info in read_header(served.teacher / "model.safetensors").tensors.values())
+    allowed = 3 * largest
+    done = served.distill(tmp_path / "home", tmp_path / "out", **WEIGHTS, remote_cache_gb=allowed / 10**9)
+    assert done.returncode == 0, done.stderr
+    for folder in (tmp_path / "home").rglob("tensors"):
+        assert 0 < sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= allowed
+
+
+def test_a_busy_hub_in_the_middle_of_a_run(served: Served, tmp_path: Path) -> None:
+    served.hub.hiccups["org/teacher"] = ["", "", "", "429", "503", "cut", "", "cut"]
+    done = served.distill(tmp_path / "home", tmp_path / "out", **WEIGHTS)
+    assert done.returncode == 0, done.stderr
+    assert served.hub.hiccups["org/teacher"] == []
+
+
+def test_text_that_is_not_there_is_found_before_anything_is_asked(served: Served, tmp_path: Path) -> None:
+    before = len(served.hub.requests)
+    done = served.run(
+        tmp_path / "home", "distill", "--teacher", "org/teacher", "--student", "hf://org/student",
+        "--output", str(tmp_path / "out"), "--calibration", str(tmp_path / "nothing"),
+    )  # fmt: skip
+    assert done.returncode == 66
+    assert "nothing does not exist" in done.stderr
+    assert len(served.hub.requests) == before
+
+
+def test_a_remote_student_is_evaluated_and_not_merged(served: Served, tmp_path: Path) -> None:
+    home, output = tmp_path / "home", tmp_path / "out"
+    assert served.distill(home, output, **WEIGHTS).returncode == 0
+    text = Path(TRAINED["calibration"][0])
+    arguments = ["--teacher", "hf://org/teacher", "--student", "hf://org/student", "--text", str(text)]
+    figures = []
+    for mode in ("resident", "streamed"):
+        done = served.run(home, "evaluate", str(output), *arguments, "--mode", mode, "--json", "--tokens", "600")
+        assert done.returncode == 0, done.stderr
+        figures.append(json.loads(done.stdout))
+    merged = served.run(home, "merge", str(output), str(tmp_path / "merged"), "--student", "hf://org/student")
+    assert merged.returncode == 2
+    assert "not on this machine" in merged.stderr
+
+
+def test_recipes_take_addresses() -> None:
+    recipe = parse_recipe({"teacher": "hf://org/teacher", "student": "s3://bucket/model", "output": "out"})
+    assert (recipe.teacher, recipe.student) == ("hf://org/teacher", "s3://bucket/model")
