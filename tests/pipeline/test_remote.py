@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_svd_distill.files.header import read_header
-from moe_svd_distill.pipeline.distill import distill
 from moe_svd_distill.recipe import parse_recipe
 from tests.checkpoints.hub_server import Hub, serve
 from tests.support.heads import TRAINED, student_with_tokenizer, trained_tokenizer
@@ -25,6 +24,9 @@ from tests.support.pairs import recipe_for
 MOE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_experts": 4}
 CALIBRATED: dict[str, Any] = {key: value for key, value in TRAINED.items() if key != "start"} | {"method": "calibrated"}
 WEIGHTS: dict[str, Any] = {"method": "weights", "rank": 4, "head_rank": 4, "workers": 2}
+
+
+REMOTE = ("hf://org/teacher", "hf://org/student")
 
 
 @dataclass
@@ -44,11 +46,13 @@ class Served:
         command = [sys.executable, "-m", "moe_svd_distill", *arguments]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
-    def distill(self, home: Path, output: Path, **values: Any) -> subprocess.CompletedProcess[str]:
+    def distill(
+        self, home: Path, output: Path, models: tuple[str, str] = REMOTE, **values: Any
+    ) -> subprocess.CompletedProcess[str]:
         recipe = recipe_for(Path("teacher"), Path("student"), output, **values)
         given = {key: json.loads(recipe.model_dump_json())[key] for key in recipe.model_fields_set}
         file = output.parent / f"{output.name}.json"
-        file.write_text(json.dumps({**given, "teacher": "hf://org/teacher", "student": "hf://org/student"}))
+        file.write_text(json.dumps({**given, "teacher": models[0], "student": models[1]}))
         return self.run(home, "distill", str(file))
 
     def needed(self, name: str) -> int:
@@ -70,11 +74,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield Served(hub, teacher, student)
 
 
-def _same(first: Path, second: Path) -> bool:
-    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 @pytest.mark.parametrize("values", [WEIGHTS, CALIBRATED], ids=["weights", "calibrated"])
 def test_a_remote_run_gives_the_same_adapter_and_fetches_each_byte_once(
     served: Served, tmp_path: Path, values: dict[str, Any]
@@ -85,8 +84,11 @@ def test_a_remote_run_gives_the_same_adapter_and_fetches_each_byte_once(
     for name in ("teacher", "student"):
         assert served.hub.sent[f"org/{name}"] <= 1.01 * served.needed(name)
     assert {path.parent.name for path in (tmp_path / "home").rglob("*.safetensors") if path.is_file()} == {"headers"}
-    distill(recipe_for(served.teacher, served.student, tmp_path / "local", **values))
-    assert _same(tmp_path / "remote", tmp_path / "local")
+    folders = str(served.teacher), str(served.student)
+    assert served.distill(tmp_path / "home", tmp_path / "local", folders, **values).returncode == 0
+    remote, local = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("remote", "local"))
+    assert remote.keys() == local.keys()
+    assert [name for name, tensor in remote.items() if not torch.equal(tensor, local[name])] == []
     record = json.loads((tmp_path / "remote" / "run.json").read_text())
     assert record["teacher"]["source"] == "org/teacher"
     configuration = json.loads((tmp_path / "remote" / "adapter_config.json").read_text())

@@ -107,7 +107,7 @@ class Architecture:
         """
         for source in self.stored.of_part[HEAD] if self.tied else ():
             for _, name in source.hub_names:
-                if name != self.embedding and self.checkpoint[name].file.exists():
+                if name != self.embedding and self.checkpoint.is_readable:
                     refuse_other_head(self.checkpoint, name, self.embedding)
 
     def _weight(self, part: str, what: str) -> ParameterSlot:

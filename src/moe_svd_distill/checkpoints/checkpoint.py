@@ -94,6 +94,11 @@ class Checkpoint(Mapping[str, TensorInfo]):
         """Whether its weights files are not on this machine, and tensors are fetched as they are read."""
         return self._remote is not None
 
+    @property
+    def is_readable(self) -> bool:
+        """Whether numbers can be read: the weights files are here, or it is read by range."""
+        return self.is_remote or all(file.exists() for file in {info.file for info in self.stored.values()})
+
     @cached_property
     def _remote(self) -> RemoteFolder | None:
         return None if self.is_gguf else RemoteFolder.of(self._place)
@@ -257,7 +262,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
             return cache_key(headers, {name: header.file for name, header in headers.items()}, ())
         small = [read_small(locate(self._place, name)) for name in configuration_files(self._place)]
         if self._remote is not None:
-            return digest_of([self._remote.revision.encode(), *(it.digest.encode() for it in headers.values()), *small])
+            named = (self._remote.address, self._remote.revision, *(header.digest for header in headers.values()))
+            return digest_of([*(name.encode() for name in named), *small])
         return cache_key(headers, {name: locate(self._place, name) for name in headers}, small)
 
     def fingerprint(self) -> str:

@@ -91,8 +91,8 @@ class ModelPair:
     @property
     def at_hand(self) -> bool:
         """Whether every weights file of both models is on this machine."""
-        models = (self.teacher, self.student)
-        return all(path.exists() for model in models for path in {it.file for it in model.checkpoint.stored.values()})
+        models = (self.teacher.checkpoint, self.student.checkpoint)
+        return all(checkpoint.is_readable and not checkpoint.is_remote for checkpoint in models)
 
 
 def open_model(source: str, *, headers_only: bool = False, remote_cache_gb: float | None = None) -> Model:
@@ -112,7 +112,7 @@ def open_model(source: str, *, headers_only: bool = False, remote_cache_gb: floa
     shapes = {name: info.shape for name, info in checkpoint.items()}
     layout = read_layout(checkpoint.config, shapes)
     head, embedding = layout.second_head, layout.find("embedding")
-    if head and embedding and all(checkpoint[name].file.exists() for name in (head, embedding)):
+    if head and embedding and checkpoint.is_readable and not (headers_only and checkpoint.is_remote):
         refuse_other_head(checkpoint, head, embedding)
     return Model(checkpoint, layout)
 

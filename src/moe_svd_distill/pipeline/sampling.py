@@ -73,7 +73,7 @@ class RowSampler:
         name, info = view.stored, self.model.checkpoint[view.stored]
         if info.dtype not in FLOATS:
             raise BadDataError(f"{name} is of dtype {info.dtype}", "Give a model of floating-point weights")
-        if not info.file.exists():
+        if not self.model.checkpoint.is_readable:
             raise DistillError(f"the weights of {self.model.checkpoint.source} are not on this machine", "Download it")
         self.bytes_read += self.bytes_for(view, len(index))
         read = self.model.checkpoint.read_rows
@@ -112,7 +112,7 @@ def embedding_similarity(pair: ModelPair) -> float | None:
     models = (pair.teacher, pair.student)
     names = [model.layout.find("embedding") for model in models]
     shapes = [model.shapes[name] for model, name in zip(models, names, strict=True) if name]
-    if len(shapes) < 2 or shapes[0] != shapes[1] or not pair.at_hand:
+    if len(shapes) < 2 or shapes[0] != shapes[1] or not all(model.checkpoint.is_readable for model in models):
         return None
     tensors = [model.checkpoint.read(str(name)) for model, name in zip(models, names, strict=True)]
     step = max(1, shapes[0][0] // EMBEDDING_ROWS)
