@@ -72,6 +72,25 @@ def test_small_scales_are_left_out_where_more_is_better_and_proven() -> None:
     assert [call["head"] for call in calls] == [0.0, 1.0, 0.75]
 
 
+def test_between_the_best_and_one_that_is_not_proven_there_may_be_a_better() -> None:
+    """Some documents that the whole adapter spoils make it unproven; the bowl through three scales says where to look."""
+    evaluate, calls = _landscape(dict.fromkeys(GROUPS, 0.65), dict.fromkeys(GROUPS, 0.1), documents=18)
+
+    def spoilt(scales: Mapping[str, float]) -> Measurement:
+        found = evaluate(scales)
+        kl = found.kl.copy()
+        kl[:6] += found.tokens[:6] * 0.45 * scales["head"] ** 6
+        return Measurement(kl, found.cross_entropy, found.agreement, found.tokens)
+
+    search = search_scale(spoilt, GROUPS, by_group=False, global_scales=(0.25, 0.5, 1.0))
+    whole = next(trial for trial in search.trials if trial.scales["head"] == 1.0)
+    assert not whole.kl.falls(Guard().errors)
+    assert [call["head"] for call in calls[:4]] == [0.0, 1.0, 0.5, 0.25]
+    assert 0.5 < calls[4]["head"] < 1.0
+    assert search.accepted
+    assert search.scales["head"] == max(search.trials, key=lambda trial: trial.kl.fall).scales["head"]
+
+
 def test_each_group_gets_its_own_scale() -> None:
     evaluate, _ = _landscape({"attention": 0.0, "experts": 0.5, "head": 1.0}, dict.fromkeys(GROUPS, 0.1), noise=0.001)
     search = search_scale(evaluate, GROUPS)

@@ -118,7 +118,8 @@ class _Search:
     def search_globally(self, grid: Sequence[float]) -> None:
         """The best of the scales that are proven to help, from the smallest up to the first that is not.
 
-        Between two that are, the lowest point of the parabola through three is tried as well.
+        Between the one below the best and the one above it, proven or not, the lowest point of the parabola through
+        the three is tried as well: what is kept has been proven by then, and this is proven like any other.
         """
         tried = self.descend(grid)
         falls = [trial.kl.falls(self.guard.errors) for trial in tried]
@@ -129,7 +130,7 @@ class _Search:
         if self.best is None:
             return
         place = tried.index(self.best)
-        if place + 1 < proven:
+        if place + 1 < len(tried):
             points = [0.0, *grid[len(grid) - len(tried) :]]
             heights = [0.0, *(-trial.kl.fall for trial in tried)]
             scale = _lowest(points[place : place + 3], heights[place : place + 3])
