@@ -88,6 +88,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     (broken / FIRST).write_bytes(b"not a safetensors file, of course")
     hostile = write_model(root / "hostile", shards=2)
     write_index(hostile, read_index(hostile) | {"a": "../../../outside.safetensors"})
+    huge = write_model(root / "huge")
+    (huge / "model.safetensors").write_text(str(10**17))
     many = {f"model.layers.{number}.some.long.name.to.fill.the.header.weight": torch.zeros(1) for number in range(4000)}
     folders = {
         "model": model,
@@ -99,6 +101,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         "many": write_model(root / "many", tensors=many),
         "bare": write_model(root / "bare", config=None),
         "norange": model,
+        "huge": huge,
         "cut": model,
         "flaky": model,
     }
@@ -139,6 +142,7 @@ FULL = [
     "org/down",
     "org/busy",
     "org/flaky",
+    "org/huge",
 ]
 
 
@@ -190,6 +194,7 @@ def test_only_the_needed_files_are_fetched_and_each_once(full: Asked) -> None:
         ("org/down", 69, "status 503"),
         ("org/busy", 69, "status 429"),
         ("org/flaky", 69, "status 403"),
+        ("org/huge", 73, "read it by range: hf://org/huge"),
     ],
 )
 def test_refusal(full: Asked, model: str, exit_code: int, words: str) -> None:

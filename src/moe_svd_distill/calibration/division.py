@@ -56,12 +56,13 @@ def divide_text(
     """Draw several parts from one text, each of as many tokens as its budget, no group of documents in two parts.
 
     Before that, blocks that an earlier document holds are removed (`Repeats`), so that no 30 words in a row are in two
-    parts. Every part is spread over at least 16 documents, and over as many groups as there are up to 24, where that
-    leaves enough text for all (`allocate`). If there is too little text for the budgets, they shrink by one factor,
-    except that a small part keeps an eighth of the whole if it asked for that much: a search over a handful of
-    sequences decides nothing. A part that got less than it asked for says so (`TokenizedText.short`). Parts are drawn
-    in the order they are named in, so with enough text none depends on the budgets of those after it. The order of
-    documents and groups is drawn from their content and the seed, never from names.
+    parts. Every part is spread over at least 16 documents and 24 groups where that leaves enough text for all; with
+    fewer groups the largest part has all that the others do not need (`allocate`). If there is too little text for the
+    budgets, they shrink by one factor, except that a small part keeps an eighth of the whole if it asked for that much:
+    a search over a handful of sequences decides nothing. A part that got less than it asked for says so
+    (`TokenizedText.short`). Parts are drawn in the order they are named in, so with enough text none depends on the
+    budgets of those after it. The order of documents and groups is drawn from their content and the seed, never from
+    names.
 
     Where documents count towards portions (`Document.portion`), every part is of their shares, each portion divided by
     itself, without the groups that one before it has given.

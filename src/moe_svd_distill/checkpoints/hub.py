@@ -8,11 +8,12 @@ from __future__ import annotations
 import errno
 import glob
 import re
+import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from moe_svd_distill.checkpoints.configuration import CONFIG
@@ -52,15 +53,20 @@ class HubModel:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A model's small files in the local cache, its commit, and the names of all its files on the hub.
+    """A model's small files in the local cache, its commit, and all its files on the hub with their sizes.
 
     Where the hub could not be asked, ``unreachable`` says why; the cache then holds all that there is.
     """
 
     folder: Path
     commit: str
-    names: tuple[str, ...] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
     unreachable: RemoteError | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all files, sorted."""
+        return tuple(sorted(self.sizes))
 
 
 def parse_hub_id(text: str) -> HubModel | None:
@@ -75,23 +81,23 @@ def fetch_small(model: HubModel, token: str | None) -> Snapshot:
     """Fetch configuration, index and tokenizer. If the hub is out of reach, the cache serves."""
     from huggingface_hub import HfApi, snapshot_download
 
-    def names_at(revision: str) -> tuple[str, tuple[str, ...]]:
-        info = HfApi(token=token).model_info(model.repo, revision=revision)
-        return str(info.sha), tuple(sorted(sibling.rfilename for sibling in info.siblings or []))
+    def files_at(revision: str) -> tuple[str, dict[str, int]]:
+        info = HfApi(token=token).model_info(model.repo, revision=revision, files_metadata=True)
+        return str(info.sha), {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
 
     try:
         with hub_errors(model, token):
-            commit, names = names_at(model.revision)
-            patterns = [glob.escape(name) for name in names if SMALL_FILES.fullmatch(name)]
+            commit, sizes = files_at(model.revision)
+            patterns = [glob.escape(name) for name in sizes if SMALL_FILES.fullmatch(name)]
             # By branch and not by commit: the cache then remembers, for a run without the network, what the branch was.
             folder = Path(
                 snapshot_download(model.repo, revision=model.revision, token=token, allow_patterns=patterns or NOTHING)
             )
             if folder.name != commit:  # the branch moved between the two questions
-                commit, names = names_at(folder.name)
+                commit, sizes = files_at(folder.name)
     except RemoteError as unreachable:
         return _cached(model, unreachable)
-    return Snapshot(folder, commit, names)
+    return Snapshot(folder, commit, sizes)
 
 
 def fetch_weights(model: HubModel, snapshot: Snapshot, token: str | None) -> None:
@@ -104,9 +110,20 @@ def fetch_weights(model: HubModel, snapshot: Snapshot, token: str | None) -> Non
         MissingInputError(f"the weights file {shown(name)} of {model} is missing", ASK_THE_OWNER) for name in absent
     ]
     raise_faults([*layout.faults, *gone])
+    _refuse_without_room(model, snapshot, layout.files)
     patterns = [glob.escape(name) for name in layout.files]
     with hub_errors(model, token):
         snapshot_download(model.repo, revision=snapshot.commit, token=token, allow_patterns=patterns)
+
+
+def _refuse_without_room(model: HubModel, snapshot: Snapshot, files: Sequence[str]) -> None:
+    needed = sum(snapshot.sizes[name] for name in files if not (snapshot.folder / name).exists())
+    free = shutil.disk_usage(snapshot.folder).free
+    if needed > free:
+        raise CannotWriteError(
+            f"{model} takes {needed / 1e9:,.1f} GB and the disk of the hub's cache has {free / 1e9:,.1f} GB free",
+            "Make room, point HF_HOME to another disk, or read it by range: hf://" + str(model),
+        )
 
 
 def _cached(model: HubModel, unreachable: RemoteError) -> Snapshot:
