@@ -73,7 +73,7 @@ def test_small_scales_are_left_out_where_more_is_better_and_proven() -> None:
 
 
 def test_between_the_best_and_one_that_is_not_proven_there_may_be_a_better() -> None:
-    """Some documents that the whole adapter spoils make it unproven; the bowl through three scales says where to look."""
+    """Documents that the whole adapter spoils make it unproven; the bowl through three scales says where to look."""
     evaluate, calls = _landscape(dict.fromkeys(GROUPS, 0.65), dict.fromkeys(GROUPS, 0.1), documents=18)
 
     def spoilt(scales: Mapping[str, float]) -> Measurement:

@@ -36,6 +36,7 @@ for model, names, keep in json.load(sys.stdin):
         answer = {"error": str(error), "exit_code": error.exit_code}
     print(json.dumps(answer), flush=True)
 """
+SECRET = "hf_averysecrettoken"
 TENSORS = {f"model.layers.{n}.mlp.up_proj.weight": torch.arange(6400.0).view(80, 80) + n for n in range(6)}
 
 
@@ -51,6 +52,7 @@ def _ask(url: str, home: Path, *questions: Question) -> list[dict[str, Any]]:
     environment = os.environ | {
         "HF_ENDPOINT": url,
         "HF_HOME": str(home),
+        "HF_TOKEN": SECRET,
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "NO_PROXY": "127.0.0.1",
@@ -64,6 +66,8 @@ def _ask(url: str, home: Path, *questions: Question) -> list[dict[str, Any]]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    assert SECRET not in done.stdout + done.stderr
+    assert not [path for path in home.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
