@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from moe_svd_distill.checkpoints.configuration import configuration_files
-from moe_svd_distill.checkpoints.identity import Read, cache_key, differs, digest_of, fingerprint, read_extracts
+from moe_svd_distill.checkpoints.identity import differs, fingerprint
 from moe_svd_distill.checkpoints.quantisation.coded import Scaled
-from moe_svd_distill.checkpoints.remote.folder import RemoteFolder
-from moe_svd_distill.checkpoints.survey import Survey, raise_faults, survey
+from moe_svd_distill.checkpoints.storage import Storage, changed, storage_at
+from moe_svd_distill.checkpoints.survey import Survey, raise_faults
 from moe_svd_distill.errors import BadDataError, shown
 from moe_svd_distill.files.header import Header, TensorInfo
-from moe_svd_distill.files.reading import FETCH_AGAIN, locate, open_regular, read_at, read_small
 
 if TYPE_CHECKING:
     import torch
 
-GGUF = ".gguf"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -55,7 +49,6 @@ class Checkpoint(Mapping[str, TensorInfo]):
         self.source = str(place) if source is None else source
         self._survey = known
         self._expected: dict[str, tuple[int, str]] | None = None
-        self._descriptors: dict[Path, int] = {}
         self._lock = threading.RLock()
 
     def check(self) -> None:
@@ -74,11 +67,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         Raises:
             BadDataError: No tokenizer can be made of the file.
         """
-        if not self.is_gguf:
-            return self._place
-        from moe_svd_distill.checkpoints.llama_cpp.folder import model_folder
-
-        return model_folder(self._place, self._sound().headers[self._place.name].digest, self.config)
+        return self._storage.folder(self._sound())
 
     @property
     def tokenizer_notes(self) -> tuple[str, ...]:
@@ -90,23 +79,23 @@ class Checkpoint(Mapping[str, TensorInfo]):
         return () if why is None else (f"{what} ({why})",)
 
     @property
+    def is_gguf(self) -> bool:
+        """Whether the model is a GGUF file."""
+        return self._storage.is_gguf
+
+    @property
     def is_remote(self) -> bool:
         """Whether its weights files are not on this machine, and tensors are fetched as they are read."""
-        return self._remote is not None
+        return self._storage.is_remote
 
     @property
     def is_readable(self) -> bool:
         """Whether numbers can be read: the weights files are here, or it is read by range."""
-        return self.is_remote or all(file.exists() for file in {info.file for info in self.stored.values()})
+        return self._storage.is_readable(self.stored.values())
 
     @cached_property
-    def _remote(self) -> RemoteFolder | None:
-        return None if self.is_gguf else RemoteFolder.of(self._place)
-
-    @property
-    def is_gguf(self) -> bool:
-        """Whether the model is a GGUF file."""
-        return self._place.suffix.lower() == GGUF
+    def _storage(self) -> Storage:
+        return storage_at(self._place)
 
     @property
     def origin(self) -> tuple[str, str] | None:
@@ -211,16 +200,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     def _stored_view(self, info: TensorInfo) -> torch.Tensor:
         """A stored tensor, as a view on its file."""
-        from moe_svd_distill.checkpoints.tensors import tensor_view
-
-        if self._remote is not None:
-            descriptor, path = self._remote.open(info)
-            try:
-                return tensor_view(descriptor, replace(info, file=path, offset=0))
-            finally:
-                os.close(descriptor)
-        with self._lock:  # the descriptor must not be closed by another thread before the file is mapped
-            return tensor_view(self._open(info), info)
+        return self._storage.view(info, self._sound().headers)
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Of a remote model, fetch these weights side by side; of any other, nothing.
@@ -228,61 +208,33 @@ class Checkpoint(Mapping[str, TensorInfo]):
         Raises:
             RemoteError: They cannot be fetched.
         """
-        if self._remote is not None:
-            coded, stored = self._sound().view.coded, self._sound().stored
-            self._remote.fetch(
-                part for name in names for part in (coded[name].parts.values() if name in coded else [stored[name]])
-            )
+        coded, stored = self._sound().view.coded, self._sound().stored
+        self._storage.prefetch(
+            part for name in names for part in (coded[name].parts.values() if name in coded else [stored[name]])
+        )
 
     def look_again(self) -> Survey:
         """What the headers say now, with all that is wrong with them."""
-        if self.is_gguf:
-            from moe_svd_distill.checkpoints.llama_cpp.survey import survey_gguf
-
-            return survey_gguf(self._place, self.source, as_stored=self._as_stored)
-        remote = self._remote
-        if remote is None:
-            return survey(self._place, as_stored=self._as_stored, source=self.source)
-        return survey(
-            self._place,
-            remote.names,
-            remote.headers,
-            small_tensor=remote.beginning,
-            as_stored=self._as_stored,
-            source=self.source,
-        )
+        return self._storage.survey(self.source, as_stored=self._as_stored)
 
     def cache_key(self) -> str:
         """A digest that changes when any byte of the model may have: names what is computed from it and kept.
 
         It is taken from the files as they are now, so that a model replaced during a run is noticed.
         """
-        headers = self._sound().headers
-        if self.is_gguf:  # whose configuration is in the header
-            return cache_key(headers, {name: header.file for name, header in headers.items()}, ())
-        small = [read_small(locate(self._place, name)) for name in configuration_files(self._place)]
-        if self._remote is not None:
-            named = (self._remote.address, self._remote.revision, *(header.digest for header in headers.values()))
-            return digest_of([*(name.encode() for name in named), *small])
-        return cache_key(headers, {name: locate(self._place, name) for name in headers}, small)
+        return self._storage.cache_key(self._sound().headers)
 
     def fingerprint(self) -> str:
         """A name for the weights that a copy of the model has too (`identity.fingerprint`)."""
-        return fingerprint(self.stored, self._extracts, gguf=self.is_gguf)
+        return fingerprint(self.stored, self._storage.extracts, gguf=self.is_gguf)
 
     def is_other_than(self, recorded: str | None) -> bool:
         """Whether a recorded fingerprint says that it was taken of other weights."""
-        return differs(recorded, self.stored, self._extracts, gguf=self.is_gguf)
-
-    @property
-    def _extracts(self) -> Read:
-        return read_extracts if self._remote is None else self._remote.extracts
+        return differs(recorded, self.stored, self._storage.extracts, gguf=self.is_gguf)
 
     def close(self) -> None:
         """Close the files; tensors that were read stay valid, and a later read opens the files again."""
-        with self._lock:
-            while self._descriptors:
-                os.close(self._descriptors.popitem()[1])
+        self._storage.close()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -291,10 +243,6 @@ class Checkpoint(Mapping[str, TensorInfo]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        if getattr(self, "_descriptors", None):
-            self.close()
 
     def __getstate__(self) -> dict[str, Any]:
         headers = self._sound().headers
@@ -311,11 +259,6 @@ class Checkpoint(Mapping[str, TensorInfo]):
         Checkpoint.__init__(self, state["place"], state["source"], as_stored=state["as_stored"])
         self.role = state["role"]
         self._expected = state["expected"]
-
-    @property
-    def _directory(self) -> Path:
-        """Where the weights files lie."""
-        return self._place.parent if self.is_gguf else self._place
 
     def is_plain(self, name: str) -> bool:
         """Whether a weight is stored as the numbers it is read as."""
@@ -339,30 +282,4 @@ class Checkpoint(Mapping[str, TensorInfo]):
         found = {name: (header.file_bytes, header.digest) for name, header in headers.items()}
         for name in sorted(self._expected.keys() | found.keys()):
             if self._expected.get(name) != found.get(name):
-                raise _changed(self._directory / name)
-
-    def _open(self, info: TensorInfo) -> int:
-        """The descriptor of the tensor's file, opened once; a file that was cut off or replaced is refused."""
-        descriptor = self._descriptors.get(info.file)
-        if descriptor is None:
-            header = self._sound().headers[info.file.relative_to(self._directory).as_posix()]
-            descriptor = open_regular(info.file)
-            try:
-                size = os.fstat(descriptor).st_size
-                raw = read_at(descriptor, info.file, 0, header.size) if size == header.file_bytes else b""
-                if hashlib.sha256(raw).hexdigest() != header.digest:
-                    raise _changed(info.file)
-            except BaseException:
-                os.close(descriptor)
-                raise
-            self._descriptors[info.file] = descriptor
-        size = os.fstat(descriptor).st_size
-        if size < info.offset + info.bytes:
-            what = f"{shown(info.file)} was cut off: found {size} bytes, expected {info.offset + info.bytes}"
-            raise BadDataError(f"{what} for tensor {shown(info.name)}", FETCH_AGAIN)
-        return descriptor
-
-
-def _changed(path: Path) -> BadDataError:
-    what = f"{shown(path)} is not the file that was checked any more"
-    return BadDataError(what, "Leave the model alone during a run, and start again")
+                raise changed(self._storage.directory / name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -84,13 +84,6 @@ def fingerprint(stored: Mapping[str, TensorInfo], read: Read, *, gguf: bool) -> 
 def _middle_of(info: TensorInfo) -> Extract:
     count = min(SAMPLED_BYTES, info.bytes)
     return info, (info.bytes - count) // 2, count
-
-
-def read_extracts(extracts: Sequence[Extract]) -> Iterator[bytes]:
-    """Bytes of tensors whose files are on this machine."""
-    for info, begin, count in extracts:
-        with opened(info.file) as descriptor:
-            yield read_at(descriptor, info.file, info.offset + begin, count)
 
 
 def differs(recorded: str | None, stored: Mapping[str, TensorInfo], read: Read, *, gguf: bool) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moe_svd_distill.checkpoints.checkpoint import GGUF, Checkpoint
+from moe_svd_distill.checkpoints.checkpoint import Checkpoint
 from moe_svd_distill.checkpoints.configuration import read_config
 from moe_svd_distill.checkpoints.hub import fetch_headers, fetch_small, fetch_weights, parse_hub_id, redact
 from moe_svd_distill.checkpoints.llama_cpp.folder import file_behind
 from moe_svd_distill.checkpoints.quantisation.claims import USE_PLAIN, declared_quantisation
 from moe_svd_distill.checkpoints.remote.folder import keep
 from moe_svd_distill.checkpoints.remote.source import HUB, is_address
+from moe_svd_distill.checkpoints.storage import GGUF
 from moe_svd_distill.checkpoints.survey import raise_faults, survey
 from moe_svd_distill.errors import BadDataError, MissingInputError, RemoteError, UsageError, shown
 from moe_svd_distill.files.reading import explain
