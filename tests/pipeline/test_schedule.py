@@ -45,9 +45,10 @@ def test_passes_over_the_text(tokens: int, asked: Any, stages: list[str], expect
     assert epochs(recipe, stages, True) == pytest.approx(expected)
 
 
-def test_passes_with_a_head_that_stands_still() -> None:
-    recipe = parse_recipe({"teacher": "t", "student": "s", "tokens": 4096})
-    assert epochs(recipe, ["refined"], False) == 2.0
+@pytest.mark.parametrize(("tokens", "expected"), [(4096, 2.0), (16_383, 2.0), (16_384, 1.0), (2**20, 1.0)])
+def test_passes_with_a_head_that_stands_still(tokens: int, expected: float) -> None:
+    recipe = parse_recipe({"teacher": "t", "student": "s", "tokens": tokens})
+    assert epochs(recipe, ["refined"], False) == expected
     assert epochs(recipe, ["weights", "refined"], False) == epochs(recipe, ["weights", "refined"], True)
 
 

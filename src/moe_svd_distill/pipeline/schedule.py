@@ -29,7 +29,7 @@ StageName: TypeAlias = Literal["calibrated", "refined"]
 _MOST_HALVINGS = 4
 _SCALES_OF_A_LONG_RUN = (0.25, 0.5, 1.0)
 _EPOCHS_OF_LITTLE, _EPOCHS_OF_MUCH, _SHARE_AFTER_WEIGHTS = 4.0, 2.75, 0.2
-_EPOCHS_OF_FIXED_HEAD = 2.0
+_ONE_PASS = 16_384
 _TOKENS_OF_A_ROW = 4
 _RATES: Mapping[OptimiserName, float] = {"muon": 0.6, "adamw": 0.18}
 _MEASURING_SHARE, _TRAINING_COST, _FEWEST_CHECKS = 0.125, 3, 2
@@ -186,12 +186,12 @@ def epochs(recipe: Recipe, stages: Sequence[str], head_moves: bool) -> float:
         recipe: What is asked for.
         stages: Of the run.
         head_moves: Whether the head is trained; all else has learnt what carries over to other text after two passes
-            (docs/decisions/0025).
+            over little text, and after one over more (docs/decisions/0025).
     """
     if recipe.training.epochs != "auto":
         return recipe.training.epochs
     if not head_moves and "weights" not in stages:
-        return _EPOCHS_OF_FIXED_HEAD
+        return 2.0 if recipe.tokens < _ONE_PASS else 1.0
     passes = _EPOCHS_OF_LITTLE if recipe.tokens <= MUCH_TEXT else _EPOCHS_OF_MUCH
     return passes * (_SHARE_AFTER_WEIGHTS if "weights" in stages else 1.0)
 

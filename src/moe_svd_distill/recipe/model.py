@@ -67,7 +67,7 @@ class TrainingRecipe(Section):
     epochs: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
         "auto",
         description="Passes over the text. auto: 4 over up to 65,536 tokens, 2.75 over more; after a weights stage, "
-        "which leaves less to learn, a fifth of that.",
+        "which leaves less to learn, a fifth of that. Where the head stands still, 2 over fewer than 16,384, else 1.",
     )
     step_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="Tokens of one step of the optimiser. auto: about 3,000 steps, of 512 to 65,536 tokens."
