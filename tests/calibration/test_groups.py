@@ -9,6 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -168,6 +169,35 @@ def test_a_large_source_is_not_read_whole_for_a_small_part() -> None:
     assert {name: text.tokens for name, text in parts.items()} == BUDGETS
     assert sum(read) <= 200
     assert all(len(text.groups) >= 2 for text in parts.values())
+
+
+def _packages(count: int) -> list[Document]:
+    return [Document(f"{g} {n}", _text(f"g{g}n{n}x", 60), group=str(g)) for g in range(count) for n in range(60)]
+
+
+@pytest.mark.parametrize("count", [16, 38, 60])
+def test_what_is_fitted_on_has_all_groups_that_checking_and_search_leave(count: int) -> None:
+    budgets = {"validation": 4000, "fit": 16_000, "search": 4000}
+    parts = divide_text(_packages(count), PLAIN, budgets, length=100)
+    assert {name: text.tokens for name, text in parts.items()} == budgets
+    groups = {name: set(text.groups) for name, text in parts.items()}
+    assert not any(groups[one] & groups[other] for one, other in combinations(groups, 2))
+    assert len(groups["fit"]) > 0.4 * count
+    assert sum(len(own) for own in groups.values()) >= 0.9 * count
+    fit = parts["fit"]
+    of_document = np.bincount(fit.document_of_token.ravel())
+    of_group = np.bincount([int(source.split()[0]) for source in fit.sources], weights=of_document)
+    assert of_group.max() < 2.5 * fit.tokens / len(groups["fit"])
+
+
+@pytest.mark.parametrize("search", [800, 12_000])
+def test_more_search_text_of_few_groups_leaves_what_is_fitted_on_as_it_is(search: int) -> None:
+    before = {"validation": 4000, "fit": 16_000}
+    first, again = (
+        divide_text(_packages(38), PLAIN, {**before, "search": tokens}, length=100) for tokens in (4000, search)
+    )
+    assert again["search"].tokens == search
+    assert all((first[name].sequences == again[name].sequences).all() for name in before)
 
 
 def test_a_licence_in_every_file_is_in_one_part_only_and_counted() -> None:

@@ -23,12 +23,14 @@ class Spread:
 
 
 WIDEST = Spread(MINIMUM_UNITS, MINIMUM_UNITS)
-ENOUGH = tuple(Spread(16, groups) for groups in (16, 8, 4, 2, 1))
-"""16 documents are enough for error bars; as many groups as there are."""
+ENOUGH = tuple(Spread(16, groups) for groups in (8, 4, 2, 1))
+"""16 documents are enough for error bars; the groups that checking does not need are for what is fitted on."""
 SPREADS = (WIDEST, *ENOUGH, *(Spread(documents, 1) for documents in (8, 4, 2, 1)))
 """Most wanted first."""
 WORTH = 0.8
 """Spreading a part leaves the rest of its documents and groups unused; this share of the tokens must remain for it."""
+ROOM = 1.25
+"""Groups kept for a part, to those it is spread over at least: small ones give it less than their share."""
 KEPT = 1 / 8
 """Where text is short, a part that asks for less than this share of the whole keeps this share, up to what it asks."""
 
@@ -53,7 +55,8 @@ class Allocation:
 def allocate(lengths: IntArray, groups: IntArray, full: Sequence[int], length: int) -> Allocation | None:
     """Give parts their documents so that no group is in two, over as many groups and documents as the text allows.
 
-    Parts take groups in their order. Too little text shrinks all parts by one factor, down to `KEPT`; then the smallest
+    Parts take groups in their order. With too few groups for the widest spread, the largest part takes all that the
+    others leave, whose number of groups then does not depend on how much they ask for. Too little text shrinks all parts by one factor, down to `KEPT`; then the smallest
     parts come first, take the smallest groups if large ones would be wasted on them, and what is left goes to the
     largest.
 
@@ -66,15 +69,39 @@ def allocate(lengths: IntArray, groups: IntArray, full: Sequence[int], length: i
     Returns:
         None if there is not one sequence for each part.
     """
-    given = complete(lengths, groups, full, (WIDEST, *ENOUGH))
-    if given is not None:
-        return Allocation(tuple(full), tuple(given), 1.0)
+    for spread in (WIDEST, *ENOUGH):
+        given = complete(lengths, groups, full, (spread,))
+        if given is not None:
+            wider = None if spread == WIDEST else _over_all_groups(lengths, groups, full, spread)
+            return Allocation(tuple(full), tuple(wider or given), 1.0)
     ascending = np.argsort(full, kind="stable")
     found = _of_too_little(lengths, groups, [full[part] for part in ascending], length)
     if found is None:
         return None
     wanted, places = ([values[place] for place in np.argsort(ascending)] for values in (found.wanted, found.places))
     return Allocation(tuple(wanted), tuple(places), found.share)
+
+
+def _over_all_groups(lengths: IntArray, groups: IntArray, full: Sequence[int], spread: Spread) -> list[IntArray] | None:
+    """The parts at this spread, but the largest over as many of the groups they leave as possible; None if it is none.
+
+    Parts that come after the largest have room to ask for more before it has other groups.
+    """
+    largest = int(np.argmax(full))
+    before, after = list(full[:largest]), list(full[largest + 1 :])
+    others = taken(lengths, groups, before + after, spread)
+    if others is None:
+        return None
+    _, number = np.unique(groups, return_inverse=True)
+    used = [int(number[places[-1]]) + 1 for places in others]
+    begin_after = used[largest - 1] if before else 0
+    begin = max([begin_after + ceil(ROOM * spread.groups * len(after)), *used])
+    first = int(np.searchsorted(number, begin))
+    for count in range(int(number[-1]) + 1 - begin, spread.groups, -1):
+        found = taken(lengths[first:], groups[first:], [full[largest]], Spread(spread.documents, count))
+        if found is not None:
+            return [*others[:largest], found[0] + first, *others[largest:]]
+    return None
 
 
 def _of_too_little(lengths: IntArray, groups: IntArray, full: Sequence[int], length: int) -> Allocation | None:
