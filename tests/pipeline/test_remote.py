@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,11 +106,31 @@ def test_inspect_fetches_headers_alone(served: Served, tmp_path: Path) -> None:
 
 def test_no_more_lies_on_the_disk_than_is_allowed(served: Served, tmp_path: Path) -> None:
     largest = max(info.bytes for info in read_header(served.teacher / "model.safetensors").tensors.values())
-    allowed = 3 * largest
-    done = served.distill(tmp_path / "home", tmp_path / "out", **WEIGHTS, remote_cache_gb=allowed / 10**9)
+    allowed, seen, ended = 3 * largest, {"teacher": [0], "student": [0]}, threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.01):
+            for name, sizes in seen.items():
+                sizes.append(_bytes_below(tmp_path / "home" / "moe-svd-distill" / f"hf--org--{name}", "tensors"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        done = served.distill(tmp_path / "home", tmp_path / "out", **WEIGHTS, remote_cache_gb=allowed / 10**9)
+    finally:
+        ended.set()
+        watcher.join()
     assert done.returncode == 0, done.stderr
-    for folder in (tmp_path / "home").rglob("tensors"):
-        assert 0 < sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= allowed
+    for name, sizes in seen.items():
+        assert largest / 2 < max(sizes) <= allowed < served.needed(name)
+
+
+def _bytes_below(folder: Path, name: str) -> int:
+    total = 0
+    for path in folder.glob(f"*/*/{name}/*/*"):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
 
 
 def test_a_busy_hub_in_the_middle_of_a_run(served: Served, tmp_path: Path) -> None:
