@@ -122,8 +122,12 @@ class TrainingRecipe(Section):
 class Recipe(Section):
     """Everything a run depends on besides the models themselves."""
 
-    teacher: str = Field(description="Folder, GGUF file or hub id (with optional @revision) of the teacher.")
-    student: str = Field(description="Folder, GGUF file or hub id (with optional @revision) of the student.")
+    teacher: str = Field(
+        description="Folder, GGUF file, hub id (with optional @revision) or address (hf://…, read by range) of the teacher."
+    )
+    student: str = Field(
+        description="Folder, GGUF file, hub id (with optional @revision) or address (hf://…, read by range) of the student."
+    )
     base_model: str | None = Field(
         None,
         description="What the adapter names as its base model; default: the student, of a GGUF file the checkpoint "
