@@ -123,10 +123,12 @@ class Recipe(Section):
     """Everything a run depends on besides the models themselves."""
 
     teacher: str = Field(
-        description="Folder, GGUF file, hub id (with optional @revision) or address (hf://…, read by range) of the teacher."
+        description="Folder, GGUF file, hub id (with optional @revision) or address (hf://…: read by range) of the "
+        "teacher."
     )
     student: str = Field(
-        description="Folder, GGUF file, hub id (with optional @revision) or address (hf://…, read by range) of the student."
+        description="Folder, GGUF file, hub id (with optional @revision) or address (hf://…: read by range) of the "
+        "student."
     )
     base_model: str | None = Field(
         None,
