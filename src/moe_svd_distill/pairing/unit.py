@@ -115,6 +115,13 @@ class UnitOfWork:
     cost: int = 0
     key: str = ""
 
+    def views(self) -> tuple[list[TensorView], list[TensorView]]:
+        """The matrices of the teacher and of the student that are read for what changes."""
+        changing = [task for task in self.tasks if task.change]
+        experts = [view for layer in self.teacher_experts for views in layer.tensors for view in views]
+        theirs = [source.view for task in changing for source in task.sources]
+        return theirs + (experts if changing else []), [task.view for task in changing]
+
     @property
     def weight(self) -> float:
         """Relative cost, as the supervisor wants it."""

@@ -101,6 +101,8 @@ def _computed(
 ) -> PartContent:
     from moe_svd_distill.transfer.unit import transfer_unit
 
+    for checkpoint, views in zip(models, unit.views(), strict=True):
+        checkpoint.prefetch({view.stored for view in views})
     return PartContent(*transfer_unit(unit, models, geometries, settings, device, report_progress))
 
 
