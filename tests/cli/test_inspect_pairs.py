@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from moe_svd_distill.cli.main import main
+from moe_svd_distill.files.header import read_header
 from tests.checkpoints.hub_server import Hub, serve
 from tests.support.models import saved
 
@@ -73,7 +74,8 @@ def test_of_hub_models_only_headers_are_fetched(models: tuple[Path, Path], tmp_p
         weights = [(verb, wanted) for verb, path, wanted in hub.requests if path.endswith(".safetensors")]
     assert {verb for verb, _ in weights} <= {"GET", "HEAD"}
     assert [wanted for verb, wanted in weights if verb == "GET"]
-    assert all(wanted.startswith("bytes=0-") for verb, wanted in weights if verb == "GET")
+    assert all(wanted.startswith(("bytes=0-7", "bytes=8-")) for verb, wanted in weights if verb == "GET")
+    assert hub.sent["lab/teacher"] % read_header(models[0] / "model.safetensors").size == 0
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
