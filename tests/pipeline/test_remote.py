@@ -18,13 +18,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_svd_distill.files.header import read_header
+from moe_svd_distill.pipeline.distill import distill
 from moe_svd_distill.recipe import parse_recipe
 from tests.checkpoints.hub_server import Hub, serve
 from tests.support.heads import TRAINED, student_with_tokenizer, trained_tokenizer
 from tests.support.pairs import recipe_for
 
 MOE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_experts": 4}
-CALIBRATED: dict[str, Any] = {key: value for key, value in TRAINED.items() if key != "start"} | {"method": "calibrated"}
+CALIBRATED: dict[str, Any] = {key: value for key, value in TRAINED.items() if key != "start"} | {
+    "method": "calibrated",
+    "fit_passes": 4,
+}
 WEIGHTS: dict[str, Any] = {"method": "weights", "rank": 4, "head_rank": 4, "workers": 2}
 
 
@@ -76,25 +80,52 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield Served(hub, teacher, student)
 
 
-@pytest.mark.parametrize("values", [WEIGHTS, CALIBRATED], ids=["weights", "calibrated"])
-def test_a_remote_run_gives_the_same_adapter_and_fetches_each_byte_once(
-    served: Served, tmp_path: Path, values: dict[str, Any]
+@pytest.fixture(scope="module")
+def weights(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with the adapter of a weights run in it, during which the hub was busy and connections ended early."""
+    home = tmp_path_factory.mktemp("home")
+    served.hub.sent.clear()
+    served.hub.hiccups["org/teacher"] = ["", "", "", "429", "503", "cut", "", "cut"]
+    done = served.distill(home, home / "out", **WEIGHTS)
+    assert done.returncode == 0, done.stderr
+    assert served.hub.hiccups["org/teacher"] == []
+    return home
+
+
+def test_a_remote_weights_run_gives_the_same_adapter_and_fetches_each_byte_once(
+    served: Served, weights: Path, tmp_path: Path
+) -> None:
+    _fetched_once(served, weights)
+    distill(recipe_for(served.teacher, served.student, tmp_path / "local", **WEIGHTS))
+    _same(weights / "out", tmp_path / "local")
+    assert json.loads((weights / "out" / "run.json").read_text())["teacher"]["source"] == "org/teacher"
+    configuration = json.loads((weights / "out" / "adapter_config.json").read_text())
+    assert configuration["base_model_name_or_path"] == "org/student"
+
+
+def test_a_remote_calibrated_run_gives_the_same_adapter_and_fetches_each_byte_once(
+    served: Served, tmp_path: Path
 ) -> None:
     served.hub.sent.clear()
-    done = served.distill(tmp_path / "home", tmp_path / "remote", **values)
+    done = served.distill(tmp_path / "home", tmp_path / "remote", **CALIBRATED)
     assert done.returncode == 0, done.stderr
+    _fetched_once(served, tmp_path / "home")
+    folders = str(served.teacher), str(served.student)
+    assert served.distill(tmp_path / "home", tmp_path / "local", folders, **CALIBRATED).returncode == 0
+    _same(tmp_path / "remote", tmp_path / "local")
+
+
+def _fetched_once(served: Served, home: Path) -> None:
     for name in ("teacher", "student"):
         assert served.hub.sent[f"org/{name}"] <= 1.01 * served.needed(name)
-    assert {path.parent.name for path in (tmp_path / "home").rglob("*.safetensors") if path.is_file()} == {"headers"}
-    folders = str(served.teacher), str(served.student)
-    assert served.distill(tmp_path / "home", tmp_path / "local", folders, **values).returncode == 0
-    remote, local = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("remote", "local"))
-    assert remote.keys() == local.keys()
-    assert [name for name, tensor in remote.items() if not torch.equal(tensor, local[name])] == []
-    record = json.loads((tmp_path / "remote" / "run.json").read_text())
-    assert record["teacher"]["source"] == "org/teacher"
-    configuration = json.loads((tmp_path / "remote" / "adapter_config.json").read_text())
-    assert configuration["base_model_name_or_path"] == "org/student"
+    kept = home / "moe-svd-distill"
+    assert {path.parent.name for path in kept.rglob("*.safetensors") if path.is_file()} == {"headers"}
+
+
+def _same(first: Path, second: Path) -> None:
+    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
+    assert one.keys() == other.keys()
+    assert [name for name, tensor in one.items() if not torch.equal(tensor, other[name])] == []
 
 
 def test_inspect_fetches_headers_alone(served: Served, tmp_path: Path) -> None:
@@ -133,13 +164,6 @@ def _bytes_below(folder: Path, name: str) -> int:
     return total
 
 
-def test_a_busy_hub_in_the_middle_of_a_run(served: Served, tmp_path: Path) -> None:
-    served.hub.hiccups["org/teacher"] = ["", "", "", "429", "503", "cut", "", "cut"]
-    done = served.distill(tmp_path / "home", tmp_path / "out", **WEIGHTS)
-    assert done.returncode == 0, done.stderr
-    assert served.hub.hiccups["org/teacher"] == []
-
-
 def test_text_that_is_not_there_is_found_before_anything_is_asked(served: Served, tmp_path: Path) -> None:
     before = len(served.hub.requests)
     done = served.run(
@@ -151,17 +175,21 @@ def test_text_that_is_not_there_is_found_before_anything_is_asked(served: Served
     assert len(served.hub.requests) == before
 
 
-def test_a_remote_student_is_evaluated_and_not_merged(served: Served, tmp_path: Path) -> None:
-    home, output = tmp_path / "home", tmp_path / "out"
-    assert served.distill(home, output, **WEIGHTS).returncode == 0
-    text = Path(TRAINED["calibration"][0])
-    arguments = ["--teacher", "hf://org/teacher", "--student", "hf://org/student", "--text", str(text)]
-    figures = []
-    for mode in ("resident", "streamed"):
-        done = served.run(home, "evaluate", str(output), *arguments, "--mode", mode, "--json", "--tokens", "600")
-        assert done.returncode == 0, done.stderr
-        figures.append(json.loads(done.stdout))
-    merged = served.run(home, "merge", str(output), str(tmp_path / "merged"), "--student", "hf://org/student")
+def test_a_remote_student_is_evaluated_and_not_merged(served: Served, weights: Path, tmp_path: Path) -> None:
+    arguments = [
+        "--teacher",
+        "hf://org/teacher",
+        "--student",
+        "hf://org/student",
+        "--text",
+        CALIBRATED["calibration"][0],
+    ]
+    done = served.run(weights, "evaluate", str(weights / "out"), *arguments, "--json", "--tokens", "600")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["held_out"]["documents_used"] == 0
+    merged = served.run(
+        weights, "merge", str(weights / "out"), str(tmp_path / "merged"), "--student", "hf://org/student"
+    )
     assert merged.returncode == 2
     assert "not on this machine" in merged.stderr
 
