@@ -298,7 +298,7 @@ def test_a_shortfall_of_text_is_said(tiny: tuple[Path, Path], tmp_path: Path) ->
     short = tmp_path / "short.jsonl"
     short.write_text("\n".join(json.dumps({"text": json.loads(line)["text"][:600]}) for line in lines))
     notes: list[str] = []
-    values = HEAD_ALONE | {"calibration": [str(short)], "tokens": 1 << 20}
+    values = HEAD_ALONE | {"calibration": [str(short)], "tokens": 1 << 20, "fit_passes": 1}
     adapter = distill(recipe_for(*tiny, tmp_path / "out", **values), Listener(on_note=notes.append))
     shortfalls = adapter.record.content["calibration"]["shortfalls"]
     assert set(shortfalls) <= set(notes)
