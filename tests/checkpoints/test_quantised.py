@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint, refuse_quantised
+from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint, require_plain_files
 from moe_svd_distill.errors import BadDataError
 from tests.checkpoints.builders import CONFIG, read_index, tiny_tensors, write_model
 from tests.support.quantisers import QWEN3_FP8, account, expand, float8_blocks, quantised_model, seeded
@@ -88,7 +88,7 @@ def test_plain_models_pass(tmp_path: Path, empty: object) -> None:
     assert checkpoint.quantisation is None
     assert checkpoint.companions == {}
     account(checkpoint)
-    refuse_quantised(checkpoint)
+    require_plain_files(checkpoint)
 
 
 def test_a_declared_method_with_plain_tensors_is_plain_but_says_so(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_declared_method_with_plain_tensors_is_plain_but_says_so(tmp_path: Pat
     assert checkpoint.quantisation == "fp8: declared, but every tensor is stored plainly"
     assert list(checkpoint) == list(checkpoint.stored)
     with pytest.raises(BadDataError, match="is quantised"):
-        refuse_quantised(checkpoint)
+        require_plain_files(checkpoint)
 
 
 def mixed() -> dict[str, torch.Tensor]:

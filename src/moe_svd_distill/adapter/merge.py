@@ -28,7 +28,7 @@ from moe_svd_distill.adapter.whole_head import base_head, refuse_codes, replaced
 from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.architecture.matrices import Matrix
 from moe_svd_distill.architecture.stored import TensorSource
-from moe_svd_distill.checkpoints import Checkpoint, TensorInfo, refuse_quantised
+from moe_svd_distill.checkpoints import Checkpoint, TensorInfo, require_plain_files
 from moe_svd_distill.checkpoints.configuration import CONFIG
 from moe_svd_distill.checkpoints.shards import INDEX
 from moe_svd_distill.errors import BadDataError, CannotWriteError
@@ -88,7 +88,7 @@ def merge(
     configuration = read_json(Path(adapter_folder) / CONFIGURATION_FILE)
     architecture = student_of(student, configuration, "a merge")
     checkpoint = architecture.checkpoint
-    refuse_quantised(checkpoint)
+    require_plain_files(checkpoint)
     warnings = notes_on_student(Path(adapter_folder), checkpoint)
     pairs = LowRankPairs(adapter_folder, architecture)
     check_loads(adapter_folder, checkpoint.config)  # a merge does what PEFT does, and nothing where PEFT does nothing

@@ -115,7 +115,7 @@ def _from_cache(folder: Path, source: str, unreachable: RemoteError, as_stored: 
     return checkpoint
 
 
-def refuse_quantised(checkpoint: Checkpoint) -> None:
+def require_plain_files(checkpoint: Checkpoint) -> None:
     """Raise if the model is quantised or read by range: for work that writes its files again as they are stored."""
     if checkpoint.is_remote:
         raise UsageError(

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from moe_svd_distill.checkpoints.configuration import configuration_files
 from moe_svd_distill.checkpoints.identity import Extract, cache_key, digest_of
@@ -192,8 +192,14 @@ class RemoteFiles:
     def survey(self, source: str, *, as_stored: bool) -> Survey:
         """As `Storage`: of the headers that were fetched when the model was opened first."""
         remote = self._remote
-        given: dict[str, Any] = {"small_tensor": remote.beginning, "as_stored": as_stored, "source": source}
-        return survey(remote.folder, remote.names, remote.headers, **given)
+        return survey(
+            remote.folder,
+            remote.names,
+            remote.headers,
+            small_tensor=remote.beginning,
+            as_stored=as_stored,
+            source=source,
+        )
 
     def folder(self, found: Survey) -> Path:
         """As `Storage`."""

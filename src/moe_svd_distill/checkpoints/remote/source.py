@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from moe_svd_distill.checkpoints.hub import HubModel, Snapshot, fetch_range, fetch_small, parse_hub_id, redact
-from moe_svd_distill.errors import DistillError, MissingInputError, RemoteError, UsageError, shown
+from moe_svd_distill.errors import (
+    BadDataError,
+    DistillError,
+    MissingInputError,
+    RemoteError,
+    UsageError,
+    reason_of,
+    shown,
+)
+from moe_svd_distill.files.reading import FETCH_AGAIN, MAX_JSON_BYTES
 
 HUB = "hf"
 _ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+]*)://(?P<place>.+)", re.ASCII)
 _LOCAL = ("file", "local")
-_SMALL_BYTES = 64 * 1024 * 1024
 
 
 class Source(Protocol):
@@ -94,7 +104,7 @@ class StoreSource:
         """
         self.address = redact(address, None)
         self._files, self._root = _file_system(address)
-        with _explained(self.address):
+        with _store_errors(self.address):
             found: dict[str, Any] = self._files.find(self._root, detail=True)
         if not found:
             raise MissingInputError(f"there is no file at {shown(self.address)}", "Check the address")
@@ -103,19 +113,25 @@ class StoreSource:
         self.names = tuple(self._details)
         self.revision = _digest_of(self._details)
         if revision not in (None, self.revision):
-            raise MissingInputError(
+            raise BadDataError(
                 f"the files at {shown(self.address)} are not those that were opened any more", "Start the run again"
             )
 
     def small_file(self, name: str) -> bytes:
         """A whole file, refused where it is a large one."""
-        return self.read(name, 0, _SMALL_BYTES)[0]
+        found, size = self.read(name, 0, MAX_JSON_BYTES)
+        if size > MAX_JSON_BYTES:
+            raise BadDataError(
+                f"{shown(name)} of {shown(self.address)} has {size} bytes (expected at most {MAX_JSON_BYTES})",
+                FETCH_AGAIN,
+            )
+        return found
 
     def read(self, name: str, begin: int, end: int) -> tuple[bytes, int]:
         """A part of a file."""
         size = int(self._details[name]["size"])
         end = min(end, size)
-        with _explained(self.address):
+        with _store_errors(self.address):
             found = bytes(self._files.cat_file(f"{self._root.rstrip('/')}/{name}", start=begin, end=end))
         if len(found) != end - begin:
             raise RemoteError(
@@ -173,23 +189,18 @@ def _file_system(address: str) -> tuple[Any, str]:
         raise UsageError(f"{shown(redact(address, None))} cannot be read ({error})", "Give hf:// or s3://") from error
 
 
-class _explained:  # noqa: N801
-    """Whatever a store's library raises, in the words of this project."""
-
-    def __init__(self, address: str) -> None:
-        self._address = address
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, DistillError) or not isinstance(error, Exception):
-            return
-        if isinstance(error, FileNotFoundError):
-            raise MissingInputError(f"there is no model at {shown(self._address)}", "Check the address") from error
-        reason = redact(str(error).strip().partition("\n")[0], None)[:200]
+@contextmanager
+def _store_errors(address: str) -> Iterator[None]:
+    """Translate whatever a store's library raises."""
+    try:
+        yield
+    except DistillError:
+        raise
+    except FileNotFoundError as error:
+        raise MissingInputError(f"there is no model at {shown(address)}", "Check the address") from error
+    except Exception as error:
         raise RemoteError(
-            f"{shown(self._address)} cannot be read ({type(error).__name__}: {reason})",
+            f"{shown(address)} cannot be read ({type(error).__name__}: {redact(reason_of(error), None)[:200]})",
             "Check the network and the store's credentials, or give a local folder",
         ) from error
 
