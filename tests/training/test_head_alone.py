@@ -43,13 +43,13 @@ def _text(pairs: StatePairs) -> TrainingText:
 
 def _head(problem: Problem, start: torch.Tensor | None = None) -> TrainedHead:
     metric = whitening(second_moment(problem.fit))
-    return TrainedHead(problem.student, problem.teacher, metric, start, "whole", "forward", 0.0)
+    return TrainedHead(problem.student, problem.teacher, metric, SETTINGS, start)
 
 
 def _training(problem: Problem, head: TrainedHead, **values: float) -> Training:
     settings = replace(SETTINGS, **values)  # type: ignore[arg-type]
     return Training(
-        HeadEngine(), LoraParameters({}, {}, CPU, {}, 0), head, _text(problem.fit), _text(problem.check), settings
+        HeadEngine(LoraParameters({}, {}, CPU, {}, 0)), head, _text(problem.fit), _text(problem.check), settings
     )
 
 

@@ -26,7 +26,7 @@ from moe_svd_distill.pipeline.stage_text import Passes, Report, search_text, sta
 from moe_svd_distill.pipeline.training_start import Start, read_start
 from moe_svd_distill.pipeline.units import digest_of, library_versions
 from moe_svd_distill.streaming import PassSettings, load_head
-from moe_svd_distill.training.fixed_head import ExpectedText, FixedHead, with_teacher_expectations
+from moe_svd_distill.training.fixed_head import FixedHead
 from moe_svd_distill.training.head import TrainedHead
 from moe_svd_distill.training.job import StudentInTraining, TrainingJob, TrainingReport, threads
 from moe_svd_distill.training.measuring import predicting_places
@@ -192,19 +192,17 @@ class _TextStage:
                 assert isinstance(head, FixedHead)
                 assert expected is not None
                 states, target = trainee.states_of(text, scale), torch.from_numpy(places.target)
-                columns = head.figures(states, expected.text.teacher, expected.best, target)
+                columns = head.figures(states, expected[0].teacher, expected[1], target)
                 return Measurement.of_tokens(columns.double().numpy(), places.unit)
 
             return search_scale(at, (schedule.stage,), global_scales=schedule.scales)
 
-    def expected(self, head: FixedHead, text: TrainingText) -> AbstractContextManager[ExpectedText]:
+    def expected(self, head: FixedHead, text: TrainingText) -> AbstractContextManager[tuple[TrainingText, Tensor]]:
         """What the scale search needs of the teacher for a head that stands still."""
         self.report("working out what the scale search needs of the teacher", None)
         checkpoint, tokens = self.pair.teacher.checkpoint, self.fit_text.teacher_ids
         teacher = load_head(checkpoint, self.given.devices[0], torch.float32, tokens=tokens)
-        return with_teacher_expectations(
-            text, teacher, head.weights, 0.0, self.given.folder, "search", head.products.dtype
-        )
+        return head.with_expectations(text, teacher, 0.0, self.given.folder, "search")
 
     def facts_of_fit(self, job: TrainingJob, run: TrainingReport, start: Start) -> dict[str, Any]:
         """For run.json, of the calibrated stage."""

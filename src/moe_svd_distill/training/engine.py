@@ -25,7 +25,13 @@ from moe_svd_distill.training.text import Batch
 
 
 class Engine(Protocol):
-    """Runs the student as it is now."""
+    """Runs the student as it is now.
+
+    Attributes:
+        bank: The factors in its layers.
+    """
+
+    bank: LoraParameters
 
     def accumulate_gradients(self, batches: Sequence[Batch], head: TrainedHead | FixedHead, places: int) -> None:
         """Add the gradients of a step to those in the factors' bank and in the head.
@@ -43,6 +49,9 @@ class Engine(Protocol):
 class HeadEngine:
     """An `Engine` without layers: what was recorded are the final states."""
 
+    def __init__(self, bank: LoraParameters) -> None:
+        self.bank = bank
+
     def accumulate_gradients(self, batches: Sequence[Batch], head: TrainedHead | FixedHead, places: int) -> None:
         """As `Engine`."""
         for batch, states in zip(batches, self.states(batches), strict=True):
@@ -58,7 +67,7 @@ class ResidentEngine:
     """An `Engine` for a decoder whose layers from one on are in memory."""
 
     def __init__(self, decoder: Decoder, bank: LoraParameters, first: int = 0) -> None:
-        self._decoder, self._bank, self._first = decoder, bank, first
+        self._decoder, self.bank, self._first = decoder, bank, first
         self._bases = {layer: bank.bases(layer) for layer in range(first, decoder.layers)}
         for layer in self._bases:
             bank.hook_gradients(layer)
@@ -83,7 +92,7 @@ class ResidentEngine:
 
     def _compose(self) -> None:
         for layer, bases in self._bases.items():
-            self._bank.compose(layer, bases)
+            self.bank.compose(layer, bases)
 
 
 class StreamedEngine:
@@ -102,7 +111,7 @@ class StreamedEngine:
             budget: Bytes on the device, and as many in the machine's memory beside a GPU; by default a quarter of what
                 is free in each.
         """
-        self._decoder, self._bank, self._folder, self._budget = decoder, bank, folder, budget
+        self._decoder, self.bank, self._folder, self._budget = decoder, bank, folder, budget
         self._first = first
 
     def accumulate_gradients(self, batches: Sequence[Batch], head: TrainedHead | FixedHead, places: int) -> None:
@@ -113,7 +122,7 @@ class StreamedEngine:
             slopes: list[list[Tensor | None]] = [[] for _ in batches]
             for layer in range(decoder.layers - 1, self._first - 1, -1):
                 self._enter(layer, layer - 1 if layer > self._first else None)
-                self._bank.hook_gradients(layer)
+                self.bank.hook_gradients(layer)
                 for number, batch in enumerate(batches):
                     before = [
                         tensor.to(decoder.device).detach().requires_grad_(tensor.is_floating_point())
@@ -165,7 +174,7 @@ class StreamedEngine:
 
     def _enter(self, layer: int, following: int | None) -> None:
         self._decoder.enter(layer, following)
-        self._bank.compose(layer)
+        self.bank.compose(layer)
 
 
 class _Inputs:

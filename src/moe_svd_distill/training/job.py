@@ -18,7 +18,7 @@ from moe_svd_distill.execution.parts import PartContent, open_part, part_path, r
 from moe_svd_distill.streaming import Decoder, Head, LayerInputs, load_head
 from moe_svd_distill.streaming.tables import EmbeddingChange
 from moe_svd_distill.training.engine import Engine, HeadEngine, ResidentEngine, StreamedEngine
-from moe_svd_distill.training.fixed_head import FixedHead, with_teacher_expectations
+from moe_svd_distill.training.fixed_head import FixedHead
 from moe_svd_distill.training.head import TrainedHead
 from moe_svd_distill.training.loop import Training
 from moe_svd_distill.training.lora_pairs import Pair
@@ -160,7 +160,7 @@ class StudentInTraining:
         """What runs the layers that are trained, and those behind them; after the bank, whose pairs act in them."""
         job, decoder = self._job, self.decoder
         if job.first == decoder.layers:
-            return HeadEngine()
+            return HeadEngine(self.bank)
         if job.text.inputs is not None:
             decoder.knows_inputs(LayerInputs(job.first, job.text.inputs.path))
         if not job.resident:
@@ -195,7 +195,7 @@ class StudentInTraining:
         if untouched:
             self.bank.reset_to_zero()
             self.head.reset_to_zero()
-        return Training(self.engine, self.bank, self.head, self.text, self.check, settings, self._group)
+        return Training(self.engine, self.head, self.text, self.check, settings, self._group)
 
     def _choice(self) -> RateChoice | None:
         """The trials of the learning rate, made once in the life of a run."""
@@ -239,22 +239,12 @@ class StudentInTraining:
         short = needs_rows(settings.head == "fixed", settings.divergence) and self.student.transform.cap is None
         if not short or start is not None:
             self.teacher, self.metric = teacher, self._metric()
-            return TrainedHead(
-                self.student,
-                teacher,
-                self.metric,
-                start,
-                settings.head,
-                settings.divergence,
-                settings.cross_entropy_share,
-            )
+            return TrainedHead(self.student, teacher, self.metric, settings, start)
         head = FixedHead(self.student)
 
         def short_of(text: TrainingText, share: float, name: str) -> TrainingText:
-            rows = with_teacher_expectations(
-                text, teacher, self.student, share, job.folder, f"{self._group.number}-{name}", head.products.dtype
-            )
-            return self._closing.enter_context(rows).text
+            rows = head.with_expectations(text, teacher, share, job.folder, f"{self._group.number}-{name}")
+            return self._closing.enter_context(rows)[0]
 
         self.text = short_of(self.text, settings.cross_entropy_share, "text")
         self.check = short_of(self.check, 0.0, "check")

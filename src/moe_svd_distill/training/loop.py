@@ -20,7 +20,6 @@ from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.training.engine import Engine
 from moe_svd_distill.training.fixed_head import FixedHead
 from moe_svd_distill.training.head import TrainedHead
-from moe_svd_distill.training.lora_parameters import LoraParameters
 from moe_svd_distill.training.optimiser import AdamW, Muon, Optimiser
 from moe_svd_distill.training.process_group import ProcessGroup, SingleProcess
 from moe_svd_distill.training.progress import Outcome, Point, Progress
@@ -37,7 +36,6 @@ class Training:
     def __init__(
         self,
         engine: Engine,
-        bank: LoraParameters,
         head: TrainedHead | FixedHead,
         text: TrainingText,
         check: TrainingText,
@@ -47,17 +45,16 @@ class Training:
         """Nothing runs yet.
 
         Args:
-            engine: The student.
-            bank: Its factors.
+            engine: The student, with its factors.
             head: Its head.
             text: To train on.
             check: To measure on.
             settings: How.
             group: The processes that share the work.
         """
-        self.engine, self.bank, self.head, self.text, self.check = engine, bank, head, text, check
+        self.engine, self.bank, self.head, self.text, self.check = engine, engine.bank, head, text, check
         self.settings, self.group = settings, group or SingleProcess()
-        self.device = bank.values.device
+        self.device = self.bank.values.device
         self.rows = max(1, settings.step_tokens // text.length)
         self.steps_in_epoch = max(1, len(text) // self.rows)
         self.steps = max(1, round(settings.epochs * self.steps_in_epoch))
