@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_svd_distill.execution.supervisor import Settings
 from moe_svd_distill.pipeline.pair import open_pair
 from moe_svd_distill.pipeline.placement import (
     Placement,
@@ -19,7 +20,7 @@ def _place(tiny: tuple[Path, Path], tmp_path: Path, workers: int, together: int,
     recipe = recipe_for(*tiny, tmp_path, **LITTLE_TEXT)
     with open_pair(*map(str, tiny)) as pair:
         trained = TrainedParts(trained_ranks(recipe, pair.student), True, together, tokens)
-        return place_training(recipe, pair, ("cpu",), workers, trained)
+        return place_training(recipe, pair, Settings(workers), trained)
 
 
 @pytest.mark.parametrize(

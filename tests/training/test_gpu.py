@@ -141,7 +141,7 @@ def test_a_run_goes_on_from_its_save(tmp_path: Path) -> None:
     text, check = made_up_text(16, 1), made_up_text(6, 2)
     whole = setting(folder, tmp_path, settings=SETTINGS, device=GPU).training(text, check, SETTINGS).complete()
 
-    def stop(progress: Progress, steps: int) -> None:
+    def stop(progress: Progress) -> None:
         if progress.step == 5:
             raise KeyboardInterrupt
 

@@ -16,7 +16,7 @@ from moe_svd_distill.training.head import TrainedHead
 from moe_svd_distill.training.loop import Training
 from moe_svd_distill.training.lora_parameters import LoraParameters
 from moe_svd_distill.training.measuring import StatePairs, mean_kl
-from moe_svd_distill.training.progress import Outcome, Progress
+from moe_svd_distill.training.progress import Progress
 from moe_svd_distill.training.saves import TrainingCheckpoints
 from moe_svd_distill.training.settings import TrainingSettings
 from moe_svd_distill.training.text import Batch, TrainingText
@@ -53,7 +53,7 @@ def _training(problem: Problem, head: TrainedHead, **values: float) -> Training:
     )
 
 
-def _run(problem: Problem, head: TrainedHead, saves: TrainingCheckpoints | None = None, **values: float) -> Outcome:
+def _run(problem: Problem, head: TrainedHead, saves: TrainingCheckpoints | None = None, **values: float) -> Progress:
     return _training(problem, head, **values).complete(saves)
 
 
@@ -125,7 +125,7 @@ def test_a_rate_too_large_is_halved_until_the_first_check_is_better_also_in_a_ru
     assert 1 <= whole.halvings <= 4
     assert len(whole.curve) == SETTINGS.checks + 1
 
-    def stop(progress: Progress, steps: int) -> None:
+    def stop(progress: Progress) -> None:
         if progress.halvings and progress.step == 11:
             raise KilledError
 

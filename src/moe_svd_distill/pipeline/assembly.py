@@ -187,11 +187,12 @@ def write_head_part(folder: Path, pair: ModelPair, recipe: Recipe, fitted: Stage
     name = architecture.head
     tensors: dict[str, torch.Tensor] = {}
     if fitted.head is not None:
-        left, right = fitted.head.factors
+        assert fitted.head_delta is not None
+        left, right = fitted.head
         rows = architecture.head_slot.shape[0] - len(left)  # some heads have rows that pad them and give no logits
         if head_is_whole(recipe, pair):
             base = student.checkpoint.read(architecture.embedding if architecture.tied else name)
-            delta = torch.nn.functional.pad(fitted.head.delta, (0, 0, 0, rows))
+            delta = torch.nn.functional.pad(fitted.head_delta, (0, 0, 0, rows))
             tensors = {f"{name}#{_WHOLE}": (base.float() + delta).to(base.dtype)}
             if alone and not fitted.pairs:
                 tensors |= _zero_pair(student, getattr(torch, recipe.dtype))

@@ -18,12 +18,11 @@ from moe_svd_distill.pipeline.placement import (
 )
 from moe_svd_distill.pipeline.schedule import (
     StageName,
-    TextSize,
     TrainingSchedule,
     schedule_calibrated,
     schedule_refined,
 )
-from moe_svd_distill.pipeline.texts import longest_sequence, sequence_length, validation_tokens
+from moe_svd_distill.pipeline.texts import TextSize, expected_text
 from moe_svd_distill.recipe import Recipe
 from moe_svd_distill.streaming import PassSettings
 from moe_svd_distill.training.head_rank import SERVED_RANKS
@@ -148,18 +147,10 @@ def costs_of_training(
     return found
 
 
-def expected_text(recipe: Recipe, pair: ModelPair, tokens: int) -> TextSize:
-    """So much text to train on, and the text to check by, before it is read."""
-    length = sequence_length(recipe, longest_sequence(pair))
-    tokens, check = whole(tokens, length), whole(validation_tokens(recipe), length)
-    rows = pair.student.layout.geometry.vocabulary
-    return TextSize(tokens, tokens // length, length, check, recipe.vocabulary == "equal", rows)
-
-
 def _cost(recipe: Recipe, pair: ModelPair, schedule: TrainingSchedule, text: TextSize, at_hand: bool) -> TrainingCost:
     teacher, student, execution = pair.teacher, pair.student, execution_settings(recipe)
     trained, settings, extra, beginning = schedule.trained, schedule.settings, schedule.extra, schedule.beginning
-    placed = place_training(recipe, pair, execution.devices, execution.workers, trained) if at_hand else None
+    placed = place_training(recipe, pair, execution, trained) if at_hand else None
     resident = placed.resident if placed else {"resident": True, "streamed": False}.get(recipe.training.placement)
     processes = len(placed.devices) if placed else len(execution.devices)
     search = whole(recipe.scale_search_tokens, text.length)

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from moe_svd_distill.pipeline.assembly import asked_head_rank
-from moe_svd_distill.pipeline.stage import HeadChange
 from moe_svd_distill.training.head_rank import choose_rank, head_factors
 from moe_svd_distill.training.measuring import ComparedTokens, StatePairs, mean_kl, measure_states
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from moe_svd_distill.pipeline.stage import StageInput
     from moe_svd_distill.training.head import TrainedHead
     from moe_svd_distill.training.job import StudentInTraining
+    from moe_svd_distill.training.lora_pairs import Pair
     from moe_svd_distill.training.text import TrainingText
 
 
@@ -63,14 +63,14 @@ class MovingHead:
             head = trainee.student.plus(left.float() @ right.float())
         return measure_states(self._pairs(text, scale), places, head, trainee.teacher)
 
-    def change(self, scale: float) -> HeadChange:
-        """This share of it, over all rows of the head."""
+    def change(self, scale: float) -> tuple[Pair, Tensor]:
+        """This share of it, over all rows of the head: ``(B, A)`` as stored, and their product, float32."""
         left, right = (factor.cpu() for factor in self._factors(scale))
         whole = torch.zeros(self._vocabulary, left.shape[1], dtype=self._dtype)
         delta = torch.zeros(self._vocabulary, right.shape[1])
         whole[self._rows] = left
         delta[self._rows] = left.float() @ right.float()
-        return HeadChange((whole, right), delta)
+        return (whole, right), delta
 
     def _pairs(self, text: TrainingText, scale: float) -> StatePairs:
         """States of a text that is measured on, in the order of its places."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -55,10 +55,6 @@ class Placement:
         """The type."""
         found: torch.dtype = getattr(torch, self.dtype)
         return found
-
-    def as_dict(self) -> dict[str, Any]:
-        """For run.json."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -149,19 +145,16 @@ def tokens_at_once(recipe: Recipe, device: str) -> int:
     return _BATCH_TOKENS[torch.device(device).type] if asked == "auto" else asked
 
 
-def place_training(
-    recipe: Recipe, pair: ModelPair, devices: tuple[str, ...], workers: int, trained: TrainedParts
-) -> Placement:
+def place_training(recipe: Recipe, pair: ModelPair, settings: Settings, trained: TrainedParts) -> Placement:
     """Decide where to train.
 
     Args:
         recipe: What is asked for.
         pair: Teacher and student.
-        devices: That may be used.
-        workers: Processes that may be used on the CPU.
+        settings: Devices that may be used, and processes on the CPU.
         trained: What moves.
     """
-    together, step_tokens = trained.sequences, trained.step_tokens
+    devices, together, step_tokens = settings.devices, trained.sequences, trained.step_tokens
     kind = torch.device(devices[0]).type
     dtype = training_dtype(recipe, pair, torch.device(devices[0]))
     cores = threads_of_a_run()
@@ -175,7 +168,7 @@ def place_training(
     if kind != "cpu":
         return Placement(True, devices[:together], cores, name, f"{_gib(needed)} on each device", needed)
     processes = max(
-        1, min(workers, together, step_tokens // _TOKENS_OF_A_PROCESS, int(_SHARE * free // max(1, needed)))
+        1, min(settings.workers, together, step_tokens // _TOKENS_OF_A_PROCESS, int(_SHARE * free // max(1, needed)))
     )
     why = f"{_gib(needed)} in each of {processes} processes"
     return Placement(True, ("cpu",) * processes, max(1, cores // processes), name, why, needed)

@@ -21,7 +21,7 @@ from moe_svd_distill.training.trials import worth_trying
 
 if TYPE_CHECKING:
     from moe_svd_distill.pipeline.pair import Model
-    from moe_svd_distill.pipeline.texts import RunText
+    from moe_svd_distill.pipeline.texts import TextSize
     from moe_svd_distill.recipe import Recipe
     from moe_svd_distill.training.optimiser import OptimiserName
 
@@ -34,37 +34,6 @@ _TOKENS_OF_A_ROW = 4
 _RATES: Mapping[OptimiserName, float] = {"muon": 0.6, "adamw": 0.18}
 _MEASURING_SHARE, _TRAINING_COST, _FEWEST_CHECKS = 0.125, 3, 2
 _STEPS, _SMALLEST_STEP, _LARGEST_STEP = 3072, 512, 65536
-
-
-@dataclass(frozen=True)
-class TextSize:
-    """How much text training has: of text that was read, or as the recipe lets expect.
-
-    Attributes:
-        tokens: To train on, given.
-        sequences: Of these.
-        length: Tokens of a sequence.
-        check: Tokens measured on meanwhile.
-        identical: Whether both models read the same tokens.
-        rows: Of the head: tokens that both models have.
-    """
-
-    tokens: int
-    sequences: int
-    length: int
-    check: int
-    identical: bool
-    rows: int
-
-    @staticmethod
-    def of(text: RunText) -> TextSize:
-        """Of a text with a part to train on."""
-        fit, check = text.fit, text.validation
-        assert fit is not None
-        assert check is not None
-        student = fit.student
-        count, rows = len(student.sequences), len(fit.student_ids)
-        return TextSize(student.tokens, count, student.length, check.student.tokens, fit.identical, rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,11 +151,8 @@ def schedule_refined(
 def epochs(recipe: Recipe, stages: Sequence[str], head_moves: bool) -> float:
     """Passes over the text.
 
-    Args:
-        recipe: What is asked for.
-        stages: Of the run.
-        head_moves: Whether the head is trained; all else has learnt what carries over to other text after two passes
-            over little text, and after one over more (docs/decisions/0025).
+    Without the head all has learnt what carries over to other text after two passes over little text, and after one
+    over more (docs/decisions/0025).
     """
     if recipe.training.epochs != "auto":
         return recipe.training.epochs
@@ -200,10 +166,6 @@ def trains_head(recipe: Recipe, rows: int) -> bool:
     """Whether the head moves in training: as asked, or where the text has a few tokens for each of its rows.
 
     With fewer the head learns what these documents say, and that does not carry over to others (docs/decisions/0025).
-
-    Args:
-        recipe: What is asked for.
-        rows: Of the head: tokens that both models have.
     """
     if recipe.training.head != "auto":
         return recipe.training.head == "train"
@@ -219,13 +181,7 @@ def optimiser(recipe: Recipe, head_moves: bool) -> OptimiserName:
 
 
 def learning_rate(recipe: Recipe, moved_by: OptimiserName, width: int) -> float:
-    """Largest learning rate: as asked, or what was good at two widths, as a number divided by the width.
-
-    Args:
-        recipe: What is asked for.
-        moved_by: From `optimiser`.
-        width: Of the student's residual stream.
-    """
+    """Largest learning rate: as asked, or what was good at two widths, as a number divided by the width."""
     asked = recipe.training.learning_rate
     return _RATES[moved_by] / width if asked == "auto" else float(asked)
 

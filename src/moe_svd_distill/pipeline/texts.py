@@ -101,6 +101,37 @@ class RunText:
         return read + short + ([] if self.division is None else _division_notes(self.division))
 
 
+@dataclass(frozen=True)
+class TextSize:
+    """How much text training has: of text that was read, or as the recipe lets expect.
+
+    Attributes:
+        tokens: To train on, given.
+        sequences: Of these.
+        length: Tokens of a sequence.
+        check: Tokens measured on meanwhile.
+        identical: Whether both models read the same tokens.
+        rows: Of the head: tokens that both models have.
+    """
+
+    tokens: int
+    sequences: int
+    length: int
+    check: int
+    identical: bool
+    rows: int
+
+    @classmethod
+    def of(cls, text: RunText) -> TextSize:
+        """Of a text with a part to train on."""
+        fit, check = text.fit, text.validation
+        assert fit is not None
+        assert check is not None
+        student = fit.student
+        count, rows = len(student.sequences), len(fit.student_ids)
+        return cls(student.tokens, count, student.length, check.student.tokens, fit.identical, rows)
+
+
 def _tokens_by_source(part: PairedText) -> dict[str, dict[str, int]]:
     found = part.student.tokens_by_portion()
     return {"tokens_by_source": {portion.name: tokens for portion, tokens in found.items()}} if found else {}
@@ -192,3 +223,13 @@ def sequence_length(recipe: Recipe, longest: int) -> int:
     Shorter ones learn faster for a while and then spoil what lies beyond them (docs/decisions/0019).
     """
     return longest if recipe.sequence_tokens == "auto" else min(longest, recipe.sequence_tokens)
+
+
+def expected_text(recipe: Recipe, pair: ModelPair, tokens: int) -> TextSize:
+    """So much text to train on, and the text to check by, before it is read."""
+    from moe_svd_distill.calibration.text import whole
+
+    length = sequence_length(recipe, longest_sequence(pair))
+    tokens, check = whole(tokens, length), whole(validation_tokens(recipe), length)
+    rows = pair.student.layout.geometry.vocabulary
+    return TextSize(tokens, tokens // length, length, check, recipe.vocabulary == "equal", rows)

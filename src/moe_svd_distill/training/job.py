@@ -24,7 +24,7 @@ from moe_svd_distill.training.loop import Training
 from moe_svd_distill.training.lora_pairs import Pair
 from moe_svd_distill.training.lora_parameters import LoraParameters
 from moe_svd_distill.training.process_group import ProcessGroup
-from moe_svd_distill.training.progress import Outcome, Progress
+from moe_svd_distill.training.progress import Progress
 from moe_svd_distill.training.saves import TrainingCheckpoints
 from moe_svd_distill.training.settings import TrainingSettings, needs_rows
 from moe_svd_distill.training.text import IntArray, TextFile, TrainingText
@@ -41,7 +41,7 @@ from moe_svd_distill.training.trials import (
 HEAD, EMBEDDING = "head", "embedding"
 _MOMENT_TOKENS = 32_768
 
-Listener = Callable[[Progress, int], None]
+Listener = Callable[[Progress], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +105,7 @@ class TrainingReport:
         peak_device_bytes: The most that lay on the GPU of one process at a time; 0 on a CPU.
     """
 
-    outcome: Outcome
+    outcome: Progress
     settings: TrainingSettings
     choice: RateChoice | None
     bytes_read: int

@@ -1,9 +1,14 @@
-"""Where a training run stands, and how it went."""
+"""Where a training run stands, and what that says about going on."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from typing import Any
+
+_DIVERGED = 3.0  # times the KL before training, on the checking text; large rates raise it at first, without harm
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,22 @@ class Point:
 
 @dataclass
 class Progress:
-    """Where a run stands, besides the tensors."""
+    """Where a run stands, besides the tensors.
 
+    Attributes:
+        steps: That are planned.
+        step: Steps done.
+        seconds: Of training, over all runs that were needed.
+        curve: Its points; the first is before training.
+        best: The best one's place in the curve.
+        losses: Of the steps since the last point.
+        halvings: How often it began anew at half the rate.
+        ended: Why it ended: ``done``, ``no more gain`` or ``diverged``; empty before.
+        resumed_at: The step this run went on from.
+        rejected: Damaged saves that were moved aside.
+    """
+
+    steps: int
     step: int = 0
     seconds: float = 0.0
     curve: list[Point] = field(default_factory=list)
@@ -38,37 +57,48 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     halvings: int = 0
     ended: str = ""
+    resumed_at: int = 0
+    rejected: list[str] = field(default_factory=list)
 
-    def as_dict(self) -> dict[str, Any]:
+    @classmethod
+    def of_save(cls, record: Mapping[str, Any], steps: int) -> Progress:
+        """Where the run stood when it was saved."""
+        curve = [Point(**point) for point in record["curve"]]
+        return cls(**{"steps": steps, **record, "curve": curve, "resumed_at": record["step"], "rejected": []})
+
+    def record(self) -> Mapping[str, object]:
         """For a save."""
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Progress:
-        """From a save."""
-        return cls(**{**values, "curve": [Point(**point) for point in values["curve"]]})
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.step == self.steps or bool(self.ended)
 
+    def begins_badly(self, kl: float, halvings: int) -> bool:
+        """Whether the first check is no better than the start, and the rate may still be halved."""
+        return len(self.curve) == 1 and self.halvings < halvings and not kl < self.curve[0].kl
 
-@dataclass(frozen=True)
-class Outcome:
-    """How training went; the bank and the head hold the best state.
+    def begin_anew(self) -> None:
+        """Back to the start, at half the rate."""
+        self.halvings, self.step = self.halvings + 1, 0
+        self.losses.clear()
 
-    Attributes:
-        curve: Its points; the first is before training.
-        best: The best one's place in the curve.
-        steps: Steps that were planned.
-        ended: Why it ended: ``done``, ``no more gain`` or ``diverged``.
-        seconds: Of training, over all runs that were needed.
-        resumed_at: The step this run went on from.
-        halvings: How often it began anew at half the rate.
-        rejected: Damaged saves that were moved aside.
-    """
+    def note(self, kl: float, tokens: int, rate: float, patience: int) -> bool:
+        """Put a point on the curve; returns whether it is the best."""
+        loss = sum(self.losses) / len(self.losses)
+        self.losses.clear()
+        self.curve.append(Point(self.step, tokens, self.seconds, loss, kl, rate))
+        if not math.isfinite(kl) or kl > _DIVERGED * self.curve[0].kl:
+            self.ended = "diverged"
+        if kl < self.curve[self.best].kl:
+            self.best = len(self.curve) - 1
+            return True
+        if self._checks_without_gain() >= patience:
+            self.ended = self.ended or "no more gain"
+        return False
 
-    curve: tuple[Point, ...]
-    best: int
-    steps: int
-    ended: str
-    seconds: float
-    resumed_at: int
-    halvings: int
-    rejected: tuple[str, ...]
+    def _checks_without_gain(self) -> int:
+        """Checks at the end of the curve of which none was lower than the one before."""
+        pairs = zip(reversed(self.curve[:-1]), reversed(self.curve), strict=False)
+        return sum(1 for _ in takewhile(lambda pair: not pair[1].kl < pair[0].kl, pairs))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +39,15 @@ class TrainingCheckpoints:
         self._turn = 0
         self.rejected: list[str] = []
 
-    def due(self, agree: Callable[[bool], bool]) -> bool:
-        """Whether it is time for a save.
+    def due(self) -> bool:
+        """Whether it is time for a save, by this process's clock."""
+        return time.monotonic() - self._last >= self._every_s
 
-        Args:
-            agree: Makes all processes of the run decide alike.
-        """
-        return agree(time.monotonic() - self._last >= self._every_s)
-
-    def write(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    def write(self, tensors: dict[str, Tensor], record: Mapping[str, object]) -> None:
         """Save; the older of the two files is replaced."""
         self._last = time.monotonic()
         if self._writes:
-            write_part(self._folder, self._name(self._turn), PartContent(tensors, record))
+            write_part(self._folder, self._name(self._turn), PartContent(tensors, dict(record)))
             self._turn = (self._turn + 1) % _TURNS
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
