@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ def shapes_of(header: Header) -> dict[str, tuple[int, ...]]:
     return {name: info.shape for name, info in header.tensors.items()}
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Mapping[str, Any]:
     """A JSON object from an adapter's folder; errors as of `adapter_header`."""
     try:
         return json_object(read_small(path), str(path), unique_keys=False)

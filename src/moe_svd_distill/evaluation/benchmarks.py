@@ -77,7 +77,7 @@ class Benchmarks:
     dtype: str
     harness: str
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Plain values for JSON."""
         return asdict(self)
 

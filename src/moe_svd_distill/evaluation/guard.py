@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from moe_svd_distill.algebra.figures import NO_GAP, Measurement
 from moe_svd_distill.evaluation.uncertainty import Change, cross_entropy_change, kl_change, tokens_needed
@@ -81,7 +81,7 @@ class Trial:
         """The same of cross-entropy."""
         return cross_entropy_change(self.after, self.before)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Its figures and what fell, in nats per token, for JSON; what is not a number becomes None."""
         tokens = self.after.tokens.sum()
         figures = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -107,7 +107,7 @@ class Evaluation:
         note += "" if self.aligned is None else f" {self.aligned.note}"
         return _sentence(self) + note
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Plain values for JSON."""
         control, temperature = self.control_gap_closed, self.temperature_control
         return {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
@@ -48,7 +48,7 @@ class ScaleSearch:
         """Whether anything is kept."""
         return self.kind == "kept"
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Plain values for JSON."""
         return plain(replace(self, trials=())) | {"trials": [trial.as_dict() for trial in self.trials]}
 

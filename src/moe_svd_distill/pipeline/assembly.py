@@ -74,8 +74,9 @@ def stage_adapter(output: OutputFolder, recipe: Recipe, pair: ModelPair, change:
         # PEFT multiplies B·A by alpha / r. With an alpha of the user's own, B carries the inverse: the product stays.
         if recipe.alpha is not None:
             scale = recipe.alpha / configuration["r"]
-            scaled = {key: rank * scale for key, rank in configuration["alpha_pattern"].items()}
-            configuration |= {"lora_alpha": recipe.alpha, "alpha_pattern": scaled}
+            configuration["lora_alpha"] = recipe.alpha
+            pattern = configuration["alpha_pattern"]
+            configuration["alpha_pattern"] = {key: rank * scale for key, rank in pattern.items()}
             pairs.divisor = scale
         modules = modules_of(student.architecture, configuration) if any(not t.own_keys for t in targets) else {}
         planned = planned_tensors(keys, targets, modules, pairs)

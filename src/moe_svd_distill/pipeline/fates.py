@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.pairing.plan import Plan
 from moe_svd_distill.pipeline.pair import Model
@@ -12,9 +12,8 @@ from moe_svd_distill.pipeline.pair import Model
 if TYPE_CHECKING:
     from moe_svd_distill.pipeline.stage import StageResult
     from moe_svd_distill.training.lora_pairs import Pair
+    from moe_svd_distill.transfer.factors import TensorFacts
 
-Row: TypeAlias = Mapping[str, Any]
-"""The record of a tensor: name, role, shape, fate, layer, and what its fate brings with it."""
 NOT_TRAINED = "the refined stage trains the matrices of the layers and the head alone"
 HEAD_STANDS_STILL = (
     "the head stands still: fewer than four tokens of text for each of its rows, or training.head: fixed"
@@ -23,17 +22,20 @@ NOT_PAIRED = "the weights stage does not know what it means"
 NOT_FITTED = "the calibrated stage changes the head and the last layers alone"
 
 
-def tensor_records(units: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def tensor_records(units: Iterable[Mapping[str, Any]]) -> list[TensorFacts]:
     """The record of every student tensor, each with its layer."""
-    return [{**tensor, "layer": unit["layer"]} for unit in units for tensor in unit["tensors"]]
+    tensors: list[tuple[TensorFacts, int | None]] = [
+        (tensor, unit["layer"]) for unit in units for tensor in unit["tensors"]
+    ]
+    return [{**tensor, "layer": layer} for tensor, layer in tensors]
 
 
-def is_nothing(tensors: Iterable[Mapping[str, Any]]) -> bool:
+def is_nothing(tensors: Iterable[TensorFacts]) -> bool:
     """Whether every delta is exactly zero."""
     return not any(tensor.get("delta_norm") for tensor in tensors)
 
 
-def summarise(tensors: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def summarise(tensors: Iterable[TensorFacts]) -> Mapping[str, Mapping[str, object]]:
     """Counts of fates, reasons, projections and alignments."""
     rows = list(tensors)
     return {
@@ -53,7 +55,7 @@ def fates(
     units: Iterable[Mapping[str, Any]],
     results: Mapping[str, StageResult],
     whole: bool,
-) -> list[dict[str, Any]]:
+) -> list[TensorFacts]:
     """The fate of every tensor of the student, as the last stage that changed it has left it.
 
     Args:
@@ -77,14 +79,14 @@ def fates(
     return tensors + kept_records(student, [row["name"] for row in tensors], reason, reasons)
 
 
-def fitted_records(student: Model, fitted: StageResult, whole: bool, stage: str) -> list[dict[str, Any]]:
+def fitted_records(student: Model, fitted: StageResult, whole: bool, stage: str) -> list[TensorFacts]:
     """The fate of every matrix that a stage on text changes: the head first, then those of the layers."""
     pairs = [_fitted_record(student, name, factors, stage) for name, factors in fitted.pairs.items()]
     if fitted.head is None:
         return pairs
     assert fitted.head_delta is not None
     left, right = fitted.head
-    head = {
+    head: TensorFacts = {
         "name": student.architecture.head,
         "role": "head",
         "shape": [left.shape[0], right.shape[1]],
@@ -98,9 +100,9 @@ def fitted_records(student: Model, fitted: StageResult, whole: bool, stage: str)
     return [head, *pairs]
 
 
-def _fitted_record(student: Model, name: str, factors: Pair, stage: str) -> dict[str, Any]:
+def _fitted_record(student: Model, name: str, factors: Pair, stage: str) -> TensorFacts:
     matrix = student.architecture.by_name.get(name)
-    row: dict[str, Any] = {
+    row: TensorFacts = {
         "name": name,
         "role": student.role_of(name),
         "shape": list(student.shapes[name] if matrix is None else matrix.shape),
@@ -117,7 +119,7 @@ def _fitted_record(student: Model, name: str, factors: Pair, stage: str) -> dict
 
 def kept_records(
     student: Model, named: Iterable[str], reason: str, reasons: Mapping[str, str] | None = None
-) -> list[dict[str, Any]]:
+) -> list[TensorFacts]:
     """The fate of every stored tensor of the model of which no matrix has a record yet.
 
     Args:
@@ -129,7 +131,7 @@ def kept_records(
     architecture, meanings = student.architecture, student.layout.meanings
     known = set(named)
     known |= {meanings[name].view.stored for name in known if name in meanings}
-    rows = []
+    rows: list[TensorFacts] = []
     for part, sources in architecture.stored.of_part.items():
         for source in sources:
             inside = [m for slot in source.slots for m in architecture.parameters.get(slot.name, ())]

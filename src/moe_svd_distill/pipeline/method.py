@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class Stages:
         """Whether the pairs are trained on text."""
         return "refined" in self.names
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For run.json."""
         return {"stages": list(self.names), "reason": self.reason, "relatedness": self.relatedness.as_dict()}
 
@@ -157,7 +158,7 @@ def automatic_choice(recipe: Recipe, relatedness: Relatedness) -> MethodChoice:
     )
 
 
-def compare_models(teacher: str, student: str) -> dict[str, Any]:
+def compare_models(teacher: str, student: str) -> Mapping[str, Any]:
     """Sizes, relatedness and the automatic choice with text and without. Of a hub model nothing large is fetched.
 
     Raises:
@@ -209,7 +210,7 @@ def _refuse_pair_of_tied_head(recipe: Recipe, pair: ModelPair) -> None:
         )
 
 
-def _sizes(model: Model) -> dict[str, Any]:
+def _sizes(model: Model) -> dict[str, object]:
     """Family, sizes and bytes of one model."""
     layout, checkpoint = model.layout, model.checkpoint
     return {

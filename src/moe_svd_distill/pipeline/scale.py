@@ -59,7 +59,7 @@ class ScaleDecision:
         """Whether any scale differs from 1."""
         return any(scale != 1.0 for scale in self.scales.values())
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For run.json."""
         return {**self.details, "scales": dict(self.scales), "kind": self.kind, "decision": self.text}
 

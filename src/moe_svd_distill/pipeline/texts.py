@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.pipeline.pair import ModelPair
@@ -61,7 +61,7 @@ class RunText:
         """How far the parts are apart; None without a second part."""
         return self.search.student.division if self.fit is not None else None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For run.json."""
         return {
             name: {
@@ -78,7 +78,7 @@ class RunText:
             for name, part in self.parts.items()
         }
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """For run.json: the parts, how far they are apart, and what people should know."""
         division = self.division
         found = {} if division is None else {"division": _division_record(division)}
@@ -137,7 +137,7 @@ def _tokens_by_source(part: PairedText) -> dict[str, dict[str, int]]:
     return {"tokens_by_source": {portion.name: tokens for portion, tokens in found.items()}} if found else {}
 
 
-def _division_record(division: Division) -> dict[str, Any]:
+def _division_record(division: Division) -> dict[str, object]:
     return {
         "divided_by": "group" if division.apart else "document",
         "duplicated_share": round(division.removed, 4),

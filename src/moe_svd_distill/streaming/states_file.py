@@ -245,7 +245,7 @@ def slices(count: int, step: int) -> Iterator[slice]:
         yield slice(begin, min(begin + step, count))
 
 
-def _body(header: Header) -> dict[str, Any]:
+def _body(header: Header) -> Mapping[str, Any]:
     tensors = dict(header.tensors)
     try:
         body = json.loads(header.metadata[_METADATA])

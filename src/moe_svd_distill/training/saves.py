@@ -50,7 +50,7 @@ class TrainingCheckpoints:
             write_part(self._folder, self._name(self._turn), PartContent(tensors, dict(record)))
             self._turn = (self._turn + 1) % _TURNS
 
-    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def load(self) -> tuple[dict[str, Tensor], Mapping[str, Any]] | None:
         """The newest whole save; damaged ones are moved aside."""
         found: list[tuple[int, int, Path]] = []
         for turn in range(_TURNS):

@@ -70,7 +70,7 @@ class CodeBenchmark:
     limits: Limits
     guards: Guards
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Plain values for JSON."""
         return asdict(self)
 
