@@ -27,7 +27,7 @@ from benchmarks.calibrated import MODELS
 from benchmarks.guard import BLOCK_TOKENS, BLOCKS
 from moe_svd_distill.algebra.figures import Measurement
 from moe_svd_distill.calibration.documents import Document, without
-from moe_svd_distill.calibration.reading import read_documents
+from moe_svd_distill.calibration.reading import read_text
 from moe_svd_distill.calibration.text import TokenizedText
 from moe_svd_distill.calibration.tokenizer import load_tokenizer
 from moe_svd_distill.evaluation.adapted import AdaptedStudent
@@ -48,7 +48,7 @@ def main() -> None:
     """Fit, measure, write."""
     lab = lab_folder()
     texts = [str(lab / "text" / f"{name}.jsonl") for name in ("calibration", "heldout")]
-    documents: Sequence[Document] = read_documents(texts)
+    documents: Sequence[Document] = read_text(texts).documents
     with tempfile.TemporaryDirectory() as scratch:
         fitted = {(pair, fit): _fitted(pair, fit, texts[0], Path(scratch)) for pair in PAIRS for fit in FITS}
         for folder in fitted.values():

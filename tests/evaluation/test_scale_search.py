@@ -11,7 +11,7 @@ import pytest
 from moe_svd_distill.algebra.figures import Measurement
 from moe_svd_distill.calibration.paired import PairedText
 from moe_svd_distill.errors import BadDataError
-from moe_svd_distill.evaluation.guard import Guard
+from moe_svd_distill.evaluation import guard
 from moe_svd_distill.evaluation.loading import load_model
 from moe_svd_distill.evaluation.scale_search import Evaluate, search_scale
 from moe_svd_distill.pipeline.pair import open_pair
@@ -84,7 +84,7 @@ def test_between_the_best_and_one_that_is_not_proven_there_may_be_a_better() -> 
 
     search = search_scale(spoilt, GROUPS, by_group=False, global_scales=(0.25, 0.5, 1.0))
     whole = next(trial for trial in search.trials if trial.scales["head"] == 1.0)
-    assert not whole.kl.falls(Guard().errors)
+    assert not whole.kl.falls(guard.ERRORS)
     assert [call["head"] for call in calls[:4]] == [0.0, 1.0, 0.5, 0.25]
     assert 0.5 < calls[4]["head"] < 1.0
     assert search.accepted
@@ -126,12 +126,13 @@ def test_kl_bought_with_cross_entropy_is_no_transfer() -> None:
     assert "and cross-entropy rises by" in search.decision
 
 
-def test_a_gain_too_small_to_count() -> None:
+def test_a_gain_too_small_to_count(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate, _ = _landscape(dict.fromkeys(GROUPS, 0.5), dict.fromkeys(GROUPS, 0.004))
     search = search_scale(evaluate, GROUPS)
     assert search.kind == "none"
     assert "less than the 2% that would" in search.decision
-    assert search_scale(evaluate, GROUPS, guard=Guard(share=0.005)).accepted
+    monkeypatch.setattr(guard, "SHARE", 0.005)
+    assert search_scale(evaluate, GROUPS).accepted
 
 
 def test_noise_is_not_taken_for_help() -> None:

@@ -80,13 +80,11 @@ def measure_relatedness(pair: ModelPair, *, sample_weights: bool = True) -> Rela
     same_shape = shapes_agree(families, differences)
     if not sample_weights:
         lineage, reason = judge((), same_shape=same_shape, all_alike=False)
-        skipped = ("lineage: only the headers were read, because the weights are not on this machine",)
-        return Relatedness(families, differences, vocabulary, (), skipped, lineage, reason, (0, 0))
-    found = probe_pair(pair, vocabulary, same_shape=same_shape)
-    lineage, reason = judge(found.probes, same_shape=same_shape, all_alike=found.all_alike)
-    return Relatedness(
-        families, differences, vocabulary, found.probes, found.skipped, lineage, reason, found.bytes_read
-    )
+        why = "lineage: only the headers were read, because the weights are not on this machine"
+        return Relatedness(families, differences, vocabulary, (), (why,), lineage, reason, (0, 0))
+    probes, skipped, all_alike, bytes_read = probe_pair(pair, vocabulary, same_shape=same_shape)
+    lineage, reason = judge(probes, same_shape=same_shape, all_alike=all_alike)
+    return Relatedness(families, differences, vocabulary, probes, skipped, lineage, reason, bytes_read)
 
 
 def choose_stages(recipe: Recipe, pair: ModelPair) -> Stages:

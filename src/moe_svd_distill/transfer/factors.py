@@ -102,18 +102,11 @@ class Delta:
     facts: TensorFacts
 
 
-def factorise(delta: Delta, settings: TransferSettings, *, rank: int | None = None) -> TensorOutcome:
-    """The LoRA pair of one delta.
-
-    Args:
-        delta: The difference.
-        settings: Gives the seed and the share of energy to keep.
-        rank: Rank of the pair; default: the task's.
-    """
-    rank = delta.task.rank if rank is None else rank
+def factorise(delta: Delta, settings: TransferSettings) -> TensorOutcome:
+    """The LoRA pair of one delta."""
     factors = truncated_svd(
         delta.matrix,
-        rank,
+        delta.task.rank,
         generator=generator_for(delta.task.name, settings.seed),
         pass_dtype=matmul_dtype(delta.matrix.device),
     )
