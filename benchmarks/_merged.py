@@ -12,8 +12,7 @@ from moe_svd_distill.adapter.verify import verify
 from moe_svd_distill.calibration.reading import read_text
 from moe_svd_distill.calibration.text import tokenize
 from moe_svd_distill.calibration.tokenizer import load_tokenizer
-from moe_svd_distill.evaluation.adapted import AdaptedStudent
-from moe_svd_distill.evaluation.loading import load_model
+from moe_svd_distill.evaluation.loading import AdaptedStudent, load_model
 from moe_svd_distill.evaluation.sources import measure, record_teacher
 
 TOKENS = 16_384

@@ -30,8 +30,7 @@ from moe_svd_distill.calibration.documents import Document, without
 from moe_svd_distill.calibration.reading import read_text
 from moe_svd_distill.calibration.text import TokenizedText
 from moe_svd_distill.calibration.tokenizer import load_tokenizer
-from moe_svd_distill.evaluation.adapted import AdaptedStudent
-from moe_svd_distill.evaluation.loading import load_model
+from moe_svd_distill.evaluation.loading import AdaptedStudent, load_model
 from moe_svd_distill.evaluation.scale_search import ScaleSearch
 from moe_svd_distill.evaluation.sources import measure, record_teacher
 from moe_svd_distill.pipeline.distill import distill

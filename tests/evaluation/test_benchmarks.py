@@ -16,9 +16,8 @@ import torch
 from moe_svd_distill.calibration.tokenizer import load_tokenizer
 from moe_svd_distill.errors import BadDataError, MissingInputError, UsageError
 from moe_svd_distill.evaluation import benchmarks
-from moe_svd_distill.evaluation.adapted import AdaptedStudent
 from moe_svd_distill.evaluation.benchmarks import EXTRA, require_harness, run_benchmarks
-from moe_svd_distill.evaluation.loading import load_model
+from moe_svd_distill.evaluation.loading import AdaptedStudent, load_model
 from moe_svd_distill.evaluation.request import BenchmarkRequest, EvaluationRequest
 from tests.support.language import Lab
 

@@ -16,8 +16,7 @@ from moe_svd_distill.training.head import TrainedHead
 from moe_svd_distill.training.loop import Training
 from moe_svd_distill.training.lora_parameters import LoraParameters
 from moe_svd_distill.training.measuring import StatePairs, mean_kl
-from moe_svd_distill.training.progress import Progress
-from moe_svd_distill.training.saves import TrainingCheckpoints
+from moe_svd_distill.training.progress import Progress, TrainingCheckpoints
 from moe_svd_distill.training.settings import TrainingSettings
 from moe_svd_distill.training.text import Batch, TrainingText
 from tests.support.head_problems import Problem, all_states, reachable, second_moment, state_pairs

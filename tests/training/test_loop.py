@@ -18,8 +18,7 @@ from moe_svd_distill.training.job import TrainingJob
 from moe_svd_distill.training.loop import Training
 from moe_svd_distill.training.optimiser import OptimiserName
 from moe_svd_distill.training.processes import run_training
-from moe_svd_distill.training.progress import Progress
-from moe_svd_distill.training.saves import TrainingCheckpoints
+from moe_svd_distill.training.progress import Progress, TrainingCheckpoints
 from moe_svd_distill.training.settings import TrainingSettings
 from moe_svd_distill.training.text import TextFile
 from tests.support.models import saved

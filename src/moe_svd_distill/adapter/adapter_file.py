@@ -122,7 +122,7 @@ def scan_values(header: Header, *, digest_checked: bool) -> tuple[str, ...]:
 
 
 def _refuse_not_finite(name: str, tensor: torch.Tensor) -> None:
-    from moe_svd_distill.algebra.finite import count_not_finite
+    from moe_svd_distill.algebra.dtypes import count_not_finite
 
     if count := count_not_finite(tensor):
         raise BadDataError(f"{name}: {count} of {tensor.numel()} values are NaN or Inf", _WRITE_AGAIN)

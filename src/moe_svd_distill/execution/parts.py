@@ -260,7 +260,7 @@ def write_tensors(planned: Mapping[str, Planned], output: Path) -> str:
         BadDataError: A value is not finite; the file is left as it was.
         ValueError: A tensor is made of another type or shape than planned; a fault of the caller.
     """
-    from moe_svd_distill.algebra.finite import count_not_finite
+    from moe_svd_distill.algebra.dtypes import count_not_finite
 
     slots = lay_out((name, dtype_code(plan.dtype), plan.shape) for name, plan in planned.items())
     with durable_file(output) as sink:

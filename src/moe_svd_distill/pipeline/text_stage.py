@@ -19,7 +19,7 @@ from moe_svd_distill.algebra.figures import Measurement
 from moe_svd_distill.evaluation.scale_search import ScaleSearch, search_scale
 from moe_svd_distill.files.names import CACHE_FOLDER, CURVE_FILE
 from moe_svd_distill.files.writing import write_json
-from moe_svd_distill.pipeline.head_change import MovingHead
+from moe_svd_distill.pipeline.assembly import asked_head_rank
 from moe_svd_distill.pipeline.placement import place_training, threads_of_a_run
 from moe_svd_distill.pipeline.schedule import TrainingSchedule
 from moe_svd_distill.pipeline.stage import StageInput, StageResult, facts_of_fit, facts_of_training
@@ -29,6 +29,7 @@ from moe_svd_distill.pipeline.units import digest_of, library_versions
 from moe_svd_distill.streaming import PassSettings, load_head
 from moe_svd_distill.training.fixed_head import FixedHead
 from moe_svd_distill.training.head import TrainedHead
+from moe_svd_distill.training.head_rank import MovingHead
 from moe_svd_distill.training.job import StudentInTraining, TrainingJob, threads
 from moe_svd_distill.training.measuring import predicting_places
 from moe_svd_distill.training.processes import run_training
@@ -68,6 +69,7 @@ class _TextStage:
     ) -> None:
         self.given, self.schedule, self.passes, self.report, self.note = given, schedule, passes, report, note
         self.recipe, self.pair, self.fit_text = given.recipe, given.pair, given.fit_text
+        self.architecture = given.pair.student.architecture
         self.placement = place_training(given.recipe, given.pair, given.settings, schedule.trained)
         fitting = "fitting the head" if schedule.beginning.leaves_head_alone else "fitting the head and the last layers"
         self.step = fitting if schedule.stage == "calibrated" else "training"
@@ -75,6 +77,7 @@ class _TextStage:
 
     def run(self) -> StageResult:
         begin, schedule = time.monotonic(), self.schedule
+        vocabulary, width = self.architecture.head_slot.shape
         start = read_start(self.given, schedule)
         job = self.job(start)
         self.report("preparing the student, and what the loss needs of the teacher", None)
@@ -83,11 +86,12 @@ class _TextStage:
             moving = None
             if isinstance(trainee.head, TrainedHead):
                 origin = start.head if schedule.keeps_start else None
-                moving = MovingHead(self.given, trainee, trainee.head, run.outcome.curve[0].kl, origin)
+                asked, dtype = asked_head_rank(self.recipe, self.architecture.head), getattr(torch, self.recipe.dtype)
+                moving = MovingHead(trainee, trainee.head, asked, run.outcome.curve[0].kl, dtype, origin)
             search = self.search_scale(trainee, moving)
             scale = float(search.scales[schedule.stage])
             pairs = {name: self.stored_pair(trainee, name, scale) for name in trainee.bank.names}
-            head, delta = moving.change(scale) if moving else (None, None)
+            head, delta = moving.change(scale, vocabulary) if moving else (None, None)
         pairs |= {name: (scale * left, right) for name, (left, right) in start.carried.items()}
         record: dict[str, object] = {}
         if schedule.stage == "calibrated":
@@ -99,7 +103,7 @@ class _TextStage:
             "common_tokens": len(job.student_ids),
             "copies_of_the_text": schedule.extra.copies,
             "own_text_sequences": schedule.extra.generated,
-            "full_rank": min(len(job.student_ids), self.pair.student.architecture.head_slot.shape[1]),
+            "full_rank": min(len(job.student_ids), width),
             "streamed": self.passes.facts,
             "seconds": round(time.monotonic() - begin, 2),
         }

@@ -24,8 +24,7 @@ from moe_svd_distill.training.loop import Training
 from moe_svd_distill.training.lora_pairs import Pair
 from moe_svd_distill.training.lora_parameters import LoraParameters
 from moe_svd_distill.training.process_group import ProcessGroup
-from moe_svd_distill.training.progress import Progress
-from moe_svd_distill.training.saves import TrainingCheckpoints
+from moe_svd_distill.training.progress import Progress, TrainingCheckpoints
 from moe_svd_distill.training.settings import TrainingSettings, needs_rows
 from moe_svd_distill.training.text import IntArray, TextFile, TrainingText
 from moe_svd_distill.training.trials import (
@@ -119,6 +118,7 @@ class StudentInTraining:
     """The student of a job in one process.
 
     Attributes:
+        student_ids: Rows of its head that stand for the common tokens, (v,).
         metric: Second moment of the student's states, where the head moves.
         teacher: The teacher's head, where the loss needs its logits.
     """
@@ -133,7 +133,7 @@ class StudentInTraining:
             job: The run.
             group: Its processes.
         """
-        self._job, self._group = job, group
+        self._job, self._group, self.student_ids = job, group, job.student_ids
         self.device = torch.device(job.devices[group.number])
         self.check = job.check.open(job.dtype)
         self.text = job.text.open(job.dtype)

@@ -21,8 +21,7 @@ from moe_svd_distill.training.fixed_head import FixedHead
 from moe_svd_distill.training.head import TrainedHead
 from moe_svd_distill.training.optimiser import make_optimisers
 from moe_svd_distill.training.process_group import ProcessGroup, SingleProcess, as_the_first_says
-from moe_svd_distill.training.progress import Point, Progress
-from moe_svd_distill.training.saves import TrainingCheckpoints
+from moe_svd_distill.training.progress import Point, Progress, TrainingCheckpoints
 from moe_svd_distill.training.settings import TrainingSettings
 from moe_svd_distill.training.text import Batch, TrainingText
 

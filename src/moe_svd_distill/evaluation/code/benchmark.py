@@ -160,7 +160,7 @@ class _Loaded:
         return load_model(self._folder, self._device, fastest_dtype(self._device))
 
     def adapted(self, adapter_folder: Path) -> Any:
-        from moe_svd_distill.evaluation.adapted import AdaptedStudent
+        from moe_svd_distill.evaluation.loading import AdaptedStudent
 
         return AdaptedStudent.load(self.untouched, adapter_folder).model
 
