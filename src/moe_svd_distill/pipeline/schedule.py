@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from moe_svd_distill.evaluation.scale_search import GLOBAL_SCALES
 from moe_svd_distill.pipeline.extra_text import MUCH_TEXT, ExtraText, for_fit, for_training
-from moe_svd_distill.pipeline.placement import TrainedParts, tokens_at_once, trained_ranks
+from moe_svd_distill.pipeline.placement import tokens_at_once, trained_ranks
 from moe_svd_distill.pipeline.stage_text import Beginning
 from moe_svd_distill.training.settings import (
     HEAD_RATE,
@@ -44,7 +44,8 @@ class TrainingSchedule:
         stage: Its name.
         beginning: The layer that training begins at.
         keeps_start: Whether an adapter that it begins with stays as it is beneath what is trained, or is trained on.
-        trained: What moves, and how much text goes into a step.
+        ranks: Hub name to rank of every trained matrix.
+        sequences: Of one step, which the processes share.
         extra: What is read beside the text.
         steps: Of the optimiser, at most.
         tries_rates: Whether the learning rates of the settings are a guess to be tried.
@@ -55,12 +56,23 @@ class TrainingSchedule:
     stage: StageName
     beginning: Beginning
     keeps_start: bool
-    trained: TrainedParts
+    ranks: Mapping[str, int]
+    sequences: int
     extra: ExtraText
     steps: int
     tries_rates: bool
     settings: TrainingSettings
     scales: tuple[float, ...]
+
+    @property
+    def head_moves(self) -> bool:
+        """Whether the head is trained too."""
+        return self.settings.head == "whole"
+
+    @property
+    def share(self) -> float:
+        """Of the layers that are run; those before them are not needed."""
+        return (self.beginning.layers - self.beginning.layer) / self.beginning.layers
 
 
 def schedule_calibrated(
@@ -98,10 +110,9 @@ def schedule_calibrated(
         seed=recipe.seed,
     )
     ranks = trained_ranks(recipe, student, range(beginning.layer, layers))
-    share = (layers - beginning.layer) / layers
-    trained = TrainedParts(ranks, True, max(1, step_tokens // length), step_tokens, share)
+    sequences = max(1, step_tokens // length)
     return TrainingSchedule(
-        "calibrated", beginning, True, trained, extra, passes * steps, False, settings, GLOBAL_SCALES
+        "calibrated", beginning, True, ranks, sequences, extra, passes * steps, False, settings, GLOBAL_SCALES
     )
 
 
@@ -140,11 +151,11 @@ def schedule_refined(
         weight_decay=asked.weight_decay,
         seed=recipe.seed,
     )
-    trained = TrainedParts(trained_ranks(recipe, student), head_moves, step_tokens // length, step_tokens)
+    ranks, sequences = trained_ranks(recipe, student), step_tokens // length
     tries_rates = asked.learning_rate == "auto" and worth_trying(steps)
     beginning = Beginning(0, student.architecture.layers)
     return TrainingSchedule(
-        "refined", beginning, False, trained, extra, steps, tries_rates, settings, _SCALES_OF_A_LONG_RUN
+        "refined", beginning, False, ranks, sequences, extra, steps, tries_rates, settings, _SCALES_OF_A_LONG_RUN
     )
 
 

@@ -90,7 +90,7 @@ def facts_of_fit(
         "last_layers": last,
         "last_layers_reason": "" if given.start is None else "the weights stage has changed every layer already",
         "last_layers_step_size": settings.rate / halved if last else None,
-        "last_layers_matrices": len(schedule.trained.ranks),
+        "last_layers_matrices": len(schedule.ranks),
     }
 
 
@@ -118,6 +118,6 @@ def facts_of_training(
         "rate_trials": [asdict(trial) for trial in choice.trials] if choice else [],
         "rate_tried_from_start": bool(choice and choice.from_start),
         "placement": asdict(placement),
-        "matrices": len(schedule.trained.ranks),
+        "matrices": len(schedule.ranks),
         "head": "fixed" if run.settings.head == "fixed" else "trained",
     }

@@ -70,7 +70,7 @@ class _TextStage:
         self.given, self.schedule, self.passes, self.report, self.note = given, schedule, passes, report, note
         self.recipe, self.pair, self.fit_text = given.recipe, given.pair, given.fit_text
         self.architecture = given.pair.student.architecture
-        self.placement = place_training(given.recipe, given.pair, given.settings, schedule.trained)
+        self.placement = place_training(given.recipe, given.pair, given.settings, schedule)
         fitting = "fitting the head" if schedule.beginning.leaves_head_alone else "fitting the head and the last layers"
         self.step = fitting if schedule.stage == "calibrated" else "training"
         self.points = self.halvings = 0
@@ -146,7 +146,7 @@ class _TextStage:
             "text": digest_of(text.ids, text.position, text.teacher_position, text.following, check.position),
             "tokens": digest_of(fit.student_ids, fit.teacher_ids),
             "first": beginning.layer,
-            "ranks": sorted(schedule.trained.ranks.items()),
+            "ranks": sorted(schedule.ranks.items()),
             "placement": asdict(placement),
         }
         key = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:32]
@@ -158,7 +158,7 @@ class _TextStage:
             text=text,
             check=check,
             first=beginning.layer,
-            ranks=schedule.trained.ranks,
+            ranks=schedule.ranks,
             start=start.path,
             settings=schedule.settings,
             tried=schedule.tries_rates,
@@ -174,7 +174,7 @@ class _TextStage:
     def stored_pair(self, trainee: StudentInTraining, name: str, scale: float) -> tuple[Tensor, Tensor]:
         """``(B, A)`` of a matrix as stored, with zeros up to the rank that was asked for, so that all are alike."""
         left, right = trainee.pair(name)
-        lacking, dtype = self.schedule.trained.ranks[name] - len(right), getattr(torch, self.recipe.dtype)
+        lacking, dtype = self.schedule.ranks[name] - len(right), getattr(torch, self.recipe.dtype)
         left = torch.nn.functional.pad(scale * left, (0, lacking))
         return left.to("cpu", dtype), torch.nn.functional.pad(right, (0, 0, 0, lacking)).to("cpu", dtype)
 

@@ -220,7 +220,7 @@ class StudentInTraining:
 
     def states_of(self, text: TrainingText, scale: float) -> Tensor:
         """The student's states at the places of a text, (places, d), with this share of every pair."""
-        batches = list(text.batches(self._together(text), self.device))
+        batches = text.batches(self._job.settings.batch_tokens, self.device)
         with self.bank.scaled(scale):
             return torch.cat([states.float().cpu() for states in self.engine.states(batches)])
 
@@ -250,21 +250,11 @@ class StudentInTraining:
         self.check = short_of(self.check, 0.0, "check")
         return head
 
-    def _together(self, text: TrainingText) -> int:
-        """Sequences that go through a layer together."""
-        return max(1, self._job.settings.batch_tokens // text.length)
-
     def _metric(self) -> Whitening:
         """Second moment of the student's states on some of the text, as it begins."""
-        rows, together = (
-            np.arange(min(len(self.text), max(1, _MOMENT_TOKENS // self.text.length))),
-            self._together(self.text),
-        )
-        batches = [
-            self.text.take(rows[begin : begin + together], self.device) for begin in range(0, len(rows), together)
-        ]
+        rows = np.arange(min(len(self.text), max(1, _MOMENT_TOKENS // self.text.length)))
         total, count = None, 0
-        for states in self.engine.states(batches):
+        for states in self.engine.states(self.text.batches(self._job.settings.batch_tokens, self.device, rows)):
             wide = states.float()
             product = (wide.T @ wide).double()
             total = product if total is None else total + product

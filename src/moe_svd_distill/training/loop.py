@@ -23,7 +23,7 @@ from moe_svd_distill.training.optimiser import make_optimisers
 from moe_svd_distill.training.process_group import ProcessGroup, SingleProcess, as_the_first_says
 from moe_svd_distill.training.progress import Point, Progress, TrainingCheckpoints
 from moe_svd_distill.training.settings import TrainingSettings
-from moe_svd_distill.training.text import Batch, TrainingText
+from moe_svd_distill.training.text import TrainingText
 
 
 class Training:
@@ -110,7 +110,7 @@ class Training:
         """Mean KL on the checking text, in nats per place."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         mine = np.arange(len(self.check))[self.group.number :: self.group.count]
-        batches = self._batches(self.check, mine)
+        batches = self.check.batches(self.settings.batch_tokens, self.device, mine)
         for batch, states in zip(batches, self.engine.states(batches), strict=True):
             sums[0] += self.head.divergence(states, batch)
             sums[1] += len(states)
@@ -132,7 +132,8 @@ class Training:
         bank.gradient.zero_()
         head.gradient.zero_()
         head.loss.zero_()
-        batches = self._batches(self.text, rows[self.group.number :: self.group.count])
+        mine = rows[self.group.number :: self.group.count]
+        batches = self.text.batches(self.settings.batch_tokens, self.device, mine)
         self.engine.accumulate_gradients(batches, head, self.text.places(rows))
         self.group.add_up(bank.gradient, head.gradient, head.loss)
         for gradient in (bank.gradient, head.gradient):
@@ -150,10 +151,6 @@ class Training:
         if self._order[0] != epoch:
             self._order = epoch, np.random.default_rng([self.settings.seed, epoch]).permutation(len(self.text))
         return self._order[1][place * self.rows : (place + 1) * self.rows]
-
-    def _batches(self, text: TrainingText, rows: NDArray[np.int64]) -> list[Batch]:
-        together = max(1, self.settings.batch_tokens // text.length)
-        return [text.take(rows[begin : begin + together], self.device) for begin in range(0, len(rows), together)]
 
     def _due(self, step: int) -> bool:
         """Whether the student is measured after this step."""
