@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from moe_svd_distill.pipeline.schedule import TrainingSchedule
     from moe_svd_distill.pipeline.texts import RunText
     from moe_svd_distill.recipe import Recipe
-    from moe_svd_distill.training.job import TrainingReport
+    from moe_svd_distill.training.job import TrainingJob, TrainingReport
     from moe_svd_distill.training.lora_pairs import Pair
 
 
@@ -71,10 +71,32 @@ class StageResult:
     record: Mapping[str, object]
 
 
-def facts_of_fit(
-    given: StageInput, schedule: TrainingSchedule, run: TrainingReport, places: int
+def facts_of_stage(
+    given: StageInput,
+    schedule: TrainingSchedule,
+    placement: Placement,
+    job: TrainingJob,
+    run: TrainingReport,
+    start_pairs: int,
 ) -> Mapping[str, object]:
-    """How the calibrated stage went, which was fitted on so many places."""
+    """How a stage went that began with so many pairs, for run.json."""
+    common, width = len(job.student_ids), given.pair.student.architecture.head_slot.shape[1]
+    if schedule.stage == "calibrated":
+        own = _of_fit(given, schedule, run, places=len(job.text.position))
+    else:
+        own = _of_training(schedule, placement, run) | {
+            "trained_on_tokens": int(job.text.ids.size),
+            "start_pairs": start_pairs,
+        }
+    return own | {
+        "common_tokens": common,
+        "copies_of_the_text": schedule.extra.copies,
+        "own_text_sequences": schedule.extra.generated,
+        "full_rank": min(common, width),
+    }
+
+
+def _of_fit(given: StageInput, schedule: TrainingSchedule, run: TrainingReport, places: int) -> dict[str, object]:
     outcome, settings, beginning = run.outcome, run.settings, schedule.beginning
     last, halved = beginning.layers - beginning.layer, 2**outcome.halvings
     return {
@@ -94,14 +116,9 @@ def facts_of_fit(
     }
 
 
-def facts_of_training(
-    schedule: TrainingSchedule, placement: Placement, run: TrainingReport, tokens: int, start_pairs: int
-) -> Mapping[str, object]:
-    """How the refined stage went, which was trained on so many tokens and began with so many pairs."""
+def _of_training(schedule: TrainingSchedule, placement: Placement, run: TrainingReport) -> dict[str, object]:
     outcome, choice = run.outcome, run.choice
     return {
-        "trained_on_tokens": tokens,
-        "start_pairs": start_pairs,
         "curve": [asdict(point) for point in outcome.curve],
         "best": outcome.best,
         "steps": outcome.steps,

@@ -22,7 +22,7 @@ from moe_svd_distill.files.writing import write_json
 from moe_svd_distill.pipeline.assembly import asked_head_rank
 from moe_svd_distill.pipeline.placement import place_training, threads_of_a_run
 from moe_svd_distill.pipeline.schedule import TrainingSchedule
-from moe_svd_distill.pipeline.stage import StageInput, StageResult, facts_of_fit, facts_of_training
+from moe_svd_distill.pipeline.stage import StageInput, StageResult, facts_of_stage
 from moe_svd_distill.pipeline.stage_text import Passes, Report, search_text, stage_texts, student_head
 from moe_svd_distill.pipeline.training_start import Start, read_start
 from moe_svd_distill.pipeline.units import digest_of, library_versions
@@ -77,7 +77,6 @@ class _TextStage:
 
     def run(self) -> StageResult:
         begin, schedule = time.monotonic(), self.schedule
-        vocabulary, width = self.architecture.head_slot.shape
         start = read_start(self.given, schedule)
         job = self.job(start)
         self.report("preparing the student, and what the loss needs of the teacher", None)
@@ -91,21 +90,15 @@ class _TextStage:
             search = self.search_scale(trainee, moving)
             scale = float(search.scales[schedule.stage])
             pairs = {name: self.stored_pair(trainee, name, scale) for name in trainee.bank.names}
-            head, delta = moving.change(scale, vocabulary) if moving else (None, None)
+            head, delta = moving.change(scale, self.architecture.head_slot.shape[0]) if moving else (None, None)
         pairs |= {name: (scale * left, right) for name, (left, right) in start.carried.items()}
-        record: dict[str, object] = {}
-        if schedule.stage == "calibrated":
-            record |= facts_of_fit(self.given, schedule, run, places=len(job.text.position))
-        else:
-            record |= facts_of_training(schedule, self.placement, run, int(job.text.ids.size), len(start.names))
-        record |= {"scale": scale} | (asdict(moving.choice) if moving else {})
-        record |= {
-            "common_tokens": len(job.student_ids),
-            "copies_of_the_text": schedule.extra.copies,
-            "own_text_sequences": schedule.extra.generated,
-            "full_rank": min(len(job.student_ids), width),
+        seconds = round(time.monotonic() - begin, 2)
+        record = {
+            **facts_of_stage(self.given, schedule, self.placement, job, run, start_pairs=len(start.names)),
+            **(asdict(moving.choice) if moving else {}),
+            "scale": scale,
             "streamed": self.passes.facts,
-            "seconds": round(time.monotonic() - begin, 2),
+            "seconds": seconds,
         }
         return StageResult(head, delta, pairs, search, record)
 
