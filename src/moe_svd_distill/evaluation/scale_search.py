@@ -58,7 +58,6 @@ def search_scale(
     groups: Sequence[str],
     *,
     global_scales: Sequence[float] = GLOBAL_SCALES,
-    by_group: bool = True,
 ) -> ScaleSearch:
     """Search one scale for the whole adapter, then one for each group, and accept only what is proven.
 
@@ -66,12 +65,11 @@ def search_scale(
         evaluate: Measures the student at given scales; called up to 7 times and up to 3 times for each group.
         groups: The groups of the adapter.
         global_scales: Scales above 0 to try for everything together.
-        by_group: Whether to go on from the best of these and halve or raise the scale of each group in turn.
 
     Raises:
         BadDataError: A figure is not finite.
     """
-    return _Search(evaluate, groups).run(sorted(global_scales), by_group)
+    return _Search(evaluate, groups).run(sorted(global_scales))
 
 
 class _Search:
@@ -83,9 +81,9 @@ class _Search:
         self.known[(0.0,) * len(self.groups)] = Trial(self.nothing, self.untouched, self.untouched)
         self.best: Trial | None = None
 
-    def run(self, global_scales: Sequence[float], by_group: bool) -> ScaleSearch:
+    def run(self, global_scales: Sequence[float]) -> ScaleSearch:
         self.search_globally(global_scales)
-        if by_group and len(self.groups) > 1:
+        if len(self.groups) > 1:
             if self.best is None:
                 self.try_groups_alone()
             if self.best is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -230,7 +230,7 @@ def _benchmarks(request: EvaluationRequest, on_progress: Progress | None) -> dic
             f"the harness loads its models itself, and {request.student} is a GGUF file",
             "Give --student the checkpoint that the file was made from",
         )
-    return run_benchmarks(request, checkpoint.folder, on_progress).as_dict()
+    return asdict(run_benchmarks(request, checkpoint.folder, on_progress))
 
 
 def _code_benchmarks(
@@ -248,4 +248,4 @@ def _code_benchmarks(
 
     teacher = local(request.teacher) if request.benchmarks and request.benchmarks.teacher else None
     results = [run_code_benchmark(request, each, local(request.student), teacher, on_progress) for each in problems]
-    return {result.name: result.as_dict() for result in results}
+    return {result.name: asdict(result) for result in results}
