@@ -13,7 +13,6 @@ import torch
 
 from moe_svd_distill.algebra.clustering import (
     assign_clusters,
-    clustering_of,
     gram_blocks,
     gram_of_rows,
     interpolated_gram,
@@ -88,7 +87,7 @@ def _cluster(gram: Tensor | None, clusters: int, experts: int, context: UnitCont
     if gram is None:
         return list(range(experts)), torch.eye(experts), 0.0
     clustering = kmeans_from_gram(gram, clusters, context.settings.seed)
-    weights = clustering_of(gram, clustering.labels, clusters).weights
+    weights = clustering.weights
     if context.settings.blend == "frobenius":
         norms = gram.diagonal().clamp_min(0.0).sqrt().to(weights)
         weighted = weights * norms
