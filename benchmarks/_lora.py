@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from moe_svd_distill.algebra.divergence import kl_divergence
 from moe_svd_distill.errors import BadDataError, IncompatiblePairError, UsageError
-from moe_svd_distill.evaluation.adapted import AdaptedStudent
 from moe_svd_distill.evaluation.from_states import TeacherRecord
-from moe_svd_distill.evaluation.loading import load_model
+from moe_svd_distill.evaluation.loading import AdaptedStudent, load_model
 from moe_svd_distill.evaluation.sources import measure
 
 GRID = (3e-4, 1e-3, 3e-3, 1e-2)

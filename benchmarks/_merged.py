@@ -9,11 +9,10 @@ import torch
 
 from moe_svd_distill.adapter.merge import merge
 from moe_svd_distill.adapter.verify import verify
-from moe_svd_distill.calibration.reading import read_documents
+from moe_svd_distill.calibration.reading import read_text
 from moe_svd_distill.calibration.text import tokenize
 from moe_svd_distill.calibration.tokenizer import load_tokenizer
-from moe_svd_distill.evaluation.adapted import AdaptedStudent
-from moe_svd_distill.evaluation.loading import load_model
+from moe_svd_distill.evaluation.loading import AdaptedStudent, load_model
 from moe_svd_distill.evaluation.sources import measure, record_teacher
 
 TOKENS = 16_384
@@ -22,7 +21,7 @@ TOKENS = 16_384
 def merged_beside_unmerged(adapter: Path, teacher: Path, student: Path, text: Path) -> dict[str, dict[str, float]]:
     """Verify an adapter, merge it, and measure KL and cross-entropy both ways, in nats per token, all in float32."""
     verify(adapter)
-    tokenized = tokenize(read_documents([text]), load_tokenizer(student), TOKENS, length=512)
+    tokenized = tokenize(read_text([text]).documents, load_tokenizer(student), TOKENS, length=512)
     record = record_teacher(load_model(teacher, "cpu", torch.float32), tokenized)
     with tempfile.TemporaryDirectory() as scratch:
         merged = Path(scratch) / "merged"

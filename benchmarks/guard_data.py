@@ -27,11 +27,10 @@ from benchmarks.calibrated import MODELS
 from benchmarks.guard import BLOCK_TOKENS, BLOCKS
 from moe_svd_distill.algebra.figures import Measurement
 from moe_svd_distill.calibration.documents import Document, without
-from moe_svd_distill.calibration.reading import read_documents
+from moe_svd_distill.calibration.reading import read_text
 from moe_svd_distill.calibration.text import TokenizedText
 from moe_svd_distill.calibration.tokenizer import load_tokenizer
-from moe_svd_distill.evaluation.adapted import AdaptedStudent
-from moe_svd_distill.evaluation.loading import load_model
+from moe_svd_distill.evaluation.loading import AdaptedStudent, load_model
 from moe_svd_distill.evaluation.scale_search import ScaleSearch
 from moe_svd_distill.evaluation.sources import measure, record_teacher
 from moe_svd_distill.pipeline.distill import distill
@@ -48,7 +47,7 @@ def main() -> None:
     """Fit, measure, write."""
     lab = lab_folder()
     texts = [str(lab / "text" / f"{name}.jsonl") for name in ("calibration", "heldout")]
-    documents: Sequence[Document] = read_documents(texts)
+    documents: Sequence[Document] = read_text(texts).documents
     with tempfile.TemporaryDirectory() as scratch:
         fitted = {(pair, fit): _fitted(pair, fit, texts[0], Path(scratch)) for pair in PAIRS for fit in FITS}
         for folder in fitted.values():

@@ -22,7 +22,7 @@ from benchmarks._lora import GRID, Search, Training, check_saved, search
 from benchmarks._measure import machine, one_thread, print_machine
 from moe_svd_distill.algebra.figures import Measurement, cross_entropy_gap_closed, kl_gap_closed, plain
 from moe_svd_distill.calibration.documents import Document, split_documents
-from moe_svd_distill.calibration.reading import read_documents
+from moe_svd_distill.calibration.reading import read_text
 from moe_svd_distill.calibration.text import TokenizedText, tokenize
 from moe_svd_distill.calibration.tokenizer import load_tokenizer
 from moe_svd_distill.calibration.vocabulary import require_shared_vocabulary
@@ -146,8 +146,8 @@ def any_pair(name: str) -> LabPair:
 
 def texts(pair: LabPair) -> Texts:
     """Four fifths of the calibration documents to train on, the others to tune on, and the held-out ones."""
-    parts = split_documents(read_documents([pair.calibration]), {"training": 0.8, "tuning": 0.2})
-    return Texts(parts["training"], parts["tuning"], read_documents([pair.heldout]))
+    parts = split_documents(read_text([pair.calibration]).documents, {"training": 0.8, "tuning": 0.2})
+    return Texts(parts["training"], parts["tuning"], read_text([pair.heldout]).documents)
 
 
 def tokenized(pair: LabPair, purpose: str, tokens: int | None) -> TokenizedText:

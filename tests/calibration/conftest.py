@@ -9,7 +9,7 @@ import pytest
 from tokenizers import normalizers
 
 from moe_svd_distill.calibration.documents import Document
-from moe_svd_distill.calibration.reading import read_documents
+from moe_svd_distill.calibration.reading import read_text
 from tests.support.tokenizers import byte_level, sentencepiece
 
 LAB_TEXT = Path(__file__).parents[2] / "lab" / "text" / "calibration.jsonl"
@@ -29,7 +29,7 @@ class Kinds:
 @pytest.fixture(scope="session")
 def lab_documents() -> tuple[Document, ...]:
     """Documentation and source files."""
-    return tuple(Document(d.source, d.text[:3500]) for d in read_documents([LAB_TEXT]))
+    return tuple(Document(d.source, d.text[:3500]) for d in read_text([LAB_TEXT]).documents)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 
 from moe_svd_distill.calibration.chat import FIXED_DATE
 from moe_svd_distill.calibration.documents import Document, cut_long_documents, without
-from moe_svd_distill.calibration.reading import read_documents
+from moe_svd_distill.calibration.reading import read_text
 from moe_svd_distill.calibration.text import tokenize
 from moe_svd_distill.calibration.tokenizer import load_tokenizer
 from moe_svd_distill.errors import BadDataError, MissingInputError
@@ -34,7 +34,7 @@ def _records(folder: Path, *records: Any) -> Path:
 
 
 def _rendered(file: Path, folder: Path, **options: Any) -> str:
-    (document,) = read_documents([file], **options)
+    (document,) = read_text([file], **options).documents
     assert document.chat is not None
     return load_tokenizer(folder).render(document.chat, document.source)
 
@@ -45,7 +45,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_messages_are_rendered_by_the_template_and_packed(tmp_path: Path, folder: Path) -> None:
-    documents = read_documents([_records(tmp_path, {"messages": TALK}, {"text": "the dog sat on the mat"})])
+    documents = read_text([_records(tmp_path, {"messages": TALK}, {"text": "the dog sat on the mat"})]).documents
     tokenizer = load_tokenizer(folder)
     packed = tokenize(documents, tokenizer, length=8)
     text = f"{END}user:the cat{END}\nassistant:sat on the mat{END}"
@@ -57,7 +57,7 @@ def test_messages_are_rendered_by_the_template_and_packed(tmp_path: Path, folder
 @pytest.mark.parametrize("begins", [True, False])
 def test_the_token_that_begins_a_text_is_there_once(tmp_path: Path, begins: bool) -> None:
     folder = sentencepiece(tmp_path / "student", TEXTS, 400, begins=begins, chat_template=TEMPLATE)
-    packed = tokenize(read_documents([_records(tmp_path, {"messages": TALK})]), load_tokenizer(folder), length=4)
+    packed = tokenize(read_text([_records(tmp_path, {"messages": TALK})]).documents, load_tokenizer(folder), length=4)
     begin = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]["<begin>"]
     assert packed.sequences.flatten().tolist().count(begin) == 1
     assert packed.sequences[0, 0] == begin
@@ -93,7 +93,7 @@ def test_parts_of_text_are_joined_and_a_picture_is_refused(tmp_path: Path, folde
     )
     picture = {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}
     with pytest.raises(BadDataError, match=r"talks\.jsonl:1 .*message 1 holds a part that is not text \(image\)"):
-        read_documents([_records(tmp_path, picture)])
+        read_text([_records(tmp_path, picture)])
 
 
 @pytest.mark.parametrize(
@@ -110,21 +110,21 @@ def test_parts_of_text_are_joined_and_a_picture_is_refused(tmp_path: Path, folde
 )
 def test_records_that_are_neither_are_named(tmp_path: Path, record: Any, said: str) -> None:
     with pytest.raises(BadDataError, match=said):
-        read_documents([_records(tmp_path, {"messages": TALK}, record)])
+        read_text([_records(tmp_path, {"messages": TALK}, record)])
 
 
 def test_a_named_field_holds_text_or_messages(tmp_path: Path, folder: Path) -> None:
     file = _records(tmp_path, {"text": "not this", "talk": TALK, "body": "this"})
-    assert read_documents([file], field="body")[0].text == "this"
+    assert read_text([file], field="body").documents[0].text == "this"
     assert "assistant:sat" in _rendered(file, folder, field="talk")
-    assert read_documents([file])[0].text == "not this"
+    assert read_text([file]).documents[0].text == "not this"
     with pytest.raises(BadDataError, match="field 'missing'"):
-        read_documents([file], field="missing")
+        read_text([file], field="missing")
 
 
 def test_a_tokenizer_without_a_template_is_refused_in_one_line(tmp_path: Path) -> None:
     folder = byte_level(tmp_path / "plain", TEXTS, 300)
-    documents = read_documents([_records(tmp_path, {"messages": TALK})])
+    documents = read_text([_records(tmp_path, {"messages": TALK})]).documents
     with pytest.raises(MissingInputError, match=r"talks\.jsonl:1 .*no chat template.*chat_template\.jinja") as refusal:
         tokenize(documents, load_tokenizer(folder), length=4)
     assert "\n" not in str(refusal.value)
@@ -133,7 +133,7 @@ def test_a_tokenizer_without_a_template_is_refused_in_one_line(tmp_path: Path) -
 def test_what_the_template_refuses_is_named(tmp_path: Path, folder: Path) -> None:
     critic = _records(tmp_path, {"messages": [{"role": "critic", "content": "bad"}]})
     with pytest.raises(BadDataError, match=r"talks\.jsonl:1 cannot be rendered .*no critics"):
-        tokenize(read_documents([critic]), load_tokenizer(folder), length=4)
+        tokenize(read_text([critic]).documents, load_tokenizer(folder), length=4)
 
 
 def test_the_same_conversation_is_the_same_text_tomorrow(tmp_path: Path) -> None:
@@ -143,14 +143,14 @@ def test_the_same_conversation_is_the_same_text_tomorrow(tmp_path: Path) -> None
 
 
 def test_a_used_conversation_is_recognised_rendered_or_not_and_in_any_key_order(tmp_path: Path, folder: Path) -> None:
-    documents = read_documents([_records(tmp_path, {"messages": TALK})])
+    documents = read_text([_records(tmp_path, {"messages": TALK})]).documents
     used = tokenize(documents, load_tokenizer(folder), length=4).digests
     turned = _records(tmp_path, {"messages": [dict(reversed(message.items())) for message in TALK]}, {"text": "new"})
-    assert [document.text for document in without(read_documents([turned]), used)] == ["new"]
+    assert [document.text for document in without(read_text([turned]).documents, used)] == ["new"]
 
 
 def test_a_conversation_is_not_cut_before_it_is_rendered(tmp_path: Path) -> None:
     talk = [{"role": "user", "content": "the cat\n" * 4000}]
-    (document,) = read_documents([_records(tmp_path, {"messages": talk})])
+    (document,) = read_text([_records(tmp_path, {"messages": talk})]).documents
     assert cut_long_documents([document]) == (document,)
     assert len(cut_long_documents([Document("text", document.text)])) > 1

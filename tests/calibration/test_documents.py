@@ -17,7 +17,7 @@ from moe_svd_distill.calibration.documents import (
     split_documents,
     without,
 )
-from moe_svd_distill.calibration.reading import read_documents
+from moe_svd_distill.calibration.reading import read_text
 from moe_svd_distill.calibration.repeats import WINDOW, Repeats
 from moe_svd_distill.errors import BadDataError, MissingInputError, UsageError
 from tests.support.windows import windows
@@ -38,18 +38,18 @@ def test_folders_are_read_recursively_in_order_without_hidden_and_binary_kinds(t
     _write(tmp_path, ".git/config.txt", "hidden")
     _write(tmp_path, "weights.bin", "not text")
     _write(tmp_path, "c.jsonl", '{"text": "third"}\n\n{"text": "fourth"}\n{"text": "second"}\n{"text": " "}\n')
-    found = read_documents([tmp_path])
+    found = read_text([tmp_path]).documents
     assert [document.text for document in found] == ["first", "second", "third", "fourth"]
     assert found[-1].source.endswith("c.jsonl:3")
 
 
 def test_a_line_separator_inside_a_record_does_not_end_it(tmp_path: Path) -> None:
     file = _write(tmp_path, "a.jsonl", json.dumps({"body": "one\u2028two\x85three"}, ensure_ascii=False))
-    assert read_documents([file], field="body")[0].text == "one\u2028two\x85three"
+    assert read_text([file], field="body").documents[0].text == "one\u2028two\x85three"
 
 
 def test_a_file_named_outright_is_read_whatever_its_suffix(tmp_path: Path) -> None:
-    assert read_documents([_write(tmp_path, "LICENSE", "words")])[0].text == "words"
+    assert read_text([_write(tmp_path, "LICENSE", "words")]).documents[0].text == "words"
 
 
 @pytest.mark.parametrize(
@@ -68,14 +68,14 @@ def test_a_file_named_outright_is_read_whatever_its_suffix(tmp_path: Path) -> No
 def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(BadDataError, match=said.replace("(", r"\(").replace(")", r"\)")):
-        read_documents([tmp_path / name])
+        read_text([tmp_path / name])
 
 
 def test_missing_and_nothing(tmp_path: Path) -> None:
     with pytest.raises(MissingInputError, match=r"nowhere\.txt does not exist"):
-        read_documents([tmp_path / "nowhere.txt"])
+        read_text([tmp_path / "nowhere.txt"])
     with pytest.raises(BadDataError, match="nothing was named"):
-        read_documents([])
+        read_text([])
 
 
 _DOCUMENTS = st.lists(st.text(min_size=1, max_size=300), min_size=30, max_size=60, unique=True)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from moe_svd_distill.calibration.division import divide, divide_text
 from moe_svd_distill.calibration.documents import Document, cut_long_documents, without_groups
-from moe_svd_distill.calibration.reading import read_documents
+from moe_svd_distill.calibration.reading import read_text
 from moe_svd_distill.errors import BadDataError
 from tests.support.characters import PLAIN
 from tests.support.windows import windows
@@ -39,16 +39,16 @@ def _text(name: str, words: int) -> str:
     ({"group": "", "repository": "y"}, "y"), ({"repo": None}, None), ({"group": True}, None), ({}, None),
 ])  # fmt: skip
 def test_a_record_names_its_source(tmp_path: Path, row: dict[str, Any], group: str | None) -> None:
-    (document,) = read_documents([_records(tmp_path, {"text": "words", **row})])
+    (document,) = read_text([_records(tmp_path, {"text": "words", **row})]).documents
     assert document.group == group
 
 
 def test_a_conversation_names_its_source_too_and_is_one_by_itself_otherwise(tmp_path: Path) -> None:
     talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
     other = [*talk, {"role": "user", "content": "bye"}]
-    first, second = read_documents(
+    first, second = read_text(
         [_records(tmp_path, {"messages": talk, "conversation_id": "c"}, {"messages": other})]
-    )
+    ).documents
     assert first.group == "c"
     assert second.group_digest == second.identity
 
@@ -56,14 +56,14 @@ def test_a_conversation_names_its_source_too_and_is_one_by_itself_otherwise(tmp_
 def test_numbers_name_sources_of_their_own_file_only(tmp_path: Path) -> None:
     rows = [{"text": f"words {n}", "conversation_id": n // 2} for n in range(4)]
     others = [{"text": f"others {n}", "conversation_id": n // 2} for n in range(4)]
-    found = read_documents([_records(tmp_path, *rows), _records(tmp_path, *others, name="b.jsonl")])
+    found = read_text([_records(tmp_path, *rows), _records(tmp_path, *others, name="b.jsonl")]).documents
     digests = [document.group_digest for document in found]
     assert [digests.index(digest) for digest in digests] == [0, 0, 2, 2, 4, 4, 6, 6]
 
 
 def test_the_field_that_is_named_counts_alone(tmp_path: Path) -> None:
     file = _records(tmp_path, {"text": "one", "site": "s", "repo": "r"}, {"text": "two", "repo": "r"})
-    assert [document.group for document in read_documents([file], group_field="site")] == ["s", None]
+    assert [document.group for document in read_text([file], group_field="site").documents] == ["s", None]
 
 
 def test_files_belong_to_the_sub_folder_where_there_are_several(tmp_path: Path) -> None:
@@ -71,9 +71,9 @@ def test_files_belong_to_the_sub_folder_where_there_are_several(tmp_path: Path) 
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"text of {name}")
     _records(tmp_path / "two", {"text": "a record"}, name="records.jsonl")
-    found = {Path(document.source).name: document.group for document in read_documents([tmp_path])}
+    found = {Path(document.source).name: document.group for document in read_text([tmp_path]).documents}
     assert found == {"a.txt": "one", "b.txt": "one", "c.txt": "two", "d.txt": None, "records.jsonl:1": None}
-    alone = read_documents([tmp_path / "one", tmp_path / "two/c.txt"])
+    alone = read_text([tmp_path / "one", tmp_path / "two/c.txt"]).documents
     assert [document.group for document in alone] == [None, None, None]
 
 
@@ -94,7 +94,7 @@ def test_two_files_of_one_folder_are_never_in_both_parts(tmp_path: Path) -> None
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(_text(f"word{package}x{file}x", 150))
     for seed in range(5):
-        parts = divide(read_documents([tmp_path]), PLAIN, BUDGETS, length=100, vocabulary=None, seed=seed)
+        parts = divide(read_text([tmp_path]).documents, PLAIN, BUDGETS, length=100, vocabulary=None, seed=seed)
         folders = [{Path(one.source).parent.parent.name for one in part.documents} for part in parts.values()]
         assert not folders[0] & folders[1]
         assert len(folders[1]) >= 4
@@ -111,7 +111,8 @@ def test_renamed_files_and_folders_change_nothing(tmp_path: Path) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(LICENCE + _text(f"w{package}x{file}x", 150))
     first, second = (
-        divide_text(read_documents([tmp_path / root]), PLAIN, BUDGETS, length=100, seed=7) for root in ("one", "two")
+        divide_text(read_text([tmp_path / root]).documents, PLAIN, BUDGETS, length=100, seed=7)
+        for root in ("one", "two")
     )
     assert first["search"].division == second["search"].division
     assert all((first[name].sequences == second[name].sequences).all() for name in BUDGETS)

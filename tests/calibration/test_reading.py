@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from moe_svd_distill.calibration.dataset_rows import DatasetName, parse_dataset
-from moe_svd_distill.calibration.reading import read_documents
+from moe_svd_distill.calibration.reading import read_text
 from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError, RemoteError, UsageError
 
 ROWS = [{"text": f"row {number} " + "x" * 100, "body": f"body {number}"} for number in range(1000)]
@@ -68,7 +68,7 @@ def test_what_is_no_name(source: str) -> None:
 
 
 def test_rows_are_streamed_up_to_the_limit(library: _Library) -> None:
-    documents = read_documents(["datasets:org/name:config:test"], limit_characters=1000)
+    documents = read_text(["datasets:org/name:config:test"], limit_characters=1000).documents
     assert library.asked == (("org/name", "config"), {"split": "test", "revision": None, "streaming": True})
     assert sum(len(document.text) for document in documents) >= 1000
     assert library.taken == len(documents) < 12
@@ -76,15 +76,15 @@ def test_rows_are_streamed_up_to_the_limit(library: _Library) -> None:
 
 
 def test_the_field_of_the_name_goes_before_the_general_one(library: _Library) -> None:
-    assert read_documents(["datasets:a"], field="body", limit_characters=1)[0].text == "body 0"
-    assert read_documents([Path("datasets:a#body")], field="text", limit_characters=1)[0].text == "body 0"
+    assert read_text(["datasets:a"], field="body", limit_characters=1).documents[0].text == "body 0"
+    assert read_text([Path("datasets:a#body")], field="text", limit_characters=1).documents[0].text == "body 0"
     with pytest.raises(BadDataError, match=r"datasets:a:1 has no text in the field 'none'"):
-        read_documents(["datasets:a"], field="none")
+        read_text(["datasets:a"], field="none")
 
 
 def test_rows_may_be_conversations(library: _Library) -> None:
     library.rows[:] = [{"messages": [{"role": "user", "content": "hello", "tool_calls": None}]}]
-    (document,) = read_documents(["datasets:a"])
+    (document,) = read_text(["datasets:a"]).documents
     assert document.chat is not None
     assert document.chat.messages == [{"role": "user", "content": "hello"}]
 
@@ -92,10 +92,10 @@ def test_rows_may_be_conversations(library: _Library) -> None:
 def test_the_package_is_named_where_it_is_missing_or_old(monkeypatch: pytest.MonkeyPatch, library: _Library) -> None:
     monkeypatch.setattr(library, "__version__", "3.6.0", raising=False)
     with pytest.raises(UsageError, match=r"from version 4 on \(found 3\.6\.0\)"):
-        read_documents(["datasets:a"])
+        read_text(["datasets:a"])
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UsageError, match=r"pip install 'moe-svd-distill\[datasets\]'"):
-        read_documents(["datasets:a"])
+        read_text(["datasets:a"])
 
 
 @pytest.mark.parametrize(
@@ -110,10 +110,10 @@ def test_the_package_is_named_where_it_is_missing_or_old(monkeypatch: pytest.Mon
 def test_failures_are_explained(library: _Library, failure: Exception, kind: type[DistillError]) -> None:
     library.failure = failure
     with pytest.raises(kind, match=f"datasets:a .*{str(failure)[:12]}"):
-        read_documents(["datasets:a"])
+        read_text(["datasets:a"])
 
 
 def test_with_the_real_package(tmp_path: Path) -> None:
     pytest.importorskip("datasets", minversion="4")
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS[:20]))
-    assert [d.text for d in read_documents([f"datasets:{tmp_path}#body"])] == [row["body"] for row in ROWS[:20]]
+    assert [d.text for d in read_text([f"datasets:{tmp_path}#body"]).documents] == [row["body"] for row in ROWS[:20]]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from moe_svd_distill.calibration.reading import read_documents, read_text
+from moe_svd_distill.calibration.reading import read_text
 from moe_svd_distill.errors import BadDataError, UsageError
 
 ALPACA = [{"instruction": f"Say {n}.", "input": "", "output": f"It is {n}."} for n in range(5)]
@@ -22,7 +22,7 @@ SHAREGPT = [{"conversations": [{"from": "human", "value": f"Say {n}."}, {"from":
 
 
 def _texts(path: Path, **options: Any) -> list[str]:
-    return [document.text for document in read_documents([path], **options)]
+    return [document.text for document in read_text([path], **options).documents]
 
 
 @pytest.mark.parametrize("records", [ALPACA, SHAREGPT])
@@ -31,7 +31,7 @@ def _texts(path: Path, **options: Any) -> list[str]:
 def test_an_array_is_records(tmp_path: Path, records: list[Any], indent: int | None, name: str) -> None:
     file = tmp_path / name
     file.write_text(json.dumps(records, indent=indent))
-    found = read_documents([file])
+    found = read_text([file]).documents
     assert [document.text for document in found] == [f"Say {n}.\nIt is {n}." for n in range(5)]
     assert found[2].source == f"{file}:3"
     assert _texts(tmp_path) == _texts(file)
@@ -72,7 +72,7 @@ def test_an_array_longer_than_what_is_read_at_a_time(tmp_path: Path) -> None:
 def test_json_that_is_no_text_is_named(tmp_path: Path, content: str, said: str) -> None:
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(BadDataError, match=said):
-        read_documents([tmp_path / "a.json"])
+        read_text([tmp_path / "a.json"])
 
 
 def test_settings_in_a_folder_of_code_stay_text_and_a_note_says_so(tmp_path: Path) -> None:
@@ -96,13 +96,13 @@ def test_csv_is_records(tmp_path: Path, name: str, delimiter: str) -> None:
     assert _texts(tmp_path / name) == [f'line "one", {n};\nline\ttwo' + "x" * 200_000 for n in range(3)]
     assert _texts(tmp_path / name, field="id") == ["0", "1", "2"]
     with pytest.raises(BadDataError, match=r"no text in the field 'none' .found: id, text"):
-        read_documents([tmp_path / name], field="none")
+        read_text([tmp_path / name], field="none")
 
 
 def test_csv_that_does_not_fit_its_header_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,id\na,1\nb,2,3\n")
     with pytest.raises(BadDataError, match=r"a\.csv:3 has more fields than the 2 of its header"):
-        read_documents([tmp_path / "a.csv"])
+        read_text([tmp_path / "a.csv"])
 
 
 def test_parquet_needs_a_package_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,9 +110,9 @@ def test_parquet_needs_a_package_that_is_named(tmp_path: Path, monkeypatch: pyte
     for name in ("a.parquet", "data"):
         (tmp_path / name).write_bytes(b"PAR1 and more")
         with pytest.raises(UsageError, match=r"needs the package 'pyarrow'.*pip install 'moe-svd-distill\[datasets\]'"):
-            read_documents([tmp_path / name])
+            read_text([tmp_path / name])
     with pytest.raises(UsageError, match="pyarrow"):
-        read_documents([tmp_path])
+        read_text([tmp_path])
 
 
 def test_parquet_is_records(tmp_path: Path) -> None:
@@ -123,17 +123,17 @@ def test_parquet_is_records(tmp_path: Path) -> None:
     messages = [{"messages": [{"role": "user", "content": "a", "at": b"\xff"}]}]
     parquet.write_table(arrow.Table.from_pylist(messages), file)
     with pytest.raises(BadDataError, match=r"a\.parquet:1 .*holds what JSON cannot"):
-        read_documents([file])
+        read_text([file])
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(BadDataError, match="not readable as parquet"):
-        read_documents([file])
+        read_text([file])
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl", "words"])
 def test_compressed_files_are_refused_by_name(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(gzip.compress(b'{"text": "a"}'))
     with pytest.raises(BadDataError, match=r"is compressed by gzip, not text\. Unpack"):
-        read_documents([tmp_path / name])
+        read_text([tmp_path / name])
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt"])
@@ -150,7 +150,9 @@ def test_a_long_record_is_cut_and_a_note_says_so(tmp_path: Path, name: str, lett
 def test_lines_after_a_long_one_are_read(tmp_path: Path) -> None:
     lines = [json.dumps({"text": "b" * 300_000}), json.dumps({"text": "short"})]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    sources = {document.source[-1] for document in read_documents([tmp_path / "a.jsonl"], limit_characters=100_000)}
+    sources = {
+        document.source[-1] for document in read_text([tmp_path / "a.jsonl"], limit_characters=100_000).documents
+    }
     assert sources <= {"1", "2"}
     assert _texts(tmp_path / "a.jsonl") == ["b" * 300_000, "short"]
 

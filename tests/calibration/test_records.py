@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe_svd_distill.calibration.reading import read_documents
+from moe_svd_distill.calibration.reading import read_text
 from moe_svd_distill.calibration.records import document_of_record
 from moe_svd_distill.calibration.text import tokenize
 from moe_svd_distill.calibration.tokenizer import load_tokenizer
@@ -120,7 +120,7 @@ def test_a_broken_template_is_not_the_records_fault(tmp_path: Path) -> None:
 def test_a_lone_surrogate_becomes_the_replacement_character(record: Any, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(record))
     assert "\ufffd" in _said(json.loads(json.dumps(record)), folder)
-    tokenize(read_documents([tmp_path / "a.jsonl"]), load_tokenizer(folder), length=2)
+    tokenize(read_text([tmp_path / "a.jsonl"]).documents, load_tokenizer(folder), length=2)
 
 
 def test_a_surrogate_pair_in_two_escapes_is_one_character(folder: Path) -> None:
@@ -189,7 +189,7 @@ def test_nothing_that_a_file_holds_is_an_internal_error(file: tuple[str, str, in
         path.write_bytes(content.encode("utf-8", "surrogatepass"))
         for named in (path, path.parent):
             try:
-                documents = read_documents([named], limit_characters=limit)
+                documents = read_text([named], limit_characters=limit).documents
                 tokenizer = load_tokenizer(folder)
                 for document in documents:
                     tokenize([document], tokenizer, length=2)
@@ -202,8 +202,8 @@ def test_nested_without_end(tmp_path: Path) -> None:
     for name, content in (("a.jsonl", "[" * 100_000), ("b.json", '{"text": ' * 100_000), ("c.json", "[" * 100_000)):
         (tmp_path / name).write_text(content)
         with pytest.raises(BadDataError):
-            read_documents([tmp_path / name])
+            read_text([tmp_path / name])
     deep = '{"messages": [{"role": "user", "content": "a"}], "tools": [{"a": ' + "[" * 900 + "]" * 900 + "}]}"
     (tmp_path / "d.jsonl").write_text(deep)
     with suppress(DistillError):
-        read_documents([tmp_path / "d.jsonl"])
+        read_text([tmp_path / "d.jsonl"])

@@ -16,7 +16,7 @@ import torch
 from moe_svd_distill.algebra.figures import Measurement
 from moe_svd_distill.calibration.documents import Document, without
 from moe_svd_distill.calibration.paired import PairTokenizers
-from moe_svd_distill.calibration.reading import read_documents
+from moe_svd_distill.calibration.reading import read_text
 from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.errors import BadDataError, IncompatiblePairError
 from moe_svd_distill.evaluation import from_states
@@ -55,7 +55,7 @@ def _model(folder: Path, model: Any, seed: int) -> None:
 @pytest.fixture(scope="module", params=["byte-level", "sentencepiece"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Unequal:
     folder = tmp_path_factory.mktemp(request.param)
-    read = tuple(Document(one.source, one.text[:1500]) for one in read_documents([LAB_TEXT])[:60])
+    read = tuple(Document(one.source, one.text[:1500]) for one in read_text([LAB_TEXT]).documents[:60])
     texts = [one.text for one in read]
     byte_level(folder / "student", texts, 400)
     (byte_level if request.param == "byte-level" else sentencepiece)(folder / "teacher", texts, 600)

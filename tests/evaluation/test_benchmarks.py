@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,8 @@ import torch
 from moe_svd_distill.calibration.tokenizer import load_tokenizer
 from moe_svd_distill.errors import BadDataError, MissingInputError, UsageError
 from moe_svd_distill.evaluation import benchmarks
-from moe_svd_distill.evaluation.adapted import AdaptedStudent
 from moe_svd_distill.evaluation.benchmarks import EXTRA, require_harness, run_benchmarks
-from moe_svd_distill.evaluation.loading import load_model
+from moe_svd_distill.evaluation.loading import AdaptedStudent, load_model
 from moe_svd_distill.evaluation.request import BenchmarkRequest, EvaluationRequest
 from tests.support.language import Lab
 
@@ -99,7 +98,7 @@ def test_student_and_adapter_side_by_side(
     assert score.change == pytest.approx(score.adapted - score.student)
     assert score.student_error is not None
     assert score.change_error is not None
-    assert json.loads(json.dumps(found.as_dict(), allow_nan=False))["scores"][0]["task"] == "next_word"
+    assert json.loads(json.dumps(asdict(found), allow_nan=False))["scores"][0]["task"] == "next_word"
     with pytest.raises(UsageError, match="knows no task nowhere"):
         run_benchmarks(_asked(lab, "nowhere", include_path=task_folder), lab.student)
 

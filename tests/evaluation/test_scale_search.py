@@ -11,14 +11,14 @@ import pytest
 from moe_svd_distill.algebra.figures import Measurement
 from moe_svd_distill.calibration.paired import PairedText
 from moe_svd_distill.errors import BadDataError
-from moe_svd_distill.evaluation.guard import Guard
+from moe_svd_distill.evaluation import guard
 from moe_svd_distill.evaluation.loading import load_model
 from moe_svd_distill.evaluation.scale_search import Evaluate, search_scale
 from moe_svd_distill.pipeline.pair import open_pair
 from moe_svd_distill.pipeline.scale import ScaleDecision, decide_scale
 from tests.support.language import Lab
 
-GROUPS = ("attention", "experts", "head")
+GROUPS, ONE = ("attention", "experts", "head"), ("all",)
 
 
 def _landscape(
@@ -52,6 +52,11 @@ def _landscape(
     return evaluate, calls
 
 
+def _as_one(evaluate: Evaluate) -> Evaluate:
+    """All groups at one scale."""
+    return lambda scales: evaluate(dict.fromkeys(GROUPS, scales["all"]))
+
+
 def test_the_best_scale_is_found_and_confirmed() -> None:
     evaluate, calls = _landscape(dict.fromkeys(GROUPS, 0.6), dict.fromkeys(GROUPS, 0.1), noise=0.001)
     search = search_scale(evaluate, GROUPS)
@@ -67,7 +72,7 @@ def test_the_best_scale_is_found_and_confirmed() -> None:
 
 def test_small_scales_are_left_out_where_more_is_better_and_proven() -> None:
     evaluate, calls = _landscape(dict.fromkeys(GROUPS, 1.2), dict.fromkeys(GROUPS, 0.1), noise=0.001)
-    search = search_scale(evaluate, GROUPS, by_group=False)
+    search = search_scale(_as_one(evaluate), ONE)
     assert search.accepted
     assert [call["head"] for call in calls] == [0.0, 1.0, 0.75]
 
@@ -82,13 +87,13 @@ def test_between_the_best_and_one_that_is_not_proven_there_may_be_a_better() -> 
         kl[:6] += found.tokens[:6] * 0.45 * scales["head"] ** 6
         return Measurement(kl, found.cross_entropy, found.agreement, found.tokens)
 
-    search = search_scale(spoilt, GROUPS, by_group=False, global_scales=(0.25, 0.5, 1.0))
-    whole = next(trial for trial in search.trials if trial.scales["head"] == 1.0)
-    assert not whole.kl.falls(Guard().errors)
+    search = search_scale(_as_one(spoilt), ONE, global_scales=(0.25, 0.5, 1.0))
+    whole = next(trial for trial in search.trials if trial.scales["all"] == 1.0)
+    assert not whole.kl.falls(guard.ERRORS)
     assert [call["head"] for call in calls[:4]] == [0.0, 1.0, 0.5, 0.25]
     assert 0.5 < calls[4]["head"] < 1.0
     assert search.accepted
-    assert search.scales["head"] == max(search.trials, key=lambda trial: trial.kl.fall).scales["head"]
+    assert search.scales == max(search.trials, key=lambda trial: trial.kl.fall).scales
 
 
 def test_each_group_gets_its_own_scale() -> None:
@@ -126,12 +131,13 @@ def test_kl_bought_with_cross_entropy_is_no_transfer() -> None:
     assert "and cross-entropy rises by" in search.decision
 
 
-def test_a_gain_too_small_to_count() -> None:
+def test_a_gain_too_small_to_count(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate, _ = _landscape(dict.fromkeys(GROUPS, 0.5), dict.fromkeys(GROUPS, 0.004))
     search = search_scale(evaluate, GROUPS)
     assert search.kind == "none"
     assert "less than the 2% that would" in search.decision
-    assert search_scale(evaluate, GROUPS, guard=Guard(share=0.005)).accepted
+    monkeypatch.setattr(guard, "SHARE", 0.005)
+    assert search_scale(evaluate, GROUPS).accepted
 
 
 def test_noise_is_not_taken_for_help() -> None:
@@ -163,7 +169,7 @@ def test_what_little_text_does_not_prove_is_not_blamed_on_the_adapter() -> None:
 
 def test_a_gain_at_small_scales_is_kept_where_the_whole_adapter_harms() -> None:
     evaluate, _ = _landscape(dict.fromkeys(GROUPS, 0.3), dict.fromkeys(GROUPS, 0.03), noise=0.002)
-    search = search_scale(evaluate, GROUPS, by_group=False)
+    search = search_scale(_as_one(evaluate), ONE)
     whole = next(trial for trial in search.trials if set(trial.scales.values()) == {1.0})
     assert whole.kl.fall < 0
     assert search.accepted

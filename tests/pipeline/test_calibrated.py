@@ -185,7 +185,7 @@ def _kl_on_text(
     recipe: Recipe, adapters: Mapping[str, tuple[Path | None, Mapping[str, float]]], part: str = "search"
 ) -> dict[str, float]:
     """Mean KL on a part of the text, models in memory and adapters as PEFT loads them, times scales."""
-    from moe_svd_distill.evaluation.adapted import AdaptedStudent
+    from moe_svd_distill.evaluation.loading import AdaptedStudent
     from moe_svd_distill.evaluation.sources import measure, record_teacher
 
     with open_pair(recipe.teacher, recipe.student) as pair:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,8 +37,8 @@ def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(benchmarks, "version", lambda name: "0.4.13")
     monkeypatch.setattr(
         benchmarks, "run_benchmarks",
-        lambda asked, *_: SimpleNamespace(
-            as_dict=lambda: {"tasks": list(asked.benchmarks.harness), "limit": asked.benchmarks.limit}
+        lambda asked, *_: make_dataclass("Found", ["tasks", "limit"])(
+            list(asked.benchmarks.harness), asked.benchmarks.limit
         ),
     )  # fmt: skip
     return folder
@@ -90,7 +90,7 @@ def test_programming_problems_need_consent_and_stay_beside_the_rest(
         assert how is not None
         where = (student.folder, asked.adapter, asked.cache_folder, teacher)
         told.append((len(problems.problems), *where, how.new_tokens, how.batch))
-        return SimpleNamespace(name=problems.name, as_dict=lambda: {"name": problems.name})
+        return make_dataclass("Measured", ["name"])(problems.name)
 
     monkeypatch.setattr(benchmark, "run_code_benchmark", measured)
     allowed = replace(code, run_generated_code=True, limit=1)

@@ -1,15 +1,17 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from moe_svd_distill.execution.supervisor import Settings
 from moe_svd_distill.pipeline.pair import open_pair
 from moe_svd_distill.pipeline.placement import (
     Placement,
-    TrainedParts,
     place_training,
     trained_numbers,
-    trained_ranks,
 )
+from moe_svd_distill.pipeline.schedule import schedule_refined
+from moe_svd_distill.pipeline.texts import TextSize
 from tests.support.models import saved
 from tests.support.pairs import LITTLE_TEXT, recipe_for
 from tests.support.training import setting
@@ -18,8 +20,10 @@ from tests.support.training import setting
 def _place(tiny: tuple[Path, Path], tmp_path: Path, workers: int, together: int, tokens: int) -> Placement:
     recipe = recipe_for(*tiny, tmp_path, **LITTLE_TEXT)
     with open_pair(*map(str, tiny)) as pair:
-        trained = TrainedParts(trained_ranks(recipe, pair.student), True, together, tokens)
-        return place_training(recipe, pair, ("cpu",), workers, trained)
+        text = TextSize(tokens, together, tokens // together, tokens, identical=True, rows=1)
+        schedule = schedule_refined(recipe, pair.student, ("refined",), text, "cpu")
+        settings = replace(schedule.settings, step_tokens=tokens, head="whole")
+        return place_training(recipe, pair, Settings(workers), replace(schedule, settings=settings, sequences=together))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from moe_svd_distill.calibration.reading import read_documents
+from moe_svd_distill.calibration.reading import read_text
 from moe_svd_distill.pipeline.lab import lab_pair
 from tests.support.models import saved
 from tests.support.tokenizers import byte_level
@@ -31,7 +31,7 @@ TRAINED: dict[str, Any] = {
 
 def trained_tokenizer(folder: Path, size: int, part: int = 0) -> Path:
     """A byte-level tokenizer of this size from a part of the lab's text."""
-    texts = [document.text[:3000] for document in read_documents([str(TEXT)])[part::4]]
+    texts = [document.text[:3000] for document in read_text([str(TEXT)]).documents[part::4]]
     return byte_level(folder, texts, size)
 
 

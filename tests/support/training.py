@@ -45,7 +45,7 @@ class Setting:
 
     def training(self, text: TrainingText, check: TrainingText, settings: TrainingSettings) -> Training:
         """A run on it."""
-        return Training(self.engine, self.bank, self.head, text, check, settings)
+        return Training(self.engine, self.head, text, check, settings)
 
 
 def setting(
@@ -78,10 +78,7 @@ def setting(
         student,
         teacher,
         whitening((basis.T @ basis / len(basis)).to(device)),
-        None,
-        asked.head,
-        asked.divergence,
-        asked.cross_entropy_share,
+        asked,
     )
     return Setting(decoder, bank, head, engine, student, teacher)
 

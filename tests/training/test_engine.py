@@ -11,7 +11,7 @@ from torch import nn
 
 from moe_svd_distill.training.lora_pairs import FullDeltas, LoraPairs
 from tests.support.models import load, saved
-from tests.support.training import CPU, Setting, disturb, made_up_text, setting
+from tests.support.training import CPU, LENGTH, Setting, disturb, made_up_text, setting
 
 FAMILIES = ("qwen3_moe", "llama", "qwen3", "mixtral", "glm4_moe")
 
@@ -90,7 +90,7 @@ def test_a_streamed_step_reads_every_layer_twice_but_the_last(model: Path, tmp_p
     found = setting(model, tmp_path, streamed=True)
     text = made_up_text(4, seed=1)
     before = found.decoder.bytes_read
-    found.engine.accumulate_gradients(list(text.batches(2, CPU)), found.head, len(text.position))
+    found.engine.accumulate_gradients(text.batches(2 * LENGTH, CPU), found.head, len(text.position))
     layers = [found.decoder.stored.bytes_of(layer) for layer in range(found.decoder.layers)]
     rows = len(np.unique(text.ids)) * 4 * found.student.weight.shape[1]
     assert found.decoder.bytes_read - before == 2 * sum(layers) - layers[-1] + rows

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,13 @@ from moe_svd_distill.algebra.divergence import LogitTransform, cross_entropy, kl
 from moe_svd_distill.algebra.whitening import whitening
 from moe_svd_distill.streaming import Head
 from moe_svd_distill.training import fixed_head
-from moe_svd_distill.training.fixed_head import FixedHead, teacher_expectations, with_teacher_expectations
+from moe_svd_distill.training.fixed_head import FixedHead, teacher_expectations
 from moe_svd_distill.training.head import TrainedHead
+from moe_svd_distill.training.settings import TrainingSettings
 from tests.support.training import CPU, TEACHER_WIDTH, VOCABULARY, made_up_text
 
 WIDTH = 12
+FIXED = TrainingSettings(epochs=1, step_tokens=64, batch_tokens=64, rate=1.0, head_rate=1.0, head="fixed")
 
 
 def _heads(multiplier: float, bias: bool) -> tuple[Head, Head]:
@@ -30,26 +33,26 @@ def test_loss_slope_and_divergence_are_those_of_the_whole_distributions(
 ) -> None:
     student, teacher = _heads(multiplier, bias)
     basis = torch.randn(4 * WIDTH, WIDTH, generator=torch.Generator().manual_seed(2))
-    plain = TrainedHead(student, teacher, whitening(basis.T @ basis), None, "fixed", "forward", share)
+    plain = TrainedHead(student, teacher, whitening(basis.T @ basis), replace(FIXED, cross_entropy_share=share))
     short = FixedHead(student)
     text = made_up_text(6, seed=4)
     order = np.array([4, 1, 5])
     with (
-        with_teacher_expectations(text, teacher, student, share, tmp_path, "text") as expected,
-        with_teacher_expectations(text, teacher, student, 0.0, tmp_path, "check") as measured,
+        short.with_expectations(text, teacher, share, tmp_path, "text") as (expected, best),
+        short.with_expectations(text, teacher, 0.0, tmp_path, "check") as (measured, _),
     ):
-        assert expected.text.teacher.shape == (len(text.position), WIDTH + 1)
-        batch, brief = text.take(order, CPU), expected.text.take(order, CPU)
+        assert expected.teacher.shape == (len(text.position), WIDTH + 1)
+        batch, brief = text.take(order, CPU), expected.take(order, CPU)
         states = torch.randn(len(batch.position), WIDTH, generator=torch.Generator().manual_seed(7))
         slopes = [head.accumulate_gradients(states, part, 50) for head, part in ((plain, batch), (short, brief))]
         torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-3, atol=1e-5)
         assert float(short.loss) == pytest.approx(float(plain.loss), rel=1e-5)
         assert not short.values.numel()
-        divergence = short.divergence(states, measured.text.take(order, CPU))
+        divergence = short.divergence(states, measured.take(order, CPU))
         assert float(divergence) == pytest.approx(float(plain.divergence(states, batch)), rel=1e-5)
         assert list(tmp_path.iterdir())
         logits = teacher.logits(text.teacher[torch.from_numpy(text.teacher_position)])
-        assert torch.equal(expected.best, logits.argmax(dim=-1))
+        assert torch.equal(best, logits.argmax(dim=-1))
     assert not list(tmp_path.iterdir())
 
 
@@ -61,8 +64,8 @@ def test_products_of_16_bits_are_near(tmp_path: Path, monkeypatch: pytest.Monkey
     plain.products = student.weight
     assert rounded.products.dtype == torch.bfloat16
     text, order = made_up_text(6, seed=4), np.arange(6)
-    with with_teacher_expectations(text, teacher, student, 0.0, tmp_path, "wide") as wide:
-        batch = wide.text.take(order, CPU)
+    with plain.with_expectations(text, teacher, 0.0, tmp_path, "wide") as (wide, _):
+        batch = wide.take(order, CPU)
         states = torch.randn(len(batch.position), WIDTH, generator=torch.Generator().manual_seed(7))
         slopes = [head.accumulate_gradients(states, batch, len(states)) for head in (rounded, plain)]
         near = torch.nn.functional.cosine_similarity(slopes[0], slopes[1], dim=-1)
@@ -75,8 +78,8 @@ def test_figures_are_those_of_both_distributions(tmp_path: Path) -> None:
     text, generator = made_up_text(6, seed=4), torch.Generator().manual_seed(7)
     states = torch.randn(len(text.position), WIDTH, generator=generator)
     target = torch.randint(VOCABULARY, (len(states),), generator=generator)
-    with with_teacher_expectations(text, teacher, student, 0.0, tmp_path, "search") as expected:
-        found = FixedHead(student).figures(states, expected.text.teacher, expected.best, target)
+    with FixedHead(student).with_expectations(text, teacher, 0.0, tmp_path, "search") as (expected, best):
+        found = FixedHead(student).figures(states, expected.teacher, best, target)
     wanted, given = teacher.logits(text.teacher[torch.from_numpy(text.teacher_position)]), student.logits(states)
     plain = [kl_divergence(wanted, given), cross_entropy(given, target), top1_agreement(wanted, given).float()]
     torch.testing.assert_close(found, torch.stack(plain), rtol=1e-4, atol=1e-4)

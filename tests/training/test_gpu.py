@@ -134,14 +134,13 @@ def test_the_refined_stage_from_end_to_end(tmp_path: Path, placement: str) -> No
 
 
 def test_a_run_goes_on_from_its_save(tmp_path: Path) -> None:
-    from moe_svd_distill.training.progress import Progress
-    from moe_svd_distill.training.saves import TrainingCheckpoints
+    from moe_svd_distill.training.progress import Progress, TrainingCheckpoints
 
     folder = saved("qwen3_moe", tmp_path / "student", dtype=torch.float32)
     text, check = made_up_text(16, 1), made_up_text(6, 2)
     whole = setting(folder, tmp_path, settings=SETTINGS, device=GPU).training(text, check, SETTINGS).complete()
 
-    def stop(progress: Progress, steps: int) -> None:
+    def stop(progress: Progress) -> None:
         if progress.step == 5:
             raise KeyboardInterrupt
 

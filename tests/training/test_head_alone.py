@@ -16,8 +16,7 @@ from moe_svd_distill.training.head import TrainedHead
 from moe_svd_distill.training.loop import Training
 from moe_svd_distill.training.lora_parameters import LoraParameters
 from moe_svd_distill.training.measuring import StatePairs, mean_kl
-from moe_svd_distill.training.progress import Outcome, Progress
-from moe_svd_distill.training.saves import TrainingCheckpoints
+from moe_svd_distill.training.progress import Progress, TrainingCheckpoints
 from moe_svd_distill.training.settings import TrainingSettings
 from moe_svd_distill.training.text import Batch, TrainingText
 from tests.support.head_problems import Problem, all_states, reachable, second_moment, state_pairs
@@ -43,17 +42,17 @@ def _text(pairs: StatePairs) -> TrainingText:
 
 def _head(problem: Problem, start: torch.Tensor | None = None) -> TrainedHead:
     metric = whitening(second_moment(problem.fit))
-    return TrainedHead(problem.student, problem.teacher, metric, start, "whole", "forward", 0.0)
+    return TrainedHead(problem.student, problem.teacher, metric, SETTINGS, start)
 
 
 def _training(problem: Problem, head: TrainedHead, **values: float) -> Training:
     settings = replace(SETTINGS, **values)  # type: ignore[arg-type]
     return Training(
-        HeadEngine(), LoraParameters({}, {}, CPU, {}, 0), head, _text(problem.fit), _text(problem.check), settings
+        HeadEngine(LoraParameters({}, {}, CPU, {}, 0)), head, _text(problem.fit), _text(problem.check), settings
     )
 
 
-def _run(problem: Problem, head: TrainedHead, saves: TrainingCheckpoints | None = None, **values: float) -> Outcome:
+def _run(problem: Problem, head: TrainedHead, saves: TrainingCheckpoints | None = None, **values: float) -> Progress:
     return _training(problem, head, **values).complete(saves)
 
 
@@ -125,7 +124,7 @@ def test_a_rate_too_large_is_halved_until_the_first_check_is_better_also_in_a_ru
     assert 1 <= whole.halvings <= 4
     assert len(whole.curve) == SETTINGS.checks + 1
 
-    def stop(progress: Progress, steps: int) -> None:
+    def stop(progress: Progress) -> None:
         if progress.halvings and progress.step == 11:
             raise KilledError
 

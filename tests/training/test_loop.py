@@ -18,8 +18,7 @@ from moe_svd_distill.training.job import TrainingJob
 from moe_svd_distill.training.loop import Training
 from moe_svd_distill.training.optimiser import OptimiserName
 from moe_svd_distill.training.processes import run_training
-from moe_svd_distill.training.progress import Progress
-from moe_svd_distill.training.saves import TrainingCheckpoints
+from moe_svd_distill.training.progress import Progress, TrainingCheckpoints
 from moe_svd_distill.training.settings import TrainingSettings
 from moe_svd_distill.training.text import TextFile
 from tests.support.models import saved
@@ -68,7 +67,7 @@ def test_a_killed_run_ends_in_the_same_bits(
     for limit in (*kill_at, 10**9):
         found = setting(model, tmp_path, streamed=streamed, settings=settings)
 
-        def stop(progress: Progress, steps: int, limit: int = limit) -> None:
+        def stop(progress: Progress, limit: int = limit) -> None:
             if progress.step >= limit:
                 raise KilledError
 
@@ -87,7 +86,7 @@ def test_a_damaged_save_is_moved_aside_and_the_one_before_it_used(model: Path, t
     undisturbed, _ = _undisturbed(model, tmp_path)
     text, check = made_up_text(16, 1), made_up_text(6, 2)
 
-    def stop(progress: Progress, steps: int) -> None:
+    def stop(progress: Progress) -> None:
         if progress.step == 6:
             raise KilledError
 
@@ -193,7 +192,7 @@ def test_two_processes_give_what_one_gives(model: Path, tmp_path: Path) -> None:
     results = []
     for name, devices, resident in (("one", 1, True), ("two", 2, True), ("streamed", 2, False)):
         job = _job(model, tmp_path / name, ("cpu",) * devices, resident)
-        with run_training(job, lambda progress, steps: None) as (trainee, run):
+        with run_training(job, lambda progress: None) as (trainee, run):
             kl = run.outcome.curve[-1].kl
             results.append((torch.cat([trainee.bank.values, trainee.head.values]).clone(), kl))
             assert run.choice is not None
@@ -212,7 +211,7 @@ def test_expected_rows_train_as_the_whole_distributions_do(
         monkeypatch.setattr("moe_svd_distill.training.job.needs_rows", lambda fixed, divergence, rows=rows: rows)
         job = _job(model, tmp_path / str(rows), ("cpu",), resident=True)
         settings = replace(job.settings, head="fixed", epochs=2, cross_entropy_share=0.2)
-        with run_training(replace(job, settings=settings, tried=False), lambda progress, steps: None) as (trainee, run):
+        with run_training(replace(job, settings=settings, tried=False), lambda progress: None) as (trainee, run):
             assert isinstance(trainee.head, FixedHead) == rows
             curves.append([(point.kl, point.loss or 0.0) for point in run.outcome.curve])
     assert len(curves[0]) == len(curves[1]) > 2
@@ -226,7 +225,7 @@ def test_training_in_bfloat16_keeps_the_factors_in_float32(model: Path, tmp_path
     for dtype in (torch.float32, torch.bfloat16):
         job = _job(model, tmp_path / str(dtype), ("cpu",), resident)
         job = replace(job, dtype=dtype, tried=False, settings=replace(job.settings, epochs=4))
-        with run_training(job, lambda progress, steps: None) as (trainee, run):
+        with run_training(job, lambda progress: None) as (trainee, run):
             assert trainee.bank.values.dtype == trainee.head.values.dtype == torch.float32
             assert all(matrix.value.dtype == dtype for matrix in trainee.decoder.matrices)
             curve = run.outcome.curve
@@ -252,9 +251,9 @@ def test_rates_are_tried_from_a_good_start_or_with_the_untouched_student(
         VOCABULARY, disturbed.student.weight.shape[1], generator=torch.Generator().manual_seed(1)
     )
     start = write_part(job.folder, "another-start", PartContent({**pairs, "head": change}, {}))
-    with run_training(replace(job, tried=False), lambda progress, steps: None) as (_, plain):
+    with run_training(replace(job, tried=False), lambda progress: None) as (_, plain):
         untouched = plain.outcome.curve[0].kl
-    with run_training(replace(job, start=start, key="started"), lambda progress, steps: None) as (_, run):
+    with run_training(replace(job, start=start, key="started"), lambda progress: None) as (_, run):
         assert run.choice is not None
         begun = run.outcome.curve[0].kl
         assert abs(begun - untouched) > 1e-3
@@ -263,5 +262,5 @@ def test_rates_are_tried_from_a_good_start_or_with_the_untouched_student(
         expected = begun if nearly_there else untouched
         assert all(trial.before == pytest.approx(expected, rel=1e-6) for trial in run.choice.trials)
         first = run.choice
-    with run_training(replace(job, start=start, key="started"), lambda progress, steps: None) as (_, again):
+    with run_training(replace(job, start=start, key="started"), lambda progress: None) as (_, again):
         assert again.choice == first

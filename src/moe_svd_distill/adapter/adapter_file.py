@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ def shapes_of(header: Header) -> dict[str, tuple[int, ...]]:
     return {name: info.shape for name, info in header.tensors.items()}
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Mapping[str, Any]:
     """A JSON object from an adapter's folder; errors as of `adapter_header`."""
     try:
         return json_object(read_small(path), str(path), unique_keys=False)
@@ -121,7 +122,7 @@ def scan_values(header: Header, *, digest_checked: bool) -> tuple[str, ...]:
 
 
 def _refuse_not_finite(name: str, tensor: torch.Tensor) -> None:
-    from moe_svd_distill.algebra.finite import count_not_finite
+    from moe_svd_distill.algebra.dtypes import count_not_finite
 
     if count := count_not_finite(tensor):
         raise BadDataError(f"{name}: {count} of {tensor.numel()} values are NaN or Inf", _WRITE_AGAIN)

@@ -9,16 +9,37 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from moe_svd_distill.adapter.keys import AdapterKeys, Target
 from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.errors import BadDataError
 
 
+class AdapterConfiguration(TypedDict):
+    """adapter_config.json, as PEFT names its fields."""
+
+    peft_type: str
+    task_type: str
+    base_model_name_or_path: str
+    revision: None
+    inference_mode: bool
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    bias: str
+    use_rslora: bool
+    use_dora: bool
+    target_modules: list[str]
+    target_parameters: list[str]
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    modules_to_save: NotRequired[list[str]]
+
+
 def build_configuration(
     keys: AdapterKeys, ranks: Mapping[str, int], *, base_model: str, whole_head: bool = False
-) -> dict[str, Any]:
+) -> AdapterConfiguration:
     """The content of adapter_config.json.
 
     Args:
@@ -56,12 +77,14 @@ def peft_configuration(targets: Sequence[Target], rank_of: Callable[[str], int])
     """The configuration of some parameters as PEFT's object, with every name in full, from the ranks of matrices."""
     from peft import LoraConfig
 
-    fields = _configuration(targets, {target.parameter: target.rank(rank_of) for target in targets}, "")
-    fields = {name: value for name, value in fields.items() if name != "peft_type"}
-    return LoraConfig(**{**fields, "target_parameters": fields["target_parameters"] or None})
+    named = _configuration(targets, {target.parameter: target.rank(rank_of) for target in targets}, "")
+    fields: dict[str, Any] = {name: value for name, value in named.items() if name != "peft_type"}
+    return LoraConfig(**{**fields, "target_parameters": named["target_parameters"] or None})
 
 
-def plain_configuration(ranks: Mapping[str, int], *, base_model: str, whole: Sequence[str] = ()) -> dict[str, Any]:
+def plain_configuration(
+    ranks: Mapping[str, int], *, base_model: str, whole: Sequence[str] = ()
+) -> AdapterConfiguration:
     """A configuration of last names alone, as transformers 4, vLLM and llama.cpp read adapters.
 
     Args:
@@ -71,7 +94,9 @@ def plain_configuration(ranks: Mapping[str, int], *, base_model: str, whole: Seq
     """
     leaves = list(dict.fromkeys(module.rpartition(".")[2] for module in ranks))
     configuration = _fields((leaves, []), ranks, list(ranks.values()), base_model)
-    return configuration | ({"modules_to_save": list(whole)} if whole else {})
+    if whole:
+        configuration["modules_to_save"] = list(whole)
+    return configuration
 
 
 def refuse_tied(architecture: Architecture, names: Iterable[str], whole_head: bool = False) -> None:
@@ -158,7 +183,7 @@ def rank_and_scale(configuration: Mapping[str, Any], name: str) -> tuple[int, fl
         ) from error
 
 
-def _configuration(targets: Sequence[Target], ranks: Mapping[str, int], base_model: str) -> dict[str, Any]:
+def _configuration(targets: Sequence[Target], ranks: Mapping[str, int], base_model: str) -> AdapterConfiguration:
     by_entry = {target.entry: ranks[target.parameter] for target in targets}
     inside = [ranks[target.parameter] for target in targets if target.matrices]
     modules = [target.entry for target in targets if not target.as_parameter]
@@ -168,7 +193,7 @@ def _configuration(targets: Sequence[Target], ranks: Mapping[str, int], base_mod
 
 def _fields(
     changed: tuple[list[str], list[str]], ranks: Mapping[str, int], counted: Sequence[int], base_model: str
-) -> dict[str, Any]:
+) -> AdapterConfiguration:
     """The configuration, with the commonest of the counted ranks as the one that holds where nothing else is said."""
     counts = Counter(counted)
     rank = max(counts, key=lambda rank: (counts[rank], rank))

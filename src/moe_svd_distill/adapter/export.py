@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe_svd_distill.adapter.adapter_file import read_json
-from moe_svd_distill.adapter.configuration import build_configuration, plain_configuration
+from moe_svd_distill.adapter.configuration import AdapterConfiguration, build_configuration, plain_configuration
 from moe_svd_distill.adapter.keys import AdapterKeys, planned_tensors
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.adapter.made_for import notes_on_student
@@ -124,7 +124,7 @@ def served(configuration: Mapping[str, Any], keys: AdapterKeys, pairs: LowRankPa
     return tuple(found)
 
 
-def _for_peft(keys: AdapterKeys, pairs: LowRankPairs, base: str) -> tuple[dict[str, Any], dict[str, Planned]]:
+def _for_peft(keys: AdapterKeys, pairs: LowRankPairs, base: str) -> tuple[AdapterConfiguration, dict[str, Planned]]:
     targets = keys.changed_by(list(pairs))
     ranks = {target.parameter: target.rank(pairs.rank) for target in targets}
     configuration = build_configuration(keys, ranks, base_model=base, whole_head=pairs.head is not None)
@@ -132,7 +132,7 @@ def _for_peft(keys: AdapterKeys, pairs: LowRankPairs, base: str) -> tuple[dict[s
     return configuration, planned_tensors(keys, targets, modules, pairs)
 
 
-def _plain(keys: AdapterKeys, pairs: LowRankPairs, base: str) -> tuple[dict[str, Any], dict[str, Planned]]:
+def _plain(keys: AdapterKeys, pairs: LowRankPairs, base: str) -> tuple[AdapterConfiguration, dict[str, Planned]]:
     by_name = keys.architecture.by_name
     if nameless := next((name for name in pairs if name in by_name and not by_name[name].stored), None):
         raise BadDataError(

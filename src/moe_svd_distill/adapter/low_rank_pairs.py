@@ -82,7 +82,7 @@ class LowRankPairs(Mapping[str, LowRankPair]):
             BadDataError: The header is damaged, its tensors are not whole pairs, or the student has no such matrix.
         """
         self.header = adapter_header(folder)
-        self.configuration: dict[str, Any] = read_json(Path(folder) / CONFIGURATION_FILE) if configured else {}
+        self.configuration: Mapping[str, Any] = read_json(Path(folder) / CONFIGURATION_FILE) if configured else {}
         self._folder, self._architecture = Path(folder), architecture
         shapes = shapes_of(self.header)
         self._places = self._locate(pair_shapes(shapes))

@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from moe_svd_distill.adapter.adapter_file import adapter_header, shapes_of
-from moe_svd_distill.adapter.configuration import build_configuration, plain_configuration, refuse_incomplete
+from moe_svd_distill.adapter.configuration import (
+    AdapterConfiguration,
+    build_configuration,
+    plain_configuration,
+    refuse_incomplete,
+)
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.adapter.naming import pair_shapes, parse_key, right_name, whole_modules
 from moe_svd_distill.adapter.settling import settle_keys
@@ -26,7 +31,7 @@ from moe_svd_distill.files.writing import durable_file
 
 def rebuild_configuration(
     adapter_file: Path | str, student: Path | str | None = None, *, base_model: str | None = None
-) -> dict[str, Any]:
+) -> AdapterConfiguration:
     """The content of a right adapter_config.json. No weights are loaded.
 
     Args:

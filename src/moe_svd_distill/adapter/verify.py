@@ -92,7 +92,8 @@ def check_loads(
     configuration = read_configuration(folder)
     check_options(fields, whole)
     if isinstance(student, Mapping):
-        config, source = dict(student), "the student"
+        config: Mapping[str, Any] = dict(student)
+        source = "the student"
     else:
         if not (Path(student) / "config.json").is_file():
             raise MissingInputError(f"{Path(student) / 'config.json'} is not there", "Give the student's folder")

@@ -1,6 +1,7 @@
-"""Which number format the large matrix products should run in on a given device."""
+"""Number formats: which one products and models run in on a device, and values that are no numbers."""
 
 import torch
+from torch import Tensor
 
 _WIDE = 512
 
@@ -37,3 +38,10 @@ def _cpu_multiplies_bfloat16() -> bool:
         if probe is not None and bool(probe()):
             return True
     return False
+
+
+def count_not_finite(tensor: Tensor) -> int:
+    """How many of a tensor's entries are NaN or Inf; either makes the sum so, and few finite tensors' sums are."""
+    if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum())):
+        return 0
+    return tensor.numel() - int(torch.isfinite(tensor).sum())

@@ -52,7 +52,7 @@ class Figures:
         """exp(cross-entropy)."""
         return float(np.exp(self.cross_entropy))
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Plain values for JSON."""
         return {**plain(self), "perplexity": self.perplexity}
 
@@ -104,10 +104,10 @@ class Measurement:
         )
 
 
-def plain(record: Any) -> dict[str, Any]:
+def plain(record: Any) -> dict[str, object]:
     """A dataclass as JSON values; what is not a number becomes None."""
 
-    def finite(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def finite(pairs: list[tuple[str, object]]) -> dict[str, object]:
         return {name: None if isinstance(value, float) and not np.isfinite(value) else value for name, value in pairs}
 
     return asdict(record, dict_factory=finite)

@@ -62,15 +62,14 @@ def batched_truncated_svd(
     *,
     generator: torch.Generator,
     pass_dtype: torch.dtype = torch.float32,
-    passes: int | None = None,
 ) -> list[LowRank]:
     """``truncated_svd`` of every matrix of a stack (the experts of one layer).
 
     On an accelerator the stack goes through batched kernels; on a CPU one after the other, kinder to its cache.
     """
     if matrices.device.type == "cpu":
-        return [_factorise(matrix, rank, generator, pass_dtype, passes)[0] for matrix in matrices]
-    return _factorise(matrices, rank, generator, pass_dtype, passes)
+        return [_factorise(matrix, rank, generator, pass_dtype, None)[0] for matrix in matrices]
+    return _factorise(matrices, rank, generator, pass_dtype, None)
 
 
 def rank_for_energy(singular_values: Float[Tensor, "k"], energy: float, total: float) -> int:

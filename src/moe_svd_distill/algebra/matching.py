@@ -28,24 +28,6 @@ class Matching:
         return bool((index == torch.arange(index.shape[0], device=index.device)).all())
 
 
-@dataclass(frozen=True)
-class HeadMatching:
-    """Teacher heads of every student head, groups of query heads kept together."""
-
-    kv: Matching  # key/value heads
-    query: Matching  # query heads, over the whole layer
-
-    @property
-    def similarity(self) -> float:
-        """The less sure of the two."""
-        return min(self.kv.similarity, self.query.similarity)
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether every head is matched with the head of its own number."""
-        return self.kv.is_identity and self.query.is_identity
-
-
 def match_neurons(
     teacher_gate: Float[Tensor, "i_t h"],
     teacher_up: Float[Tensor, "i_t h"],
@@ -85,7 +67,7 @@ def match_attention_heads(
     teacher: tuple[Tensor, Tensor, Tensor, Tensor],
     student: tuple[Tensor, Tensor, Tensor, Tensor],
     head_dim: int,
-) -> HeadMatching:
+) -> tuple[Matching, Matching]:
     """Heads of grouped-query attention: key/value heads first, then the query heads within each matched group.
 
     Args:
@@ -95,6 +77,9 @@ def match_attention_heads(
 
     A key/value head is described by its k and v rows, which no order of its query heads changes; a query head by its q
     rows and o columns.
+
+    Returns:
+        Key/value heads, and query heads over the whole layer.
 
     Raises:
         ValueError: sizes that are no multiples of each other, or as ``match_similarity``.
@@ -115,7 +100,7 @@ def match_attention_heads(
         within = match_similarity(block)
         index.append(within.teacher_index + first)
         similarities.append(within.similarity)
-    return HeadMatching(kv, Matching(torch.cat(index), sum(similarities) / len(index)))
+    return kv, Matching(torch.cat(index), sum(similarities) / len(index))
 
 
 def cosine_similarity(
@@ -190,7 +175,7 @@ def permute_heads(
 ) -> tuple[
     Float[Tensor, "q_rows_p h"], Float[Tensor, "kv_rows_p h"], Float[Tensor, "kv_rows_p h"], Float[Tensor, "h q_rows_p"]
 ]:
-    """The heads chosen by a ``HeadMatching``, in that order; the rows within each head stay as they are.
+    """The heads chosen by ``match_attention_heads``, in that order; the rows within each head stay as they are.
 
     Args:
         heads: q (heads * head_dim, hidden), k and v (kv * head_dim, hidden), o (hidden, heads * head_dim).

@@ -13,12 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 _FIRST, _THIRD, _FIFTH = 3.4445, -4.7750, 2.0315
+_ITERATIONS = 4
 _TINY = 1e-12
 _LIKE_ADAM = 0.2
 _MUCH_WIDER = 1.5
 
 
-def near_polar_factor(matrices: Float[Tensor, "n r c"], iterations: int = 4) -> Float[Tensor, "n r c"]:
+def near_polar_factor(matrices: Float[Tensor, "n r c"]) -> Float[Tensor, "n r c"]:
     """Matrices of the same singular vectors, with singular values near one unless they were very small.
 
     What multiplies a matrix is a polynomial of its Gram matrix. Where that is much smaller than the matrix, the
@@ -28,17 +29,17 @@ def near_polar_factor(matrices: Float[Tensor, "n r c"], iterations: int = 4) -> 
     found = matrices if wide else matrices.transpose(1, 2)
     found = found / (found.norm(dim=(1, 2), keepdim=True) + _TINY)
     if found.shape[2] >= _MUCH_WIDER * found.shape[1]:
-        found = _multiplier(found @ found.transpose(1, 2), iterations) @ found
+        found = _multiplier(found @ found.transpose(1, 2)) @ found
     else:
-        for _ in range(iterations):
+        for _ in range(_ITERATIONS):
             found = torch.baddbmm(found, _mixed(found @ found.transpose(1, 2)), found, beta=_FIRST)
     return found if wide else found.transpose(1, 2)
 
 
-def _multiplier(square: Tensor, iterations: int) -> Tensor:
+def _multiplier(square: Tensor) -> Tensor:
     """What all iterations together multiply a matrix with, from its Gram matrix, (n, r, r)."""
     product: Tensor | None = None
-    for left in reversed(range(iterations)):
+    for left in reversed(range(_ITERATIONS)):
         factor = _mixed(square)
         factor.diagonal(dim1=1, dim2=2).add_(_FIRST)
         product = factor if product is None else factor @ product

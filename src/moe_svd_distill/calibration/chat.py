@@ -45,12 +45,12 @@ class Chat:
     record: str
 
     @property
-    def messages(self) -> list[dict[str, Any]]:
+    def messages(self) -> list[dict[str, object]]:
         """Messages as a chat template takes them: every one with a `role` and a `content` string."""
         return list(json.loads(self.record)["messages"])
 
     @property
-    def tools(self) -> list[dict[str, Any]] | None:
+    def tools(self) -> list[dict[str, object]] | None:
         """JSON schemas of the tools that were offered, or None."""
         tools: list[dict[str, Any]] | None = json.loads(self.record)["tools"]
         return tools
@@ -63,7 +63,7 @@ class Chat:
     @property
     def said(self) -> str:
         """What the messages say, without roles."""
-        return "\n".join(message["content"] for message in self.messages)
+        return "\n".join(str(message["content"]) for message in self.messages)
 
 
 def as_chat(value: Any, record: Mapping[str, Any]) -> Chat:
@@ -155,7 +155,7 @@ def _refuses_anything(tokenizer: Any, template: str) -> bool:
     return False
 
 
-def _message(message: Any, number: int) -> dict[str, Any]:
+def _message(message: Any, number: int) -> dict[str, object]:
     if not isinstance(message, Mapping):
         raise ValueError(f"message {number} is a {type(message).__name__}, expected role and content")
     if "role" in message:
@@ -192,7 +192,7 @@ def _text(content: Any, number: int) -> str:
     raise ValueError(f"message {number} has content of type {type(content).__name__}, expected text")
 
 
-def _tool_calls(content: Any, number: int) -> list[dict[str, Any]]:
+def _tool_calls(content: Any, number: int) -> list[dict[str, object]]:
     try:
         calls = json.loads(content) if isinstance(content, str) else content
     except (ValueError, RecursionError) as error:
@@ -200,7 +200,7 @@ def _tool_calls(content: Any, number: int) -> list[dict[str, Any]]:
     return [_tool_call(call, number) for call in (calls if isinstance(calls, list) else [calls])]
 
 
-def _tool_call(call: Any, number: int) -> dict[str, Any]:
+def _tool_call(call: Any, number: int) -> dict[str, object]:
     if isinstance(call, Mapping) and "function" not in call:
         call = {"type": "function", "function": call}
     function = call["function"] if isinstance(call, Mapping) else None

@@ -13,7 +13,7 @@ from moe_svd_distill.errors import BadDataError, UsageError
 
 MINIMUM_UNITS = 24
 """With fewer documents than this, long ones are cut into sections before they are divided or counted."""
-LONGEST = 1 << 16
+SHORTEST, LONGEST = 1000, 1 << 16
 """Characters of a section at most, however few documents there are: a document is read no further than it is needed."""
 
 
@@ -136,16 +136,14 @@ def split_documents(
     return parts
 
 
-def cut_long_documents(
-    documents: Sequence[Document], minimum: int = MINIMUM_UNITS, shortest: int = 1000
-) -> tuple[Document, ...]:
-    """Cut documents into sections of at least `shortest` characters, at line ends, until there are about `minimum`.
+def cut_long_documents(documents: Sequence[Document], minimum: int = MINIMUM_UNITS) -> tuple[Document, ...]:
+    """Cut documents into sections of at least `SHORTEST` characters, at line ends, until there are about `minimum`.
 
     Of enough documents only those that are longer than two sections of `LONGEST` characters are cut. Conversations that
     are not rendered yet come back as they are.
     """
     total = sum(len(document.text) for document in documents)
-    size = LONGEST if len(documents) >= minimum else min(max(total // (2 * minimum), shortest), LONGEST)
+    size = LONGEST if len(documents) >= minimum else min(max(total // (2 * minimum), SHORTEST), LONGEST)
     return tuple(section for document in documents for section in _sections(document, size))
 
 

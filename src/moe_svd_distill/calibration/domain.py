@@ -14,6 +14,7 @@ from moe_svd_distill.calibration.tokenizer import IntArray
 FAR = 1.5
 """A text counts as another domain beyond this many times the distance within: see `domain_distance`."""
 
+_DRAWS = 20  # random halves
 _FEWEST_BLOCKS = 16
 _BLOCK = 64
 
@@ -41,7 +42,7 @@ class DomainDistance:
         return self.distance / self.within if self.within > 0 else (1.0 if self.distance == 0 else float("inf"))
 
 
-def domain_distance(a: TokenizedText, b: TokenizedText, *, draws: int = 20, seed: int = 0) -> DomainDistance:
+def domain_distance(a: TokenizedText, b: TokenizedText, *, seed: int = 0) -> DomainDistance:
     """Compare which tokens two texts use, as far as the spread between documents of `a` lets one tell.
 
     Documents of a are halved at random; the halves are compared with one another and with as many tokens of b's, each
@@ -51,12 +52,11 @@ def domain_distance(a: TokenizedText, b: TokenizedText, *, draws: int = 20, seed
     Args:
         a: The text that something was fitted on.
         b: Text in the same tokenizer's tokens.
-        draws: Random halves.
         seed: Of the halves.
     """
     rng = np.random.default_rng(seed)
     blocks_a, blocks_b = _blocks(a), _blocks(b)
-    splits = [_halves(blocks_a, rng) for _ in range(draws)]
+    splits = [_halves(blocks_a, rng) for _ in range(_DRAWS)]
     size = min(sum(map(len, sample)) for sample in (*(half for halves in splits for half in halves), blocks_b))
     vocabulary = int(max(block.max() for block in (*blocks_a, *blocks_b))) + 1
     within, distance = [], []

@@ -111,7 +111,7 @@ class PairTokenizers:
         student's turn markers as plain characters.
 
         Args:
-            documents: Text from `read_documents`.
+            documents: Text from `read_text`.
             budgets: Name of the part → student tokens.
             length: Tokens of one sequence, for both models.
             seed: Of the order of documents.
@@ -139,7 +139,7 @@ class PairTokenizers:
         """About so many student tokens of a text, in the order of its documents if both models read it alike.
 
         Args:
-            documents: Text from `read_documents`.
+            documents: Text from `read_text`.
             tokens: None for all.
             length: Tokens of one sequence, for both models.
             seed: Of the order of documents where the tokenizers differ.

@@ -59,17 +59,6 @@ def enough_characters(tokens: int | None) -> int:
     return _EVERYTHING if tokens is None else max(ENOUGH_CHARACTERS, _CHARACTERS_PER_TOKEN * tokens)
 
 
-def read_documents(
-    paths: Sequence[str | Path],
-    *,
-    field: str | None = None,
-    group_field: str | None = None,
-    limit_characters: int = ENOUGH_CHARACTERS,
-) -> tuple[Document, ...]:
-    """The documents that `read_text` finds."""
-    return read_text(paths, field=field, group_field=group_field, limit_characters=limit_characters).documents
-
-
 def read_text(
     paths: Sequence[str | Path],
     *,

@@ -74,7 +74,7 @@ def _conversation(value: Any, record: Mapping[str, Any], where: str, lacking: st
         ) from error
 
 
-def _alpaca(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _alpaca(record: Mapping[str, Any]) -> list[dict[str, object]]:
     """The turns as LLaMA-Factory joins them: `history` first, `input` on a line below the instruction."""
     history = record.get("history") or []
     if not isinstance(history, list) or not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in history):

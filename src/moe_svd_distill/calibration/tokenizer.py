@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -187,7 +187,7 @@ def _as_transformers_reads(folder: Path) -> Any:
     return _fast(folder) if inner is None else inner
 
 
-def model_settings(folder: Path) -> dict[str, Any]:
+def model_settings(folder: Path) -> Mapping[str, Any]:
     """The folder's config.json, the part on text where there are several; empty without one."""
     settings = _json(folder / "config.json")
     return {**settings, **(settings.get("text_config") or {})}
@@ -234,7 +234,7 @@ def _end_of_text(folder: Path, inner: Any) -> int | None:
     return number if isinstance(number, int) else None
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _json(file: Path) -> Mapping[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

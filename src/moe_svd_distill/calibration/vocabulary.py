@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -189,7 +190,7 @@ def _vocabulary(by_token: dict[str, int], added: dict[int, Any], spelling: Spell
     return Vocabulary({n: token for token, n in by_token.items()}, frozenset(added), special, spelling, rows)
 
 
-def _kind(content: dict[str, Any]) -> Spelling:
+def _kind(content: Mapping[str, Any]) -> Spelling:
     """Tell from a tokenizer.json how it spells its tokens."""
     parts = json.dumps([content.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")], ensure_ascii=False)
     if '"ByteLevel"' in parts:

@@ -50,7 +50,7 @@ def evaluate(
         request: What to measure, and how.
         teacher_folder: Local folder of the teacher.
         student_folder: Local folder of the student.
-        documents: Text from `read_documents`; read in an order drawn from the seed up to the limit.
+        documents: Text from `read_text`; read in an order drawn from the seed up to the limit.
         calibration: Other text to fit the temperature control on; by default one half of the documents read.
         on_progress: Told about every batch.
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from moe_svd_distill.algebra.figures import NO_GAP, Measurement
 from moe_svd_distill.evaluation.uncertainty import Change, cross_entropy_change, kl_change, tokens_needed
@@ -25,26 +25,21 @@ Kind: TypeAlias = Literal["kept", "harm", "none", "unproven"]
 _NOTHING = "Nothing was transferred: "
 
 
-@dataclass(frozen=True)
-class Guard:
-    """What an adapter must do, on text that nothing else was chosen by, to be kept.
+# What an adapter must do, on text that nothing else was chosen by, to be kept.
+ERRORS = 2.6
+"""KL must fall by more than so many standard errors (see `Change.margin`), which is passed by chance once in 215 times.
+Of a rise of KL or of cross-entropy twice as little chance is asked, as there are two."""
+CROSS_ENTROPY_ERRORS = 1.0
+"""Cross-entropy must fall as well, by more than so many of its own."""
+SHARE = 0.02
+"""A fall that is certainly less than this share of KL does not count."""
 
-    Attributes:
-        errors: KL must fall by more than so many standard errors (see `Change.margin`); 2.6 are passed by chance once
-            in 215 times. Of a rise of KL or of cross-entropy twice as little chance is asked, as there are two.
-        cross_entropy_errors: Cross-entropy must fall as well, by more than so many of its own.
-        share: A fall that is certainly less than this share of KL does not count.
-    """
 
-    errors: float = 2.6
-    cross_entropy_errors: float = 1.0
-    share: float = 0.02
+def errors_of(tries: int) -> float:
+    """Standard errors asked of each of several tries, so that together they have the chance of one (Bonferroni)."""
+    from scipy.special import ndtr, ndtri
 
-    def errors_of(self, tries: int) -> float:
-        """Standard errors asked of each of several tries, so that together they have the chance of one (Bonferroni)."""
-        from scipy.special import ndtr, ndtri
-
-        return float(-ndtri(ndtr(-self.errors) / tries))
+    return float(-ndtri(ndtr(-ERRORS) / tries))
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +76,7 @@ class Trial:
         """The same of cross-entropy."""
         return cross_entropy_change(self.after, self.before)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Its figures and what fell, in nats per token, for JSON; what is not a number becomes None."""
         tokens = self.after.tokens.sum()
         figures = {
@@ -95,21 +90,22 @@ class Trial:
         finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
         return {"scales": dict(self.scales), **finite, "documents": self.kl.documents}
 
-    def counts(self, guard: Guard, tries: int = 1) -> bool:
+    def counts(self, tries: int = 1) -> bool:
         """Whether it is proven to help: KL falls, not certainly by too little, and cross-entropy with it."""
-        enough = self.most(guard) >= guard.share
-        return enough and self.kl.falls(guard.errors_of(tries)) and self.cross_entropy.falls(guard.cross_entropy_errors)
+        enough = self.most >= SHARE
+        return enough and self.kl.falls(errors_of(tries)) and self.cross_entropy.falls(CROSS_ENTROPY_ERRORS)
 
-    def harms(self, guard: Guard) -> bool:
+    def harms(self) -> bool:
         """Whether KL or cross-entropy measurably rises."""
-        return self.kl_rise.falls(guard.errors_of(2)) or self.cross_entropy_rise.falls(guard.errors_of(2))
+        return self.kl_rise.falls(errors_of(2)) or self.cross_entropy_rise.falls(errors_of(2))
 
-    def most(self, guard: Guard) -> float:
+    @property
+    def most(self) -> float:
         """The largest share of KL by which it may fall."""
-        return self.kl.share(self.kl.fall + self.kl.margin(guard.errors))
+        return self.kl.share(self.kl.fall + self.kl.margin(ERRORS))
 
 
-def kind_of(trials: Sequence[Trial], guard: Guard) -> Literal["harm", "none", "unproven"]:
+def kind_of(trials: Sequence[Trial]) -> Literal["harm", "none", "unproven"]:
     """What to call an adapter that is not kept.
 
     Harm and no effect are claims and need their proof: KL can fall nowhere by a share that counts; or wherever it was
@@ -117,15 +113,14 @@ def kind_of(trials: Sequence[Trial], guard: Guard) -> Literal["harm", "none", "u
 
     Args:
         trials: All that was tried, at least one setting.
-        guard: What had to be proven.
     """
     if trials[0].kl.before < NO_GAP:
-        return "harm" if any(trial.harms(guard) for trial in trials) else "none"
-    hopeful = [trial for trial in trials if trial.most(guard) >= guard.share]
+        return "harm" if any(trial.harms() for trial in trials) else "none"
+    hopeful = [trial for trial in trials if trial.most >= SHARE]
     if not hopeful:
-        return "harm" if any(trial.harms(guard) for trial in trials) else "none"
-    falling = [trial for trial in hopeful if trial.kl.falls(guard.errors)]
-    if falling and all(trial.cross_entropy_rise.falls(guard.errors_of(2)) for trial in falling):
+        return "harm" if any(trial.harms() for trial in trials) else "none"
+    falling = [trial for trial in hopeful if trial.kl.falls(ERRORS)]
+    if falling and all(trial.cross_entropy_rise.falls(errors_of(2)) for trial in falling):
         return "harm"
     return "unproven"
 
@@ -141,43 +136,42 @@ def kept_sentence(kept: Trial) -> str:
     )
 
 
-def refusal(kind: Kind, trials: Sequence[Trial], guard: Guard, tokens: int) -> tuple[str, int | None]:
+def refusal(kind: Kind, trials: Sequence[Trial], tokens: int) -> tuple[str, int | None]:
     """Say why nothing is kept and what to do about it, and how much search text would settle it.
 
     Args:
         kind: From `kind_of`.
         trials: All that was tried, at least one setting.
-        guard: What had to be proven.
         tokens: The text it was tried on.
     """
     if kind == "harm":
-        harmful = max(trials, key=lambda trial: (trial.harms(guard), -trial.kl.fall))
-        return f"{_NOTHING}the adapter harms: {_figures(harmful, guard)}.", None
+        harmful = max(trials, key=lambda trial: (trial.harms(), -trial.kl.fall))
+        return f"{_NOTHING}the adapter harms: {_figures(harmful)}.", None
     if kind == "none":
-        best = max(trials, key=lambda trial: trial.most(guard))
+        best = max(trials, key=lambda trial: trial.most)
         if best.kl.before < NO_GAP:
             return f"{_NOTHING}the student agrees with the teacher already.", None
         return (
-            f"{_NOTHING}no effect that counts: {_figures(best, guard)}, less than the {guard.share:.0%} that would.",
+            f"{_NOTHING}no effect that counts: {_figures(best)}, less than the {SHARE:.0%} that would.",
             None,
         )
     best = max(trials, key=lambda trial: trial.kl.fall / trial.kl.error if trial.kl.error > 0 else 0.0)
-    needed = tokens_needed(best.kl, guard.errors, guard.share, tokens)
-    if best.kl.falls(guard.errors):
-        needed = tokens_needed(best.cross_entropy, guard.cross_entropy_errors, 0.0, tokens)
+    needed = tokens_needed(best.kl, ERRORS, SHARE, tokens)
+    if best.kl.falls(ERRORS):
+        needed = tokens_needed(best.cross_entropy, CROSS_ENTROPY_ERRORS, 0.0, tokens)
     advice = f"Give more text, or --scale-search-tokens {needed}" if needed else "Give text of more documents"
     return (
-        f"{_NOTHING}not proven on so little text: {_figures(best, guard)}. {advice}; what was computed is kept.",
+        f"{_NOTHING}not proven on so little text: {_figures(best)}. {advice}; what was computed is kept.",
         needed,
     )
 
 
-def _figures(trial: Trial, guard: Guard) -> str:
+def _figures(trial: Trial) -> str:
     """A setting's figures and the interval they are judged by."""
     kl, entropy, scales = trial.kl, trial.cross_entropy, set(trial.scales.values())
     named = f"{scales.pop():g}" if len(scales) == 1 else ", ".join(f"{g} {s:g}" for g, s in trial.scales.items())
     sign = 1 if kl.fall >= 0 else -1
-    low, high = sorted(sign * kl.share(kl.fall + side * kl.margin(guard.errors)) for side in (-1, 1))
+    low, high = sorted(sign * kl.share(kl.fall + side * kl.margin(ERRORS)) for side in (-1, 1))
     within = f"{low:+.1%} to {high:+.1%}, lower in {kl.lower} of {kl.documents} documents"
     return (
         f"at scale {named} KL {_moves(kl)} by {abs(kl.share(kl.fall)):.1%} ({within}) and "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -107,7 +107,7 @@ class Evaluation:
         note += "" if self.aligned is None else f" {self.aligned.note}"
         return _sentence(self) + note
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Plain values for JSON."""
         control, temperature = self.control_gap_closed, self.temperature_control
         return {
@@ -127,12 +127,11 @@ class Evaluation:
 def effect_of(
     before: Measurement,
     after: Measurement,
-    errors: float = ERRORS,
     *,
     kl_interval: Interval | None = None,
     ahead_of_temperature: Interval | None = None,
 ) -> Effect:
-    """Judge by paired changes over documents, beyond `errors` standard errors.
+    """Judge by paired changes over documents, beyond 3 standard errors.
 
     `mixed` is KL that falls while cross-entropy rises, which is no transfer; `recalibrates` is a fall that is not
     beyond that of one temperature on the student's logits. `none` is a fall whose interval lies within 2 % of KL around
@@ -141,18 +140,17 @@ def effect_of(
     Args:
         before: The untouched student.
         after: The student with the adapter.
-        errors: Standard errors, as `Change.margin` reckons them.
         kl_interval: 95 % of the KL gap closed; what holds 0 does not help.
         ahead_of_temperature: 95 % of how much lower KL is with the adapter than with the temperature; None where no
             temperature was measured.
     """
     kl, risen = kl_change(before, after), cross_entropy_change(after, before)
-    if kl_change(after, before).falls(errors):
+    if kl_change(after, before).falls(ERRORS):
         return "harms"
-    if not kl.falls(errors) or (kl_interval is not None and kl_interval.low <= 0):
-        if risen.falls(errors):
+    if not kl.falls(ERRORS) or (kl_interval is not None and kl_interval.low <= 0):
+        if risen.falls(ERRORS):
             return "harms"
-        return "none" if abs(kl.fall) + kl.margin(errors) <= BAND * kl.before else "unproven"
+        return "none" if abs(kl.fall) + kl.margin(ERRORS) <= BAND * kl.before else "unproven"
     if risen.falls(1.0):
         return "mixed"
     if ahead_of_temperature is not None and ahead_of_temperature.low <= 0:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
 from moe_svd_distill.algebra.figures import Measurement, plain
 from moe_svd_distill.errors import BadDataError
-from moe_svd_distill.evaluation.guard import Guard, Kind, Trial, kept_sentence, kind_of, refusal
+from moe_svd_distill.evaluation.guard import ERRORS, Kind, Trial, kept_sentence, kind_of, refusal
 from moe_svd_distill.evaluation.uncertainty import kl_change
 
 Evaluate: TypeAlias = Callable[[Mapping[str, float]], Measurement]
@@ -48,7 +48,7 @@ class ScaleSearch:
         """Whether anything is kept."""
         return self.kind == "kept"
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Plain values for JSON."""
         return plain(replace(self, trials=())) | {"trials": [trial.as_dict() for trial in self.trials]}
 
@@ -57,37 +57,33 @@ def search_scale(
     evaluate: Evaluate,
     groups: Sequence[str],
     *,
-    guard: Guard | None = None,
     global_scales: Sequence[float] = GLOBAL_SCALES,
-    by_group: bool = True,
 ) -> ScaleSearch:
     """Search one scale for the whole adapter, then one for each group, and accept only what is proven.
 
     Args:
         evaluate: Measures the student at given scales; called up to 7 times and up to 3 times for each group.
         groups: The groups of the adapter.
-        guard: What must hold for the adapter to be kept.
         global_scales: Scales above 0 to try for everything together.
-        by_group: Whether to go on from the best of these and halve or raise the scale of each group in turn.
 
     Raises:
         BadDataError: A figure is not finite.
     """
-    return _Search(evaluate, groups, guard or Guard()).run(sorted(global_scales), by_group)
+    return _Search(evaluate, groups).run(sorted(global_scales))
 
 
 class _Search:
-    def __init__(self, evaluate: Evaluate, groups: Sequence[str], guard: Guard) -> None:
-        self.evaluate, self.groups, self.guard = evaluate, tuple(groups), guard
+    def __init__(self, evaluate: Evaluate, groups: Sequence[str]) -> None:
+        self.evaluate, self.groups = evaluate, tuple(groups)
         self.known: dict[tuple[float, ...], Trial] = {}
         self.nothing = dict.fromkeys(self.groups, 0.0)
         self.untouched = self.measured(self.nothing)
         self.known[(0.0,) * len(self.groups)] = Trial(self.nothing, self.untouched, self.untouched)
         self.best: Trial | None = None
 
-    def run(self, global_scales: Sequence[float], by_group: bool) -> ScaleSearch:
+    def run(self, global_scales: Sequence[float]) -> ScaleSearch:
         self.search_globally(global_scales)
-        if by_group and len(self.groups) > 1:
+        if len(self.groups) > 1:
             if self.best is None:
                 self.try_groups_alone()
             if self.best is not None:
@@ -122,10 +118,10 @@ class _Search:
         the three is tried as well: what is kept has been proven by then, and this is proven like any other.
         """
         tried = self.descend(grid)
-        falls = [trial.kl.falls(self.guard.errors) for trial in tried]
+        falls = [trial.kl.falls(ERRORS) for trial in tried]
         proven = falls.index(False) if False in falls else len(falls)
         for trial in tried[:proven]:
-            if trial.counts(self.guard):
+            if trial.counts():
                 self.consider(trial)
         if self.best is None:
             return
@@ -135,7 +131,7 @@ class _Search:
             heights = [0.0, *(-trial.kl.fall for trial in tried)]
             scale = _lowest(points[place : place + 3], heights[place : place + 3])
             between = self.tried(dict.fromkeys(self.groups, scale))
-            if between.counts(self.guard):
+            if between.counts():
                 self.consider(between)
 
     def descend(self, grid: Sequence[float]) -> list[Trial]:
@@ -150,7 +146,7 @@ class _Search:
         for scale in reversed(grid):
             tried.insert(0, self.tried(dict.fromkeys(self.groups, scale)))
             lower, *above = tried
-            if above and lower.kl.fall < above[0].kl.fall and all(t.kl.falls(self.guard.errors) for t in tried):
+            if above and lower.kl.fall < above[0].kl.fall and all(t.kl.falls(ERRORS) for t in tried):
                 break
         return tried
 
@@ -158,7 +154,7 @@ class _Search:
         """One harmful group may spoil the others: try each by itself, all together with a quarter of the chance."""
         for group in self.groups:
             tried = self.tried({**self.nothing, group: _ALONE})
-            if tried.counts(self.guard, tries=4 * len(self.groups)):
+            if tried.counts(tries=4 * len(self.groups)):
                 self.consider(tried)
 
     def refine_groups(self, start: Trial) -> None:
@@ -177,7 +173,7 @@ class _Search:
                 if improved:
                     break
         refined = self.tried(scales)
-        if refined.counts(self.guard):
+        if refined.counts():
             self.consider(refined)
 
     def improves(self, scales: Mapping[str, float], changed: Mapping[str, float]) -> bool:
@@ -190,8 +186,8 @@ class _Search:
         if self.best is not None:
             return ScaleSearch(self.best.scales, "kept", kept_sentence(self.best), trials)
         tried = list(self.known.values())[1:]
-        kind = kind_of(tried, self.guard)
-        decision, needed = refusal(kind, tried, self.guard, int(self.untouched.tokens.sum()))
+        kind = kind_of(tried)
+        decision, needed = refusal(kind, tried, int(self.untouched.tokens.sum()))
         return ScaleSearch(self.nothing, kind, decision, trials, needed)
 
 

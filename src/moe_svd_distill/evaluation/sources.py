@@ -27,7 +27,6 @@ from moe_svd_distill.calibration.paired import PairedText
 from moe_svd_distill.calibration.text import TokenizedText
 from moe_svd_distill.calibration.tokenizer import IntArray
 from moe_svd_distill.checkpoints import open_checkpoint
-from moe_svd_distill.evaluation.adapted import AdaptedStudent
 from moe_svd_distill.evaluation.from_states import (
     BLOCK_TOKENS,
     Block,
@@ -38,7 +37,7 @@ from moe_svd_distill.evaluation.from_states import (
     compare,
     record_states,
 )
-from moe_svd_distill.evaluation.loading import load_model
+from moe_svd_distill.evaluation.loading import AdaptedStudent, load_model
 from moe_svd_distill.evaluation.request import Progress
 from moe_svd_distill.streaming import (
     Head,

@@ -96,7 +96,7 @@ class TemperatureControl:
     adapter_gap_closed: GapClosed
     adapter_ahead: Interval | None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Plain values for JSON."""
         return {**plain(self), "student": self.student.as_dict(), "figures": self.figures.as_dict()}
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+_EVERY_S = 0.02  # between two looks
+
 
 class MemoryWatch:
     """The largest anonymous memory seen; mapped files are left out because the system can drop them at any time."""
@@ -32,17 +34,13 @@ class MemoryWatch:
 
 
 @contextmanager
-def peak_of(every_s: float = 0.02) -> Iterator[Callable[[], int]]:
-    """Look at the anonymous memory again and again; what this gives tells by how many bytes it grew at most.
-
-    Args:
-        every_s: Seconds between two looks.
-    """
+def peak_of() -> Iterator[Callable[[], int]]:
+    """Look at the anonymous memory again and again; what this gives tells by how many bytes it grew at most."""
     watch, over = MemoryWatch(), threading.Event()
     before = watch.look()
 
     def run() -> None:
-        while not over.wait(every_s):
+        while not over.wait(_EVERY_S):
             watch.look()
 
     looking = threading.Thread(target=run, daemon=True)

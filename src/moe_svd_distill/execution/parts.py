@@ -81,7 +81,7 @@ def find_fault(path: Path, key: str | None = None) -> str | None:
     """
     try:
         header = read_header(path)
-        body = _body(header)
+        body = dict(_body(header))
         if key is not None and body["key"] != key:
             return f"it belongs to unit {body['key']}"
         if body.pop("seal") != _seal(body, header.slots):
@@ -116,7 +116,7 @@ def verify_part(path: Path, key: str) -> bool:
     return False
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> Mapping[str, Any]:
     """The record of a part, from its header alone.
 
     Raises:
@@ -260,7 +260,7 @@ def write_tensors(planned: Mapping[str, Planned], output: Path) -> str:
         BadDataError: A value is not finite; the file is left as it was.
         ValueError: A tensor is made of another type or shape than planned; a fault of the caller.
     """
-    from moe_svd_distill.algebra.finite import count_not_finite
+    from moe_svd_distill.algebra.dtypes import count_not_finite
 
     slots = lay_out((name, dtype_code(plan.dtype), plan.shape) for name, plan in planned.items())
     with durable_file(output) as sink:
@@ -283,7 +283,7 @@ def write_tensors(planned: Mapping[str, Planned], output: Path) -> str:
     return sink.sha256
 
 
-def _body(header: Header) -> dict[str, Any]:
+def _body(header: Header) -> Mapping[str, Any]:
     try:
         body = json.loads(header.metadata[_METADATA])
         complete = {"key", "record", "payload_sha256", "seal"} <= set(body)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,7 @@ def read_small(path: Path) -> bytes:
 def json_object(raw: bytes, place: str, *, unique_keys: bool) -> dict[str, Any]:
     """A JSON object, or an error that says in which file and why not."""
 
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    def pairs(items: list[tuple[str, Any]]) -> Mapping[str, Any]:
         result = dict(items)
         if len(result) != len(items):
             seen: set[str] = set()

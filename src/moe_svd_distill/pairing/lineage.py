@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any
 
 RELATED = 0.25  # cosine above chance
 DEVIATIONS = 2.0  # and standard deviations of a pair that does not correspond above chance
@@ -153,7 +152,7 @@ class Relatedness:
         """One architecture, and every tensor of one shape (vocabulary apart)."""
         return shapes_agree(self.families, self.differences)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Plain JSON types, with what is derived."""
         probes = [
             asdict(probe) | {"deviations": round(probe.deviations, 2), "related": probe.related}
@@ -170,7 +169,7 @@ class MethodChoice:
     stages: tuple[str, ...]
     reason: str
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Plain JSON types."""
         return {"stages": list(self.stages), "reason": self.reason}
 

@@ -74,8 +74,9 @@ def stage_adapter(output: OutputFolder, recipe: Recipe, pair: ModelPair, change:
         # PEFT multiplies B·A by alpha / r. With an alpha of the user's own, B carries the inverse: the product stays.
         if recipe.alpha is not None:
             scale = recipe.alpha / configuration["r"]
-            scaled = {key: rank * scale for key, rank in configuration["alpha_pattern"].items()}
-            configuration |= {"lora_alpha": recipe.alpha, "alpha_pattern": scaled}
+            configuration["lora_alpha"] = recipe.alpha
+            pattern = configuration["alpha_pattern"]
+            configuration["alpha_pattern"] = {key: rank * scale for key, rank in pattern.items()}
             pairs.divisor = scale
         modules = modules_of(student.architecture, configuration) if any(not t.own_keys for t in targets) else {}
         planned = planned_tensors(keys, targets, modules, pairs)
@@ -187,11 +188,12 @@ def write_head_part(folder: Path, pair: ModelPair, recipe: Recipe, fitted: Stage
     name = architecture.head
     tensors: dict[str, torch.Tensor] = {}
     if fitted.head is not None:
-        left, right = fitted.head.factors
+        assert fitted.head_delta is not None
+        left, right = fitted.head
         rows = architecture.head_slot.shape[0] - len(left)  # some heads have rows that pad them and give no logits
         if head_is_whole(recipe, pair):
             base = student.checkpoint.read(architecture.embedding if architecture.tied else name)
-            delta = torch.nn.functional.pad(fitted.head.delta, (0, 0, 0, rows))
+            delta = torch.nn.functional.pad(fitted.head_delta, (0, 0, 0, rows))
             tensors = {f"{name}#{_WHOLE}": (base.float() + delta).to(base.dtype)}
             if alone and not fitted.pairs:
                 tensors |= _zero_pair(student, getattr(torch, recipe.dtype))

@@ -18,12 +18,11 @@ from moe_svd_distill.pipeline.placement import (
 )
 from moe_svd_distill.pipeline.schedule import (
     StageName,
-    TextSize,
     TrainingSchedule,
     schedule_calibrated,
     schedule_refined,
 )
-from moe_svd_distill.pipeline.texts import longest_sequence, sequence_length, validation_tokens
+from moe_svd_distill.pipeline.texts import TextSize, expected_text
 from moe_svd_distill.recipe import Recipe
 from moe_svd_distill.streaming import PassSettings
 from moe_svd_distill.training.head_rank import SERVED_RANKS
@@ -148,18 +147,10 @@ def costs_of_training(
     return found
 
 
-def expected_text(recipe: Recipe, pair: ModelPair, tokens: int) -> TextSize:
-    """So much text to train on, and the text to check by, before it is read."""
-    length = sequence_length(recipe, longest_sequence(pair))
-    tokens, check = whole(tokens, length), whole(validation_tokens(recipe), length)
-    rows = pair.student.layout.geometry.vocabulary
-    return TextSize(tokens, tokens // length, length, check, recipe.vocabulary == "equal", rows)
-
-
 def _cost(recipe: Recipe, pair: ModelPair, schedule: TrainingSchedule, text: TextSize, at_hand: bool) -> TrainingCost:
     teacher, student, execution = pair.teacher, pair.student, execution_settings(recipe)
-    trained, settings, extra, beginning = schedule.trained, schedule.settings, schedule.extra, schedule.beginning
-    placed = place_training(recipe, pair, execution.devices, execution.workers, trained) if at_hand else None
+    settings, extra, beginning = schedule.settings, schedule.extra, schedule.beginning
+    placed = place_training(recipe, pair, execution, schedule) if at_hand else None
     resident = placed.resident if placed else {"resident": True, "streamed": False}.get(recipe.training.placement)
     processes = len(placed.devices) if placed else len(execution.devices)
     search = whole(recipe.scale_search_tokens, text.length)
@@ -170,23 +161,23 @@ def _cost(recipe: Recipe, pair: ModelPair, schedule: TrainingSchedule, text: Tex
     kept_by_student = drawn + recorded * (1 if beginning.leaves_head_alone else 2)
     trials = len(MULTIPLES) if schedule.tries_rates else 0
     tried = trials * trial_steps(schedule.steps)
-    trained_tokens = (schedule.steps + tried) * trained.step_tokens
+    trained_tokens = (schedule.steps + tried) * settings.step_tokens
     measurements = 1 + min(settings.checks, schedule.steps) + trials
     measured = text.check * measurements + search * _SCALES_TRIED
     rows_bytes = 0
-    if needs_rows(not trained.head_moves, settings.divergence):
+    if needs_rows(not schedule.head_moves, settings.divergence):
         rows_bytes = 4 * read * (student.layout.geometry.hidden + 1)
     body, head = teacher.active_parameters
     teacher_operations = 2 * body * read + 2 * head * (read if rows_bytes else trained_tokens + measured)
     body, head = student.active_parameters
-    body = int(body * trained.share)
+    body = int(body * schedule.share)
     # Forward, and twice that for both gradients; streamed, every layer is computed once more on the way back.
     student_operations = (8 if resident is False else 6) * body * trained_tokens + 2 * (body + head) * measured
-    student_operations += (6 if trained.head_moves else 4) * head * trained_tokens
-    shapes = trained_shapes(student, trained.ranks)
-    moving = trained_numbers(shapes, trained.ranks) + (head if trained.head_moves else 0)
-    stored = sum(rank * sum(shapes[name]) for name, rank in trained.ranks.items())  # padded where a side is smaller
-    pass_bytes = int(student.checkpoint.total_bytes * trained.share) * processes if resident is False else 0
+    student_operations += (6 if schedule.head_moves else 4) * head * trained_tokens
+    shapes = trained_shapes(student, schedule.ranks)
+    moving = trained_numbers(shapes, schedule.ranks) + (head if schedule.head_moves else 0)
+    stored = sum(rank * sum(shapes[name]) for name, rank in schedule.ranks.items())  # padded where a side is smaller
+    pass_bytes = int(student.checkpoint.total_bytes * schedule.share) * processes if resident is False else 0
     passes = bool(extra.copies) + ROUNDS * bool(extra.generated) + 2 * bool(recorded)
     asked_rank = asked_head_rank(recipe, student.architecture.head)
     return TrainingCost(
@@ -199,15 +190,15 @@ def _cost(recipe: Recipe, pair: ModelPair, schedule: TrainingSchedule, text: Tex
         weights_read=2 * teacher.checkpoint.total_bytes + student.checkpoint.total_bytes * passes,
         states_bytes=state_bytes(recipe, teacher) * read + state_bytes(recipe, student) * kept_by_student,
         steps=schedule.steps,
-        step_tokens=trained.step_tokens,
+        step_tokens=settings.step_tokens,
         trial_steps=tried,
         trained_tokens=trained_tokens,
         measured_tokens=measured,
-        ranked_tokens=text.check * len(SERVED_RANKS) if trained.head_moves and asked_rank == "auto" else 0,
-        share=trained.share,
+        ranked_tokens=text.check * len(SERVED_RANKS) if schedule.head_moves and asked_rank == "auto" else 0,
+        share=schedule.share,
         teacher_operations=teacher_operations,
         student_operations=student_operations,
-        adapter_bytes=stored * BYTES[recipe.dtype] + (_head_bytes(recipe, pair) if trained.head_moves else 0),
+        adapter_bytes=stored * BYTES[recipe.dtype] + (_head_bytes(recipe, pair) if schedule.head_moves else 0),
         saves_bytes=SAVES_KEPT * SAVED_BYTES * moving,
         rows_bytes=rows_bytes * processes,
         resident=resident,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.adapter.verify import check_loads
 from moe_svd_distill.errors import BadDataError, NothingToTransferError
@@ -16,32 +15,29 @@ from moe_svd_distill.execution.supervisor import ExecutionSummary, Settings, exe
 from moe_svd_distill.files.names import ADAPTER_FILE, CACHE_FOLDER, CARD_FILE, RECORD_FILE
 from moe_svd_distill.files.writing import write_text
 from moe_svd_distill.pairing.plan import Plan
-from moe_svd_distill.pipeline.assembly import AdapterChange, base_model, head_is_whole, stage_adapter, write_head_part
+from moe_svd_distill.pipeline.assembly import AdapterChange, base_model, stage_adapter, write_head_part
+from moe_svd_distill.pipeline.fates import is_nothing, tensor_records
 from moe_svd_distill.pipeline.method import Stages, choose_stages
 from moe_svd_distill.pipeline.pair import ModelPair, open_pair
 from moe_svd_distill.pipeline.placement import execution_settings
 from moe_svd_distill.pipeline.record import (
     Adapter,
-    fates,
-    is_nothing,
+    facts_of_text,
     load_adapter,
     make_record,
     refuse_foreign_folder,
-    tensor_records,
     unit_records,
 )
-from moe_svd_distill.pipeline.scale import ScaleDecision, combined_decision, decide_scale, not_searched
-from moe_svd_distill.pipeline.texts import RunText, read_run_text, refuse_missing_text
+from moe_svd_distill.pipeline.scale import ScaleDecision, decide_scale, not_searched
+from moe_svd_distill.pipeline.schedule import TrainingSchedule, schedule_calibrated, schedule_refined
+from moe_svd_distill.pipeline.stage import StageInput, StageResult
+from moe_svd_distill.pipeline.text_stage import distil_on_text
+from moe_svd_distill.pipeline.texts import RunText, TextSize, read_run_text, refuse_missing_text
 from moe_svd_distill.pipeline.units import make_work, prepare
 from moe_svd_distill.recipe import Recipe
 from moe_svd_distill.report.card import adapter_card
 from moe_svd_distill.report.record import RunRecord
-from moe_svd_distill.streaming import GROUPS
-
-if TYPE_CHECKING:
-    from moe_svd_distill.pipeline.schedule import TrainingSchedule
-    from moe_svd_distill.pipeline.stage import StageInput, StageResult
-    from moe_svd_distill.streaming import ScaledAdapter
+from moe_svd_distill.streaming import GROUPS, ScaledAdapter
 
 __all__ = ["Adapter", "Listener", "distill", "load_adapter"]
 
@@ -116,150 +112,109 @@ class _Run:
 
     def complete(self, plan: Plan | None) -> RunRecord:
         """Run the stages and publish the adapter."""
-        units: list[dict[str, Any]] = []
-        parts: tuple[Path, ...] = ()
-        summary, decision = None, ScaleDecision.keep()
+        summary, change = None, AdapterChange((), ScaleDecision.keep())
         if plan is not None:
-            summary, parts, units = self.weights(plan)
-            self.stage(AdapterChange(parts, decision))
-            decision = self.scale()
-        calibrated, head = None, None
+            summary = self.project_weights(plan)
+            change = replace(change, parts=[summary.parts[unit.key] for unit in plan.units])
+            self.stage(change)
+            change = replace(change, scale=self.scale_of_weights())
+        scale, results = change.scale if plan else None, {}
         if self.stages.calibrated:
-            calibrated, head = self.calibrate(plan is not None, decision)
-        refined = None
+            results["calibrated"], change = self.calibrate(change)
         if self.stages.refined:
-            refined, head = self.refine(AdapterChange(parts, decision, head))
-            parts = ()
-        digest = self.stage(AdapterChange(parts, decision, head))
+            results["refined"], change = self.refine(change)
+        digest = self.stage(change)
         self.refuse_changed_models()
         self.listener.on_stage("checking that PEFT loads it", None)
-        check_loads(self.output.staged(ADAPTER_FILE).parent, self.pair.student.checkpoint.config)
-        results = {"calibrated": calibrated, "refined": refined}
-        whole = head_is_whole(self.recipe, self.pair)
-        tensors = fates(self.pair.student, plan, units, {name: it for name, it in results.items() if it}, whole)
-        facts = make_record(self.recipe, self.pair, self.stages, plan, tensors, summary)
-        scale = combined_decision(decision if plan is not None else None, calibrated, refined)
-        read = {} if self.text is None else self.text.record()
-        facts |= {"calibration": read | (calibrated.record if calibrated else {})}
-        facts |= {"refinement": refined.record} if refined else {}
-        facts |= {
-            "base_model": base_model(self.recipe, self.pair),
-            "adapter_sha256": digest,
-            "transferred": scale.transferred,
-            "scale_search": scale.as_dict() | self._used(),
-        }
-        record = RunRecord.of(facts)
+        check_loads(self.staged, self.pair.student.checkpoint.config)
+        record = RunRecord.of(
+            {
+                **make_record(self.recipe, self.pair, self.stages, plan, summary, results),
+                **facts_of_text(self.text, scale, results),
+                "base_model": base_model(self.recipe, self.pair),
+                "adapter_sha256": digest,
+            }
+        )
         write_text(self.output.staged(CARD_FILE), adapter_card(record))
         record.write(self.output.staged(RECORD_FILE))
         self.output.publish()
         return record
 
-    def weights(self, plan: Plan) -> tuple[ExecutionSummary, tuple[Path, ...], list[dict[str, Any]]]:
+    def project_weights(self, plan: Plan) -> ExecutionSummary:
         """The weights stage: every unit of the plan, computed or found on the disk."""
         self.listener.on_plan([(unit.label, unit.cost) for unit in plan.units])
         work = make_work(self.recipe, self.pair)
         summary = execute(plan.units, work, self.output.parts, self.settings, self.listener.on_event)
         self.refuse_changed_models()
-        units = unit_records(plan, summary.parts)
-        if is_nothing(tensor_records(units)):
+        if is_nothing(tensor_records(unit_records(plan, summary))):
             raise NothingToTransferError(
                 f"every delta between {self.recipe.teacher} and {self.recipe.student} is exactly zero, so the adapter "
                 "would do nothing and is not written",
                 "Choose a teacher that differs from the student",
             )
-        return summary, tuple(summary.parts[unit.key] for unit in plan.units), units
+        return summary
 
-    def refuse_changed_models(self) -> None:
-        """The models must be at the end what they were at the beginning."""
-        for model, before, now in zip(("teacher", "student"), self.models, self.pair.cache_keys(), strict=True):
-            if before != now:
-                raise BadDataError(f"the {model}'s files changed during the run", "Run the same command again")
+    def scale_of_weights(self) -> ScaleDecision:
+        """Scales of the weights stage."""
+        recipe = self.recipe
+        if self.text is None or not recipe.scale_search:
+            return not_searched(
+                "recipe: scale_search: false" if recipe.calibration else "no calibration text was given"
+            )
+        step = "searching the scale on calibration text"
+        self.listener.on_stage(step, 0.0)
+        report, cache = partial(self.listener.on_stage, step), recipe.cache or recipe.output / CACHE_FOLDER
+        return decide_scale(self.staged, self.pair, self.text.search, self.settings.devices[0], cache, report)
+
+    def calibrate(self, change: AdapterChange) -> tuple[StageResult, AdapterChange]:
+        """The calibrated stage, on top of the weights stage or alone; there is no part where nothing of it is kept."""
+        recipe, text, on_top = self.recipe, self.text, self.stages.weights
+        assert text is not None
+        if self.stages.refined and text.fit is not None:
+            text = replace(text, fit=text.fit.beginning(recipe.training.start_tokens))
+        acting = on_top and any(change.scale.scales.values())
+        start = ScaledAdapter(self.staged, dict(change.scale.scales)) if acting else None
+        schedule = schedule_calibrated(
+            recipe, self.pair.student, TextSize.of(text), self.settings.devices[0], head_alone=acting
+        )
+        result = self.distil_on_text(text, start, schedule)
+        if on_top and not result.search.accepted:
+            return result, change
+        head = write_head_part(self.output.parts, self.pair, recipe, result, alone=not on_top)
+        return result, replace(change, head=head)
+
+    def refine(self, change: AdapterChange) -> tuple[StageResult, AdapterChange]:
+        """The refined stage, from what the stages before have made, or from an adapter that was named."""
+        recipe, text, start = self.recipe, self.text, self.stages.start
+        assert text is not None
+        if start is None and (change.parts or change.head):
+            self.stage(change)
+            start = self.staged
+        adapter = None if start is None else ScaledAdapter(start, dict.fromkeys(GROUPS, 1.0))
+        schedule = schedule_refined(
+            recipe, self.pair.student, self.stages.names, TextSize.of(text), self.settings.devices[0]
+        )
+        result = self.distil_on_text(text, adapter, schedule)
+        head = write_head_part(self.output.parts, self.pair, recipe, result, alone=True)
+        return result, AdapterChange((), change.scale, head)
+
+    def distil_on_text(self, text: RunText, start: ScaledAdapter | None, schedule: TrainingSchedule) -> StageResult:
+        """A stage on text."""
+        given = StageInput(self.recipe, self.pair, text, self.output.parts, self.settings, start)
+        return distil_on_text(given, schedule, self.listener.on_stage, self.listener.on_note)
 
     def stage(self, change: AdapterChange) -> str:
         """Write the adapter as it stands; returns its digest."""
         self.listener.on_stage("writing the adapter", None)
         return stage_adapter(self.output, self.recipe, self.pair, change)
 
-    def scale(self) -> ScaleDecision:
-        """Scales of the weights stage."""
-        if self.text is None or not self.recipe.scale_search:
-            return not_searched("recipe: scale_search: false" if self.text else _no_text(self.recipe))
-        step = "searching the scale on calibration text"
-        self.listener.on_stage(step, 0.0)
-        staged = self.output.staged(ADAPTER_FILE).parent
-        report, cache = partial(self.listener.on_stage, step), self.recipe.cache or self.recipe.output / CACHE_FOLDER
-        return decide_scale(staged, self.pair, self.text.search, self.settings.devices[0], cache, report)
+    @property
+    def staged(self) -> Path:
+        """The folder of the adapter as it stands."""
+        return self.output.staged(ADAPTER_FILE).parent
 
-    def calibrate(self, on_top: bool, decision: ScaleDecision) -> tuple[StageResult, Path | None]:
-        """The calibrated stage; no part where nothing of it is kept."""
-        from moe_svd_distill.pipeline.schedule import TextSize, schedule_calibrated
-
-        text = self.text
-        assert text is not None
-        if self.stages.refined and text.fit is not None:
-            text = replace(text, fit=text.fit.beginning(self.recipe.training.start_tokens))
-        acting = on_top and any(decision.scales.values())
-        given = self.given(text, self.staged_adapter(decision.scales) if acting else None)
-        schedule = schedule_calibrated(
-            self.recipe, self.pair.student, TextSize.of(text), self.settings.devices[0], head_alone=acting
-        )
-        fitted = self.distil_on_text(given, schedule)
-        if on_top and not fitted.search.accepted:
-            return fitted, None
-        return fitted, write_head_part(self.output.parts, self.pair, self.recipe, fitted, alone=not on_top)
-
-    def refine(self, change: AdapterChange) -> tuple[StageResult, Path]:
-        """The refined stage, from what the stages before have made, or from an adapter that was named."""
-        from moe_svd_distill.pipeline.schedule import TextSize, schedule_refined
-        from moe_svd_distill.streaming import ScaledAdapter
-
-        assert self.text is not None
-        start = None
-        if self.stages.start is not None:
-            start = ScaledAdapter(self.stages.start, dict.fromkeys(GROUPS, 1.0))
-        elif change.parts or change.head:
-            self.stage(change)
-            start = self.staged_adapter(dict.fromkeys(GROUPS, 1.0))
-        given = self.given(self.text, start)
-        schedule = schedule_refined(
-            self.recipe, self.pair.student, self.stages.names, TextSize.of(self.text), self.settings.devices[0]
-        )
-        refined = self.distil_on_text(given, schedule)
-        return refined, write_head_part(self.output.parts, self.pair, self.recipe, refined, alone=True)
-
-    def given(self, text: RunText, start: ScaledAdapter | None) -> StageInput:
-        """What a stage on text works with."""
-        from moe_svd_distill.pipeline.stage import StageInput
-
-        settings = self.settings
-        return StageInput(
-            self.recipe,
-            self.pair,
-            text,
-            self.output.parts,
-            settings.devices,
-            settings.workers,
-            start,
-        )
-
-    def staged_adapter(self, scales: Mapping[str, float]) -> ScaledAdapter:
-        """The adapter as it stands."""
-        from moe_svd_distill.streaming import ScaledAdapter
-
-        return ScaledAdapter(self.output.staged(ADAPTER_FILE).parent, dict(scales))
-
-    def distil_on_text(self, given: StageInput, schedule: TrainingSchedule) -> StageResult:
-        """A stage on text."""
-        from moe_svd_distill.pipeline.text_stage import distil_on_text
-
-        return distil_on_text(given, schedule, self.listener.on_stage, self.listener.on_note)
-
-    def _used(self) -> dict[str, list[str]]:
-        """What an evaluation has to leave out."""
-        if self.text is None:
-            return {"used_documents": [], "used_groups": []}
-        return {"used_documents": self.text.used_documents, "used_groups": self.text.used_groups}
-
-
-def _no_text(recipe: Recipe) -> str:
-    return "no calibration text was given" if not recipe.calibration else "recipe: scale_search: false"
+    def refuse_changed_models(self) -> None:
+        """The models must be at the end what they were at the beginning."""
+        for model, before, now in zip(("teacher", "student"), self.models, self.pair.cache_keys(), strict=True):
+            if before != now:
+                raise BadDataError(f"the {model}'s files changed during the run", "Run the same command again")

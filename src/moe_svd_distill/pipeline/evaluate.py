@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +69,7 @@ def evaluate_adapter(request: EvaluationRequest, on_progress: Progress | None = 
         raise UsageError(f"{folder} does not say which teacher it came from", "Give --teacher")
     request = replace(request, teacher=teacher, student=student)
     digest = sha256_of(folder / ADAPTER_FILE) if (folder / ADAPTER_FILE).is_file() else None
-    figures = _kept(folder, digest, bool(request.texts), bool(benchmarks and benchmarks.harness))
+    figures = dict(_kept(folder, digest, bool(request.texts), bool(benchmarks and benchmarks.harness)))
     if request.texts:
         figures |= _text_figures(request, record, on_progress)
     if benchmarks and benchmarks.harness:
@@ -107,7 +107,7 @@ class HeldOut:
     repeated: int | None = None
     apart: bool = True
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For evaluation.json."""
         return {
             "documents_used": self.used,
@@ -165,7 +165,7 @@ def _problems(request: BenchmarkRequest) -> tuple[ProblemSet, ...]:
     return tuple(load_problems(name, request.limit) for name in request.code)
 
 
-def _kept(folder: Path, digest: str | None, texts: bool, harness: bool) -> dict[str, Any]:
+def _kept(folder: Path, digest: str | None, texts: bool, harness: bool) -> Mapping[str, Any]:
     """What an earlier evaluation of the same bytes found and this one does not find anew."""
     earlier = read_json(folder / EVALUATION_FILE) if (folder / EVALUATION_FILE).is_file() else {}
     if digest is None or earlier.get("adapter_sha256") != digest:
@@ -176,7 +176,7 @@ def _kept(folder: Path, digest: str | None, texts: bool, harness: bool) -> dict[
     return {key: value for key, value in earlier.items() if key not in dropped}
 
 
-def _text_figures(request: EvaluationRequest, record: RunRecord, on_progress: Progress | None) -> dict[str, Any]:
+def _text_figures(request: EvaluationRequest, record: RunRecord, on_progress: Progress | None) -> dict[str, object]:
     from moe_svd_distill.calibration.reading import enough_characters, read_text
     from moe_svd_distill.evaluation.evaluate import evaluate
 
@@ -219,7 +219,7 @@ def _calibration(recipe: RecipeRecord) -> Sequence[Document]:
     return read_sources(sources, field=recipe.text_field, group_field=recipe.text_group, tokens=tokens).documents
 
 
-def _benchmarks(request: EvaluationRequest, on_progress: Progress | None) -> dict[str, Any]:
+def _benchmarks(request: EvaluationRequest, on_progress: Progress | None) -> dict[str, object]:
     from moe_svd_distill.evaluation.benchmarks import run_benchmarks
 
     assert request.student
@@ -230,12 +230,12 @@ def _benchmarks(request: EvaluationRequest, on_progress: Progress | None) -> dic
             f"the harness loads its models itself, and {request.student} is a GGUF file",
             "Give --student the checkpoint that the file was made from",
         )
-    return run_benchmarks(request, checkpoint.folder, on_progress).as_dict()
+    return asdict(run_benchmarks(request, checkpoint.folder, on_progress))
 
 
 def _code_benchmarks(
     request: EvaluationRequest, problems: Sequence[ProblemSet], on_progress: Progress | None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     from moe_svd_distill.evaluation.code.benchmark import LocalModel, run_code_benchmark
 
     def local(source: str | None) -> LocalModel:
@@ -248,4 +248,4 @@ def _code_benchmarks(
 
     teacher = local(request.teacher) if request.benchmarks and request.benchmarks.teacher else None
     results = [run_code_benchmark(request, each, local(request.student), teacher, on_progress) for each in problems]
-    return {result.name: result.as_dict() for result in results}
+    return {result.name: asdict(result) for result in results}

@@ -99,7 +99,6 @@ def draw(
     read: ReadStudent,
     head: Head,
     seed: int,
-    states: StreamedStates | None = None,
 ) -> NDArray[np.int64]:
     """Draw copies, then text of the student's own.
 
@@ -109,7 +108,6 @@ def draw(
         read: Passes the student over sequences.
         head: The student's head over the common tokens.
         seed: Of all draws.
-        states: The student's states of the text in their first n rows, if they are there already.
 
     Returns:
         Token ids, (m, length).
@@ -117,8 +115,7 @@ def draw(
     length = sequences.shape[1]
     copied = sequences[:0]
     if extra.copies:
-        mine = read("student", sequences) if states is None else states
-        copied = perturbed_copies(sequences, mine, head, extra.copies, seed)
+        copied = perturbed_copies(sequences, read("student", sequences), head, extra.copies, seed)
     generated = random_sequences(extra.generated, length, len(head.weight), seed)
     for number in range(ROUNDS if extra.generated else 0):
         states = read(f"student, its own text {number + 1}", generated)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class Stages:
         """Whether the pairs are trained on text."""
         return "refined" in self.names
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For run.json."""
         return {"stages": list(self.names), "reason": self.reason, "relatedness": self.relatedness.as_dict()}
 
@@ -79,13 +80,11 @@ def measure_relatedness(pair: ModelPair, *, sample_weights: bool = True) -> Rela
     same_shape = shapes_agree(families, differences)
     if not sample_weights:
         lineage, reason = judge((), same_shape=same_shape, all_alike=False)
-        skipped = ("lineage: only the headers were read, because the weights are not on this machine",)
-        return Relatedness(families, differences, vocabulary, (), skipped, lineage, reason, (0, 0))
-    found = probe_pair(pair, vocabulary, same_shape=same_shape)
-    lineage, reason = judge(found.probes, same_shape=same_shape, all_alike=found.all_alike)
-    return Relatedness(
-        families, differences, vocabulary, found.probes, found.skipped, lineage, reason, found.bytes_read
-    )
+        why = "lineage: only the headers were read, because the weights are not on this machine"
+        return Relatedness(families, differences, vocabulary, (), (why,), lineage, reason, (0, 0))
+    probes, skipped, all_alike, bytes_read = probe_pair(pair, vocabulary, same_shape=same_shape)
+    lineage, reason = judge(probes, same_shape=same_shape, all_alike=all_alike)
+    return Relatedness(families, differences, vocabulary, probes, skipped, lineage, reason, bytes_read)
 
 
 def choose_stages(recipe: Recipe, pair: ModelPair) -> Stages:
@@ -157,7 +156,7 @@ def automatic_choice(recipe: Recipe, relatedness: Relatedness) -> MethodChoice:
     )
 
 
-def compare_models(teacher: str, student: str) -> dict[str, Any]:
+def compare_models(teacher: str, student: str) -> Mapping[str, Any]:
     """Sizes, relatedness and the automatic choice with text and without. Of a hub model nothing large is fetched.
 
     Raises:
@@ -209,7 +208,7 @@ def _refuse_pair_of_tied_head(recipe: Recipe, pair: ModelPair) -> None:
         )
 
 
-def _sizes(model: Model) -> dict[str, Any]:
+def _sizes(model: Model) -> dict[str, object]:
     """Family, sizes and bytes of one model."""
     layout, checkpoint = model.layout, model.checkpoint
     return {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +18,7 @@ from moe_svd_distill.training.head import LOGIT_BYTES
 
 if TYPE_CHECKING:
     from moe_svd_distill.pipeline.pair import Model, ModelPair
+    from moe_svd_distill.pipeline.schedule import TrainingSchedule
     from moe_svd_distill.recipe import Recipe
 
 _SHARE = 0.7  # of the free memory that a student in training may take
@@ -55,29 +56,6 @@ class Placement:
         """The type."""
         found: torch.dtype = getattr(torch, self.dtype)
         return found
-
-    def as_dict(self) -> dict[str, Any]:
-        """For run.json."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class TrainedParts:
-    """What is trained, and on how much text at a time.
-
-    Attributes:
-        ranks: Hub name to rank of every trained matrix.
-        head_moves: Whether the head is trained too.
-        sequences: Of one step, which the processes share.
-        step_tokens: Tokens of one step; CPU processes with few tokens each wait for one another more than they gain.
-        share: Of the layers that are run; those before them are not needed.
-    """
-
-    ranks: Mapping[str, int]
-    head_moves: bool
-    sequences: int
-    step_tokens: int
-    share: float = 1.0
 
 
 def execution_settings(recipe: Recipe) -> Settings:
@@ -149,24 +127,22 @@ def tokens_at_once(recipe: Recipe, device: str) -> int:
     return _BATCH_TOKENS[torch.device(device).type] if asked == "auto" else asked
 
 
-def place_training(
-    recipe: Recipe, pair: ModelPair, devices: tuple[str, ...], workers: int, trained: TrainedParts
-) -> Placement:
+def place_training(recipe: Recipe, pair: ModelPair, settings: Settings, schedule: TrainingSchedule) -> Placement:
     """Decide where to train.
 
     Args:
         recipe: What is asked for.
         pair: Teacher and student.
-        devices: That may be used.
-        workers: Processes that may be used on the CPU.
-        trained: What moves.
+        settings: Devices that may be used, and processes on the CPU.
+        schedule: What moves, and how much text goes into a step; CPU processes with few tokens each wait for one
+            another more than they gain.
     """
-    together, step_tokens = trained.sequences, trained.step_tokens
+    devices, together, step_tokens = settings.devices, schedule.sequences, schedule.settings.step_tokens
     kind = torch.device(devices[0]).type
     dtype = training_dtype(recipe, pair, torch.device(devices[0]))
     cores = threads_of_a_run()
     name = str(dtype).removeprefix("torch.")
-    needed = bytes_in_training(pair, dtype, trained, min(step_tokens, tokens_at_once(recipe, devices[0])))
+    needed = bytes_in_training(pair, dtype, schedule, min(step_tokens, tokens_at_once(recipe, devices[0])))
     free = min(available_bytes(device) for device in devices)
     asked = recipe.training.placement
     if asked == "streamed" or (asked == "auto" and needed > _SHARE * free):
@@ -175,7 +151,7 @@ def place_training(
     if kind != "cpu":
         return Placement(True, devices[:together], cores, name, f"{_gib(needed)} on each device", needed)
     processes = max(
-        1, min(workers, together, step_tokens // _TOKENS_OF_A_PROCESS, int(_SHARE * free // max(1, needed)))
+        1, min(settings.workers, together, step_tokens // _TOKENS_OF_A_PROCESS, int(_SHARE * free // max(1, needed)))
     )
     why = f"{_gib(needed)} in each of {processes} processes"
     return Placement(True, ("cpu",) * processes, max(1, cores // processes), name, why, needed)
@@ -194,25 +170,25 @@ def training_dtype(recipe: Recipe, pair: ModelPair, device: torch.device) -> tor
     return compute_dtype(device, 0 if geometry.experts else geometry.hidden)
 
 
-def bytes_in_training(pair: ModelPair, dtype: torch.dtype, trained: TrainedParts, batch_tokens: int) -> int:
+def bytes_in_training(pair: ModelPair, dtype: torch.dtype, schedule: TrainingSchedule, batch_tokens: int) -> int:
     """What a process takes in which a student is trained in memory.
 
     Args:
         pair: Teacher and student.
         dtype: Type that the student computes in.
-        trained: What moves.
+        schedule: What moves.
         batch_tokens: Tokens that go through a layer together.
     """
-    student, shapes = pair.student, trained_shapes(pair.student, trained.ranks)
+    student, shapes = pair.student, trained_shapes(pair.student, schedule.ranks)
     geometry, folder = student.layout.geometry, student.checkpoint.folder
     entries, theirs = (of.layout.geometry.vocabulary * of.layout.geometry.hidden for of in (pair.student, pair.teacher))
     body = model_bytes(folder, dtype.itemsize) - entries * dtype.itemsize * (1 if student.architecture.tied else 2)
-    body = int(body * trained.share)
+    body = int(body * schedule.share)
     # Where pairs act inside the weights there is a second copy of these, and a layer's gradients.
     inside = dtype.itemsize == _FLOAT or bool(geometry.experts)
     weights = body * 2 + body // geometry.layers if inside else body
-    moving = trained_numbers(shapes, trained.ranks) + (entries if trained.head_moves else 0)
-    heads = (_FLOAT + (_FLOAT if trained.head_moves else 2)) * (entries + theirs)
+    moving = trained_numbers(shapes, schedule.ranks) + (entries if schedule.head_moves else 0)
+    heads = (_FLOAT + (_FLOAT if schedule.head_moves else 2)) * (entries + theirs)
     through = sum(sum(shape[-2:]) for shape in shapes.values()) // max(1, geometry.experts)
     activations = _KEPT_FOR_THE_WAY_BACK * batch_tokens * through * dtype.itemsize
     logits = _LOGITS_AT_ONCE * min(LOGIT_BYTES, _FLOAT * batch_tokens * geometry.vocabulary)

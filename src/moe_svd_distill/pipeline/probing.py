@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from moe_svd_distill.errors import DistillError
@@ -35,37 +34,26 @@ MOST_ROLES = 5
 DOUBLE = frozenset({"attention.k", "router"})  # small tensors, read whole if possible and searched for moved rows
 
 
-@dataclass(frozen=True)
-class Found:
-    """What the samples say.
-
-    Attributes:
-        probes: The measurements.
-        skipped: What was not measured, and why.
-        all_alike: Every tensor has its counterpart, and a row of each is identical in both.
-        bytes_read: Of teacher and student.
-    """
-
-    probes: tuple[Probe, ...]
-    skipped: tuple[str, ...]
-    all_alike: bool
-    bytes_read: tuple[int, int]
-
-
-def probe_pair(pair: ModelPair, vocabulary: VocabularyRelation, *, same_shape: bool) -> Found:
+def probe_pair(
+    pair: ModelPair, vocabulary: VocabularyRelation, *, same_shape: bool
+) -> tuple[tuple[Probe, ...], tuple[str, ...], bool, tuple[int, int]]:
     """Measure everything there is to measure within the budget.
 
     Args:
         pair: Teacher and student.
         vocabulary: Which token numbers mean the same.
         same_shape: Whether to look for identical weights at all.
+
+    Returns:
+        The measurements; what was not measured, and why; whether every tensor has its counterpart and a row of each is
+        identical in both; and the bytes read of teacher and student.
     """
     run = _Probing(pair, vocabulary)
     run.probe_ends()
     run.probe_layers()
     alike = same_shape and bool(run.probes) and all(probe.identical for probe in run.probes)
     alike = alike and run.attempt("whether all weights are the same", run.all_alike) is True
-    return Found(tuple(run.probes), tuple(run.skipped), alike, (run.teacher.bytes_read, run.student.bytes_read))
+    return tuple(run.probes), tuple(run.skipped), alike, (run.teacher.bytes_read, run.student.bytes_read)
 
 
 class _Probing:

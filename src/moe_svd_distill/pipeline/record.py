@@ -4,8 +4,7 @@ adapter beside it."""
 from __future__ import annotations
 
 import platform
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -18,25 +17,21 @@ from moe_svd_distill.execution.parts import read_record
 from moe_svd_distill.execution.supervisor import ExecutionSummary
 from moe_svd_distill.files.names import CACHE_FOLDER, CONFIGURATION_FILE, LOCK_FILE, PARTS_FOLDER, RECORD_FILE
 from moe_svd_distill.pairing.plan import Plan
+from moe_svd_distill.pipeline.assembly import head_is_whole
+from moe_svd_distill.pipeline.fates import fates, summarise
 from moe_svd_distill.pipeline.pair import Model, ModelPair
 from moe_svd_distill.pipeline.placement import execution_settings
+from moe_svd_distill.pipeline.scale import ScaleDecision, combined_decision
+from moe_svd_distill.pipeline.texts import RunText
 from moe_svd_distill.pipeline.units import NUMERIC_LIBRARIES, PROJECT
 from moe_svd_distill.recipe import Recipe
 from moe_svd_distill.report.record import RunRecord
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from moe_svd_distill.pipeline.method import Stages
     from moe_svd_distill.pipeline.stage import StageResult
 
 SCHEMA = 1
-NOT_TRAINED = "the refined stage trains the matrices of the layers and the head alone"
-HEAD_STANDS_STILL = (
-    "the head stands still: fewer than four tokens of text for each of its rows, or training.head: fixed"
-)
-NOT_PAIRED = "the weights stage does not know what it means"
-NOT_FITTED = "the calibrated stage changes the head and the last layers alone"
 
 
 @dataclass(frozen=True)
@@ -107,139 +102,9 @@ def refuse_foreign_folder(folder: Path) -> None:
         )
 
 
-def unit_records(plan: Plan, parts: Mapping[str, Path]) -> list[dict[str, Any]]:
+def unit_records(plan: Plan, execution: ExecutionSummary) -> list[Mapping[str, Any]]:
     """The record of every unit, in the plan's order, from the headers of its part."""
-    return [read_record(parts[unit.key]) for unit in plan.units]
-
-
-def tensor_records(units: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The record of every student tensor, each with its layer."""
-    return [{**tensor, "layer": unit["layer"]} for unit in units for tensor in unit["tensors"]]
-
-
-def is_nothing(tensors: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether every delta is exactly zero."""
-    return not any(tensor.get("delta_norm") for tensor in tensors)
-
-
-def summarise(tensors: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Counts of fates, reasons, projections and alignments."""
-    rows = list(tensors)
-    return {
-        "fates": dict(Counter(row["fate"] for row in rows)),
-        "reasons_to_keep": dict(Counter(row["reason"] for row in rows if row["fate"] == "kept")),
-        "projections": dict(Counter(row["projection"] for row in rows if "projection" in row)),
-        "projection_fallbacks": {
-            row["name"]: row["projection_fallback"] for row in rows if "projection_fallback" in row
-        },
-        "alignments": dict(Counter(row["alignment"] for row in rows if "alignment" in row)),
-    }
-
-
-def fates(
-    student: Model,
-    plan: Plan | None,
-    units: Iterable[Mapping[str, Any]],
-    results: Mapping[str, StageResult],
-    whole: bool,
-) -> list[dict[str, Any]]:
-    """The fate of every tensor of the student, as the last stage that changed it has left it.
-
-    Args:
-        student: The student.
-        plan: Of the weights stage, if there was one.
-        units: Records of its units.
-        results: Stages on text that were run, in order. On top of the weights stage one counts where it was kept.
-        whole: Whether a changed head is saved whole.
-    """
-    tensors, reason = tensor_records(units), NOT_PAIRED
-    reasons = dict(plan.ignored_student) if plan else {}
-    for stage, result in results.items():
-        reason = NOT_TRAINED if stage == "refined" else NOT_FITTED
-        if plan is not None and stage == "calibrated" and not result.search.accepted:
-            continue
-        if result.head is None:
-            reasons[student.architecture.head] = HEAD_STANDS_STILL
-        rows = fitted_records(student, result, whole, stage)
-        changed = {row["name"] for row in rows}
-        tensors = [row for row in tensors if row["name"] not in changed] + rows
-    return tensors + kept_records(student, [row["name"] for row in tensors], reason, reasons)
-
-
-def fitted_records(student: Model, fitted: StageResult, whole: bool, stage: str) -> list[dict[str, Any]]:
-    """The fate of every matrix that a stage on text changes: the head first, then those of the layers."""
-    pairs = [_fitted_record(student, name, factors, stage) for name, factors in fitted.pairs.items()]
-    if fitted.head is None:
-        return pairs
-    left, right = fitted.head.factors
-    head = {
-        "name": student.architecture.head,
-        "role": "head",
-        "shape": [left.shape[0], right.shape[1]],
-        "fate": "lora",
-        "rank": left.shape[1],
-        "format": "whole" if whole else "pair",
-        "stage": stage,
-        "delta_norm": float(fitted.head.delta.double().norm()),
-        "layer": None,
-    }
-    return [head, *pairs]
-
-
-def _fitted_record(student: Model, name: str, factors: tuple[Tensor, Tensor], stage: str) -> dict[str, Any]:
-    matrix = student.architecture.by_name.get(name)
-    row: dict[str, Any] = {
-        "name": name,
-        "role": student.role_of(name),
-        "shape": list(student.shapes[name] if matrix is None else matrix.shape),
-        "fate": "lora",
-        "rank": factors[0].shape[1],
-        "stage": stage,
-        "delta_norm": float((factors[0].float() @ factors[1].float()).double().norm()),
-        "layer": None if matrix is None else matrix.part,
-    }
-    if not row["delta_norm"]:
-        row["reason"] = "no gradient reached it: its pair is zero"
-    return row if matrix is None or matrix.piece.index is None else row | {"expert": matrix.piece.index}
-
-
-def kept_records(
-    student: Model, named: Iterable[str], reason: str, reasons: Mapping[str, str] | None = None
-) -> list[dict[str, Any]]:
-    """The fate of every stored tensor of the model of which no matrix has a record yet.
-
-    Args:
-        student: The student.
-        named: Names of the matrices, or parts of matrices, that have one.
-        reason: Why they are kept that could be changed.
-        reasons: Stored tensor to a reason of its own.
-    """
-    architecture, meanings = student.architecture, student.layout.meanings
-    known = set(named)
-    known |= {meanings[name].view.stored for name in known if name in meanings}
-    rows = []
-    for part, sources in architecture.stored.of_part.items():
-        for source in sources:
-            inside = [m for slot in source.slots for m in architecture.parameters.get(slot.name, ())]
-            if any(m.name in known and not m.stored for m in inside):
-                continue
-            against = [student.keys.left_out[m.name] for m in inside if m.name in student.keys.left_out]
-            for _, name in source.hub_names:
-                if name not in known:
-                    known.add(name)
-                    own = (reasons or {}).get(name) or student.keys.left_out.get(name)
-                    why = own or (against[0] if against else reason)
-                    rows.append(
-                        {
-                            "name": name,
-                            "role": student.role_of(name),
-                            "shape": list(student.shapes[name]),
-                            "fate": "kept",
-                            "reason": why,
-                            "layer": part if isinstance(part, int) else None,
-                        }
-                    )
-    return rows
+    return [read_record(execution.parts[unit.key]) for unit in plan.units]
 
 
 def make_record(
@@ -247,21 +112,22 @@ def make_record(
     pair: ModelPair,
     stages: Stages,
     plan: Plan | None,
-    tensors: list[dict[str, Any]],
     execution: ExecutionSummary | None,
-) -> dict[str, Any]:
-    """The record without figures; the caller adds ``adapter_sha256``, ``scale_search`` and ``transferred``.
+    results: Mapping[str, StageResult],
+) -> Mapping[str, object]:
+    """The record of a run without what `facts_of_text` says.
 
     Args:
         recipe: What was asked for.
         pair: Teacher and student.
         stages: What was run, and why.
         plan: Of the weights stage, if there was one.
-        tensors: The fate of every student tensor.
         execution: How its units were computed.
+        results: Stages on text that were run, in order.
     """
     settings = execution_settings(recipe)
-    units = unit_records(plan, execution.parts) if plan and execution else []
+    units = unit_records(plan, execution) if plan and execution else []
+    tensors = fates(pair.student, plan, units, results, head_is_whole(recipe, pair))
     return {
         "schema": SCHEMA,
         "teacher": _model(pair.teacher),
@@ -291,6 +157,30 @@ def make_record(
     }
 
 
+def facts_of_text(
+    text: RunText | None, weights: ScaleDecision | None, results: Mapping[str, StageResult]
+) -> Mapping[str, object]:
+    """What was read, how the stages on text went, and the scales.
+
+    Args:
+        text: All that the run reads; None for nothing.
+        weights: Scales of the weights stage, if there was one.
+        results: Stages on text that were run.
+    """
+    calibrated, refined = results.get("calibrated"), results.get("refined")
+    scale = combined_decision(weights, calibrated, refined)
+    used = {  # what an evaluation has to leave out
+        "used_documents": text.used_documents if text else [],
+        "used_groups": text.used_groups if text else [],
+    }
+    return {
+        "calibration": {**(text.record() if text else {}), **(calibrated.record if calibrated else {})},
+        **({"refinement": refined.record} if refined else {}),
+        "transferred": scale.transferred,
+        "scale_search": {**scale.as_dict(), **used},
+    }
+
+
 def _ignored(student: Model, plan: Plan | None) -> dict[str, str]:
     """Stored tensors that no model is made of, with the reason."""
     known = {**student.layout.ignored, **(plan.ignored_student if plan else {})}
@@ -300,7 +190,7 @@ def _ignored(student: Model, plan: Plan | None) -> dict[str, str]:
     }
 
 
-def _executed(execution: ExecutionSummary) -> dict[str, Any]:
+def _executed(execution: ExecutionSummary) -> dict[str, object]:
     return {
         "units_computed": execution.computed,
         "units_reused": execution.reused,
@@ -308,7 +198,7 @@ def _executed(execution: ExecutionSummary) -> dict[str, Any]:
     }
 
 
-def _model(model: Model) -> dict[str, Any]:
+def _model(model: Model) -> dict[str, object]:
     geometry = model.layout.geometry
     return {
         "source": model.checkpoint.source,

@@ -54,12 +54,7 @@ class ScaleDecision:
         """Whether the adapter is proven to help on calibration text; None where nothing was measured."""
         return None if self.kind is None else self.kind == "kept"
 
-    @property
-    def changes(self) -> bool:
-        """Whether any scale differs from 1."""
-        return any(scale != 1.0 for scale in self.scales.values())
-
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For run.json."""
         return {**self.details, "scales": dict(self.scales), "kind": self.kind, "decision": self.text}
 

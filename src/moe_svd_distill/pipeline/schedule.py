@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from moe_svd_distill.evaluation.scale_search import GLOBAL_SCALES
 from moe_svd_distill.pipeline.extra_text import MUCH_TEXT, ExtraText, for_fit, for_training
-from moe_svd_distill.pipeline.placement import TrainedParts, tokens_at_once, trained_ranks
+from moe_svd_distill.pipeline.placement import tokens_at_once, trained_ranks
 from moe_svd_distill.pipeline.stage_text import Beginning
 from moe_svd_distill.training.settings import (
     HEAD_RATE,
@@ -21,7 +21,7 @@ from moe_svd_distill.training.trials import worth_trying
 
 if TYPE_CHECKING:
     from moe_svd_distill.pipeline.pair import Model
-    from moe_svd_distill.pipeline.texts import RunText
+    from moe_svd_distill.pipeline.texts import TextSize
     from moe_svd_distill.recipe import Recipe
     from moe_svd_distill.training.optimiser import OptimiserName
 
@@ -36,37 +36,6 @@ _MEASURING_SHARE, _TRAINING_COST, _FEWEST_CHECKS = 0.125, 3, 2
 _STEPS, _SMALLEST_STEP, _LARGEST_STEP = 3072, 512, 65536
 
 
-@dataclass(frozen=True)
-class TextSize:
-    """How much text training has: of text that was read, or as the recipe lets expect.
-
-    Attributes:
-        tokens: To train on, given.
-        sequences: Of these.
-        length: Tokens of a sequence.
-        check: Tokens measured on meanwhile.
-        identical: Whether both models read the same tokens.
-        rows: Of the head: tokens that both models have.
-    """
-
-    tokens: int
-    sequences: int
-    length: int
-    check: int
-    identical: bool
-    rows: int
-
-    @staticmethod
-    def of(text: RunText) -> TextSize:
-        """Of a text with a part to train on."""
-        fit, check = text.fit, text.validation
-        assert fit is not None
-        assert check is not None
-        student = fit.student
-        count, rows = len(student.sequences), len(fit.student_ids)
-        return TextSize(student.tokens, count, student.length, check.student.tokens, fit.identical, rows)
-
-
 @dataclass(frozen=True, eq=False)
 class TrainingSchedule:
     """How a stage on text goes.
@@ -75,7 +44,8 @@ class TrainingSchedule:
         stage: Its name.
         beginning: The layer that training begins at.
         keeps_start: Whether an adapter that it begins with stays as it is beneath what is trained, or is trained on.
-        trained: What moves, and how much text goes into a step.
+        ranks: Hub name to rank of every trained matrix.
+        sequences: Of one step, which the processes share.
         extra: What is read beside the text.
         steps: Of the optimiser, at most.
         tries_rates: Whether the learning rates of the settings are a guess to be tried.
@@ -86,12 +56,23 @@ class TrainingSchedule:
     stage: StageName
     beginning: Beginning
     keeps_start: bool
-    trained: TrainedParts
+    ranks: Mapping[str, int]
+    sequences: int
     extra: ExtraText
     steps: int
     tries_rates: bool
     settings: TrainingSettings
     scales: tuple[float, ...]
+
+    @property
+    def head_moves(self) -> bool:
+        """Whether the head is trained too."""
+        return self.settings.head == "whole"
+
+    @property
+    def share(self) -> float:
+        """Of the layers that are run; those before them are not needed."""
+        return (self.beginning.layers - self.beginning.layer) / self.beginning.layers
 
 
 def schedule_calibrated(
@@ -129,10 +110,9 @@ def schedule_calibrated(
         seed=recipe.seed,
     )
     ranks = trained_ranks(recipe, student, range(beginning.layer, layers))
-    share = (layers - beginning.layer) / layers
-    trained = TrainedParts(ranks, True, max(1, step_tokens // length), step_tokens, share)
+    sequences = max(1, step_tokens // length)
     return TrainingSchedule(
-        "calibrated", beginning, True, trained, extra, passes * steps, False, settings, GLOBAL_SCALES
+        "calibrated", beginning, True, ranks, sequences, extra, passes * steps, False, settings, GLOBAL_SCALES
     )
 
 
@@ -171,22 +151,19 @@ def schedule_refined(
         weight_decay=asked.weight_decay,
         seed=recipe.seed,
     )
-    trained = TrainedParts(trained_ranks(recipe, student), head_moves, step_tokens // length, step_tokens)
+    ranks, sequences = trained_ranks(recipe, student), step_tokens // length
     tries_rates = asked.learning_rate == "auto" and worth_trying(steps)
     beginning = Beginning(0, student.architecture.layers)
     return TrainingSchedule(
-        "refined", beginning, False, trained, extra, steps, tries_rates, settings, _SCALES_OF_A_LONG_RUN
+        "refined", beginning, False, ranks, sequences, extra, steps, tries_rates, settings, _SCALES_OF_A_LONG_RUN
     )
 
 
 def epochs(recipe: Recipe, stages: Sequence[str], head_moves: bool) -> float:
     """Passes over the text.
 
-    Args:
-        recipe: What is asked for.
-        stages: Of the run.
-        head_moves: Whether the head is trained; all else has learnt what carries over to other text after two passes
-            over little text, and after one over more (docs/decisions/0025).
+    Without the head all has learnt what carries over to other text after two passes over little text, and after one
+    over more (docs/decisions/0025).
     """
     if recipe.training.epochs != "auto":
         return recipe.training.epochs
@@ -200,10 +177,6 @@ def trains_head(recipe: Recipe, rows: int) -> bool:
     """Whether the head moves in training: as asked, or where the text has a few tokens for each of its rows.
 
     With fewer the head learns what these documents say, and that does not carry over to others (docs/decisions/0025).
-
-    Args:
-        recipe: What is asked for.
-        rows: Of the head: tokens that both models have.
     """
     if recipe.training.head != "auto":
         return recipe.training.head == "train"
@@ -219,13 +192,7 @@ def optimiser(recipe: Recipe, head_moves: bool) -> OptimiserName:
 
 
 def learning_rate(recipe: Recipe, moved_by: OptimiserName, width: int) -> float:
-    """Largest learning rate: as asked, or what was good at two widths, as a number divided by the width.
-
-    Args:
-        recipe: What is asked for.
-        moved_by: From `optimiser`.
-        width: Of the student's residual stream.
-    """
+    """Largest learning rate: as asked, or what was good at two widths, as a number divided by the width."""
     asked = recipe.training.learning_rate
     return _RATES[moved_by] / width if asked == "auto" else float(asked)
 

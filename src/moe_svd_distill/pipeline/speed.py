@@ -183,7 +183,7 @@ class _Trial:
         self.skipped = True
         layout = self.decoder.layout
         known = layout.encode(self.at)
-        layout.decode(layer, known | {"outputs": known["outputs"] + known["outputs"][-1:] * (layer - self.at)})
+        layout.decode(layer, {**known, "outputs": known["outputs"] + known["outputs"][-1:] * (layer - self.at)})
 
     def _run(self, layer: int, ids: Tensor, given: Sequence[Tensor]) -> list[Tensor]:
         """What is recorded behind a layer; behind the last, the final states."""

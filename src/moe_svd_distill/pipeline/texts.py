@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.pipeline.pair import ModelPair
@@ -61,7 +61,7 @@ class RunText:
         """How far the parts are apart; None without a second part."""
         return self.search.student.division if self.fit is not None else None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For run.json."""
         return {
             name: {
@@ -78,7 +78,7 @@ class RunText:
             for name, part in self.parts.items()
         }
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """For run.json: the parts, how far they are apart, and what people should know."""
         division = self.division
         found = {} if division is None else {"division": _division_record(division)}
@@ -101,12 +101,43 @@ class RunText:
         return read + short + ([] if self.division is None else _division_notes(self.division))
 
 
+@dataclass(frozen=True)
+class TextSize:
+    """How much text training has: of text that was read, or as the recipe lets expect.
+
+    Attributes:
+        tokens: To train on, given.
+        sequences: Of these.
+        length: Tokens of a sequence.
+        check: Tokens measured on meanwhile.
+        identical: Whether both models read the same tokens.
+        rows: Of the head: tokens that both models have.
+    """
+
+    tokens: int
+    sequences: int
+    length: int
+    check: int
+    identical: bool
+    rows: int
+
+    @classmethod
+    def of(cls, text: RunText) -> TextSize:
+        """Of a text with a part to train on."""
+        fit, check = text.fit, text.validation
+        assert fit is not None
+        assert check is not None
+        student = fit.student
+        count, rows = len(student.sequences), len(fit.student_ids)
+        return cls(student.tokens, count, student.length, check.student.tokens, fit.identical, rows)
+
+
 def _tokens_by_source(part: PairedText) -> dict[str, dict[str, int]]:
     found = part.student.tokens_by_portion()
     return {"tokens_by_source": {portion.name: tokens for portion, tokens in found.items()}} if found else {}
 
 
-def _division_record(division: Division) -> dict[str, Any]:
+def _division_record(division: Division) -> dict[str, object]:
     return {
         "divided_by": "group" if division.apart else "document",
         "duplicated_share": round(division.removed, 4),
@@ -192,3 +223,13 @@ def sequence_length(recipe: Recipe, longest: int) -> int:
     Shorter ones learn faster for a while and then spoil what lies beyond them (docs/decisions/0019).
     """
     return longest if recipe.sequence_tokens == "auto" else min(longest, recipe.sequence_tokens)
+
+
+def expected_text(recipe: Recipe, pair: ModelPair, tokens: int) -> TextSize:
+    """So much text to train on, and the text to check by, before it is read."""
+    from moe_svd_distill.calibration.text import whole
+
+    length = sequence_length(recipe, longest_sequence(pair))
+    tokens, check = whole(tokens, length), whole(validation_tokens(recipe), length)
+    rows = pair.student.layout.geometry.vocabulary
+    return TextSize(tokens, tokens // length, length, check, recipe.vocabulary == "equal", rows)

@@ -59,7 +59,7 @@ def read_start(given: StageInput, schedule: TrainingSchedule) -> Start:
     if given.start is not None and given.start.acts:
         head = _head_change(given.pair, given.start, given.fit_text.student_ids)
         if not schedule.keeps_start:
-            tensors, carried = _pairs(given.pair, given.start, schedule.trained.ranks)
+            tensors, carried = _pairs(given.pair, given.start, schedule.ranks)
             names = tuple(name.removesuffix("#A") for name in tensors if name.endswith("#A") and EMBEDDING not in name)
         if head is not None:
             tensors[HEAD] = head

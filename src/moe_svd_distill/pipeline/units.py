@@ -9,7 +9,7 @@ import hashlib
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moe_svd_distill.execution.parts import PartContent
 from moe_svd_distill.execution.worker import report_progress
@@ -61,7 +61,7 @@ def plan_pair(recipe: Recipe, pair: ModelPair) -> Plan:
     )
 
 
-def identity(recipe: Recipe, pair: ModelPair, execution: Settings) -> dict[str, Any]:
+def identity(recipe: Recipe, pair: ModelPair, execution: Settings) -> dict[str, object]:
     """All that decides the bytes of a part besides its unit. The number of workers is not among it."""
     kinds = sorted({_device_kind(device) for device in execution.devices})
     return {

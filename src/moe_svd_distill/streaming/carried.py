@@ -246,7 +246,7 @@ class Gate:
             begin += shape.bytes
         return found
 
-    def encode(self) -> dict[str, Any]:
+    def encode(self) -> dict[str, object]:
         """For JSON."""
         return {"paths": [list(path) for path in self.paths], "values": self.structure.encode()}
 

@@ -8,7 +8,7 @@ tensor counts the sequences, so that it can be stored sequence by sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import cache
 from typing import Any
@@ -71,7 +71,7 @@ class Layout:
             raise
         return self.gate(index + 1).take(reached.call, len(ids))
 
-    def encode(self, index: int) -> dict[str, Any]:
+    def encode(self, index: int) -> Mapping[str, Any]:
         """All that another process needs to go on from a gate, for JSON."""
         return self.gate(index).encode() | {"outputs": [output.encode() for output in self._outputs[:index]]}
 

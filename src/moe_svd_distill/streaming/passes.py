@@ -269,7 +269,7 @@ class PassFiles:
             if done != self._kept:
                 self.layer_path(done).unlink(missing_ok=True)
 
-    def _body(self, done: int | None) -> dict[str, Any]:
+    def _body(self, done: int | None) -> dict[str, object]:
         return {"format": _FORMAT, "key": self.key, "layers": self._layers, "done": "all" if done is None else done}
 
     def _checked(self, path: Path, done: int | None) -> bool:

@@ -12,7 +12,8 @@ import hashlib
 import json
 import math
 import mmap
-from collections.abc import Iterable, Iterator, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from moe_svd_distill.files.header import Header, encode_header, lay_out, read_he
 from moe_svd_distill.files.reading import opened, read_at, read_pieces
 from moe_svd_distill.files.writing import durable_file
 from moe_svd_distill.streaming.carried import NOTHING, Gate
+from moe_svd_distill.streaming.devices import activation_budget
 
 _METADATA = "moe_svd_distill"
 _STATES, _BYTES, _DIGEST = "states", "recorded", "sha256"  # of tensors of one width the digest has to be the last
@@ -183,6 +185,54 @@ class GateValues:
         return StatesFile(self._path).rows(slice(None))
 
 
+class KeptInputs:
+    """What each layer was given, batch by batch: on the device, in memory, or in files that go when this closes."""
+
+    def __init__(self, folder: Path, device: torch.device, budget: int | None) -> None:
+        """Nothing is kept yet.
+
+        Args:
+            folder: Where files lie.
+            device: Where the layers are.
+            budget: Bytes there, and as many in memory beside a GPU; None for a quarter of what is free in each.
+        """
+        self._folder = folder
+        self._left = {name: left if budget is None else budget for name, left in _free(device).items()}
+        self._kept: dict[tuple[int, int], list[Tensor]] = {}
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    def put(self, layer: int, number: int, recorded: Sequence[Tensor]) -> None:
+        """Keep what a layer is given."""
+        self._kept[layer, number] = [
+            self._placed(f"{layer}-{number}-{place}", tensor.detach()) for place, tensor in enumerate(recorded)
+        ]
+
+    def take(self, layer: int, number: int) -> list[Tensor]:
+        """Hand it out for good."""
+        return self._kept.pop((layer, number))
+
+    def _placed(self, name: str, tensor: Tensor) -> Tensor:
+        for device, left in self._left.items():
+            if tensor.nbytes <= left:
+                self._left[device] -= tensor.nbytes
+                return tensor.to(device)
+        if self._scratch is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._scratch = tempfile.TemporaryDirectory(prefix="inputs-", dir=self._folder)
+        path = Path(self._scratch.name) / name
+        mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        mapped.copy_(tensor.reshape(-1))
+        return mapped.view(tensor.shape)
+
+    def __enter__(self) -> KeptInputs:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._kept.clear()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+
 def gate_values_in(path: Path, gate: Gate, budget: int) -> GateValues:
     """What a file holds, in memory where it fits a budget of bytes."""
     values = StatesFile(path).rows(slice(None))
@@ -195,7 +245,7 @@ def slices(count: int, step: int) -> Iterator[slice]:
         yield slice(begin, min(begin + step, count))
 
 
-def _body(header: Header) -> dict[str, Any]:
+def _body(header: Header) -> Mapping[str, Any]:
     tensors = dict(header.tensors)
     try:
         body = json.loads(header.metadata[_METADATA])
@@ -210,3 +260,9 @@ def _body(header: Header) -> dict[str, Any]:
     if (name, len(values.shape)) != ((_BYTES, 2) if values.dtype == "U8" else (_STATES, 3)):
         raise BadDataError("it is no file of hidden states", _RUN_AGAIN)
     return body
+
+
+def _free(device: torch.device) -> dict[torch.device, int]:
+    """Bytes that the inputs of layers may take, on a GPU first and then in the machine's memory."""
+    machine = {torch.device("cpu"): activation_budget()}
+    return machine if device.type == "cpu" else {device: activation_budget(device)} | machine

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_svd_distill.algebra.finite import count_not_finite
+from moe_svd_distill.algebra.dtypes import count_not_finite
 from moe_svd_distill.architecture.skeleton import EMBEDDING, ENDS, ParameterSlot, Part
 from moe_svd_distill.architecture.stored import CheckpointMap
 from moe_svd_distill.checkpoints import Checkpoint

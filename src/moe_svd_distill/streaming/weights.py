@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_svd_distill.algebra.finite import count_not_finite
+from moe_svd_distill.algebra.dtypes import count_not_finite
 from moe_svd_distill.architecture.skeleton import ParameterSlot, Part
 from moe_svd_distill.architecture.stored import CheckpointMap, TensorSource
 from moe_svd_distill.errors import BadDataError

@@ -8,7 +8,6 @@ time with gradients. Both give the same sums, to rounding.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moe_svd_distill.streaming.decoder import Decoder
-from moe_svd_distill.streaming.devices import activation_budget
+from moe_svd_distill.streaming.states_file import KeptInputs
 from moe_svd_distill.training.fixed_head import FixedHead
 from moe_svd_distill.training.head import TrainedHead
 from moe_svd_distill.training.lora_parameters import LoraParameters
@@ -25,7 +24,13 @@ from moe_svd_distill.training.text import Batch
 
 
 class Engine(Protocol):
-    """Runs the student as it is now."""
+    """Runs the student as it is now.
+
+    Attributes:
+        bank: The factors in its layers.
+    """
+
+    bank: LoraParameters
 
     def accumulate_gradients(self, batches: Sequence[Batch], head: TrainedHead | FixedHead, places: int) -> None:
         """Add the gradients of a step to those in the factors' bank and in the head.
@@ -43,6 +48,9 @@ class Engine(Protocol):
 class HeadEngine:
     """An `Engine` without layers: what was recorded are the final states."""
 
+    def __init__(self, bank: LoraParameters) -> None:
+        self.bank = bank
+
     def accumulate_gradients(self, batches: Sequence[Batch], head: TrainedHead | FixedHead, places: int) -> None:
         """As `Engine`."""
         for batch, states in zip(batches, self.states(batches), strict=True):
@@ -58,7 +66,7 @@ class ResidentEngine:
     """An `Engine` for a decoder whose layers from one on are in memory."""
 
     def __init__(self, decoder: Decoder, bank: LoraParameters, first: int = 0) -> None:
-        self._decoder, self._bank, self._first = decoder, bank, first
+        self._decoder, self.bank, self._first = decoder, bank, first
         self._bases = {layer: bank.bases(layer) for layer in range(first, decoder.layers)}
         for layer in self._bases:
             bank.hook_gradients(layer)
@@ -83,7 +91,7 @@ class ResidentEngine:
 
     def _compose(self) -> None:
         for layer, bases in self._bases.items():
-            self._bank.compose(layer, bases)
+            self.bank.compose(layer, bases)
 
 
 class StreamedEngine:
@@ -102,18 +110,18 @@ class StreamedEngine:
             budget: Bytes on the device, and as many in the machine's memory beside a GPU; by default a quarter of what
                 is free in each.
         """
-        self._decoder, self._bank, self._folder, self._budget = decoder, bank, folder, budget
+        self._decoder, self.bank, self._folder, self._budget = decoder, bank, folder, budget
         self._first = first
 
     def accumulate_gradients(self, batches: Sequence[Batch], head: TrainedHead | FixedHead, places: int) -> None:
         """As `Engine`."""
         decoder = self._decoder
-        with _Inputs(self._folder, decoder.device, self._budget) as kept:
+        with KeptInputs(self._folder, decoder.device, self._budget) as kept:
             self._forward(batches, kept)
             slopes: list[list[Tensor | None]] = [[] for _ in batches]
             for layer in range(decoder.layers - 1, self._first - 1, -1):
                 self._enter(layer, layer - 1 if layer > self._first else None)
-                self._bank.hook_gradients(layer)
+                self.bank.hook_gradients(layer)
                 for number, batch in enumerate(batches):
                     before = [
                         tensor.to(decoder.device).detach().requires_grad_(tensor.is_floating_point())
@@ -148,7 +156,7 @@ class StreamedEngine:
             yield each.flatten(0, 1)[batch.position]
 
     @torch.no_grad()
-    def _forward(self, batches: Sequence[Batch], kept: _Inputs | None = None) -> list[list[Tensor]]:
+    def _forward(self, batches: Sequence[Batch], kept: KeptInputs | None = None) -> list[list[Tensor]]:
         """All layers but the last; returns what that one is given for each batch, and keeps it for every layer."""
         given: list[list[Tensor]] = [list(batch.inputs) for batch in batches]
         for layer in range(self._first, self._decoder.layers):
@@ -165,51 +173,4 @@ class StreamedEngine:
 
     def _enter(self, layer: int, following: int | None) -> None:
         self._decoder.enter(layer, following)
-        self._bank.compose(layer)
-
-
-class _Inputs:
-    """What each layer was given, batch by batch: on the device, in memory, or in files that go when this closes."""
-
-    def __init__(self, folder: Path, device: torch.device, budget: int | None) -> None:
-        self._folder = folder
-        self._left = {name: left if budget is None else budget for name, left in _free(device).items()}
-        self._kept: dict[tuple[int, int], list[Tensor]] = {}
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
-
-    def put(self, layer: int, number: int, recorded: Sequence[Tensor]) -> None:
-        """Keep what a layer is given."""
-        self._kept[layer, number] = [
-            self._placed(f"{layer}-{number}-{place}", tensor.detach()) for place, tensor in enumerate(recorded)
-        ]
-
-    def take(self, layer: int, number: int) -> list[Tensor]:
-        """Hand it out for good."""
-        return self._kept.pop((layer, number))
-
-    def _placed(self, name: str, tensor: Tensor) -> Tensor:
-        for device, left in self._left.items():
-            if tensor.nbytes <= left:
-                self._left[device] -= tensor.nbytes
-                return tensor.to(device)
-        if self._scratch is None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._scratch = tempfile.TemporaryDirectory(prefix="inputs-", dir=self._folder)
-        path = Path(self._scratch.name) / name
-        mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
-        mapped.copy_(tensor.reshape(-1))
-        return mapped.view(tensor.shape)
-
-    def __enter__(self) -> _Inputs:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._kept.clear()
-        if self._scratch is not None:
-            self._scratch.cleanup()
-
-
-def _free(device: torch.device) -> dict[torch.device, int]:
-    """Bytes that the inputs of layers may take, on a GPU first and then in the machine's memory."""
-    machine = {torch.device("cpu"): activation_budget()}
-    return machine if device.type == "cpu" else {device: activation_budget(device)} | machine
+        self.bank.compose(layer)

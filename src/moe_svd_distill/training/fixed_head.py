@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +96,40 @@ class FixedHead:
             columns.append(torch.stack([self._loss(logits, inputs, expected), entropy, agreement.float()]).cpu())
         return torch.cat(columns, dim=1)
 
+    @contextmanager
+    def with_expectations(
+        self, text: TrainingText, teacher: Head, share: float, folder: Path, name: str
+    ) -> Iterator[tuple[TrainingText, Tensor]]:
+        """The text with rows of `teacher_expectations` for the teacher's states, in a file that is gone at the end.
+
+        Every process of a run computes all of them: a row is as cheap as a place in one pass of training.
+
+        Args:
+            text: With the teacher's states.
+            teacher: The teacher's head over the common tokens.
+            share: Of the cross-entropy in the loss.
+            folder: Where the file lies.
+            name: Of the file; no two processes or texts may have the same.
+
+        Yields:
+            The text, and the teacher's most likely token at each place, among the common ones, (places,).
+        """
+        device, count, width = self.products.device, len(text.position), self.products.shape[1] + 1
+        theirs = teacher.weight.to(self.products.dtype)
+        best = torch.empty(count, dtype=torch.int64)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"expected-rows-{name}-", dir=folder) as scratch:
+            rows = torch.from_file(str(Path(scratch) / "rows"), shared=True, size=count * width, dtype=torch.float32)
+            rows = rows.view(count, width)
+            for part in self._parts(count):
+                states = text.teacher[torch.from_numpy(text.teacher_position[part])].to(device, theirs.dtype)
+                logits = torch.nn.functional.linear(states, theirs).float()
+                logits = teacher.transform(logits if teacher.bias is None else logits.add_(teacher.bias))
+                following = torch.from_numpy(text.following[part]).to(device)
+                rows[part] = teacher_expectations(logits, following, self.weights, share, self.products).cpu()
+                best[part] = logits.argmax(dim=-1).cpu()
+            yield replace(text, teacher_position=np.arange(count), teacher=rows), best
+
     def _logits(self, inputs: Tensor) -> Tensor:
         found = (inputs.to(self.products.dtype) @ self.products.T).float()
         return self.weights.transform(found if self.weights.bias is None else found.add_(self.weights.bias))
@@ -107,19 +141,6 @@ class FixedHead:
     @staticmethod
     def _loss(logits: Tensor, inputs: Tensor, rows: Tensor) -> Tensor:
         return torch.logsumexp(logits, dim=-1) - torch.linalg.vecdot(inputs, rows[:, :-1]) + rows[:, -1]
-
-
-@dataclass(frozen=True, eq=False)
-class ExpectedText:
-    """A text, and what the teacher expects at its places.
-
-    Attributes:
-        text: With rows of `teacher_expectations` in the place of the teacher's states.
-        best: The teacher's most likely token at each place, among the common ones, (places,).
-    """
-
-    text: TrainingText
-    best: Tensor
 
 
 def teacher_expectations(
@@ -149,46 +170,3 @@ def teacher_expectations(
         constant -= multiplier * (p @ student_head.bias)
     weight = student_head.weight if products is None else products
     return torch.cat([(p.to(weight.dtype) @ weight).float() * multiplier, constant[:, None]], dim=1)
-
-
-@contextmanager
-def with_teacher_expectations(
-    text: TrainingText,
-    teacher_head: Head,
-    student_head: Head,
-    share: float,
-    folder: Path,
-    name: str,
-    dtype: torch.dtype = torch.float32,
-) -> Iterator[ExpectedText]:
-    """The text with such rows in the place of the teacher's states, in a file that is gone when this closes.
-
-    Every process of a run computes all of them: a row is as cheap as a place in one pass of training.
-
-    Args:
-        text: With the teacher's states.
-        teacher_head: Over the common tokens.
-        student_head: The same; where its weight lies is where this computes.
-        share: Of the cross-entropy in the loss.
-        folder: Where the file lies.
-        name: Of the file; no two processes or texts may have the same.
-        dtype: Type of the products with both heads.
-    """
-    device, width = student_head.weight.device, student_head.weight.shape[1] + 1
-    count = len(text.position)
-    step = max(1, LOGIT_BYTES // (4 * len(student_head.weight)))
-    theirs, mine = teacher_head.weight.to(dtype), student_head.weight.to(dtype)
-    best = torch.empty(count, dtype=torch.int64)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"expected-rows-{name}-", dir=folder) as scratch:
-        rows = torch.from_file(str(Path(scratch) / "rows"), shared=True, size=count * width, dtype=torch.float32)
-        rows = rows.view(count, width)
-        for begin in range(0, count, step):
-            part = slice(begin, min(begin + step, count))
-            states = text.teacher[torch.from_numpy(text.teacher_position[part])].to(device, dtype)
-            logits = torch.nn.functional.linear(states, theirs).float()
-            logits = teacher_head.transform(logits if teacher_head.bias is None else logits.add_(teacher_head.bias))
-            following = torch.from_numpy(text.following[part]).to(device)
-            rows[part] = teacher_expectations(logits, following, student_head, share, mine).cpu()
-            best[part] = logits.argmax(dim=-1).cpu()
-        yield ExpectedText(replace(text, teacher_position=np.arange(count), teacher=rows), best)

@@ -7,7 +7,6 @@ Where it does and the divergence allows it, `fixed_head` takes the place of this
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,9 +14,9 @@ from torch import Tensor
 from moe_svd_distill.algebra.divergence import divergence_and_gradient, kl_divergence
 from moe_svd_distill.algebra.whitening import Whitening
 from moe_svd_distill.streaming import Head
+from moe_svd_distill.training.settings import TrainingSettings
 from moe_svd_distill.training.text import Batch
 
-HeadTraining: TypeAlias = Literal["whole", "fixed"]
 LOGIT_BYTES = 128 << 20
 """Of the logits that are computed at once."""
 _MEASURED = 1024  # places
@@ -36,10 +35,8 @@ class TrainedHead:
         student: Head,
         teacher: Head,
         metric: Whitening,
-        start: Tensor | None,
-        training: HeadTraining,
-        divergence: str,
-        cross_entropy_share: float,
+        settings: TrainingSettings,
+        start: Tensor | None = None,
     ) -> None:
         """Begin with a change of the head.
 
@@ -47,20 +44,15 @@ class TrainedHead:
             student: The head over the common tokens; where its weight lies is where this computes.
             teacher: The teacher's over the same.
             metric: Second moment of the student's states.
+            settings: Whether the head moves, and the loss.
             start: Change of the student's weight, (v, d); None for none.
-            training: Whether the head moves.
-            divergence: From the teacher.
-            cross_entropy_share: Share of the cross-entropy in the loss.
         """
         self._student, self._teacher, self._metric = student, teacher, metric
-        self._divergence: str = divergence
-        self._share = cross_entropy_share
-        self._moves = training == "whole"
+        self._settings, self._moves = settings, settings.head == "whole"
         self._origin = student.weight @ metric.root
         first = self._origin if start is None else (student.weight + start.to(student.weight)) @ metric.root
-        weights = first.clone()
-        self._weights = weights
-        self.values = weights.view(-1) if self._moves else weights.new_zeros(0)
+        self._weights = first.clone()
+        self.values = self._weights.view(-1) if self._moves else self._weights.new_zeros(0)
         self.gradient = torch.zeros_like(self.values)
         self.loss = torch.zeros((), dtype=torch.float64)
 
@@ -112,9 +104,9 @@ class TrainedHead:
             loss, error = divergence_and_gradient(
                 self._teacher.logits(batch.teacher[part]),
                 logits,
-                self._divergence,
+                self._settings.divergence,
                 batch.following[part],
-                self._share,
+                self._settings.cross_entropy_share,
             )
             self.loss += loss.double().sum().cpu() / places
             error = self._student.transform.pull_back(error, logits).div_(places)

@@ -1,15 +1,24 @@
-"""The head's change as factors of a rank that keeps what the change is worth."""
+"""The change of a head that was trained: its rank, its figures at a scale, and what an adapter holds of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moe_svd_distill.algebra.whitening import Whitening, truncated_in_metric
+from moe_svd_distill.training.measuring import ComparedTokens, StatePairs, mean_kl, measure_states
+
+if TYPE_CHECKING:
+    from moe_svd_distill.algebra.figures import Measurement
+    from moe_svd_distill.training.head import TrainedHead
+    from moe_svd_distill.training.job import StudentInTraining
+    from moe_svd_distill.training.lora_pairs import Pair
+    from moe_svd_distill.training.text import TrainingText
 
 SERVED_RANKS = (16, 32, 64, 128, 256, 320, 512)
 """The ranks vLLM has kernels for, from the smallest that is worth having for a head."""
@@ -85,3 +94,71 @@ def head_factors(delta: Tensor, metric: Whitening, rank: int, dtype: torch.dtype
         b = torch.nn.functional.pad(b, (0, rank - width))
         a = torch.nn.functional.pad(a, (0, 0, 0, rank - width))
     return b.to(dtype), a.to(dtype)
+
+
+class MovingHead:
+    """The change of a trained head at a rank that keeps what it is worth.
+
+    Attributes:
+        choice: The rank.
+    """
+
+    def __init__(
+        self,
+        trainee: StudentInTraining,
+        head: TrainedHead,
+        asked: HeadRank,
+        kl_before: float,
+        dtype: torch.dtype,
+        origin: Tensor | None,
+    ) -> None:
+        """Choose the rank on the checking text.
+
+        Args:
+            trainee: The trained student.
+            head: Its head.
+            asked: As of `choose_rank`.
+            kl_before: On the checking text, before training.
+            dtype: Type the factors are stored in.
+            origin: The change that is left at scale 0, (v, d), at its own rank; None for none.
+        """
+        self._trainee, self._head, self._origin, self._dtype = trainee, head, origin, dtype
+        states = self._pairs(trainee.check, 1.0)
+
+        def kl_of(change: Tensor) -> float:
+            return mean_kl(states, trainee.student.plus(change), trainee.teacher)
+
+        self.choice = choose_rank(head.delta, trainee.metric, asked, kl_of, kl_before, self._dtype)
+
+    def figures(self, scale: float, text: TrainingText, places: ComparedTokens) -> Measurement:
+        """Of the student with this share of the adapter, on a text."""
+        trainee = self._trainee
+        if scale == 0.0 and self._origin is not None:
+            head = trainee.student.plus(self._origin.to(trainee.student.weight))
+        else:
+            left, right = self._factors(scale)
+            head = trainee.student.plus(left.float() @ right.float())
+        return measure_states(self._pairs(text, scale), places, head, trainee.teacher)
+
+    def change(self, scale: float, vocabulary: int) -> tuple[Pair, Tensor]:
+        """This share of it, over all rows of the head: ``(B, A)`` as stored, and their product, float32."""
+        left, right = (factor.cpu() for factor in self._factors(scale))
+        rows = torch.from_numpy(self._trainee.student_ids)
+        whole = torch.zeros(vocabulary, left.shape[1], dtype=self._dtype)
+        delta = torch.zeros(vocabulary, right.shape[1])
+        whole[rows] = left
+        delta[rows] = left.float() @ right.float()
+        return (whole, right), delta
+
+    def _pairs(self, text: TrainingText, scale: float) -> StatePairs:
+        """States of a text that is measured on, in the order of its places."""
+        mine = self._trainee.states_of(text, scale)
+        return StatePairs(mine, text.teacher, np.arange(len(mine)), text.teacher_position)
+
+    def _factors(self, scale: float) -> tuple[Tensor, Tensor]:
+        delta, metric = self._head.delta, self._trainee.metric
+        if self._origin is not None:
+            origin = self._origin.to(delta)
+            return head_factors(origin + scale * (delta - origin), metric, self.choice.rank, self._dtype)
+        left, right = head_factors(delta, metric, self.choice.rank, torch.float32)
+        return (left * scale).to(self._dtype), right.to(self._dtype)

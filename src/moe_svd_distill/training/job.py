@@ -18,14 +18,13 @@ from moe_svd_distill.execution.parts import PartContent, open_part, part_path, r
 from moe_svd_distill.streaming import Decoder, Head, LayerInputs, load_head
 from moe_svd_distill.streaming.tables import EmbeddingChange
 from moe_svd_distill.training.engine import Engine, HeadEngine, ResidentEngine, StreamedEngine
-from moe_svd_distill.training.fixed_head import FixedHead, with_teacher_expectations
+from moe_svd_distill.training.fixed_head import FixedHead
 from moe_svd_distill.training.head import TrainedHead
 from moe_svd_distill.training.loop import Training
 from moe_svd_distill.training.lora_pairs import Pair
 from moe_svd_distill.training.lora_parameters import LoraParameters
 from moe_svd_distill.training.process_group import ProcessGroup
-from moe_svd_distill.training.progress import Outcome, Progress
-from moe_svd_distill.training.saves import TrainingCheckpoints
+from moe_svd_distill.training.progress import Progress, TrainingCheckpoints
 from moe_svd_distill.training.settings import TrainingSettings, needs_rows
 from moe_svd_distill.training.text import IntArray, TextFile, TrainingText
 from moe_svd_distill.training.trials import (
@@ -41,7 +40,7 @@ from moe_svd_distill.training.trials import (
 HEAD, EMBEDDING = "head", "embedding"
 _MOMENT_TOKENS = 32_768
 
-Listener = Callable[[Progress, int], None]
+Listener = Callable[[Progress], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +104,7 @@ class TrainingReport:
         peak_device_bytes: The most that lay on the GPU of one process at a time; 0 on a CPU.
     """
 
-    outcome: Outcome
+    outcome: Progress
     settings: TrainingSettings
     choice: RateChoice | None
     bytes_read: int
@@ -119,6 +118,7 @@ class StudentInTraining:
     """The student of a job in one process.
 
     Attributes:
+        student_ids: Rows of its head that stand for the common tokens, (v,).
         metric: Second moment of the student's states, where the head moves.
         teacher: The teacher's head, where the loss needs its logits.
     """
@@ -133,7 +133,7 @@ class StudentInTraining:
             job: The run.
             group: Its processes.
         """
-        self._job, self._group = job, group
+        self._job, self._group, self.student_ids = job, group, job.student_ids
         self.device = torch.device(job.devices[group.number])
         self.check = job.check.open(job.dtype)
         self.text = job.text.open(job.dtype)
@@ -160,7 +160,7 @@ class StudentInTraining:
         """What runs the layers that are trained, and those behind them; after the bank, whose pairs act in them."""
         job, decoder = self._job, self.decoder
         if job.first == decoder.layers:
-            return HeadEngine()
+            return HeadEngine(self.bank)
         if job.text.inputs is not None:
             decoder.knows_inputs(LayerInputs(job.first, job.text.inputs.path))
         if not job.resident:
@@ -195,7 +195,7 @@ class StudentInTraining:
         if untouched:
             self.bank.reset_to_zero()
             self.head.reset_to_zero()
-        return Training(self.engine, self.bank, self.head, self.text, self.check, settings, self._group)
+        return Training(self.engine, self.head, self.text, self.check, settings, self._group)
 
     def _choice(self) -> RateChoice | None:
         """The trials of the learning rate, made once in the life of a run."""
@@ -220,7 +220,7 @@ class StudentInTraining:
 
     def states_of(self, text: TrainingText, scale: float) -> Tensor:
         """The student's states at the places of a text, (places, d), with this share of every pair."""
-        batches = list(text.batches(self._together(text), self.device))
+        batches = text.batches(self._job.settings.batch_tokens, self.device)
         with self.bank.scaled(scale):
             return torch.cat([states.float().cpu() for states in self.engine.states(batches)])
 
@@ -239,42 +239,22 @@ class StudentInTraining:
         short = needs_rows(settings.head == "fixed", settings.divergence) and self.student.transform.cap is None
         if not short or start is not None:
             self.teacher, self.metric = teacher, self._metric()
-            return TrainedHead(
-                self.student,
-                teacher,
-                self.metric,
-                start,
-                settings.head,
-                settings.divergence,
-                settings.cross_entropy_share,
-            )
+            return TrainedHead(self.student, teacher, self.metric, settings, start)
         head = FixedHead(self.student)
 
         def short_of(text: TrainingText, share: float, name: str) -> TrainingText:
-            rows = with_teacher_expectations(
-                text, teacher, self.student, share, job.folder, f"{self._group.number}-{name}", head.products.dtype
-            )
-            return self._closing.enter_context(rows).text
+            rows = head.with_expectations(text, teacher, share, job.folder, f"{self._group.number}-{name}")
+            return self._closing.enter_context(rows)[0]
 
         self.text = short_of(self.text, settings.cross_entropy_share, "text")
         self.check = short_of(self.check, 0.0, "check")
         return head
 
-    def _together(self, text: TrainingText) -> int:
-        """Sequences that go through a layer together."""
-        return max(1, self._job.settings.batch_tokens // text.length)
-
     def _metric(self) -> Whitening:
         """Second moment of the student's states on some of the text, as it begins."""
-        rows, together = (
-            np.arange(min(len(self.text), max(1, _MOMENT_TOKENS // self.text.length))),
-            self._together(self.text),
-        )
-        batches = [
-            self.text.take(rows[begin : begin + together], self.device) for begin in range(0, len(rows), together)
-        ]
+        rows = np.arange(min(len(self.text), max(1, _MOMENT_TOKENS // self.text.length)))
         total, count = None, 0
-        for states in self.engine.states(batches):
+        for states in self.engine.states(self.text.batches(self._job.settings.batch_tokens, self.device, rows)):
             wide = states.float()
             product = (wide.T @ wide).double()
             total = product if total is None else total + product

@@ -244,7 +244,7 @@ def add_product(module: nn.Module, a: Tensor, b: Tensor, slope_a: Tensor, slope_
     anchor = torch.zeros((), device=a.device, requires_grad=True)  # inputs of the first layer need no gradient
 
     def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        product: Tensor = _Product.apply(inputs[0], a, b, slope_a, slope_b, anchor)  # type: ignore[no-untyped-call]
+        product: Tensor = _Product.apply(inputs[0], (a, b), (slope_a, slope_b), anchor)  # type: ignore[no-untyped-call]
         return output + product
 
     module.register_forward_hook(hook)
@@ -252,13 +252,11 @@ def add_product(module: nn.Module, a: Tensor, b: Tensor, slope_a: Tensor, slope_
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(
-        context: Any, states: Tensor, a: Tensor, b: Tensor, slope_a: Tensor, slope_b: Tensor, anchor: Tensor
-    ) -> Tensor:
-        down, up = a.to(states.dtype), b.to(states.dtype)
+    def forward(context: Any, states: Tensor, pair: Pair, slopes: Pair, anchor: Tensor) -> Tensor:
+        down, up = (factor.to(states.dtype) for factor in pair)
         inner = states @ down.T
         context.save_for_backward(states, inner)
-        context.factors = down, up, slope_a, slope_b
+        context.factors = down, up, *slopes
         return inner @ up.T
 
     @staticmethod
@@ -269,4 +267,4 @@ class _Product(torch.autograd.Function):
         slope_b.add_(slope.flatten(0, -2).T @ inner.flatten(0, -2))
         of_inner = slope @ up
         slope_a.add_(of_inner.flatten(0, -2).T @ states.flatten(0, -2))
-        return of_inner @ down if context.needs_input_grad[0] else None, None, None, None, None, None
+        return of_inner @ down if context.needs_input_grad[0] else None, None, None, None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +12,11 @@ from moe_svd_distill.algebra.orthogonal_step import adam_like_size, near_polar_f
 from moe_svd_distill.training.lora_pairs import Block
 from moe_svd_distill.training.lora_parameters import LoraParameters
 from moe_svd_distill.training.process_group import ProcessGroup
+
+if TYPE_CHECKING:
+    from moe_svd_distill.training.fixed_head import FixedHead
+    from moe_svd_distill.training.head import TrainedHead
+    from moe_svd_distill.training.settings import TrainingSettings
 
 OptimiserName: TypeAlias = Literal["muon", "adamw"]
 _TINY = 1e-10
@@ -125,6 +130,24 @@ class Muon:
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """As `Optimiser`."""
         self._mean.copy_(tensors["mean"])
+
+
+def make_optimisers(
+    bank: LoraParameters, head: TrainedHead | FixedHead, settings: TrainingSettings, group: ProcessGroup
+) -> dict[str, tuple[Optimiser, float]]:
+    """Of the factors and of the head, each with its rate, for what of them moves."""
+    found: dict[str, tuple[Optimiser, float]] = {}
+    if bank.values.numel():
+        decay = settings.weight_decay
+        factors = (
+            Muon(bank, settings.momentum, decay, group)
+            if settings.optimiser == "muon"
+            else AdamW(bank.values, bank.gradient, settings.betas, decay, bank.blocks)
+        )
+        found["factors"] = factors, settings.rate
+    if head.values.numel():
+        found["head"] = AdamW(head.values, head.gradient, settings.betas, 0.0), settings.head_rate
+    return found
 
 
 def _alike(blocks: Sequence[Block]) -> list[list[Block]]:

@@ -39,6 +39,15 @@ class SingleProcess:
         """As `ProcessGroup`: nothing to add."""
 
 
+def as_the_first_says(group: ProcessGroup, value: bool, device: torch.device) -> bool:
+    """What the first process says of this: its clock counts."""
+    if group.count == 1:
+        return value
+    flag = torch.tensor([float(value and group.number == 0)], device=device)
+    group.add_up(flag)
+    return bool(flag.item())
+
+
 class Distributed:
     """As `ProcessGroup`, over gloo (CPU) or NCCL (CUDA)."""
 

@@ -73,7 +73,7 @@ def _take_part(job: TrainingJob, number: int, address: str) -> None:  # pragma: 
     threading.Thread(target=leave_with_parent, args=(lambda: None,), daemon=True).start()
     torch.set_num_threads(job.threads)
     group = Distributed(number, len(job.devices), address, torch.device(job.devices[number]))
-    StudentInTraining(job, group).train(lambda progress, steps: None)
+    StudentInTraining(job, group).train(lambda progress: None)
     group.close()
     os._exit(0)
 

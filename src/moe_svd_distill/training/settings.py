@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
-from moe_svd_distill.training.head import HeadTraining
 from moe_svd_distill.training.optimiser import OptimiserName
 
+HeadTraining: TypeAlias = Literal["whole", "fixed"]
 LAST_LAYERS_RATE, HEAD_RATE = 0.6, 0.5
 """Over the width of the states: 5e-3 at 128, 3e-4 at 2048, where LoRA training commonly is."""
 _STEPS, _FEWEST_PASSES, _MOST_PASSES = 2048, 4, 16

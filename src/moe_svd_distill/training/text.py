@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -93,10 +93,10 @@ class TrainingText:
             () if self.inputs is None else tuple(tensor.to(device) for tensor in self.inputs(rows)),
         )
 
-    def batches(self, rows: int, device: torch.device) -> Iterator[Batch]:
-        """All of them in order, this many sequences at a time."""
-        for begin in range(0, len(self), rows):
-            yield self.take(np.arange(begin, min(begin + rows, len(self))), device)
+    def batches(self, tokens: int, device: torch.device, rows: IntArray | None = None) -> list[Batch]:
+        """Some sequences in the given order, or all of them, about this many tokens at a time."""
+        rows, together = np.arange(len(self)) if rows is None else rows, max(1, tokens // self.length)
+        return [self.take(rows[begin : begin + together], device) for begin in range(0, len(rows), together)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ from moe_svd_distill.algebra.sparsity import keep_largest
 from moe_svd_distill.errors import IncompatiblePairError
 from moe_svd_distill.pairing.unit import TensorTask, UnitOfWork
 from moe_svd_distill.roles import ROLES, Geometry
-from moe_svd_distill.transfer.factors import Delta
+from moe_svd_distill.transfer.factors import Delta, TensorFacts
 from moe_svd_distill.transfer.reader import TensorReader
 from moe_svd_distill.transfer.settings import TransferSettings
 
@@ -83,7 +83,7 @@ class UnitContext:
             self.facts.setdefault("norm_channels_not_folded", {})[norm.student.name] = left
         return torch.where(usable, ratio, torch.ones_like(ratio))
 
-    def bring(self, task: TensorTask, matrix: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def bring(self, task: TensorTask, matrix: Tensor) -> tuple[Tensor, TensorFacts]:
         """A teacher matrix in the student's shape, and how it got there."""
         axes, shape = ROLES[task.role].axes, (task.shape[0], task.shape[1])
         projection, residual = self.settings.projection, self.residual_map
@@ -109,8 +109,8 @@ class UnitContext:
         task: TensorTask,
         matrix: Tensor,
         student: Tensor,
-        facts: dict[str, Any],
-        alignment: dict[str, Any] | None = None,
+        facts: TensorFacts,
+        alignment: TensorFacts | None = None,
     ) -> Delta:
         """The difference of a teacher matrix, brought to the student's shape with the norm's gain, to the student's.
 
@@ -140,7 +140,7 @@ def _through_map(matrix: Tensor, axes: tuple[Axis, ...], residual: Tensor | None
     )
 
 
-def source_facts(task: TensorTask) -> dict[str, Any]:
+def source_facts(task: TensorTask) -> TensorFacts:
     """The teacher tensors a task is made from, for its record."""
     return {"sources": [[source.view.name, source.weight] for source in task.sources]}
 

@@ -6,15 +6,13 @@ by which a cluster is compared with the student's experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from moe_svd_distill.algebra.clustering import (
     assign_clusters,
-    clustering_of,
     gram_blocks,
     gram_of_rows,
     interpolated_gram,
@@ -36,34 +34,24 @@ PROBES = 8
 PIECE_ENTRIES = 1 << 22  # entries of a fingerprint piece over all experts: 16 MiB in float32
 
 
-@dataclass(frozen=True)
-class Grouping:
-    """The teacher experts behind each student expert.
-
-    Attributes:
-        members: For each student expert the (teacher expert, weight) pairs; weights sum to 1.
-        facts: How it came about, for the record.
-    """
-
-    members: tuple[tuple[tuple[int, float], ...], ...]
-    facts: dict[str, Any]
+Members: TypeAlias = tuple[tuple[int, float], ...]
+"""Teacher experts and their weights, which sum to 1."""
+_Description: TypeAlias = "tuple[Tensor, Tensor]"
+"""What experts are compared by: router rows (experts, hidden) and probe features (experts, features)."""
 
 
-@dataclass(frozen=True)
-class _Description:
-    """What experts are compared by: router rows (experts, hidden) and probe features (experts, features)."""
-
-    router: Tensor
-    features: Tensor
-
-
-def group_experts(tasks: Sequence[Sequence[TensorTask]], router: TensorTask, context: UnitContext) -> Grouping:
+def group_experts(
+    tasks: Sequence[Sequence[TensorTask]], router: TensorTask, context: UnitContext
+) -> tuple[tuple[Members, ...], Mapping[str, object]]:
     """Cluster the teacher's experts and assign every cluster to the student expert it resembles most.
 
     Args:
         tasks: (gate, up, down) of each student expert.
         router: The student's router.
         context: The unit's context.
+
+    Returns:
+        The teacher experts behind each student expert; and how that came about, for the record.
 
     Raises:
         UsageError: The recipe asks for more clusters than the teacher has experts, or fewer than the student has.
@@ -91,7 +79,7 @@ def group_experts(tasks: Sequence[Sequence[TensorTask]], router: TensorTask, con
         "fingerprint": context.settings.fingerprint,
         "inertia": inertia,
     }
-    return Grouping(members, facts)
+    return members, facts
 
 
 def _cluster(gram: Tensor | None, clusters: int, experts: int, context: UnitContext) -> tuple[list[int], Tensor, float]:
@@ -99,7 +87,7 @@ def _cluster(gram: Tensor | None, clusters: int, experts: int, context: UnitCont
     if gram is None:
         return list(range(experts)), torch.eye(experts), 0.0
     clustering = kmeans_from_gram(gram, clusters, context.settings.seed)
-    weights = clustering_of(gram, clustering.labels, clusters).weights
+    weights = clustering.weights
     if context.settings.blend == "frobenius":
         norms = gram.diagonal().clamp_min(0.0).sqrt().to(weights)
         weighted = weights * norms
@@ -115,9 +103,9 @@ def _gram(
     if clusters >= experts:
         return None
     if context.settings.fingerprint == "router":
-        return gram_of_rows([description.router], centred=True)
+        return gram_of_rows([description[0]], centred=True)
     if context.settings.fingerprint == "function":
-        return gram_of_rows([description.features])
+        return gram_of_rows([description[1]])
     if len(layers) == 1:
         return gram_of_rows(_pieces(layers[0], context))
     pairs = zip(_pieces(layers[0], context), _pieces(layers[1], context), strict=True)
@@ -176,16 +164,16 @@ def _describe_teacher(
         ]
         features.append(torch.cat(in_student))
     if len(layers) == 1:
-        return _Description(routers[0], features[0])
+        return routers[0], features[0]
     weight = layers[1].weight
-    return _Description(torch.lerp(routers[0], routers[1], weight), torch.lerp(features[0], features[1], weight))
+    return torch.lerp(routers[0], routers[1], weight), torch.lerp(features[0], features[1], weight)
 
 
 def _describe_student(
     tasks: Sequence[Sequence[TensorTask]], router: TensorTask, context: UnitContext, probes: tuple[Tensor, Tensor]
 ) -> _Description:
     rows = [_feature(context.reader.student, [task.view for task in group], probes[1]) for group in tasks]
-    return _Description(context.reader.student(router.view), torch.cat(rows))
+    return context.reader.student(router.view), torch.cat(rows)
 
 
 def _feature(read: Callable[[TensorView], Tensor], views: Sequence[TensorView], probes: Tensor) -> Tensor:
@@ -198,11 +186,10 @@ def _similarity(weights: Tensor, teacher: _Description, student: _Description) -
 
     The mean router row is taken off: softmax is blind to it.
     """
-    mix = weights.to(teacher.router)
-    router = teacher.router - teacher.router.mean(0)
-    own_router = student.router - student.router.mean(0)
-    parts = [mix @ router, mix @ teacher.features]
-    return cosine_similarity(parts, [own_router, student.features]).mT
+    (router, features), (own_router, own_features) = teacher, student
+    mix = weights.to(router)
+    parts = [mix @ (router - router.mean(0)), mix @ features]
+    return cosine_similarity(parts, [own_router - own_router.mean(0), own_features]).mT
 
 
 def _assign(similarity: Tensor, assignment: str) -> list[int]:
@@ -226,5 +213,5 @@ def _assign(similarity: Tensor, assignment: str) -> list[int]:
     return [cluster_of.get(slot, nearest[slot]) for slot in range(slots)]
 
 
-def _members(weights: Tensor) -> tuple[tuple[int, float], ...]:
+def _members(weights: Tensor) -> Members:
     return tuple((expert, float(weight)) for expert, weight in enumerate(weights.tolist()) if weight)

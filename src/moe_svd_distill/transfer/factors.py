@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 
@@ -20,6 +20,35 @@ if TYPE_CHECKING:
 
     from moe_svd_distill.pairing.unit import TensorTask
     from moe_svd_distill.transfer.settings import TransferSettings
+
+
+class TensorFacts(TypedDict, total=False):
+    """What run.json says of a tensor: who it is, what became of it and how."""
+
+    name: str
+    role: str
+    shape: list[int]
+    expert: int
+    layer: int | str | None
+    fate: str
+    reason: str
+    stage: str
+    format: str
+    rank: int
+    sources: list[list[str | float]]
+    teacher_experts: list[list[float]]
+    projection: str
+    projection_fallback: str
+    alignment: str
+    matched_similarity: float
+    permutation: list[int] | dict[str, list[int]]
+    norm: str
+    kept_entries: float
+    delta_norm: float
+    relative_delta: float
+    residual: float
+    energy: float
+    factorisation: str
 
 
 @dataclass(frozen=True)
@@ -36,7 +65,7 @@ class TensorOutcome:
     name: str
     left: Tensor | None
     right: Tensor | None
-    record: dict[str, Any]
+    record: TensorFacts
 
 
 def kept(task: TensorTask, reason: str) -> TensorOutcome:
@@ -44,13 +73,13 @@ def kept(task: TensorTask, reason: str) -> TensorOutcome:
     return TensorOutcome(task.name, None, None, {**_identity(task), "fate": "kept", "reason": reason})
 
 
-def changed(task: TensorTask, left: Tensor, right: Tensor, facts: dict[str, Any]) -> TensorOutcome:
+def changed(task: TensorTask, left: Tensor, right: Tensor, facts: TensorFacts) -> TensorOutcome:
     """The outcome of a tensor with a delta."""
     return TensorOutcome(task.name, left, right, {**_identity(task), "fate": "lora", "rank": left.shape[1], **facts})
 
 
-def _identity(task: TensorTask) -> dict[str, Any]:
-    identity: dict[str, Any] = {"name": task.name, "role": task.role, "shape": list(task.shape)}
+def _identity(task: TensorTask) -> TensorFacts:
+    identity: TensorFacts = {"name": task.name, "role": task.role, "shape": list(task.shape)}
     if task.expert is not None:
         identity["expert"] = task.expert
     return identity
@@ -70,21 +99,14 @@ class Delta:
     task: TensorTask
     matrix: Tensor
     student_norm: float
-    facts: dict[str, Any]
+    facts: TensorFacts
 
 
-def factorise(delta: Delta, settings: TransferSettings, *, rank: int | None = None) -> TensorOutcome:
-    """The LoRA pair of one delta.
-
-    Args:
-        delta: The difference.
-        settings: Gives the seed and the share of energy to keep.
-        rank: Rank of the pair; default: the task's.
-    """
-    rank = delta.task.rank if rank is None else rank
+def factorise(delta: Delta, settings: TransferSettings) -> TensorOutcome:
+    """The LoRA pair of one delta."""
     factors = truncated_svd(
         delta.matrix,
-        rank,
+        delta.task.rank,
         generator=generator_for(delta.task.name, settings.seed),
         pass_dtype=matmul_dtype(delta.matrix.device),
     )
@@ -108,7 +130,7 @@ def generator_for(name: str, seed: int) -> torch.Generator:
 
 def _outcome(delta: Delta, factors: LowRank) -> TensorOutcome:
     norm = float(torch.linalg.vector_norm(delta.matrix))
-    facts = {
+    facts: TensorFacts = {
         **delta.facts,
         "delta_norm": norm,
         "relative_delta": norm / delta.student_norm if delta.student_norm else float(norm > 0),
@@ -139,16 +161,16 @@ def cut_to_energy(outcomes: Sequence[TensorOutcome], energy: float | None) -> li
 
 
 def _group(outcome: TensorOutcome) -> str:
-    role = str(outcome.record["role"])
+    role = outcome.record["role"]
     return "experts" if role.startswith("experts.") else role
 
 
-def _needed(left: Tensor, right: Tensor, record: dict[str, object], energy: float) -> int:
+def _needed(left: Tensor, right: Tensor, record: TensorFacts, energy: float) -> int:
     """A rank whose leading factors keep the share; the whole rank where the factors are not singular vectors."""
     if record.get("factorisation") == "exact":
         return left.shape[1]
     sigma = torch.linalg.vector_norm(left, dim=0) * torch.linalg.vector_norm(right, dim=1)
-    norm = float(str(record["delta_norm"]))
+    norm = record["delta_norm"]
     return rank_for_energy(sigma, energy, norm**2)
 
 
@@ -157,9 +179,9 @@ def _cut(outcome: TensorOutcome, rank: int) -> TensorOutcome:
         return outcome
     left, right = outcome.left[:, :rank], outcome.right[:rank]
     sigma = torch.linalg.vector_norm(left, dim=0) * torch.linalg.vector_norm(right, dim=1)
-    norm = float(outcome.record.get("delta_norm", 0.0))
+    norm = outcome.record.get("delta_norm", 0.0)
     kept = float(sigma.double().square().sum())
-    facts: dict[str, float] = {"rank": rank}
+    facts: TensorFacts = {"rank": rank}
     if norm and outcome.record.get("factorisation") != "exact":
         share = min(1.0, kept / norm**2)
         facts |= {"energy": share, "residual": (1.0 - share) ** 0.5}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_svd_distill.algebra.finite import count_not_finite
+from moe_svd_distill.algebra.dtypes import count_not_finite
 from moe_svd_distill.algebra.interpolation import linear, spherical
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.pairing.unit import Source

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,8 +20,16 @@ from moe_svd_distill.algebra.sparsity import keep_largest
 from moe_svd_distill.pairing.plan import EXPERTS
 from moe_svd_distill.pairing.unit import TensorTask
 from moe_svd_distill.transfer.context import CORRESPONDENCE, UnitContext, by_role, source_facts
-from moe_svd_distill.transfer.expert_matching import Grouping, group_experts
-from moe_svd_distill.transfer.factors import Delta, TensorOutcome, changed, factorise, factorise_group, kept
+from moe_svd_distill.transfer.expert_matching import Members, group_experts
+from moe_svd_distill.transfer.factors import (
+    Delta,
+    TensorFacts,
+    TensorOutcome,
+    changed,
+    factorise,
+    factorise_group,
+    kept,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +58,7 @@ def transfer_attention(tasks: tuple[TensorTask, ...], context: UnitContext) -> l
 
 def _align(
     teacher: dict[str, Tensor], student: dict[str, Tensor], context: UnitContext
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+) -> tuple[dict[str, Tensor], TensorFacts]:
     """The teacher's heads in the student's order, where a correspondence exists."""
     if context.settings.alignment == "none" or len(teacher) < len(ATTENTION):
         return teacher, {}
@@ -59,15 +67,15 @@ def _align(
     size = context.student.head_dimension
     q, k, v, o = (teacher[role] for role in ATTENTION)
     own_q, own_k, own_v, own_o = (student[role] for role in ATTENTION)
-    matching = match_attention_heads((q, k, v, o), (own_q, own_k, own_v, own_o), size)
-    facts: dict[str, Any] = {"matched_similarity": matching.similarity}
-    if matching.similarity < CORRESPONDENCE:
+    kv, query = match_attention_heads((q, k, v, o), (own_q, own_k, own_v, own_o), size)
+    similarity = min(kv.similarity, query.similarity)
+    facts: TensorFacts = {"matched_similarity": similarity}
+    if similarity < CORRESPONDENCE:
         return teacher, {**facts, "alignment": "none: no correspondence of heads"}
-    if matching.is_identity:
+    if kv.is_identity and query.is_identity:
         return teacher, {**facts, "alignment": "heads in the same order"}
-    kv, query = matching.kv.teacher_index, matching.query.teacher_index
-    permuted = permute_heads((q, k, v, o), kv, query, size)
-    order = {"key_value_heads": kv.tolist(), "query_heads": query.tolist()}
+    permuted = permute_heads((q, k, v, o), kv.teacher_index, query.teacher_index, size)
+    order = {"key_value_heads": kv.teacher_index.tolist(), "query_heads": query.teacher_index.tolist()}
     return dict(zip(ATTENTION, permuted, strict=True)), {**facts, "alignment": "heads permuted", "permutation": order}
 
 
@@ -100,7 +108,7 @@ def transfer_mlp(prefix: str, tasks: tuple[TensorTask, ...], context: UnitContex
 
 
 def gated_deltas(
-    tasks: list[TensorTask], teacher: Gated, facts: list[dict[str, Any]], context: UnitContext
+    tasks: list[TensorTask], teacher: Gated, facts: list[TensorFacts], context: UnitContext
 ) -> list[Delta]:
     """Deltas of gate, up and down from a teacher's MLP of any width.
 
@@ -116,7 +124,7 @@ def gated_deltas(
     return [context.delta(task, source, own, known, alignment) for task, source, own, known in each]
 
 
-def align_neurons(teacher: Gated, student: Gated, context: UnitContext) -> tuple[Gated, dict[str, Any]]:
+def align_neurons(teacher: Gated, student: Gated, context: UnitContext) -> tuple[Gated, TensorFacts]:
     """The teacher's neurons that are the student's, in the student's order, where a correspondence exists.
 
     A teacher with more neurons is cut down to the matching ones; without a correspondence it is returned unchanged.
@@ -128,7 +136,7 @@ def align_neurons(teacher: Gated, student: Gated, context: UnitContext) -> tuple
     if teacher[0].shape[0] < student[0].shape[0]:
         return teacher, {"alignment": "none: the teacher has fewer neurons"}
     matching = match_neurons(*teacher, *student)
-    facts: dict[str, Any] = {"matched_similarity": matching.similarity}
+    facts: TensorFacts = {"matched_similarity": matching.similarity}
     if matching.similarity < CORRESPONDENCE:
         return teacher, {**facts, "alignment": "none: no correspondence of neurons"}
     if matching.is_identity and teacher[0].shape[0] == student[0].shape[0]:
@@ -155,12 +163,11 @@ def transfer_experts(tasks: tuple[TensorTask, ...], context: UnitContext) -> lis
         group = routed + ([router] if router else [])
         return [kept(task, task.reason) for task in group]
     experts = [routed[start : start + 3] for start in range(0, len(routed), 3)]
-    grouping = group_experts(experts, router, context)
-    context.facts["experts"] = grouping.facts
-    outcomes = [_transfer_router(router, grouping, context)]
+    members, context.facts["experts"] = group_experts(experts, router, context)
+    outcomes = [_transfer_router(router, members, context)]
     for first in range(0, len(experts), EXPERTS_AT_ONCE):
         deltas = [
-            _expert_deltas(experts[index], grouping.members[index], context)
+            _expert_deltas(experts[index], members[index], context)
             for index in range(first, min(len(experts), first + EXPERTS_AT_ONCE))
         ]
         for kind in range(3):
@@ -169,15 +176,13 @@ def transfer_experts(tasks: tuple[TensorTask, ...], context: UnitContext) -> lis
     return outcomes
 
 
-def _expert_deltas(
-    tasks: Sequence[TensorTask], members: tuple[tuple[int, float], ...], context: UnitContext
-) -> list[Delta]:
+def _expert_deltas(tasks: Sequence[TensorTask], members: Members, context: UnitContext) -> list[Delta]:
     gate, up, down = (_blend(kind, members, context) for kind in range(3))
-    facts: list[dict[str, Any]] = [{"teacher_experts": [list(member) for member in members]} for _ in range(3)]
+    facts: list[TensorFacts] = [{"teacher_experts": [list(member) for member in members]} for _ in range(3)]
     return gated_deltas(list(tasks), (gate, up, down), facts, context)
 
 
-def _blend(kind: int, members: tuple[tuple[int, float], ...], context: UnitContext) -> Tensor:
+def _blend(kind: int, members: Members, context: UnitContext) -> Tensor:
     """The blend of a cluster's experts, each interpolated between the two adjacent teacher layers; float32."""
     layers = context.unit.teacher_experts
     total: Tensor | None = None
@@ -191,13 +196,13 @@ def _blend(kind: int, members: tuple[tuple[int, float], ...], context: UnitConte
     return total
 
 
-def _transfer_router(task: TensorTask, grouping: Grouping, context: UnitContext) -> TensorOutcome:
+def _transfer_router(task: TensorTask, members: Sequence[Members], context: UnitContext) -> TensorOutcome:
     layers = context.unit.teacher_experts
     rows = context.reader.teacher(layers[0].router)
     if len(layers) == 2:
         rows = context.reader.interpolate(rows, context.reader.teacher(layers[1].router), layers[1].weight)
-    blended = torch.stack([sum(rows[expert] * weight for expert, weight in group) for group in grouping.members])  # type: ignore[misc]
-    facts = {"sources": [[layer.router.name, layer.weight] for layer in layers]}
+    blended = torch.stack([sum(rows[expert] * weight for expert, weight in group) for group in members])  # type: ignore[misc]
+    facts: TensorFacts = {"sources": [[layer.router.name, layer.weight] for layer in layers]}
     return factorise(context.delta(task, blended, context.reader.student(task.view), facts), context.settings)
 
 
@@ -211,7 +216,7 @@ def _transfer_end(task: TensorTask, context: UnitContext) -> TensorOutcome:
     ratio = context.gain_ratio(task)
     rows, columns = task.shape
     step = max(1, BLOCK_ENTRIES // columns)
-    facts: dict[str, Any] = source_facts(task)
+    facts: TensorFacts = source_facts(task)
     student_square = 0.0
 
     def block(start: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def test_gained_and_lost_are_paired_over_problems(
     assert found.teacher is not None
     assert ("humaneval:own.jsonl: adapted writes", 2, 2) in told
     assert ("humaneval:own.jsonl: teacher is run", 1, 2) in told
-    assert json.loads(json.dumps(found.as_dict(), allow_nan=False))["gained"] == ["own/0"]
+    assert json.loads(json.dumps(asdict(found), allow_nan=False))["gained"] == ["own/0"]
 
 
 def test_a_killed_run_goes_on_with_the_next_batch(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,6 @@ class CodeBenchmark:
     settings: WritingSettings
     limits: Limits
     guards: Guards
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -160,7 +156,7 @@ class _Loaded:
         return load_model(self._folder, self._device, fastest_dtype(self._device))
 
     def adapted(self, adapter_folder: Path) -> Any:
-        from moe_svd_distill.evaluation.adapted import AdaptedStudent
+        from moe_svd_distill.evaluation.loading import AdaptedStudent
 
         return AdaptedStudent.load(self.untouched, adapter_folder).model
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_svd_distill.errors import BadDataError
-from moe_svd_distill.evaluation.adapted import AdaptedStudent
+from moe_svd_distill.evaluation.loading import AdaptedStudent
 from moe_svd_distill.streaming import group_of
 from tests.support.language import qwen3_moe
 
