@@ -9,6 +9,7 @@ import yaml
 
 from moe_svd_distill.report.card import adapter_card
 from moe_svd_distill.report.facts import serving_rank, vllm_rank
+from moe_svd_distill.report.html import html_report
 from moe_svd_distill.report.record import RunRecord
 from tests.support.run_records import benchmarks, code_benchmarks, content, evaluation, record
 
@@ -56,6 +57,14 @@ def test_benchmarks_of_both_kinds_are_in_one_table() -> None:
     assert "the teacher passes 0.6098; 5 problems gained and 3 lost, McNemar's exact p 0.727" in card
     assert "failures are mostly AssertionError 90, and 7 met the limit" in card
     assert "programs had no network and could change their own folder" in card
+
+
+def test_where_no_task_was_measured_that_is_said() -> None:
+    assert "Tasks were not measured" in adapter_card(record())
+    assert "Tasks were not measured" in html_report(record())
+    measured = record(evaluation=evaluation() | {"code_benchmarks": code_benchmarks()})
+    assert "Tasks were not measured" not in adapter_card(measured)
+    assert "Tasks were not measured" not in html_report(measured)
 
 
 def test_a_damaged_result_of_problems_is_shown_as_far_as_it_goes() -> None:

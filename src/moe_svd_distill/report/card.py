@@ -101,7 +101,7 @@ def _figures(record: RunRecord) -> Iterator[str]:
         )
     if scores:
         yield _table(figures.BENCHMARK_COLUMNS, scores)
-        yield from figures.benchmark_notes(evaluation)
+    yield from figures.benchmark_notes(evaluation)
 
 
 def _done(record: RunRecord) -> Iterator[str]:

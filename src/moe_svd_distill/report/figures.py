@@ -95,10 +95,18 @@ def benchmark_rows(evaluation: EvaluationRecord | None) -> list[tuple[str, str, 
     return harness + code
 
 
+NO_TASKS = (
+    "Tasks were not measured: next-token figures do not say whether the student still solves them. "
+    "`moe-svd-distill evaluate OUT --benchmark humaneval --run-generated-code` does."
+)
+
+
 def benchmark_notes(evaluation: EvaluationRecord | None) -> list[str]:
-    """How the benchmarks were run."""
+    """How the benchmarks were run, or that none was."""
     if evaluation is None:
         return []
+    if not evaluation.scores and not evaluation.code_benchmarks:
+        return [NO_TASKS]
     harness = []
     if evaluation.scores:
         limit = f", at most {evaluation.score_limit} examples of each task" if evaluation.score_limit else ""
