@@ -95,7 +95,7 @@ def test_limits_of_servers_are_named(tmp_path: Path) -> None:
     adapter = tiny.save_adapter(tmp_path / "ranks", student, pairs)
     limits = " ".join(export(adapter, tmp_path / "out", "peft", student).limits)
     assert "--max-lora-rank 32" in limits
-    assert "want one rank" in limits
+    assert "wants one rank" in limits
     assert "router" in limits
 
 

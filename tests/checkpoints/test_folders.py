@@ -170,6 +170,30 @@ def test_other_weights_are_named(tmp_path: Path, name: str) -> None:
     assert ("adapter" in name) == ("adapter" in error.action)
 
 
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["model-Q4_K.gguf"], "folder of GGUF files ('model-Q4_K.gguf')"),
+        (["a-00001-of-00002.gguf", "a-00002-of-00002.gguf", "mmproj.gguf"], "'a-00001-of-00002.gguf' and 2 more"),
+        (["MODEL.GGUF", "README.md", "pytorch_model.bin"], "'MODEL.GGUF')"),
+        (["a.gguf", "config.json"], "'a.gguf')"),
+    ],
+)
+def test_a_folder_of_gguf_files(tmp_path: Path, names: list[str], words: str) -> None:
+    for name in names:
+        (tmp_path / name).write_bytes(b"{}")
+    error = refusal(tmp_path, MissingInputError)
+    assert words in error.what
+    assert "config.json" not in error.what
+    assert "Give the file itself" in error.action
+
+
+def test_a_gguf_file_beside_other_weights_is_not_meant(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"")
+    (tmp_path / "weights.safetensors").write_bytes(b"")
+    assert "config.json" in refusal(tmp_path, MissingInputError).what
+
+
 def test_hostile_names_do_not_reach_the_terminal(tmp_path: Path) -> None:
     write_model(tmp_path)
     header = {"\x1b]0;owned\x07" + "long" * 1000: entry("F32", [2], 0, 8)}

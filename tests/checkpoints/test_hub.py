@@ -36,7 +36,7 @@ sys.exit("torch was imported" if "torch" in sys.modules else 0)
 
 
 def ask(url: str, home: Path, *models: str, headers_only: bool = False, offline: bool = False) -> list[dict[str, Any]]:
-    """Open models in another process; the answers in order."""
+    """Open models in another process; the answers in order, each with all notes that were logged."""
     environment = os.environ | {
         "HF_ENDPOINT": url,
         "HF_HOME": str(home),
@@ -51,7 +51,8 @@ def ask(url: str, home: Path, *models: str, headers_only: bool = False, offline:
     )
     assert done.returncode == 0, done.stderr
     assert SECRET not in done.stdout + done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    said = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
+    return [{**json.loads(line), "said": said} for line in done.stdout.splitlines()]
 
 
 @dataclass
@@ -249,6 +250,8 @@ def test_without_the_network_the_cache_serves(hub: Hub, full: Asked, headers: As
     *whole, nothing = ask(hub.url, full.home, *models, offline=True)
     for answer in whole:
         assert answer["tensors"] == sorted(tiny_tensors())
+        assert len(answer["said"]) == 3
+        assert all(f"commit {COMMIT} of its cache is read" in line for line in answer["said"])
     assert nothing["exit_code"] == 69
     (partial,) = ask(hub.url, headers.home, "org/model", offline=True)
     assert partial["exit_code"] == 69, "what is missing is the network, not a file that the user could find"
@@ -259,6 +262,9 @@ def test_hub_that_cannot_be_reached(full: Asked, tmp_path: Path) -> None:
     nowhere = "http://127.0.0.1:9"
     (cached,) = ask(nowhere, full.home, "org/model")
     assert cached["tensors"] == sorted(tiny_tensors())
+    (note,) = cached["said"]
+    assert note.startswith("note: the hub cannot be reached for org/model (")
+    assert note.endswith(f"; commit {COMMIT} of its cache is read")
     (unknown,) = ask(nowhere, tmp_path, "org/model")
     assert unknown["exit_code"] == 69
     assert "cannot be reached" in unknown["error"]

@@ -57,3 +57,6 @@ def test_errors_without_an_answer(error: Exception, exit_code: int) -> None:
     assert translated.exit_code == exit_code
     assert SECRET not in str(translated)
     assert "org/name" in translated.what
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        assert translated.what == "Cannot write org/name into the hub's cache: the disk is full"
+        assert "HF_HOME" in translated.action

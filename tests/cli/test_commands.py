@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,11 @@ def test_the_whole_way(models: tuple[Path, Path], tmp_path: Path, capsys: pytest
     assert code == 0
     assert "--max-lora-rank" in text
     assert run(capsys, "export", out, tmp_path / "plain")[0] == 73
+    if find_spec("gguf"):
+        code, text, _ = run(capsys, "export", out, tmp_path / "gguf", "--format", "gguf")
+        assert code == 0
+        assert "PEFT" not in text
+        assert f"--lora {tmp_path / 'gguf' / 'adapter_model.gguf'}" in text
     code, text, _ = run(capsys, "clean", out)
     assert "would be deleted" in text
     assert any((out / "parts").iterdir())

@@ -20,7 +20,6 @@ from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.execution.parts import (
     PartContent,
     Parts,
-    Planned,
     find_fault,
     open_part,
     part_path,
@@ -28,8 +27,8 @@ from moe_svd_distill.execution.parts import (
     reject_part,
     verify_part,
     write_part,
-    write_tensors,
 )
+from moe_svd_distill.execution.planned import Planned, write_tensors
 from tests.support.workload import consolidated
 
 KEY = "ab" * 32

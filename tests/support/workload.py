@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_svd_distill.errors import BadDataError
-from moe_svd_distill.execution.parts import PartContent, Parts, Planned, write_tensors
+from moe_svd_distill.execution.parts import PartContent, Parts
+from moe_svd_distill.execution.planned import Planned, write_tensors
 from moe_svd_distill.execution.worker import report_progress
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from moe_svd_distill.adapter.adapter_file import read_json
 from moe_svd_distill.adapter.configuration import AdapterConfiguration, build_configuration, plain_configuration
+from moe_svd_distill.adapter.gguf_file import write_gguf_adapter
 from moe_svd_distill.adapter.keys import AdapterKeys, planned_tensors
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.adapter.made_for import notes_on_student
@@ -21,11 +22,11 @@ from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.architecture.matrices import Kind
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.errors import BadDataError
-from moe_svd_distill.execution.parts import Planned, write_tensors
-from moe_svd_distill.files.names import ADAPTER_FILE, CONFIGURATION_FILE
+from moe_svd_distill.execution.planned import Planned, write_tensors
+from moe_svd_distill.files.names import ADAPTER_FILE, CONFIGURATION_FILE, GGUF_ADAPTER_FILE
 from moe_svd_distill.files.writing import new_folder, write_json
 
-Format = Literal["peft", "plain", "fused"]
+Format = Literal["peft", "plain", "fused", "gguf"]
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -36,13 +37,14 @@ class ExportReport:
     Attributes:
         output: The folder.
         tensors: In the adapter's file.
-        loads: Whether PEFT on the installed transformers loads every tensor; `why_not` says why not.
+        loads: Whether PEFT on the installed transformers loads every tensor; `why_not` says why not. None of a file
+            that is not for PEFT.
         limits: What should be known, and what programs that serve adapters make of it, a sentence each.
     """
 
     output: Path
     tensors: int
-    loads: bool
+    loads: bool | None
     why_not: str
     limits: tuple[str, ...]
 
@@ -61,12 +63,14 @@ def export(
         adapter_folder: The adapter.
         output: A new or empty folder.
         layout: peft: as PEFT on transformers 5 takes it, stored names first. plain: stored names alone, one pair for
-            each stored matrix, last names in the configuration. fused: one pair for all experts of a layer.
+            each stored matrix, last names in the configuration. fused: one pair for all experts of a layer. gguf: a
+            file that llama.cpp loads beside the model's, which are for text alone anyway.
         student: The student or its folder; default: the base model that the adapter names, if it lies here.
         text_only: For the student's class for text alone, where the checkpoint's own takes more than text.
 
     Raises:
         BadDataError: The adapter does not fit the student, or has a change that the layout has no name for.
+        MissingInputError: A file of the adapter, or a package that writes the layout, is not there.
         IncompatiblePairError: There is no class for text alone.
         UsageError: No student is at hand.
         CannotWriteError: The output is not empty, or the disk is full.
@@ -74,6 +78,8 @@ def export(
     source = Path(adapter_folder)
     architecture = student_of(student, read_json(source / CONFIGURATION_FILE), "an export")
     pairs = LowRankPairs(source, architecture)
+    if layout == "gguf":
+        return _for_llama_cpp(source, Path(output).absolute(), pairs, architecture)
     aimed = Architecture(architecture.checkpoint, text_only=True) if text_only else architecture
     keys = settle_keys(aimed)
     if layout == "fused":
@@ -99,6 +105,13 @@ def export(
     return ExportReport(target, len(tensors), not why_not, why_not, limits)
 
 
+def _for_llama_cpp(source: Path, target: Path, pairs: LowRankPairs, architecture: Architecture) -> ExportReport:
+    with new_folder(target) as folder:
+        tensors = write_gguf_adapter(pairs, architecture, folder / GGUF_ADAPTER_FILE)
+    use = f"llama.cpp: --lora {target / GGUF_ADAPTER_FILE} beside a GGUF file of {architecture.checkpoint.title}"
+    return ExportReport(target, tensors, None, "", (*notes_on_student(source, architecture.checkpoint), use))
+
+
 def served(configuration: Mapping[str, Any], keys: AdapterKeys, pairs: LowRankPairs, layout: str) -> tuple[str, ...]:
     """What programs that serve adapters need or refuse, from their sources (docs/head-formats.md)."""
     ranks = [configuration["r"], *configuration["rank_pattern"].values()]
@@ -107,18 +120,14 @@ def served(configuration: Mapping[str, Any], keys: AdapterKeys, pairs: LowRankPa
         f"vLLM: --max-lora-rank {allowed}" if allowed else f"vLLM takes ranks up to {VLLM_RANKS[-1]}, not {max(ranks)}"
     ]
     if len(set(ranks)) > 1:
-        found.append(
-            "SGLang and llama.cpp want one rank for all tensors, this has " + ", ".join(map(str, sorted(set(ranks))))
-        )
+        found.append("SGLang wants one rank for all tensors, this has " + ", ".join(map(str, sorted(set(ranks)))))
     if pairs.head is not None:
         found.append("vLLM and SGLang take no head that is saved whole: merge it")
     changed = [target for target in keys.targets.values() if not set(target.names).isdisjoint(pairs)]
     if any(target.matrices and target.matrices[0].kind is Kind.PARAMETER for target in changed):
         found.append("SGLang takes no pair of a router")
     if layout != "plain" and any(not target.own_keys and len(target.names) > 1 for target in changed):
-        found.append(
-            "llama.cpp and SGLang read no pair that is one for all experts; vLLM does for models it holds fused"
-        )
+        found.append("SGLang reads no pair that is one for all experts; vLLM does for models it holds fused")
     if any(not target.matrices for target in changed):
         found.append("vLLM takes pairs of head and embeddings for some architectures only")
     return tuple(found)

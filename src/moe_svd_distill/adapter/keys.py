@@ -22,7 +22,7 @@ from moe_svd_distill.adapter.naming import lora_keys
 from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.architecture.matrices import Matrix
 from moe_svd_distill.errors import BadDataError
-from moe_svd_distill.execution.parts import Planned
+from moe_svd_distill.execution.planned import Planned
 
 Factors = tuple[Tensor, Tensor]
 """``(B, A)`` of a matrix: (out, rank) and (rank, in)."""

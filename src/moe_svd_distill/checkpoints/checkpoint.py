@@ -79,6 +79,11 @@ class Checkpoint(Mapping[str, TensorInfo]):
         return () if why is None else (f"{what} ({why})",)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Where the configuration says something else of the weights than they show, and they count."""
+        return self._sound().view.notes
+
+    @property
     def is_gguf(self) -> bool:
         """Whether the model is a GGUF file."""
         return self._storage.is_gguf

@@ -17,10 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moe_svd_distill.checkpoints.configuration import CONFIG
+from moe_svd_distill.checkpoints.notes import say_once
 from moe_svd_distill.checkpoints.shards import find_layout
 from moe_svd_distill.checkpoints.survey import raise_faults
 from moe_svd_distill.errors import CannotWriteError, DistillError, MissingInputError, RemoteError, reason_of, shown
 from moe_svd_distill.files.header import PREFIX_BYTES, Header, header_length, header_of
+from moe_svd_distill.files.writing import explain_writing
 
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
 SMALL_FILES = re.compile(r"[^/]*\.json|tokenizer[^/]*|[^/]*\.model|[^/]*\.txt|([^/.][^/]*/)*[^/]*\.jinja")
@@ -37,7 +39,7 @@ CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{4,}|(?<=Bearer )\S+|(?<=://)[^/@\s]+(?=@)")
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 MAX_CAUSES = 8
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+MAKE_ROOM = "Make room, or point HF_HOME to another disk"
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ class Snapshot:
     commit: str
     sizes: Mapping[str, int] = field(default_factory=dict)
     unreachable: RemoteError | None = None
+
+    def say_if_cached(self) -> None:
+        """Say that the hub was not asked, and which commit of its cache is read."""
+        if self.unreachable is not None:
+            say_once(f"{self.unreachable.what}; commit {self.commit} of its cache is read")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -271,9 +278,9 @@ def translate(error: Exception, model: str, token: str | None) -> DistillError:
         return RemoteError(f"the hub refuses {model} (status {status})", f"To get access, {LOG_IN}")
     if status is not None:
         return RemoteError(f"the hub answers with status {status} for {model}", "Try again later")
-    if isinstance(error, OSError) and error.errno in NO_ROOM:
-        what = f"{model} cannot be stored in the hub's cache: {error.strerror}"
-        return CannotWriteError(what, "Make room, or point HF_HOME to another disk")
+    refused = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM)
+    if full := explain_writing(error, f"{model} into the hub's cache", opening=refused, action=MAKE_ROOM):
+        return full
     reason = redact(reason_of(error), token)[:200]
     return RemoteError(
         f"the hub cannot be reached for {model} ({type(error).__name__}: {reason})",

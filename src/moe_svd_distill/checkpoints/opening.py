@@ -8,10 +8,11 @@ from moe_svd_distill.checkpoints.checkpoint import Checkpoint
 from moe_svd_distill.checkpoints.configuration import read_config
 from moe_svd_distill.checkpoints.hub import fetch_headers, fetch_small, fetch_weights, parse_hub_id, redact
 from moe_svd_distill.checkpoints.llama_cpp.folder import file_behind
+from moe_svd_distill.checkpoints.notes import say_once
 from moe_svd_distill.checkpoints.quantisation.claims import USE_PLAIN, declared_quantisation
 from moe_svd_distill.checkpoints.remote.folder import keep
 from moe_svd_distill.checkpoints.remote.source import HUB, is_address
-from moe_svd_distill.checkpoints.storage import GGUF
+from moe_svd_distill.checkpoints.shards import GGUF
 from moe_svd_distill.checkpoints.survey import raise_faults, survey
 from moe_svd_distill.errors import BadDataError, MissingInputError, RemoteError, UsageError, shown
 from moe_svd_distill.files.reading import explain
@@ -33,6 +34,7 @@ def open_checkpoint(
     Every header is read and checked before this returns; all faults are raised in one error, whose ``faults`` lists
     them. A hub model is downloaded into the hub's cache first, and refused before that if its small files say enough.
     A quantised model is a mapping of its dequantised weights; a quantisation that is not known is refused.
+    What should be known of the model (`Checkpoint.notes`), and that the hub was not reached, is logged.
 
     Args:
         model: What the user typed.
@@ -52,6 +54,8 @@ def open_checkpoint(
     else:
         checkpoint = _from_hub(source, token, as_stored, headers_only)
     checkpoint.check()
+    for note in checkpoint.notes:
+        say_once(f"{source}: {note}")
     return checkpoint
 
 
@@ -90,7 +94,9 @@ def _from_hub(source: str, token: str | None, as_stored: bool, headers_only: boo
     if not as_stored:
         declared_quantisation(read_config(snapshot.folder), source)  # refused before anything large is downloaded
     if snapshot.unreachable is not None:
-        return _from_cache(snapshot.folder, source, snapshot.unreachable, as_stored)
+        checkpoint = _from_cache(snapshot.folder, source, snapshot.unreachable, as_stored)
+        snapshot.say_if_cached()
+        return checkpoint
     if headers_only:
         found = survey(
             snapshot.folder,

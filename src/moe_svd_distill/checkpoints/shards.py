@@ -16,8 +16,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 NUMBERED = re.compile(r"(?P<stem>.*?)(?P<number>\d+)-of-(?P<total>\d+)\.safetensors")
 MAX_SHARDS = 100_000
+GGUF = ".gguf"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-GIVE_FILE = "Give the .gguf file itself"
 MEND_INDEX = f"{FETCH_AGAIN}; if it comes so, give a copy of its folder without {INDEX}: the files say the same"
 
 
@@ -76,6 +76,13 @@ def _indexed(folder: Path, names: Collection[str]) -> Layout:
     return Layout(tuple(sorted(files)), texts, tuple(faults))
 
 
+def gguf_files(names: Collection[str]) -> list[str]:
+    """The GGUF files among a model's files where these hold its weights: there are no others but pickles."""
+    if any(name.endswith(".safetensors") or name == INDEX for name in names):
+        return []
+    return sorted(name for name in names if name.lower().endswith(GGUF))
+
+
 def missing_numbers(files: Iterable[str], place: str) -> list[DistillError]:
     """One fault for each set of shards ``…-00001-of-000NN`` of which some number is not among the files."""
     sets: dict[tuple[str, str], set[int]] = defaultdict(set)
@@ -106,6 +113,10 @@ def missing_numbers(files: Iterable[str], place: str) -> list[DistillError]:
 
 def _no_weights(folder: Path, names: Collection[str]) -> DistillError:
     """Say what was found instead of safetensors weights, and what to do about it."""
+    if found := gguf_files(names):
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        what = f"{shown(folder)} is a folder of GGUF files ({shown(found[0])}{more})"
+        return MissingInputError(what, "Give the file itself, of a model in several files the first one")
     pickled = sorted(name for name in names if name.endswith(PICKLED))
     if pickled:
         return BadDataError(
@@ -113,11 +124,9 @@ def _no_weights(folder: Path, names: Collection[str]) -> DistillError:
             "Convert the model to safetensors first: load it in transformers where it is trusted, "
             "then call save_pretrained",
         )
-    others = sorted(name for name in names if name.endswith((".safetensors", ".gguf", ".h5", ".msgpack", ".npz")))
-    found = f" (found {shown(others[0])})" if others else ""
-    what = f"{shown(folder)} holds no {SINGLE}, no {INDEX} and no numbered shards{found}"
+    others = sorted(name for name in names if name.endswith((".safetensors", ".h5", ".msgpack", ".npz")))
+    instead = f" (found {shown(others[0])})" if others else ""
+    what = f"{shown(folder)} holds no {SINGLE}, no {INDEX} and no numbered shards{instead}"
     if ADAPTER_FILE in names:
         return MissingInputError(what, "This is an adapter: give the folder of a whole model")
-    if others and others[0].endswith(".gguf"):
-        return MissingInputError(what, GIVE_FILE)
     return MissingInputError(what, "Give the folder of a model with safetensors weights")

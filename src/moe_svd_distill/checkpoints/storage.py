@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from moe_svd_distill.checkpoints.configuration import configuration_files
 from moe_svd_distill.checkpoints.identity import Extract, cache_key, digest_of
 from moe_svd_distill.checkpoints.remote.folder import RemoteFolder
+from moe_svd_distill.checkpoints.shards import GGUF
 from moe_svd_distill.checkpoints.survey import Survey, survey
 from moe_svd_distill.errors import BadDataError, shown
 from moe_svd_distill.files.header import Header, TensorInfo
@@ -20,8 +21,6 @@ from moe_svd_distill.files.reading import FETCH_AGAIN, locate, open_regular, ope
 
 if TYPE_CHECKING:
     import torch
-
-GGUF = ".gguf"
 
 
 class Storage(Protocol):

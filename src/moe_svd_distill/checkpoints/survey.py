@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from moe_svd_distill.checkpoints.configuration import read_config
 from moe_svd_distill.checkpoints.quantisation.view import View, view_of
-from moe_svd_distill.checkpoints.shards import GIVE_FILE, MEND_INDEX, Layout, find_layout
+from moe_svd_distill.checkpoints.shards import MEND_INDEX, Layout, find_layout, gguf_files
 from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError, shown
 from moe_svd_distill.files.header import Header, TensorInfo, read_header
 from moe_svd_distill.files.reading import (
@@ -91,7 +91,7 @@ def survey(
     try:
         layout = find_layout(folder, names)
     except DistillError as fault:
-        result.faults = [fault] if fault.action == GIVE_FILE else [*result.faults, fault]
+        result.faults = [fault] if gguf_files(names) else [*result.faults, fault]  # such folders need no config.json
         return result
     result.faults += layout.faults
     found = headers_of(layout.files) if headers_of else {name: _local_header(folder, name) for name in layout.files}

@@ -1,15 +1,14 @@
-"""One file per finished unit of work, with the record of what became of every tensor; and one file from many parts.
+"""One file per finished unit of work, with the record of what became of every tensor.
 
 Parts are the journal of a run. A part counts only if its name, its header and every byte of its tensors agree with the
-digests inside; "it opens" is no proof. A damaged part is moved aside under another name and never deleted. Parts are
-put together without ever holding the adapter in memory: one tensor is made at a time.
+digests inside; "it opens" is no proof. A damaged part is moved aside under another name and never deleted.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.errors import BadDataError, DistillError
-from moe_svd_distill.execution.memory import give_back
 from moe_svd_distill.files.dtypes import dtype_code, tensor_bytes
 from moe_svd_distill.files.header import Header, Slot, encode_header, lay_out, read_header
 from moe_svd_distill.files.reading import opened, read_pieces
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
     import torch
 
 _METADATA = "moe_svd_distill"  # the one metadata key: with two, the library's hash map would shuffle the file
-_LARGE = 1 << 20  # bytes of a tensor worth giving back at once
 _RUN_AGAIN = "Run the same command again; damaged parts are computed anew"
 
 
@@ -228,59 +225,6 @@ class Parts(Mapping[str, "torch.Tensor"]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A tensor of a file that is to be written.
-
-    Attributes:
-        shape: Its shape.
-        dtype: Its type.
-        make: Makes it, when its turn comes.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[], torch.Tensor]
-
-
-def write_tensors(planned: Mapping[str, Planned], output: Path) -> str:
-    """Write one safetensors file, sorted by name, each tensor made when its turn comes.
-
-    Args:
-        planned: Name to what is to be written.
-        output: The file, replaced only when the new one is whole.
-
-    Returns:
-        The sha256 of the file.
-
-    Raises:
-        CannotWriteError: The output cannot be written.
-        BadDataError: A value is not finite; the file is left as it was.
-        ValueError: A tensor is made of another type or shape than planned; a fault of the caller.
-    """
-    from moe_svd_distill.algebra.dtypes import count_not_finite
-
-    slots = lay_out((name, dtype_code(plan.dtype), plan.shape) for name, plan in planned.items())
-    with durable_file(output) as sink:
-        sink.write(encode_header(slots, {"format": "pt"}))
-        for slot in slots:
-            plan, tensor = planned[slot.name], planned[slot.name].make()
-            if tuple(tensor.shape) != plan.shape or tensor.dtype != plan.dtype:
-                raise ValueError(f"{slot.name} is {tensor.dtype} {tuple(tensor.shape)}, planned {plan}")
-            if count := count_not_finite(tensor):
-                raise BadDataError(
-                    f"{slot.name} of {output.name} would hold {count} NaN or Inf of {tensor.numel()} values in "
-                    f"{tensor.dtype}, so it is not written",
-                    "Check both models; where dtype is float16, try bfloat16",
-                )
-            sink.write(tensor_bytes(tensor.to("cpu")))
-            large = tensor.nbytes >= _LARGE
-            del tensor
-            if large:
-                give_back()
-    return sink.sha256
 
 
 def _body(header: Header) -> Mapping[str, Any]:

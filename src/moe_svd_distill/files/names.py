@@ -1,6 +1,7 @@
 """What lies in the folder of an adapter."""
 
 ADAPTER_FILE = "adapter_model.safetensors"
+GGUF_ADAPTER_FILE = "adapter_model.gguf"
 CONFIGURATION_FILE = "adapter_config.json"
 RECORD_FILE = "run.json"
 CARD_FILE = "README.md"

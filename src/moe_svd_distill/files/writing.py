@@ -182,25 +182,34 @@ def make_folder(folder: Path) -> None:
         raise explain_writing(error, folder, opening=True) or error from error
 
 
-def explain_writing(error: BaseException, target: Path, *, opening: bool = False) -> CannotWriteError | None:
+def explain_writing(
+    error: BaseException, target: Path | str, *, opening: bool = False, action: str = ""
+) -> CannotWriteError | None:
     """Turn a failure to write into the one line a user needs, or None when it is another kind of failure.
 
     A library may report a full disk in the text of an exception of its own, so the text counts as well as the number.
+
+    Args:
+        error: The failure.
+        target: What cannot be written.
+        opening: Whether a folder that is not there or refuses counts as well.
+        action: What to do about it; by default what makes room for an output.
     """
     number = error.errno if isinstance(error, OSError) else None
     if number in _DISK_FULL or "no space left on device" in str(error).lower():
         return CannotWriteError(
             f"Cannot write {target}: the disk is full",
-            "Free some space and run the same command again; finished parts are kept",
+            action or "Free some space and run the same command again; finished parts are kept",
         )
     if number == errno.EFBIG:
         return CannotWriteError(
             f"Cannot write {target}: the file would exceed the largest size allowed here",
-            "Raise the limit (ulimit -f) or choose another --output, then run the same command again",
+            action or "Raise the limit (ulimit -f) or choose another --output, then run the same command again",
         )
     if number == errno.EROFS or (opening and number in _REFUSED):
         reason = os.strerror(number) if number is not None else str(error)
-        return CannotWriteError(f"Cannot write {target}: {reason}", "Check the folder or choose another --output")
+        what = f"Cannot write {target}: {reason}"
+        return CannotWriteError(what, action or "Check the folder or choose another --output")
     return None
 
 

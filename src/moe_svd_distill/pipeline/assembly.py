@@ -15,7 +15,8 @@ from moe_svd_distill.adapter.naming import whole_key
 from moe_svd_distill.adapter.peft_model import modules_of
 from moe_svd_distill.architecture.matrices import Kind
 from moe_svd_distill.errors import UsageError
-from moe_svd_distill.execution.parts import PartContent, Parts, Planned, write_part, write_tensors
+from moe_svd_distill.execution.parts import PartContent, Parts, write_part
+from moe_svd_distill.execution.planned import Planned, write_tensors
 from moe_svd_distill.execution.publish import OutputFolder
 from moe_svd_distill.files.header import read_header
 from moe_svd_distill.files.names import ADAPTER_FILE, CONFIGURATION_FILE

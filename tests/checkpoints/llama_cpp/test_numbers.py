@@ -146,7 +146,7 @@ def test_what_is_no_gguf_file_or_not_there(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "model.gguf")
     with pytest.raises(DistillError, match=r"the file .* is not there"):
         open_checkpoint(str(tmp_path / "other.gguf"))
-    with pytest.raises(DistillError, match=r"Give the \.gguf file itself"):
+    with pytest.raises(DistillError, match="Give the file itself"):
         open_checkpoint(tmp_path)
 
 

@@ -260,20 +260,35 @@ def test_auto_round_as_awq(packing: str, tmp_path: Path) -> None:
     same(read, affine(codes, zero, scale, torch.arange(64) // 32), torch.float16)
 
 
+def unpacked_by_auto_round(words: Tensor, bits: int) -> Tensor:
+    """As `QuantLinear.forward` takes int32 words apart, (rows, words) to (rows, codes).
+
+    Of AutoRound, `auto_round_extension/torch/qlinear_torch_zp.py` at 0a8ebdf. Codes of 3 bits lie across three words.
+    """
+    if bits != 3:
+        return ((words[..., None] >> torch.arange(0, 32, bits)) & (2**bits - 1)).flatten(1)
+    a, b, c = words.view(len(words), -1, 3).unbind(-1)
+    codes = [a >> 3 * place for place in range(10)]
+    codes += [(a >> 30) & 3 | (b << 2) & 4, *(b >> 3 * place + 1 for place in range(10))]
+    codes += [(b >> 31) & 1 | (c << 1) & 6, *(c >> 3 * place + 2 for place in range(10))]
+    return (torch.stack(codes, dim=-1) & 7).flatten(1)
+
+
 @pytest.mark.parametrize("less_one", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_auto_round_as_the_library_packs_and_runs_it(bits: int, less_one: bool, tmp_path: Path) -> None:
-    name = "qlinear_torch_zp" if less_one else "qlinear_torch"
-    library = pytest.importorskip(f"auto_round_extension.torch.{name}")
-    linear = torch.nn.Linear(96, 64, bias=False)
-    layer = library.QuantLinear(bits, 32, 96, 64, bias=False)
-    layer.device = "cpu"
-    scale, zero = torch.rand(64, 3, generator=seeded(2)) / 8 + 0.01, integers(64, 3, bits=bits).clamp_min(1).float()
-    layer.pack(linear, scale, zero, device="cpu")
-    tensors = {f"{MODULE}.{key}": value for key, value in layer.state_dict().items()}
+def test_auto_round_as_the_library_multiplies_any_words(bits: int, less_one: bool, tmp_path: Path) -> None:
+    def words(*shape: int) -> Tensor:
+        return torch.randint(-(2**31), 2**31, shape, generator=seeded(bits)).to(torch.int32)
+
+    scale = (torch.rand(3, 64, generator=seeded(2)) / 8 + 0.01).half()
+    packed, zeros = words(96 * bits // 32, 64), words(3, 64 * bits // 32)
+    tensors = {f"{MODULE}.qweight": packed, f"{MODULE}.qzeros": zeros, f"{MODULE}.scales": scale}
+    zero = (unpacked_by_auto_round(zeros, bits) + less_one) % 2**bits
+    codes = unpacked_by_auto_round(packed.T.contiguous(), bits).T
+    library = scale.repeat_interleave(32, dim=0) * (codes - zero.repeat_interleave(32, dim=0))
     packing = "auto_round:auto_gptq" if less_one else "auto_round"
     read = opened(tmp_path, tensors, auto_round(packing, bits=bits), dtype="float32").read(NAME)
-    assert torch.equal(read, layer(torch.eye(96, dtype=torch.float16)).T)
+    assert torch.equal(read, library.T)
 
 
 @pytest.mark.parametrize(

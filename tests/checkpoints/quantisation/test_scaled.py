@@ -182,19 +182,20 @@ def test_nvfp4_as_compressed_tensors_converts_it(tmp_path: Path) -> None:
     assert torch.allclose(read.float(), library.float(), rtol=2**-7, atol=0)
 
 
-def test_nvfp4_and_mxfp8_as_modelopt_itself_writes_and_reads_them(tmp_path: Path) -> None:
-    tensors = pytest.importorskip("modelopt.torch.quantization.qtensor")
-    from modelopt.torch.quantization.qtensor.mxfp8_tensor import MXFP8QTensor
+def test_nvfp4_and_mxfp8_bit_for_bit_as_modelopt_dequantises_them(tmp_path: Path) -> None:
+    """In float32: `NVFP4QTensor.dequantize` multiplies the scales first, `MXFP8QTensor.dequantize` by a power of two.
 
-    plain = weight(64, 192).bfloat16()
-    codes, scale, second = tensors.NVFP4QTensor.quantize(plain, 16)
-    stored = {NAME: codes._quantized_data, f"{NAME}_scale": scale, f"{NAME}_scale_2": second}
-    library = codes.dequantize(torch.float32, scale=scale, double_scale=second, block_sizes={-1: 16})
-    assert torch.equal(opened(tmp_path / "nvfp4", stored, NVFP4, dtype="float32").read(NAME), library)
-    codes, scale = MXFP8QTensor.quantize(plain)
-    stored = {NAME: codes._quantized_data, f"{NAME}_scale": scale}
-    library = codes.dequantize(torch.bfloat16, scale=scale)
-    assert torch.equal(opened(tmp_path / "mxfp8", stored, modelopt("MXFP8")).read(NAME), library)
+    Of modelopt 0.47, `torch/quantization/qtensor/nvfp4_tensor.py` and `mxfp8_tensor.py`, which need more than is here.
+    """
+    tensors = nvfp4_tensors(64, 192)
+    per_block = tensors[f"{NAME}_scale"].to(torch.float32) * tensors[f"{NAME}_scale_2"].float()
+    library = unpack_fp4(tensors[NAME]).float().view(64, -1, 16) * per_block.unsqueeze(-1)
+    read = opened(tmp_path / "nvfp4", tensors, NVFP4, dtype="float32").read(NAME)
+    assert torch.equal(read, library.view(64, 192))
+    codes, scale = mxfp8(weight(64, 192))
+    library = (codes.float().view(-1, 32) * torch.exp2(scale.float() - 127).view(-1, 1)).view(64, 192)
+    read = opened(tmp_path / "mxfp8", {NAME: codes, f"{NAME}_scale": scale}, modelopt("MXFP8")).read(NAME)
+    assert torch.equal(read, library.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("each", [True, False], ids=["a second scale for each expert", "one for all"])
@@ -269,6 +270,40 @@ def test_a_quantisation_in_a_file_of_its_own_beside_another_method(tmp_path: Pat
     assert "two different quantisations" in refusal(folder).what
 
 
+@pytest.mark.parametrize("said", ["fp4", "fp8", None])
+@pytest.mark.parametrize("stored", ["fp4", "fp8"])
+@pytest.mark.parametrize("expert", [EXPERT, FUSED], ids=["by number", "fused"])
+def test_experts_are_what_their_tensors_show(said: str | None, stored: str, expert: str, tmp_path: Path) -> None:
+    """Whatever config.json calls them, which is then said; the attention is FP8 in either case."""
+    shape = (192, 320) if expert == EXPERT else (2, 192, 320)
+    name, scale_name = (f"{EXPERT}.weight", f"{EXPERT}.scale") if expert == EXPERT else (FUSED, f"{FUSED}_scale_inv")
+    block = (*(1,) * (len(shape) - 2), 128, 128)
+    if stored == "fp4":
+        codes, groups = random_bytes(*shape[:-1], 160).view(torch.int8), exponents(*shape[:-1], 10)
+        expected = unpack_fp4(codes) * in_groups(powers(groups), shape, 32)
+    else:
+        codes, groups = weight(*shape).to(torch.float8_e4m3fn), exponents(*shape[:-2], 2, 3)
+        expected = codes.double() * expand(powers(groups), shape, block)
+    dense, blocks = float8_blocks(weight(192, 200), (128, 128))
+    tensors = {name: codes, scale_name: groups, f"{LINEAR}.weight": dense, f"{LINEAR}.scale": blocks}
+    checkpoint = opened(tmp_path, tensors, V4, **({} if said is None else {"expert_dtype": said}))
+    same(checkpoint.read(name), expected)
+    same(checkpoint.read(f"{LINEAR}.weight"), dense.double() * expand(blocks.double(), (192, 200), (128, 128)))
+    if said in (None, stored):
+        assert checkpoint.notes == ()
+    else:
+        (note,) = checkpoint.notes
+        label = "mxfp4 in groups of 32" if stored == "fp4" else "float8 in blocks of 128×128"
+        assert note == f"config.json says expert_dtype {said}, but '{name}' is stored as {label}: read so"
+
+
+def test_what_config_json_says_otherwise_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        opened(tmp_path, fp4_tensors(), V4, expert_dtype="fp8").close()
+    (line,) = caplog.messages
+    assert line.startswith(f"note: {tmp_path}: config.json says expert_dtype fp8")
+
+
 def fp4_tensors() -> dict[str, Tensor]:
     codes, scale = deepseek_fp4(weight(24, 200))
     return {f"{EXPERT}.weight": codes, f"{EXPERT}.scale": scale}
@@ -280,7 +315,6 @@ def fp4_tensors() -> dict[str, Tensor]:
         (V4, {f"{EXPERT}.scale": None}, "is I8 and needs one scale beside it, found none"),
         (V4, {f"{EXPERT}.weight": None}, "of dtype F8_E8M0 in"),
         (V4, {f"{EXPERT}.scale": torch.ones(24, 7)}, "does not say expert_dtype fp4"),
-        (V4 | {"expert_dtype": "fp8"}, {}, "as config.json says expert_dtype fp8"),
         (V4 | {"scale_fmt": "float"}, {}, "as config.json says scale_fmt float"),
         (V4, {f"{EXPERT}.scale": exponents(24, 6)}, "expected scales [24, 7] in groups of 32"),
         (V4, {f"{EXPERT}.scale": exponents(1, 1)}, "expected scales [24, 7] in groups of 32"),

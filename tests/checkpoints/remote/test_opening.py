@@ -68,7 +68,8 @@ def _ask(url: str, home: Path, *questions: Question) -> list[dict[str, Any]]:
     assert done.returncode == 0, done.stderr
     assert SECRET not in done.stdout + done.stderr
     assert not [path for path in home.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    said = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
+    return [{**json.loads(line), "said": said} for line in done.stdout.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +152,12 @@ def test_refusals(hub: Hub, tmp_path: Path) -> None:
 
 def test_without_the_hub_what_was_fetched_serves(hub: Hub, tmp_path: Path) -> None:
     names = list(TENSORS)[:2]
-    _read(hub.url, tmp_path, "hf://org/gone", names)
-    assert _read("http://127.0.0.1:9", tmp_path, "hf://org/gone", names)["sums"] == _sums(names)
+    assert not _read(hub.url, tmp_path, "hf://org/gone", names)["said"]
+    found = _read("http://127.0.0.1:9", tmp_path, "hf://org/gone", names)
+    assert found["sums"] == _sums(names)
+    (note,) = found["said"]
+    assert note.startswith("note: the hub cannot be reached for org/gone (")
+    assert f"commit {COMMIT} of its cache is read" in note
 
 
 def test_a_quantised_model_is_read_by_range(hub: Hub, tmp_path: Path) -> None:

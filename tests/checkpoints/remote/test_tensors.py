@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import multiprocessing
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -112,6 +114,50 @@ def test_no_more_is_kept_than_there_is_room_for(tmp_path: Path, room: int) -> No
     assert _size(tmp_path) <= room
     with pytest.raises(UsageError, match=f"takes {room + 1:,} bytes, and {room:,} may be kept"):
         _content(tensors, _info(0, room + 1))
+
+
+def test_parts_of_killed_runs_count_and_make_room(tmp_path: Path) -> None:
+    folder = tmp_path / NAME
+    folder.mkdir()
+    for n in range(8):
+        (folder / f"{500_000 + 1000 * n}-1000.part").write_bytes(bytes(900))
+    held = folder / "700000-1000.part"
+    held.write_bytes(bytes(900))
+    with held.open("r+b") as writer:
+        fcntl.flock(writer, fcntl.LOCK_EX)  # as another process does while it fetches
+        for path in folder.iterdir():
+            os.utime(path, (0, 0))
+        tensors = FetchedTensors(tmp_path, Far(), 8000)
+        for n in range(20):
+            assert _content(tensors, _info(1000 * n, 1000)) == CONTENT[1000 * n : 1000 * n + 1000]
+            assert _size(tmp_path) <= 8000
+        assert list(folder.glob("*.part")) == [held]
+
+
+def test_a_part_that_goes_while_it_is_waited_for(tmp_path: Path) -> None:
+    """Whoever opened it before it was removed begins another one."""
+    part = tmp_path / NAME / "17-1000.part"
+    part.parent.mkdir()
+    part.write_bytes(bytes(500))
+    waiting = part.open("r+b")
+    fcntl.flock(waiting, fcntl.LOCK_EX)
+    with ThreadPoolExecutor(1) as pool:
+        fetched = pool.submit(_content, FetchedTensors(tmp_path, Far()), _info(17, 1000))
+        while not fetched.running():
+            pass
+        part.unlink()
+        waiting.close()
+        assert fetched.result() == CONTENT[17:1017]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def full(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(CannotWriteError, match=r"Cannot write .*0-1000: the disk is full\. .*remote_cache_gb"):
+        _content(FetchedTensors(tmp_path, Far()), _info(0, 1000))
 
 
 def test_a_tensor_that_is_let_go_of_while_it_is_read_stays_readable(tmp_path: Path) -> None:

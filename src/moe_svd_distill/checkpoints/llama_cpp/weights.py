@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
-from moe_svd_distill.checkpoints.llama_cpp.names import NAMINGS, OUTSIDE, Naming, Share
+from moe_svd_distill.checkpoints.llama_cpp.names import HEADS, NAMINGS, OUTSIDE, Naming, Share
 from moe_svd_distill.checkpoints.llama_cpp.settings import ANOTHER
 from moe_svd_distill.checkpoints.quantisation.coded import Arrangement, Coded, Ggml, Part
 from moe_svd_distill.checkpoints.quantisation.view import View
@@ -20,7 +20,6 @@ from moe_svd_distill.files.header import TensorInfo
 
 ROTARY = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _IN_LAYER = re.compile(r"blk\.(\d+)\.(.+)")
-_HEADS = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
 _USE_ANOTHER = "Give a file of another type, or the model's safetensors"
 
 
@@ -106,8 +105,8 @@ class _Weights:
             for expert in range(count):
                 place = info.offset + expert * size
                 self._add(hub.format(expert), replace(info, shape=info.shape[1:], bytes=size, offset=place))
-        elif naming.turned_heads and leaf in _HEADS:
-            self._add(hub, info, "turned", self.config[_HEADS[leaf]])
+        elif naming.turned_heads and leaf in HEADS:
+            self._add(hub, info, "turned", self.config[HEADS[leaf]])
         elif naming.norms_plus_one and leaf.endswith("_norm"):
             self._add(hub, info, "less_one")
         else:

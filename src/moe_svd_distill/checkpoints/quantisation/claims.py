@@ -53,6 +53,7 @@ class Claims:
         coded: Name of a weight to how it is stored.
         companions: Name of a stored tensor to that of the weight it belongs to, other than by its own name.
         set_aside: Name of a stored tensor that belongs to no weight to the reason why none needs it.
+        notes: Where the configuration says something else than the tensors, which count.
         faults: All that is wrong.
     """
 
@@ -62,6 +63,7 @@ class Claims:
     coded: dict[str, Coded] = field(default_factory=dict)
     companions: dict[str, str] = field(default_factory=dict)
     set_aside: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     faults: list[DistillError] = field(default_factory=list)
 
     def named(self, suffix: str) -> Iterator[tuple[str, TensorInfo]]:

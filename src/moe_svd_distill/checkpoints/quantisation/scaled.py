@@ -48,6 +48,8 @@ ALGORITHMS = (
     *("NVFP4", "W4A16_NVFP4", "W4A8_NVFP4_FP8", "MXFP4", "W4A8_MXFP4_FP8"),
 )
 MIXED = "MIXED_PRECISION"
+_PACKED = {"e2m1": "fp4", "element": "fp8"}
+"""How codes lie to what DeepSeek-V4 calls the dtype of its experts."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ def _read(
             claims.fault(f"{shown(info.name)} is {info.dtype} and needs one scale beside it, found {found}")
             continue
         _claim(claims, info, scales[0], declared)
+    _note_experts(claims, declared.experts)
     for module, scale in claims.named(MODULE_SCALES[0]):
         weight = claims.stored.get(f"{module}.weight")
         if weight is not None and scale.name not in claims.companions and not claims.faults:
@@ -215,12 +218,24 @@ def _contradiction(layout: Layout, declared: Declared) -> str | None:
     """What the configuration says instead."""
     if layout.scales is EXPONENTS and declared.scales == "float":
         return "plain scales, as config.json says scale_fmt float"
-    if layout.packed and not layout.second:
-        if declared.experts == "fp8":
-            return "FP8, as config.json says expert_dtype fp8"
-        if layout.scales is PLAIN_SCALES and declared.experts != "fp4":
-            return "exponents as scales, as config.json does not say expert_dtype fp4"
+    if layout.packed and layout.scales is PLAIN_SCALES and declared.experts != "fp4":  # could be integers
+        return "exponents as scales, as config.json does not say expert_dtype fp4"
     return None
+
+
+def _note_experts(claims: Claims, said: object) -> None:
+    """Name experts of another format than config.json says; dtypes and the grid of their scales show which it is."""
+    others = [
+        (name, coded.label)
+        for name, coded in claims.coded.items()
+        if ".experts." in name
+        and isinstance(coded.coding, Scaled)
+        and _PACKED.get(coded.coding.codes) not in (None, said)
+    ]
+    if said in _PACKED.values() and others:
+        name, label = others[0]
+        more = f" and {len(others) - 1} more are" if len(others) > 1 else " is"
+        claims.notes.append(f"config.json says expert_dtype {said}, but {shown(name)}{more} stored as {label}: read so")
 
 
 def _block(

@@ -56,6 +56,7 @@ class View:
         companions: Name of a stored tensor to that of the weight it belongs to.
         set_aside: Name of a stored tensor that belongs to no weight to the reason why none needs it.
         quantisation: Method and codings in words, or ``None`` for a plain model.
+        notes: Where the configuration says something else than the tensors, which count.
     """
 
     tensors: Mapping[str, TensorInfo]
@@ -63,6 +64,7 @@ class View:
     companions: Mapping[str, str] = field(default_factory=dict)
     set_aside: Mapping[str, str] = field(default_factory=dict)
     quantisation: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def view_of(
@@ -93,6 +95,7 @@ def view_of(
         claims.companions,
         claims.set_aside,
         _words(method, claims),
+        tuple(claims.notes),
     )
     return view, claims.faults
 

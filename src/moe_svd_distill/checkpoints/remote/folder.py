@@ -149,6 +149,8 @@ def keep(address: str, room: int | None) -> Path:
         if isinstance(source, HubSource) and source.snapshot.unreachable is not None:
             raise source.snapshot.unreachable
         known = _made(folder, source, room)
+    elif isinstance(source, HubSource):
+        source.snapshot.say_if_cached()
     if room not in (None, known.room):
         _write_record(replace(known, room=room))
     return folder

@@ -1,12 +1,12 @@
 """The tensors of a remote model on this machine: each in a file of its own, fetched once, the oldest let go of first.
 
 A file that is there is whole. A tensor on its way grows in a ``.part`` beside it that one process at a time may write
-to; whoever comes next goes on where it stopped. A file that is let go of while it is mapped stays readable until then.
+to, under a lock; whoever comes next goes on where it stopped. Where room is needed, a part that nobody holds the lock
+of goes as a whole file does. A file that is let go of while it is mapped stays readable until then.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 from collections import deque
@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from threading import BoundedSemaphore, Condition
 
-from moe_svd_distill.errors import CannotWriteError, RemoteError, UsageError, shown
+from moe_svd_distill.errors import RemoteError, UsageError, shown
 from moe_svd_distill.files.header import TensorInfo
 from moe_svd_distill.files.writing import explain_writing
 
@@ -36,6 +36,7 @@ _FULL = 7 / 8
 """Share of the room that one process fills; the rest is for what the others do not know of yet."""
 _FREED = 1 / 8
 """Share of the room that is freed at a time."""
+_MAKE_ROOM = "Make room, keep less (remote_cache_gb), or point HF_HOME to another disk"
 
 
 class FetchedTensors:
@@ -96,7 +97,7 @@ class FetchedTensors:
             try:
                 self._fetch(path, name, info)
             except OSError as error:
-                raise _explained(error, path) from error
+                raise explain_writing(error, path, opening=True, action=_MAKE_ROOM) or error from error
         return path
 
     @staticmethod
@@ -179,8 +180,7 @@ class FetchedTensors:
                 for _, size, path in files:
                     if counted + coming <= limit - _FREED * room:
                         break
-                    if path.suffix != _PART:
-                        path.unlink(missing_ok=True)
+                    if _let_go_of(path):
                         counted -= size
             self._counted, self._since = counted, 0
         return self._counted + self._since + coming <= limit or self._coming == 0
@@ -212,10 +212,21 @@ def _locked(part: Path) -> int:
         os.close(descriptor)  # it became the whole file, or went
 
 
-def _explained(error: OSError, path: Path) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return CannotWriteError(
-            f"there is no room for a tensor of a remote model in {shown(path.parent)}",
-            "Make room, keep less (remote_cache_gb), or point HF_HOME to another disk",
-        )
-    return explain_writing(error, path, opening=True) or error
+def _let_go_of(path: Path) -> bool:
+    """Remove a file, unless it is a part that somebody writes to."""
+    if path.suffix != _PART:
+        path.unlink(missing_ok=True)
+        return True
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if mine := os.path.samestat(os.fstat(descriptor), path.stat()):
+            path.unlink()
+        return mine
+    except (BlockingIOError, FileNotFoundError):  # is written to, or became the whole file
+        return False
+    finally:
+        os.close(descriptor)

@@ -72,11 +72,11 @@ def merge_command(folder: Path, output: Path, student: str | None, as_json: bool
 @click.option(
     "--format",
     "layout",
-    type=click.Choice(["peft", "plain", "fused"]),
+    type=click.Choice(["peft", "plain", "fused", "gguf"]),
     default="peft",
     show_default=True,
-    help="peft: for PEFT on transformers 5. plain: stored names alone, for vLLM, SGLang, llama.cpp and transformers 4. "
-    "fused: one pair for all experts of a layer, for PEFT and vLLM.",
+    help="peft: for PEFT on transformers 5. plain: stored names alone, for vLLM, SGLang and transformers 4. "
+    "fused: one pair for all experts of a layer, for PEFT and vLLM. gguf: a file for llama.cpp.",
 )
 @click.option("--text-only", is_flag=True, help="For the student's class for text alone, not the checkpoint's own.")
 @student_option
@@ -84,7 +84,7 @@ def merge_command(folder: Path, output: Path, student: str | None, as_json: bool
 def export_command(
     folder: Path, output: Path, layout: str, text_only: bool, student: str | None, as_json: bool
 ) -> None:
-    """Write the adapter in FOLDER to OUTPUT with the same changes under other keys; PEFT is asked whether it loads."""
+    """Write the adapter in FOLDER to OUTPUT with the same changes in another layout; PEFT is asked whether it loads."""
     from dataclasses import asdict
 
     from moe_svd_distill.adapter.export import export
@@ -97,7 +97,8 @@ def export_command(
         print_json({**asdict(report), "output": str(report.output)})
         return
     click.echo(f"{report.output}: {report.tensors} tensors")
-    click.echo("PEFT loads all of them" if report.loads else f"PEFT does not load it as it is: {report.why_not}")
+    if report.loads is not None:
+        click.echo("PEFT loads all of them" if report.loads else f"PEFT does not load it as it is: {report.why_not}")
     for limit in report.limits:
         click.echo(f"note: {limit}")
 
