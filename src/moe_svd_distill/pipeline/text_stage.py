@@ -106,6 +106,8 @@ class _TextStage:
 
     def on_progress(self, progress: Progress, steps: int) -> None:
         """Pass on where training stands; of a training of all layers the output folder holds its curve."""
+        if not self.points and progress.step > 1:
+            self.note(f"{self.step}: resuming from step {progress.step - 1:,} of {steps:,}")
         self.report(self.step, progress.step / steps)
         if progress.halvings > self.halvings:
             self.halvings = progress.halvings
