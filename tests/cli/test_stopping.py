@@ -33,7 +33,7 @@ def stopped(words: list[str], number: signal.Signals, at: str) -> tuple[int, lis
         assert process.stderr is not None
         for line in process.stderr:
             said.append(line.rstrip("\n"))
-            if at in line:
+            if line.strip() == at:
                 process.send_signal(number)
                 break
         said += process.stderr.read().splitlines()
@@ -47,9 +47,9 @@ def test_a_stopped_run_says_so_and_the_next_one_goes_on(tmp_path: Path) -> None:
     words += ["--output", str(tmp_path / "out"), "--calibration", str(TEXT), "--method", "refined", "--start", "zero"]
     words += ["--tokens", "1600", "--scale-search-tokens", "1100", "--device", "cpu", "--workers", "1"]
     words += [word for setting in SETTINGS for word in ("--set", setting)]
-    code, said = stopped(words, signal.SIGINT, "training: step")
+    code, said = stopped(words, signal.SIGINT, "training")
     assert (code, said[-1]) == (130, STOPPED), said
-    code, again = stopped(words, signal.SIGTERM, "training: step")
+    code, again = stopped(words, signal.SIGTERM, "training")
     assert (code, again[-1]) == (143, STOPPED), again
     assert not any("Traceback" in line for line in said + again)
     assert not any("resuming" in line for line in said)
