@@ -8,50 +8,77 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe_svd_distill.adapter.merge import merge as merge
     from moe_svd_distill.adapter.repair import rebuild_configuration
-    from moe_svd_distill.adapter.verify import verify as verify
+    from moe_svd_distill.adapter.verify import verify
+    from moe_svd_distill.cli.progress import Monitor
+    from moe_svd_distill.errors import DistillError
     from moe_svd_distill.evaluation.request import BenchmarkRequest, EvaluationRequest
-    from moe_svd_distill.pipeline.distill import Adapter, Listener, distill, load_adapter
-    from moe_svd_distill.pipeline.evaluate import evaluate_adapter
+    from moe_svd_distill.execution.events import Listener
+    from moe_svd_distill.pipeline.distill import Adapter, distill, load_adapter
+    from moe_svd_distill.pipeline.evaluate import evaluate, evaluate_adapter
+    from moe_svd_distill.pipeline.inspect import inspect
+    from moe_svd_distill.pipeline.merge import merge
+    from moe_svd_distill.pipeline.plan import make_plan as plan
     from moe_svd_distill.recipe import Recipe, load_recipe, parse_recipe
+
+    __version__: str
 
 __all__ = [
     "Adapter",
     "BenchmarkRequest",
+    "DistillError",
     "EvaluationRequest",
     "Listener",
+    "Monitor",
     "Recipe",
+    "__version__",
     "distill",
+    "evaluate",
     "evaluate_adapter",
+    "inspect",
     "load_adapter",
     "load_recipe",
     "merge",
     "parse_recipe",
+    "plan",
     "rebuild_configuration",
     "verify",
 ]
 
 _HOMES = {
     "Adapter": "pipeline.distill",
-    "Listener": "pipeline.distill",
+    "DistillError": "errors",
+    "Listener": "execution.events",
+    "Monitor": "cli.progress",
     "distill": "pipeline.distill",
     "load_adapter": "pipeline.distill",
     "BenchmarkRequest": "evaluation.request",
     "EvaluationRequest": "evaluation.request",
+    "evaluate": "pipeline.evaluate",
     "evaluate_adapter": "pipeline.evaluate",
+    "inspect": "pipeline.inspect",
     "Recipe": "recipe",
     "load_recipe": "recipe",
     "parse_recipe": "recipe",
-    "merge": "adapter.merge",
+    "plan": "pipeline.plan:make_plan",
+    "merge": "pipeline.merge",
     "rebuild_configuration": "adapter.repair",
     "verify": "adapter.verify",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("moe-svd-distill")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    module, _, attribute = _HOMES[name].partition(":")
+    return getattr(import_module(f"{__name__}.{module}"), attribute or name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -31,7 +31,7 @@ class DistillError(Exception):
     def __init__(self, what: str, action: str) -> None:
         self.what = _WANTS_CODE.sub(_NEVER, " ".join(what.split())).rstrip(".")
         self.action = " ".join(action.split()).rstrip(".")
-        super().__init__(f"{self.what}. {self.action}.")
+        super().__init__(f"{self.what}. {self.action}{'' if self.action.endswith('?') else '.'}")
 
     def __reduce__(self) -> tuple[type[DistillError], tuple[str, str]]:
         """Survive the trip from a worker process to its parent."""

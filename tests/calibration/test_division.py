@@ -108,7 +108,7 @@ def test_no_document_is_in_two_parts_and_no_budget_is_exceeded(
 def test_refusals() -> None:
     with pytest.raises(UsageError, match="no tokens"):
         divide_text(_documents(30, 500), PLAIN, {"fit": 0})
-    with pytest.raises(BadDataError, match=r"too short: 60 tokens, one sequence takes 200"):
+    with pytest.raises(BadDataError, match=r"too short: found 60 tokens, expected at least 200"):
         divide_text(_documents(6, 10), PLAIN, BUDGETS, length=100)
 
 

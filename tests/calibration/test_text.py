@@ -83,7 +83,7 @@ def test_documents_with_tokens_one_model_lacks_are_skipped(folder: Path) -> None
 
 
 def test_too_short(folder: Path) -> None:
-    with pytest.raises(BadDataError, match=r"too short: \d+ tokens, one sequence takes 512"):
+    with pytest.raises(BadDataError, match=r"too short: found \d+ tokens, expected at least 512"):
         tokenize([Document("a", "the cat")], load_tokenizer(folder))
 
 

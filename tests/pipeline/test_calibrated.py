@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 
 from moe_svd_distill.adapter.verify import check_loads, verify
 from moe_svd_distill.errors import IncompatiblePairError, NothingToTransferError, UsageError
-from moe_svd_distill.pipeline.distill import Adapter, Listener, distill, load_adapter
+from moe_svd_distill.pipeline.distill import Adapter, distill, load_adapter
 from moe_svd_distill.pipeline.lab import lab_pair
 from moe_svd_distill.pipeline.pair import open_model, open_pair
 from moe_svd_distill.pipeline.texts import LONGEST_SEQUENCE, longest_sequence, read_run_text
 from moe_svd_distill.recipe import Recipe, recipe_yaml
 from moe_svd_distill.streaming import group_of
+from tests.support.events import notes_to
 from tests.support.heads import TEXT, student_with_tokenizer, teacher_with_other_head, trained_tokenizer
 from tests.support.models import load
 from tests.support.pairs import recipe_for
@@ -299,7 +300,7 @@ def test_a_shortfall_of_text_is_said(tiny: tuple[Path, Path], tmp_path: Path) ->
     short.write_text("\n".join(json.dumps({"text": json.loads(line)["text"][:600]}) for line in lines))
     notes: list[str] = []
     values = HEAD_ALONE | {"calibration": [str(short)], "tokens": 1 << 20, "fit_passes": 1}
-    adapter = distill(recipe_for(*tiny, tmp_path / "out", **values), Listener(on_note=notes.append))
+    adapter = distill(recipe_for(*tiny, tmp_path / "out", **values), notes_to(notes))
     shortfalls = adapter.record.content["calibration"]["shortfalls"]
     assert set(shortfalls) <= set(notes)
     (of_fit,) = [shortfall for shortfall in shortfalls if shortfall.startswith("fit text: ")]
@@ -350,7 +351,7 @@ def test_a_rate_that_had_to_be_halved_is_said_and_recorded(
 ) -> None:
     monkeypatch.setattr("moe_svd_distill.pipeline.schedule.HEAD_RATE", 1e4)
     said: list[str] = []
-    adapter = distill(recipe_for(*tiny, tmp_path / "out", **HEAD_ALONE), Listener(on_note=said.append))
+    adapter = distill(recipe_for(*tiny, tmp_path / "out", **HEAD_ALONE), notes_to(said))
     halvings = adapter.record.content["calibration"]["halvings"]
     assert halvings >= 1
     anew = [note for note in said if "begins anew at half the rate" in note]

@@ -18,8 +18,11 @@ from moe_svd_distill.errors import (
     NothingToTransferError,
 )
 from moe_svd_distill.pipeline.distill import distill, load_adapter
+from moe_svd_distill.pipeline.output import judge_output
 from moe_svd_distill.pipeline.pair import open_model
+from moe_svd_distill.pipeline.plan import make_plan
 from moe_svd_distill.recipe import Recipe
+from tests.support.events import notes_to
 from tests.support.models import load, logits, saved
 from tests.support.pairs import planted_pair, recipe_for, with_tensors
 
@@ -156,3 +159,58 @@ def test_a_custom_alpha_leaves_the_product_alone(tmp_path: Path) -> None:
     adapted = PeftModel.from_pretrained(load(student), str(adapter.folder))
     assert float((logits(adapted) - logits(load(teacher))).abs().max()) < 1e-3
     assert verify(adapter.folder).scale == pytest.approx(48.0 / configuration["r"])
+
+
+def test_a_finished_adapter_of_another_pair_is_not_replaced_unasked(
+    finished: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    recipe, out = finished
+    copy = shutil.copytree(out, tmp_path / "copy")
+    other = saved("qwen3_moe", tmp_path / "other", seed=9)
+    (copy / "evaluation.json").write_text(json.dumps({"adapter_sha256": load_adapter(copy).sha256, "verdict": "old"}))
+    (copy / "report.html").write_text("old")
+    (copy / "training_curve.json").write_text("{}")
+    before = (copy / "run.json").read_bytes()
+    changed = recipe.model_copy(update={"output": copy, "teacher": str(other)})
+    for judge in (distill, make_plan):
+        with pytest.raises(CannotWriteError, match=r"holds a finished adapter of another teacher .*--force") as caught:
+            judge(changed)
+        assert caught.value.exit_code == 73
+    assert (copy / "run.json").read_bytes() == before
+    said: list[str] = []
+    distill(changed, notes_to(said), force=True)
+    assert not any((copy / name).exists() for name in ("evaluation.json", "report.html", "training_curve.json"))
+    assert any("replaces the finished adapter" in note and str(other) in note for note in said)
+    assert [note for note in said if note.startswith("deleted")] == [
+        f"deleted {name}: it was of the adapter that lay here before"
+        for name in ("evaluation.json", "report.html", "training_curve.json")
+    ]
+
+
+def test_another_setting_replaces_the_adapter_and_says_so_and_the_same_bytes_keep_their_evaluation(
+    finished: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    recipe, out = finished
+    copy = shutil.copytree(out, tmp_path / "copy")
+    (copy / "evaluation.json").write_text(
+        json.dumps({"adapter_sha256": load_adapter(copy).sha256, "verdict": "Helps."})
+    )
+    said: list[str] = []
+    same = recipe.model_copy(update={"output": copy})
+    distill(same, notes_to(said))
+    assert (copy / "evaluation.json").exists()
+    assert [note for note in said if note.startswith(("replaces", "deleted"))] == []
+    assert any(note.startswith(f"resuming from {copy}: 4 finished parts") for note in said)
+    distill(same.model_copy(update={"rank": 3}), notes_to(said))
+    assert any("rank 4 → 3" in note for note in said)
+    assert not (copy / "evaluation.json").exists()
+
+
+def test_a_damaged_record_of_an_earlier_run_does_not_stop_the_next(
+    finished: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    recipe, out = finished
+    for number, content in enumerate(("{", "[]", '{"recipe": 3}', '{"recipe": {"teacher": null}}')):
+        copy = shutil.copytree(out, tmp_path / str(number))
+        (copy / "run.json").write_text(content)
+        assert judge_output(recipe.model_copy(update={"output": copy}), force=True) is not None

@@ -21,6 +21,7 @@ from moe_svd_distill.pipeline.plan import make_plan
 from moe_svd_distill.pipeline.sampling import runs, spread_rows
 from moe_svd_distill.roles import ROLES, Axis, TensorView
 from tests.support import architectures
+from tests.support.heads import TEXT, trained_tokenizer, with_tokenizer
 from tests.support.models import save, saved
 from tests.support.pairs import FAMILIES, planted_pair, recipe_for, with_tensors
 
@@ -258,10 +259,9 @@ def test_inspect_and_plan_say_the_same(tmp_path: Path) -> None:
     facts = compare_models(str(teacher), str(student))
     assert facts["relatedness"]["lineage"] == "one lineage"
     assert facts["student"]["hidden"] == 192
-    text = tmp_path / "text.txt"
-    text.write_text("words", encoding="utf-8")
-    for calibration, key in (([], "without_text"), ([str(text)], "with_text")):
-        outlook = make_plan(recipe_for(teacher, student, tmp_path / "out", calibration=calibration)).as_dict()
+    text = {"calibration": [str(TEXT)], "tokens": 1024, "scale_search_tokens": 1024}
+    for values, key in (({}, "without_text"), (text, "with_text")):
+        outlook = make_plan(recipe_for(teacher, student, tmp_path / "out", **values)).as_dict()
         assert outlook["method"]["auto"] == facts["method"][key]
         assert outlook["relatedness"] == facts["relatedness"]
         json.dumps(outlook)
@@ -297,10 +297,12 @@ def test_models_without_roles_have_no_known_lineage(tmp_path: Path) -> None:
 
 
 def test_layers_without_roles_leave_the_other_stages_as_they_are(tmp_path: Path) -> None:
-    folders = [architectures.saved("gpt_neox", tmp_path / f"m{seed}", seed) for seed in (1, 2)]
-    outlook = make_plan(
-        recipe_for(*folders, tmp_path / "out", method="calibrated", calibration=[str(LAB / "text")])
-    ).as_dict()
+    tokenizer, folders = trained_tokenizer(tmp_path / "tokenizer", 300), []
+    for seed in (1, 2):
+        model = architectures.saved("gpt_neox", tmp_path / f"m{seed}", seed, vocab_size=300)
+        folders.append(with_tokenizer(model, tokenizer))
+    text = {"calibration": [str(TEXT)], "tokens": 1024, "scale_search_tokens": 1024}
+    outlook = make_plan(recipe_for(*folders, tmp_path / "out", method="calibrated", **text)).as_dict()
     assert outlook["method"]["stages"] == ["calibrated"]
     assert not any("layers" in name for name in outlook["pairings"])
 

@@ -18,9 +18,10 @@ from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.adapter.merge import merge
 from moe_svd_distill.adapter.verify import verify
 from moe_svd_distill.errors import MissingInputError, UsageError
-from moe_svd_distill.pipeline.distill import Listener, distill, load_adapter
+from moe_svd_distill.pipeline.distill import distill, load_adapter
 from moe_svd_distill.pipeline.pair import open_model
 from moe_svd_distill.recipe import Recipe, recipe_yaml
+from tests.support.events import notes_to
 from tests.support.heads import TRAINED
 from tests.support.models import load
 from tests.support.pairs import recipe_for
@@ -172,7 +173,7 @@ def test_with_a_large_vocabulary_and_little_text_the_head_stands_still(tiny: tup
         "tokens": 512,
     }
     recipe = recipe_for(*tiny, tmp_path / "out", **values)
-    adapter = distill(recipe, Listener(on_note=notes.append))
+    adapter = distill(recipe, notes_to(notes))
     record, head = adapter.record.content, open_model(recipe.student).architecture.head
     assert record["method"] == "refined"
     assert "the head stands still" in record["method_choice"]["reason"]

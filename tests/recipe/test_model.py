@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from moe_svd_distill.algebra.divergence import DIVERGENCES
 from moe_svd_distill.errors import UsageError
-from moe_svd_distill.recipe import TextSource, parse_recipe, recipe_yaml, text_sources
+from moe_svd_distill.recipe import TextSource, TrainingRecipe, parse_recipe, recipe_yaml, text_sources
 
 BASE = {"teacher": "t", "student": "s"}
 
@@ -45,6 +47,24 @@ def test_values_out_of_range_are_one_line_with_exit_code_2(change: dict[str, Any
     assert caught.value.exit_code == 2
     assert next(iter(change)) in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert not re.search("Input|valid|parse|literal", str(caught.value))
+
+
+def test_every_divergence_is_named_for_people() -> None:
+    description = TrainingRecipe.model_fields["divergence"].description or ""
+    assert all(name in description for name in DIVERGENCES)
+
+
+def test_every_key_of_a_written_recipe_has_a_comment_with_its_choices() -> None:
+    lines = recipe_yaml(parse_recipe(BASE)).splitlines()
+    for number, line in enumerate(lines):
+        if line.lstrip()[0] not in "#-":
+            assert lines[number - 1].lstrip().startswith("#"), line
+    text = " ".join(line.strip("# ") for line in lines)
+    for choices in ("[svd, fourier, slice or procrustes]", "[auto or a number (above 0)]", "[auto, muon or adamw]"):
+        assert choices in text
+    assert "None" not in text
+    assert "null" in text
 
 
 @pytest.mark.parametrize(
@@ -103,10 +123,10 @@ def test_sources_of_text_with_shares() -> None:
     [
         ([{"path": "a", "share": 0.5}, {"path": "b", "share": 0.4}], "calibration: the shares sum to 0.9, expected 1"),
         ([{"path": "a", "share": 1.0}, "b"], "the shares sum to 1 and leave nothing for the sources without one"),
-        ([{"path": "a", "share": 0}], r"calibration.0.share: Input should be greater than 0, found 0"),
+        ([{"path": "a", "share": 0}], r"calibration.0.share: expected a number \(above 0, at most 1\), found 0"),
         ([{"path": "a", "shares": 0.5}], r"unknown key 'calibration.0.shares'. Did you mean 'share'"),
         ([{"share": 0.5}], r"calibration.0.path is not given"),
-        ([3], "calibration.0: Input should be a valid string"),
+        ([3], "calibration.0: expected text or {path, share, field}, found 3"),
     ],
 )
 def test_shares_that_do_not_fit_are_refused(given: list[Any], said: str) -> None:

@@ -7,8 +7,9 @@ import signal
 import sys
 from pathlib import Path
 
-from moe_svd_distill.pipeline.distill import Listener, distill
+from moe_svd_distill.pipeline.distill import distill
 from moe_svd_distill.recipe import load_recipe
+from tests.support.events import stages_to
 from tests.support.passes import a_journal_of_every_layer
 
 
@@ -21,7 +22,7 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     with a_journal_of_every_layer():
-        distill(load_recipe(Path(file), {}), Listener(on_stage=on_stage))
+        distill(load_recipe(Path(file), {}), stages_to(on_stage))
 
 
 if __name__ == "__main__":

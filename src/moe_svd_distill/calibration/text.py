@@ -286,7 +286,10 @@ def all_portions(documents: Sequence[Document]) -> tuple[Portion, ...]:
     return tuple(document.portion for document in documents if document.portion is not None)
 
 
-def too_short(total: int, length: int, skipped: int) -> BadDataError:
-    """The refusal of text that does not fill what it must."""
+def too_short(total: int, least: int, skipped: int) -> BadDataError:
+    """The refusal of text that does not fill one sequence of each part."""
     note = f" ({skipped} documents were skipped for tokens unknown to one of the models)" if skipped else ""
-    return BadDataError(f"The text is too short: {total} tokens, one sequence takes {length}{note}", "Give more text")
+    return BadDataError(
+        f"The text is too short: found {total:,} tokens, expected at least {least:,}, one sequence of each part{note}",
+        "Give more text: 16 sources and 16,384 tokens or more judge well",
+    )

@@ -6,24 +6,30 @@ import importlib
 import io
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from difflib import get_close_matches
+from types import FrameType
 
 import click
 
-from moe_svd_distill.errors import DistillError
+from moe_svd_distill.errors import DistillError, UsageError
+from moe_svd_distill.execution.processes import Terminated
 
 # Command to the module and the function that hold it, and one line of help: --help imports no command.
 COMMANDS = {
     "demo": ("distill:demo_command", "Distil the bundled lab pairs, evaluate, and show what the adapters do."),
-    "init": ("distill:init_command", "Write a recipe for a teacher and a student, every key explained."),
+    "init": ("recipe:init_command", "Write a recipe for a teacher and a student, every key explained."),
     "inspect": (
         "inspect:inspect_command",
         "Show what a model is, from its headers only; with a second model, how the two are related.",
     ),
-    "plan": ("plan:command", "Show what a recipe would do to every tensor, before any work."),
+    "plan": ("plan:command", "Show everything that distill would do, and what it takes, before any work."),
     "distill": (
         "distill:distill_command",
         "Make a LoRA adapter for the student from the teacher; resumes by default.",
@@ -40,10 +46,24 @@ COMMANDS = {
         "Rebuild adapter_config.json from an adapter's header alone.",
     ),
     "clean": ("distill:clean_command", "Delete the working files of a finished run."),
+    "schema": ("recipe:schema_command", "Print the JSON schema of recipes: every key, what it takes, its default."),
+    "completion": ("recipe:completion_command", "Print what a shell needs to complete commands and options."),
 }
+PROGRAM = "moe-svd-distill"
+COMPLETE_VARIABLE = "_MOE_SVD_DISTILL_COMPLETE"
+_RESUMES = ("demo", "distill", "evaluate")
 INTERNAL_ERROR = 70
-INTERRUPTED = 130
+INTERRUPTED = 128 + signal.SIGINT
 NOBODY_READS = 141  # what a shell reports of a program that a closed pipe has ended
+
+
+class StoppedError(DistillError):
+    """Ctrl-C or SIGTERM: `exit_code` is what shells report of a program that the signal has ended."""
+
+    def __init__(self, command: str, exit_code: int) -> None:
+        self.exit_code = exit_code
+        kept = ": finished parts are kept; run the same command again" if command in _RESUMES else ""
+        Exception.__init__(self, f"stopped{kept}")
 
 
 class LazyGroup(click.Group):
@@ -51,6 +71,24 @@ class LazyGroup(click.Group):
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(COMMANDS)
+
+    def resolve_command(
+        self, context: click.Context, words: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = words[0]
+        if name in COMMANDS or name.startswith("-"):
+            return super().resolve_command(context, words)
+        near = get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+        raise UsageError(
+            f"there is no command {name!r}", f"Did you mean {near[0]!r}?" if near else f"Try: {PROGRAM} --help"
+        )
+
+    def invoke(self, context: click.Context) -> object:
+        """Here and not in `main`, because click would make something else of an interrupt, with an empty line."""
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt as stop:
+            raise StoppedError(context.invoked_subcommand or "", getattr(stop, "exit_code", INTERRUPTED)) from None
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
@@ -65,10 +103,13 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="moe-svd-distill", prog_name="moe-svd-distill")
+@click.version_option(package_name=PROGRAM, prog_name=PROGRAM)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def program(debug: bool) -> None:
-    """Move what a large teacher LLM knows into a smaller student LLM, as a LoRA adapter with measured figures."""
+    """Move what a large teacher LLM knows into a smaller student LLM, as a LoRA adapter with measured figures.
+
+    Example: moe-svd-distill demo
+    """
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -92,32 +133,62 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(words: list[str], as_json: bool, debug: bool) -> int:
     """Run a command and report its failure; the exit code."""
     try:
-        program.main(args=words, standalone_mode=False)
-        return 0
+        with _terminated_by_sigterm():
+            return int(
+                program.main(
+                    args=words,
+                    prog_name=PROGRAM,
+                    complete_var=COMPLETE_VARIABLE,
+                    standalone_mode=False,
+                    obj=tuple(words),
+                )
+                or 0
+            )
     except click.exceptions.Exit as leaving:
         return leaving.exit_code
-    except click.Abort:
-        return INTERRUPTED
     except click.ClickException as error:
-        hint = "" if not isinstance(error, click.UsageError) else " Try: moe-svd-distill --help"
-        return _report(error.format_message().rstrip(".") + "." + hint, error.exit_code, as_json)
+        return _report(_of_click(error), error.exit_code, as_json)
     except DistillError as error:
         return _report(str(error), error.exit_code, as_json, debug)
-    except KeyboardInterrupt as stop:
-        return _report(
-            "Stopped. Finished parts are kept; run the same command again to go on.",
-            getattr(stop, "exit_code", INTERRUPTED),
-            as_json,
-        )
+    except (KeyboardInterrupt, click.Abort) as stop:  # before a command began
+        return _report("stopped", getattr(stop, "exit_code", INTERRUPTED), as_json)
     except BrokenPipeError:
         raise
-    except SystemExit:  # how click leaves a closed pipe, and nothing else
+    except SystemExit:  # how click leaves a shell's completion and a closed pipe, and nothing else
+        if COMPLETE_VARIABLE in os.environ:
+            return 0
         raise BrokenPipeError from None
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return _report(
             f"Internal error: {text}. Run again with --debug and report what it prints.", INTERNAL_ERROR, as_json, debug
         )
+
+
+def _of_click(error: click.ClickException) -> str:
+    """What click found wrong, and the help of the command that was meant."""
+    message = error.format_message()
+    message += "" if message.endswith((".", "?", ")")) else "."
+    if not isinstance(error, click.UsageError) or "Did you mean" in message:
+        return message
+    return f"{message} Try: {error.ctx.command_path if error.ctx else PROGRAM} --help"
+
+
+@contextmanager
+def _terminated_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends a command like Ctrl-C; where it is ignored or handled already it stays so."""
+    mine = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if mine:
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
 
 
 def _write_what_the_terminal_can() -> None:
@@ -142,7 +213,7 @@ def _report(message: str, code: int, as_json: bool, debug: bool = False) -> int:
     if as_json:
         click.echo(json.dumps({"error": message, "exit_code": code}))
     else:
-        click.echo(f"moe-svd-distill: {message}", err=True)
+        click.echo(f"{PROGRAM}: {message}", err=True)
     return code
 
 

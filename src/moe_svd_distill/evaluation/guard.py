@@ -127,7 +127,7 @@ def kind_of(trials: Sequence[Trial]) -> Literal["harm", "none", "unproven"]:
 
 def kept_sentence(kept: Trial) -> str:
     """Say what is kept, with the figures it rests on."""
-    scales = ", ".join(f"{group} {scale:g}" for group, scale in kept.scales.items())
+    scales = ", ".join(f"{scale:g} ({group})" for group, scale in kept.scales.items())
     kl, entropy = kept.kl, kept.cross_entropy
     return (
         f"Kept at scale {scales}: on text that nothing was fitted on, KL falls by {kl.share(kl.fall):.1%} "

@@ -65,7 +65,7 @@ class EvaluationRequest:
         length: Tokens of a sequence at most.
         seed: Of the order of documents, the controls, the bootstrap and the examples of benchmarks.
         controls: Random deltas to measure.
-        device: Where the models run.
+        device: Where the models run; `auto` is the first CUDA device, or the CPU.
         mode: Whether models are held in memory; `auto` decides for each of them by the free memory.
         cache: Where streamed states and written programs lie; default: `cache` in the adapter's folder. States of the
             teacher and of the untouched student stay there for the next evaluation on the same text.
@@ -83,10 +83,18 @@ class EvaluationRequest:
     length: int = 512
     seed: int = 0
     controls: int = 1
-    device: str = "cpu"
+    device: str = "auto"
     mode: Mode = "auto"
     cache: Path | None = None
     vocabulary: VocabularyMode | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("adapter", Path(self.adapter)), ("texts", tuple(map(Path, self.texts)))):
+            object.__setattr__(self, name, value)
+        if self.device == "auto":
+            import torch
+
+            object.__setattr__(self, "device", "cuda:0" if torch.cuda.is_available() else "cpu")
 
     @property
     def cache_folder(self) -> Path:

@@ -161,29 +161,22 @@ def effect_of(
 def _sentence(found: Evaluation) -> str:
     before, after, gap = found.student, found.adapted, found.gap_closed
     ways = f"KL {before.kl:.4f} → {after.kl:.4f}, cross-entropy {before.cross_entropy:.4f} → {after.cross_entropy:.4f}"
-    control = found.control_gap_closed
     temperature = None if found.temperature_control is None else found.temperature_control.gap_closed
     match found.effect:
+        case "helps" if gap.cross_entropy is None:
+            return (
+                f"Closes {_percent(gap)} of the KL gap to the teacher; the student's cross-entropy was not certainly "
+                "worse than the teacher's."
+            )
         case "helps":
-            entropy = (
-                "; the student's cross-entropy was not certainly worse than the teacher's"
-                if gap.cross_entropy is None
-                else f" and {gap.cross_entropy:.1f} % of the cross-entropy gap{_within(gap.cross_entropy_interval)}"
+            return (
+                f"Closes {_percent(gap)} of the KL gap and {gap.cross_entropy:.1f} % of the cross-entropy gap to the "
+                "teacher."
             )
-            controls = (
-                ""
-                if control is None or control.kl is None
-                else f" A random change of the same size: {_percent(control)}."
-            )
-            if temperature is not None and temperature.kl is not None:
-                controls += f" One temperature on its logits: {_percent(temperature)}."
-            share = "an unknown share" if gap.kl is None else f"{gap.kl:.1f} %"
-            of_kl = f"{share} of the KL gap to the teacher{_within(gap.kl_interval)}"
-            return f"Closes {of_kl}{entropy}: {ways}.{controls}"
         case "recalibrates":
             return (
                 f"No more than recalibration: closes {_percent(gap)} of the KL gap, one temperature on the untouched "
-                f"student's logits {_percent(temperature)} ({ways})."
+                f"student's logits {_percent(temperature)}."
             )
         case "mixed":
             return f"No transfer: KL falls but cross-entropy rises ({ways})."
@@ -199,11 +192,7 @@ def _sentence(found: Evaluation) -> str:
 
 def _percent(gap: GapClosed | None) -> str:
     """Of the KL gap."""
-    return "unknown" if gap is None or gap.kl is None else f"{gap.kl:.1f} %{_within(gap.kl_interval)}"
-
-
-def _within(interval: Interval | None) -> str:
-    return "" if interval is None else f" (95 %: {interval.low:.1f} to {interval.high:.1f})"
+    return "an unknown share" if gap is None or gap.kl is None else f"{gap.kl:.1f} %"
 
 
 def _finite(value: float) -> float | None:

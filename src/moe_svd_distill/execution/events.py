@@ -2,8 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
+
+
+@dataclass(frozen=True)
+class Noted:
+    """What people should know."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class StageReached:
+    """A step of the run, and how much of it is done, from 0 to 1; None where that cannot be known."""
+
+    name: str
+    fraction: float | None = None
+
+
+@dataclass(frozen=True)
+class UnitsPlanned:
+    """The units of the weights stage and their costs, before work begins."""
+
+    units: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -89,6 +113,18 @@ class PartRejected:
     moved_to: Path
 
 
-Event = (
-    WorkerStarted | WorkerLost | UnitStarted | UnitProgress | UnitFinished | UnitFailed | UnitSetAside | PartRejected
+Event: TypeAlias = (
+    Noted
+    | StageReached
+    | UnitsPlanned
+    | WorkerStarted
+    | WorkerLost
+    | UnitStarted
+    | UnitProgress
+    | UnitFinished
+    | UnitFailed
+    | UnitSetAside
+    | PartRejected
 )
+Listener: TypeAlias = Callable[[Event], None]
+"""Who is told how a run goes."""

@@ -7,6 +7,7 @@ renaming its ``run.json`` first, so a reader never meets old tensors beside a ne
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -90,10 +91,16 @@ class OutputFolder:
         make_folder(self._staging)
         return self._staging / name
 
-    def publish(self) -> None:
+    def publish(self, stale: Iterable[str] = ()) -> list[str]:
         """Move all staged files into place, the configuration and then the manifest last.
 
         A run that is killed within leaves a folder without a manifest, which the same command completes.
+
+        Args:
+            stale: Names of files of an older adapter that must not lie beside this one.
+
+        Returns:
+            Those of them that were there.
 
         Raises:
             CannotWriteError: The folder cannot be written to.
@@ -109,6 +116,9 @@ class OutputFolder:
             if self.published:
                 (self.path / RECORD_FILE).replace(self.path / _WITHDRAWN)
                 sync_folder(self.path)
+            old = [name for name in stale if (self.path / name).is_file()]
+            for name in old:
+                (self.path / name).unlink()
             for file in files[:-1]:
                 file.replace(self.path / file.name)
             sync_folder(self.path)
@@ -116,8 +126,16 @@ class OutputFolder:
             sync_folder(self.path)
             with suppress(OSError):
                 self._staging.rmdir()
+            return old
         except OSError as error:
             raise explain_writing(error, self.path, opening=True) or error from error
+
+    def resumable(self) -> str:
+        """What earlier runs have finished, in words; empty if there is nothing."""
+        parts = [path for path in _files(self.parts) if path.name.startswith("part-") and path.suffix == ".safetensors"]
+        states = [path for path in _files(self.cache) if path.name.startswith("states-")]
+        counted = ((len(parts), "finished parts"), (len(states), "files of hidden states"))
+        return ", ".join(f"{count} {name}" for count, name in counted if count)
 
     def cleanable(self) -> list[Path]:
         """What `clean` would delete: parts, states, rejected ones, and what killed runs left behind; not the adapter.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_svd_distill.calibration.text import whole
 from moe_svd_distill.files.dtypes import BYTES_PER_ELEMENT
@@ -22,7 +22,7 @@ from moe_svd_distill.pipeline.schedule import (
     schedule_calibrated,
     schedule_refined,
 )
-from moe_svd_distill.pipeline.texts import TextSize, expected_text
+from moe_svd_distill.pipeline.texts import RunText, TextSize, expected_text
 from moe_svd_distill.recipe import Recipe
 from moe_svd_distill.streaming import PassSettings
 from moe_svd_distill.training.head_rank import SERVED_RANKS
@@ -124,7 +124,7 @@ class TrainingCost:
 
 
 def costs_of_training(
-    recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, at_hand: bool
+    recipe: Recipe, pair: ModelPair, stages: Sequence[str], *, at_hand: bool, text: RunText | None = None
 ) -> dict[str, TrainingCost]:
     """What each stage on text would read, compute and keep, by its name.
 
@@ -133,27 +133,38 @@ def costs_of_training(
         pair: Teacher and student.
         stages: Of the run.
         at_hand: Whether the weights are on this machine, so that it can be said where the student would be trained.
+        text: What is there to read; by default as much as is asked for.
     """
     device, found = execution_settings(recipe).devices[0], {}
-    text = expected_text(recipe, pair, recipe.tokens)
-    if "calibrated" in stages:
-        tokens = min(recipe.tokens, recipe.training.start_tokens) if "refined" in stages else recipe.tokens
-        less, head_alone = expected_text(recipe, pair, tokens), "weights" in stages
-        schedule = schedule_calibrated(recipe, pair.student, less, device, head_alone=head_alone)
-        found["calibrated"] = _cost(recipe, pair, schedule, less, at_hand)
-    if "refined" in stages:
-        schedule = schedule_refined(recipe, pair.student, stages, text, device)
-        found["refined"] = _cost(recipe, pair, schedule, text, at_hand)
+    for stage in ("calibrated", "refined"):
+        if stage not in stages:
+            continue
+        start = stage == "calibrated" and "refined" in stages
+        size = _size(recipe, pair, text, min(recipe.tokens, recipe.training.start_tokens) if start else recipe.tokens)
+        schedule = (
+            schedule_calibrated(recipe, pair.student, size, device, head_alone="weights" in stages)
+            if stage == "calibrated"
+            else schedule_refined(recipe, pair.student, stages, size, device)
+        )
+        search = text.search.student.tokens if text else whole(recipe.scale_search_tokens, size.length)
+        found[stage] = _cost(recipe, pair, schedule, size, search, at_hand)
     return found
 
 
-def _cost(recipe: Recipe, pair: ModelPair, schedule: TrainingSchedule, text: TextSize, at_hand: bool) -> TrainingCost:
+def _size(recipe: Recipe, pair: ModelPair, text: RunText | None, tokens: int) -> TextSize:
+    if text is None or text.fit is None:
+        return expected_text(recipe, pair, tokens)
+    return TextSize.of(replace(text, fit=text.fit.beginning(tokens)) if tokens < recipe.tokens else text)
+
+
+def _cost(
+    recipe: Recipe, pair: ModelPair, schedule: TrainingSchedule, text: TextSize, search: int, at_hand: bool
+) -> TrainingCost:
     teacher, student, execution = pair.teacher, pair.student, execution_settings(recipe)
     settings, extra, beginning = schedule.settings, schedule.extra, schedule.beginning
     placed = place_training(recipe, pair, execution, schedule) if at_hand else None
     resident = placed.resident if placed else {"resident": True, "streamed": False}.get(recipe.training.placement)
     processes = len(placed.devices) if placed else len(execution.devices)
-    search = whole(recipe.scale_search_tokens, text.length)
     read = (text.sequences + extra.sequences(text.sequences)) * text.length + text.check + search
     own = extra.generated * text.length
     drawn = text.tokens * bool(extra.copies) + ROUNDS * own

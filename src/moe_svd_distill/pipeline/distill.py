@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from moe_svd_distill.adapter.verify import check_loads
 from moe_svd_distill.errors import BadDataError, NothingToTransferError
-from moe_svd_distill.execution.events import Event
+from moe_svd_distill.execution.events import Listener, Noted, StageReached, UnitsPlanned
 from moe_svd_distill.execution.publish import OutputFolder
 from moe_svd_distill.execution.supervisor import ExecutionSummary, Settings, execute
-from moe_svd_distill.files.names import ADAPTER_FILE, CACHE_FOLDER, CARD_FILE, RECORD_FILE
+from moe_svd_distill.files.names import ADAPTER_FILE, CACHE_FOLDER, CARD_FILE, CURVE_FILE, RECORD_FILE
 from moe_svd_distill.files.writing import write_text
 from moe_svd_distill.pairing.plan import Plan
 from moe_svd_distill.pipeline.assembly import AdapterChange, base_model, stage_adapter, write_head_part
 from moe_svd_distill.pipeline.fates import is_nothing, tensor_records
-from moe_svd_distill.pipeline.method import Stages, choose_stages
+from moe_svd_distill.pipeline.method import Stages, choose_stages, notes_on_sizes
+from moe_svd_distill.pipeline.output import earlier_figures, judge_output
 from moe_svd_distill.pipeline.pair import ModelPair, open_pair
 from moe_svd_distill.pipeline.placement import execution_settings
 from moe_svd_distill.pipeline.record import (
@@ -25,16 +25,15 @@ from moe_svd_distill.pipeline.record import (
     facts_of_text,
     load_adapter,
     make_record,
-    refuse_foreign_folder,
     unit_records,
 )
 from moe_svd_distill.pipeline.scale import ScaleDecision, decide_scale, not_searched
 from moe_svd_distill.pipeline.schedule import TrainingSchedule, schedule_calibrated, schedule_refined
 from moe_svd_distill.pipeline.stage import StageInput, StageResult
 from moe_svd_distill.pipeline.text_stage import distil_on_text
-from moe_svd_distill.pipeline.texts import RunText, TextSize, read_run_text, refuse_missing_text
+from moe_svd_distill.pipeline.texts import RunText, TextSize, needs_text, read_run_text, refuse_missing_text
 from moe_svd_distill.pipeline.units import make_work, prepare
-from moe_svd_distill.recipe import Recipe
+from moe_svd_distill.recipe import Recipe, as_recipe
 from moe_svd_distill.report.card import adapter_card
 from moe_svd_distill.report.record import RunRecord
 from moe_svd_distill.streaming import GROUPS, ScaledAdapter
@@ -42,57 +41,41 @@ from moe_svd_distill.streaming import GROUPS, ScaledAdapter
 __all__ = ["Adapter", "Listener", "distill", "load_adapter"]
 
 
-@dataclass(frozen=True)
-class Listener:
-    """Who is told how a run goes; every callback is optional.
-
-    Attributes:
-        on_plan: Told the number of units and their total cost before work begins.
-        on_event: Told every event of the workers.
-        on_stage: Told the name of each later stage, and a fraction done or None.
-        on_note: Told what people should know before the work begins.
-    """
-
-    on_plan: Callable[[list[tuple[str, int]]], None] = field(default=lambda units: None)
-    on_event: Callable[[Event], None] = field(default=lambda event: None)
-    on_stage: Callable[[str, float | None], None] = field(default=lambda name, fraction: None)
-    on_note: Callable[[str], None] = field(default=lambda note: None)
-
-
-def distill(recipe: Recipe, listener: Listener | None = None) -> Adapter:
+def distill(recipe: Recipe | Path | str, on_event: Listener | None = None, *, force: bool = False) -> Adapter:
     """Run a recipe; goes on where an earlier run with the same output stopped.
 
     Args:
-        recipe: What is asked for.
-        listener: Who is told how it goes.
+        recipe: What is asked for, or the file that says it.
+        on_event: Told how it goes.
+        force: Replace a finished adapter in the output that was made of other models or other text.
 
     Raises:
         DistillError: One of its kinds, each with its exit code; nothing half-written is left looking complete.
         NothingToTransferError: Every delta is exactly zero, or the pair has nothing to transfer.
     """
-    listener = listener or Listener()
+    tell: Listener = on_event or (lambda event: None)
+    recipe = as_recipe(recipe)
     settings = execution_settings(recipe)
-    refuse_foreign_folder(recipe.output)
+    for note in judge_output(recipe, force=force):
+        tell(Noted(note))
     refuse_missing_text(recipe)
     with open_pair(recipe.teacher, recipe.student, remote_cache_gb=recipe.remote_cache_gb) as pair:
         base = base_model(recipe, pair)
         if recipe.base_model is None and (origin := pair.student.checkpoint.origin) is not None:
-            listener.on_note(
-                f"the adapter is for {base}, as {origin[1]} of the student says; --base-model names another"
-            )
+            tell(Noted(f"the adapter is for {base}, as {origin[1]} of the student says; --base-model names another"))
+        for note in notes_on_sizes(pair):
+            tell(Noted(note))
         models = pair.cache_keys()
         stages = choose_stages(recipe, pair)
-        listener.on_note(f"method: {' and '.join(stages.names)} ({stages.reason})")
+        tell(Noted(f"method: {' and '.join(stages.names)} ({stages.reason})"))
         if stages.calibrated and not recipe.scale_search:
-            listener.on_note("scale_search: false holds for the weights stage; the calibrated stage is always guarded")
-        fitting = stages.calibrated or stages.refined
-        searching = fitting or (bool(recipe.calibration) and recipe.scale_search)
-        text = read_run_text(recipe, pair, stages.names) if searching else None
+            tell(Noted("scale_search: false holds for the weights stage; the calibrated stage is always guarded"))
+        text = read_run_text(recipe, pair, stages.names) if needs_text(recipe, stages.names) else None
         for shortfall in text.shortfalls() if text else ():
-            listener.on_note(shortfall)
+            tell(Noted(shortfall))
         plan = prepare(recipe, pair, settings) if stages.weights else None
         with OutputFolder(recipe.output) as output:
-            run = _Run(recipe, pair, settings, stages, text, output, listener, models)
+            run = _Run(recipe, pair, settings, stages, text, output, tell, models)
             record = run.complete(plan)
     return Adapter(recipe.output, record)
 
@@ -107,11 +90,13 @@ class _Run:
     stages: Stages
     text: RunText | None
     output: OutputFolder
-    listener: Listener
+    tell: Listener
     models: tuple[str, str]
 
     def complete(self, plan: Plan | None) -> RunRecord:
         """Run the stages and publish the adapter."""
+        if earlier := self.output.resumable():
+            self.note(f"resuming from {self.recipe.output}: {earlier}; what fits this recipe is used again")
         summary, change = None, AdapterChange((), ScaleDecision.keep())
         if plan is not None:
             summary = self.project_weights(plan)
@@ -125,26 +110,28 @@ class _Run:
             results["refined"], change = self.refine(change)
         digest = self.stage(change)
         self.refuse_changed_models()
-        self.listener.on_stage("checking that PEFT loads it", None)
+        self.reached("checking that PEFT loads it")
         check_loads(self.staged, self.pair.student.checkpoint.config)
-        record = RunRecord.of(
-            {
-                **make_record(self.recipe, self.pair, self.stages, plan, summary, results),
-                **facts_of_text(self.text, scale, results),
-                "base_model": base_model(self.recipe, self.pair),
-                "adapter_sha256": digest,
-            }
-        )
-        write_text(self.output.staged(CARD_FILE), adapter_card(record))
+        facts = {
+            **make_record(self.recipe, self.pair, self.stages, plan, summary, results),
+            **facts_of_text(self.text, scale, results),
+            "base_model": base_model(self.recipe, self.pair),
+            "adapter_sha256": digest,
+        }
+        record = RunRecord.of(facts)
+        figures, stale = earlier_figures(self.recipe.output, digest)
+        stale += [] if self.stages.refined else [CURVE_FILE]
+        write_text(self.output.staged(CARD_FILE), adapter_card(RunRecord.of(facts, figures)))
         record.write(self.output.staged(RECORD_FILE))
-        self.output.publish()
+        for name in self.output.publish(stale):
+            self.note(f"deleted {name}: it was of the adapter that lay here before")
         return record
 
     def project_weights(self, plan: Plan) -> ExecutionSummary:
         """The weights stage: every unit of the plan, computed or found on the disk."""
-        self.listener.on_plan([(unit.label, unit.cost) for unit in plan.units])
+        self.tell(UnitsPlanned(tuple((unit.label, unit.cost) for unit in plan.units)))
         work = make_work(self.recipe, self.pair)
-        summary = execute(plan.units, work, self.output.parts, self.settings, self.listener.on_event)
+        summary = execute(plan.units, work, self.output.parts, self.settings, self.tell)
         self.refuse_changed_models()
         if is_nothing(tensor_records(unit_records(plan, summary))):
             raise NothingToTransferError(
@@ -162,8 +149,8 @@ class _Run:
                 "recipe: scale_search: false" if recipe.calibration else "no calibration text was given"
             )
         step = "searching the scale on calibration text"
-        self.listener.on_stage(step, 0.0)
-        report, cache = partial(self.listener.on_stage, step), recipe.cache or recipe.output / CACHE_FOLDER
+        self.reached(step, 0.0)
+        report, cache = partial(self.reached, step), recipe.cache or recipe.output / CACHE_FOLDER
         return decide_scale(self.staged, self.pair, self.text.search, self.settings.devices[0], cache, report)
 
     def calibrate(self, change: AdapterChange) -> tuple[StageResult, AdapterChange]:
@@ -201,11 +188,11 @@ class _Run:
     def distil_on_text(self, text: RunText, start: ScaledAdapter | None, schedule: TrainingSchedule) -> StageResult:
         """A stage on text."""
         given = StageInput(self.recipe, self.pair, text, self.output.parts, self.settings, start)
-        return distil_on_text(given, schedule, self.listener.on_stage, self.listener.on_note)
+        return distil_on_text(given, schedule, self.reached, self.note)
 
     def stage(self, change: AdapterChange) -> str:
         """Write the adapter as it stands; returns its digest."""
-        self.listener.on_stage("writing the adapter", None)
+        self.reached("writing the adapter")
         return stage_adapter(self.output, self.recipe, self.pair, change)
 
     @property
@@ -218,3 +205,11 @@ class _Run:
         for model, before, now in zip(("teacher", "student"), self.models, self.pair.cache_keys(), strict=True):
             if before != now:
                 raise BadDataError(f"the {model}'s files changed during the run", "Run the same command again")
+
+    def reached(self, name: str, fraction: float | None = None) -> None:
+        """Tell which step the run is at."""
+        self.tell(StageReached(name, fraction))
+
+    def note(self, text: str) -> None:
+        """Tell what people should know."""
+        self.tell(Noted(text))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from moe_svd_distill.files.names import (
 )
 from moe_svd_distill.files.writing import write_json, write_text
 from moe_svd_distill.pipeline.pair import open_model, open_pair
+from moe_svd_distill.pipeline.placement import devices_here
 from moe_svd_distill.pipeline.record import base_model
 from moe_svd_distill.pipeline.texts import longest_sequence
 from moe_svd_distill.recipe import text_sources
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from moe_svd_distill.calibration.documents import Document
     from moe_svd_distill.calibration.paired import VocabularyMode
 
-__all__ = ["BenchmarkRequest", "EvaluatedAdapter", "EvaluationRequest", "evaluate_adapter", "held_out"]
+__all__ = ["BenchmarkRequest", "EvaluatedAdapter", "EvaluationRequest", "evaluate", "evaluate_adapter", "held_out"]
 
 MOSTLY = 0.5
 SAME_SOURCES = (
@@ -39,12 +40,15 @@ SAME_SOURCES = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EvaluatedAdapter:
     """The figures of an adapter and where its report lies."""
 
     evaluation: dict[str, Any]
     report: Path | None
+
+    def __repr__(self) -> str:
+        return f"EvaluatedAdapter({self.evaluation.get('verdict', 'benchmarks alone')!r})"
 
 
 def evaluate_adapter(request: EvaluationRequest, on_progress: Progress | None = None) -> EvaluatedAdapter:
@@ -67,6 +71,7 @@ def evaluate_adapter(request: EvaluationRequest, on_progress: Progress | None = 
     teacher = request.teacher or record.teacher.source
     if not teacher and (request.texts or (benchmarks and benchmarks.teacher)):
         raise UsageError(f"{folder} does not say which teacher it came from", "Give --teacher")
+    devices_here([request.device])
     request = replace(request, teacher=teacher, student=student)
     digest = sha256_of(folder / ADAPTER_FILE) if (folder / ADAPTER_FILE).is_file() else None
     figures = dict(_kept(folder, digest, bool(request.texts), bool(benchmarks and benchmarks.harness)))
@@ -85,6 +90,23 @@ def evaluate_adapter(request: EvaluationRequest, on_progress: Progress | None = 
     write_text(folder / CARD_FILE, adapter_card(complete))
     write_text(folder / REPORT_FILE, html_report(complete))
     return EvaluatedAdapter(figures, folder / REPORT_FILE)
+
+
+def evaluate(
+    adapter: Path | str, texts: Iterable[Path | str] = (), on_progress: Progress | None = None, **asked: Any
+) -> EvaluatedAdapter:
+    """Measure an adapter as `evaluate_adapter` does.
+
+    Args:
+        adapter: Its folder.
+        texts: Held-out text: files and folders.
+        on_progress: Told how it goes.
+        asked: Further fields of an `EvaluationRequest`, such as ``tokens`` and ``benchmarks``.
+
+    Raises:
+        DistillError: As `evaluate_adapter`.
+    """
+    return evaluate_adapter(EvaluationRequest(Path(adapter), texts=tuple(map(Path, texts)), **asked), on_progress)
 
 
 @dataclass(frozen=True)

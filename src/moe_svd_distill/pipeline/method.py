@@ -98,6 +98,18 @@ def choose_stages(recipe: Recipe, pair: ModelPair) -> Stages:
     if "calibrated" in recipe.method or recipe.method == "refined":
         _refuse_pair_of_tied_head(recipe, pair)
     stages = stages_for(recipe, measure_relatedness(pair))
+    refuse_nothing(stages)
+    if stages.calibrated:
+        _refuse_pair_of_tied_head(recipe, pair)
+    return stages
+
+
+def refuse_nothing(stages: Stages) -> None:
+    """Refuse a run without stages.
+
+    Raises:
+        NothingToTransferError: There are none.
+    """
     if not stages.names:
         action = (
             "Choose a teacher that differs from the student"
@@ -105,9 +117,6 @@ def choose_stages(recipe: Recipe, pair: ModelPair) -> Stages:
             else "Give calibration text with vocabulary: shared, choose a pair with one tokenizer, or ask for a method"
         )
         raise NothingToTransferError(stages.reason, action)
-    if stages.calibrated:
-        _refuse_pair_of_tied_head(recipe, pair)
-    return stages
 
 
 def stages_for(recipe: Recipe, relatedness: Relatedness) -> Stages:
@@ -173,6 +182,14 @@ def compare_models(teacher: str, student: str) -> Mapping[str, Any]:
                 "without_text": choose_method(relatedness, has_text=False).as_dict(),
             },
         }
+
+
+def notes_on_sizes(pair: ModelPair) -> list[str]:
+    """What is odd about the sizes of a pair."""
+    teacher, student = (model.layout.parameters(model.shapes)[0] for model in (pair.teacher, pair.student))
+    if student <= teacher:
+        return []
+    return [f"the student is larger than its teacher ({student:,} against {teacher:,} parameters): are they swapped?"]
 
 
 def _from_start(start: str, relatedness: Relatedness) -> Stages:

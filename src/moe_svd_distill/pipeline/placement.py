@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -58,6 +59,23 @@ class Placement:
         return found
 
 
+@dataclass(frozen=True)
+class Free:
+    """What is free: memory of the device with the least, and the disk of the output."""
+
+    memory_bytes: int
+    disk_bytes: int
+
+
+def free_here(recipe: Recipe) -> Free:
+    """What a run could use now."""
+    folder = recipe.output.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    memory = min(map(available_bytes, execution_settings(recipe).devices))
+    return Free(memory, shutil.disk_usage(folder).free)
+
+
 def execution_settings(recipe: Recipe) -> Settings:
     """Devices and number of workers.
 
@@ -67,13 +85,7 @@ def execution_settings(recipe: Recipe) -> Settings:
     Raises:
         UsageError: A CUDA device that is not there.
     """
-    devices = _devices(recipe.devices)
-    for device in devices:
-        if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
-            raise UsageError(
-                f"device {device} is not there (found {torch.cuda.device_count()} CUDA devices)",
-                "Choose another --device",
-            )
+    devices = devices_here(recipe.devices)
     if recipe.workers is not None:
         workers = recipe.workers
     elif devices == ("cpu",):
@@ -81,6 +93,24 @@ def execution_settings(recipe: Recipe) -> Settings:
     else:
         workers = len(devices)
     return Settings(workers=workers, devices=devices, threads_per_worker=recipe.threads)
+
+
+def devices_here(asked: Sequence[str]) -> tuple[str, ...]:
+    """Devices by name; ``auto`` is every CUDA device, or the CPU.
+
+    Raises:
+        UsageError: A CUDA device that is not there, or a name of another form.
+    """
+    count = torch.cuda.device_count()
+    if list(asked) == ["auto"]:
+        return tuple(f"cuda:{number}" for number in range(count)) or ("cpu",)
+    for device in asked:
+        name, _, number = device.partition(":")
+        if device not in ("cpu", "cuda") and not (name == "cuda" and number.isdigit()):
+            raise UsageError(f"device {device!r} is not auto, cpu or cuda:N", "Correct --device")
+        if name == "cuda" and int(number or 0) >= count:
+            raise UsageError(f"device {device} is not there (found {count} CUDA devices)", "Choose another --device")
+    return tuple(dict.fromkeys(asked))
 
 
 def threads_of_a_run() -> int:
@@ -153,7 +183,7 @@ def place_training(recipe: Recipe, pair: ModelPair, settings: Settings, schedule
     processes = max(
         1, min(settings.workers, together, step_tokens // _TOKENS_OF_A_PROCESS, int(_SHARE * free // max(1, needed)))
     )
-    why = f"{_gib(needed)} in each of {processes} processes"
+    why = _gib(needed) if processes == 1 else f"{_gib(needed)} in each of {processes} processes"
     return Placement(True, ("cpu",) * processes, max(1, cores // processes), name, why, needed)
 
 
@@ -195,12 +225,5 @@ def bytes_in_training(pair: ModelPair, dtype: torch.dtype, schedule: TrainingSch
     return LIBRARIES_BYTES + weights + _PER_NUMBER * moving + heads + activations + logits
 
 
-def _devices(asked: list[str]) -> tuple[str, ...]:
-    if asked == ["auto"]:
-        found = tuple(f"cuda:{number}" for number in range(torch.cuda.device_count()))
-        return found or ("cpu",)
-    return tuple(dict.fromkeys(asked))
-
-
 def _gib(size: float) -> str:
-    return f"{size / 2**30:,.1f} GiB"
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"

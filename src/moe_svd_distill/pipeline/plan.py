@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from moe_svd_distill.errors import IncompatiblePairError
+from moe_svd_distill.execution.events import Listener, StageReached
 from moe_svd_distill.pairing.plan import Plan as Pairing
 from moe_svd_distill.pairing.unit import TensorTask, UnitOfWork
 from moe_svd_distill.pipeline.cost import (
@@ -24,15 +26,25 @@ from moe_svd_distill.pipeline.duration import (
     training_cost_here,
     weights_cost_here,
 )
-from moe_svd_distill.pipeline.method import Stages, automatic_choice, measure_relatedness, stages_for
+from moe_svd_distill.pipeline.method import (
+    Stages,
+    automatic_choice,
+    measure_relatedness,
+    notes_on_sizes,
+    refuse_nothing,
+    stages_for,
+)
+from moe_svd_distill.pipeline.output import judge_output
 from moe_svd_distill.pipeline.pair import ModelPair, open_pair
+from moe_svd_distill.pipeline.placement import execution_settings, free_here
+from moe_svd_distill.pipeline.texts import RunText, needs_text, read_run_text, refuse_missing_text
 from moe_svd_distill.pipeline.units import plan_pair
-from moe_svd_distill.recipe import Recipe, supplied_values
+from moe_svd_distill.recipe import Recipe, as_recipe, supplied_values
 
 UNDECIDED = "decided once the weights are on this machine: the embeddings get a pair if they are related"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Plan:
     """What ``distill`` would do.
 
@@ -42,6 +54,8 @@ class Plan:
         stages: What is run, why, and how the models are related.
         pairing: The weights stage's work; empty, with a note, where it cannot be done and is not asked for.
         undecided: Whether it is known only with the weights if the embeddings change.
+        text: What would be read; None where no stage reads any.
+        warnings: What people should know before the run.
         training: Name of each stage on text to what it would take.
         speed: What was measured of this machine; None where nothing was.
         here: Stage to what it would take on this machine; empty where the weights are not on it.
@@ -52,9 +66,15 @@ class Plan:
     stages: Stages
     pairing: Pairing
     undecided: bool
+    text: RunText | None
+    warnings: tuple[str, ...]
     training: Mapping[str, TrainingCost]
     speed: PairSpeed | None
     here: Mapping[str, StageCost]
+
+    def __repr__(self) -> str:
+        seconds = f", about {sum(cost.seconds for cost in self.here.values()):.0f} s" if self.here else ""
+        return f"Plan({' and '.join(self.stages.names) or 'nothing'}{seconds})"
 
     @property
     def factors_bytes(self) -> int:
@@ -76,6 +96,8 @@ class Plan:
                 task.name: _made_from(task, unit) for unit in pairing.units for task in unit.tasks if task.change
             },
             "notes": list(pairing.notes),
+            "warnings": list(self.warnings),
+            "text": self.text.record() if self.text else None,
             "kept": {
                 task.name: UNDECIDED if self.undecided and task.role == "embedding" else task.reason
                 for task in self._tasks(False)
@@ -94,6 +116,7 @@ class Plan:
             **{stage: asdict(cost) for stage, cost in self.training.items()},
             "speed": asdict(self.speed) if self.speed else None,
             "here": {stage: asdict(cost) for stage, cost in self.here.items()},
+            "free": asdict(free_here(recipe)),
         }
 
     def _tasks(self, change: bool) -> list[TensorTask]:
@@ -124,32 +147,46 @@ class Plan:
         ]
 
 
-def make_plan(recipe: Recipe, on_measuring: Callable[[], None] = lambda: None) -> Plan:
-    """Everything ``distill`` would do. Of hub models nothing large is fetched.
+def make_plan(recipe: Recipe | Path | str, on_event: Listener | None = None, *, force: bool = False) -> Plan:
+    """Everything ``distill`` would do, up to its first unit of work. Of hub models no weights are fetched.
 
     Args:
-        recipe: What is asked for.
-        on_measuring: Called before the machine's speed is measured, which takes some seconds.
+        recipe: What is asked for, or the file that says it.
+        on_event: Told what is being done.
+        force: As of ``distill``.
 
     Raises:
         DistillError: Whatever would stop ``distill`` before its first unit.
     """
+    tell: Listener = on_event or (lambda event: None)
+    recipe = as_recipe(recipe)
+    execution_settings(recipe)  # refuses devices that are not there
+    warnings = judge_output(recipe, force=force)
+    refuse_missing_text(recipe)
     with open_pair(recipe.teacher, recipe.student, headers_only=True) as pair:
         at_hand = pair.at_hand
         undecided = not at_hand and recipe.embeddings == "auto"
+        warnings += notes_on_sizes(pair)
         stages = stages_for(recipe, measure_relatedness(pair, sample_weights=at_hand))
+        if at_hand:
+            refuse_nothing(stages)
+        text = None
+        if needs_text(recipe, stages.names):
+            tell(StageReached("reading the calibration text"))
+            text = read_run_text(recipe, pair, stages.names)
+            warnings += text.shortfalls()
         try:
             pairing = plan_pair(recipe.model_copy(update={"embeddings": "keep"}) if undecided else recipe, pair)
         except IncompatiblePairError as error:
             if stages.weights:
                 raise
             pairing = Pairing((), (), {}, {}, (error.what,))
-        training = costs_of_training(recipe, pair, stages.names, at_hand=at_hand)
+        training = costs_of_training(recipe, pair, stages.names, at_hand=at_hand, text=text)
         total = pair.teacher.checkpoint.total_bytes, pair.student.checkpoint.total_bytes
-        plan = Plan(recipe, total, stages, pairing, undecided, training, None, {})
+        plan = Plan(recipe, total, stages, pairing, undecided, text, tuple(warnings), training, None, {})
         if not (at_hand and stages.names):
             return plan
-        on_measuring()
+        tell(StageReached("measuring the speed of this machine"))
         return _measured(plan, pair)
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.adapter.adapter_file import read_json
-from moe_svd_distill.errors import CannotWriteError, MissingInputError, UsageError
+from moe_svd_distill.errors import MissingInputError, UsageError
 from moe_svd_distill.execution.parts import read_record
 from moe_svd_distill.execution.supervisor import ExecutionSummary
-from moe_svd_distill.files.names import CACHE_FOLDER, CONFIGURATION_FILE, LOCK_FILE, PARTS_FOLDER, RECORD_FILE
+from moe_svd_distill.files.names import CONFIGURATION_FILE, RECORD_FILE
 from moe_svd_distill.pairing.plan import Plan
 from moe_svd_distill.pipeline.assembly import head_is_whole
 from moe_svd_distill.pipeline.fates import fates, summarise
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Adapter:
     """A published adapter.
 
@@ -45,6 +45,10 @@ class Adapter:
 
     folder: Path
     record: RunRecord
+
+    def __repr__(self) -> str:
+        kept = {True: "transferred", False: "nothing transferred", None: "not measured"}[self.transferred]
+        return f"Adapter({str(self.folder)!r}, method={self.record.method!r}, {kept})"
 
     @property
     def sha256(self) -> str:
@@ -58,13 +62,14 @@ class Adapter:
         return self.record.transferred
 
 
-def load_adapter(folder: Path) -> Adapter:
+def load_adapter(folder: Path | str) -> Adapter:
     """A published adapter.
 
     Raises:
         MissingInputError: The folder holds none.
         BadDataError: run.json is not a JSON object.
     """
+    folder = Path(folder)
     if not (folder / RECORD_FILE).is_file():
         raise MissingInputError(
             f"{folder} holds no finished adapter (no {RECORD_FILE})", "Run moe-svd-distill distill with this --output"
@@ -72,34 +77,20 @@ def load_adapter(folder: Path) -> Adapter:
     return Adapter(folder, RunRecord.in_folder(folder))
 
 
-def base_model(folder: Path, given: str | None = None) -> str:
+def base_model(folder: Path | str, given: str | None = None) -> str:
     """The student that was given, or else the one that the adapter in a folder names.
 
     Raises:
         MissingInputError: The folder holds no adapter.
         UsageError: There is neither.
     """
-    configuration = folder / CONFIGURATION_FILE
+    configuration = Path(folder) / CONFIGURATION_FILE
     if not configuration.is_file():
         raise MissingInputError(f"{folder} holds no adapter (no {CONFIGURATION_FILE})", "Give an adapter's folder")
     base = given or read_json(configuration).get("base_model_name_or_path")
     if not base:
         raise UsageError(f"{configuration} names no base model", "Give --student")
     return str(base)
-
-
-def refuse_foreign_folder(folder: Path) -> None:
-    """Refuse to write into a folder that holds something else than an earlier run."""
-    if folder.exists() and not folder.is_dir():
-        raise CannotWriteError(f"output {folder} is a file, expected a folder", "Choose another --output")
-    if not folder.is_dir():
-        return
-    names = {path.name for path in folder.iterdir()}
-    if names and not names & {RECORD_FILE, PARTS_FOLDER, CACHE_FOLDER, LOCK_FILE}:
-        raise CannotWriteError(
-            f"output {folder} is not empty and holds no earlier run (found {sorted(names)[0]})",
-            "Choose another --output",
-        )
 
 
 def unit_records(plan: Plan, execution: ExecutionSummary) -> list[Mapping[str, Any]]:

@@ -104,6 +104,8 @@ class _TextStage:
 
     def on_progress(self, progress: Progress) -> None:
         """Pass on where training stands; of a training of all layers the output folder holds its curve."""
+        if not self.points and progress.step > 1:
+            self.note(f"{self.step}: resuming from step {progress.step - 1:,} of {progress.steps:,}")
         self.report(self.step, progress.step / progress.steps)
         if progress.halvings > self.halvings:
             self.halvings = progress.halvings

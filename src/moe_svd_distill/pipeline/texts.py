@@ -195,6 +195,12 @@ def read_run_text(recipe: Recipe, pair: ModelPair, stages: Sequence[str]) -> Run
     return RunText(parts["search"], parts.get("fit"), parts.get("validation"), read.counts, notes)
 
 
+def needs_text(recipe: Recipe, stages: Sequence[str]) -> bool:
+    """Whether a run with these stages reads text: to train on, or to search the scale on."""
+    fitting = "calibrated" in stages or "refined" in stages
+    return fitting or (bool(recipe.calibration) and recipe.scale_search)
+
+
 def refuse_missing_text(recipe: Recipe) -> None:
     """Refuse a run whose text is not there before a model is downloaded.
 

@@ -1,52 +1,57 @@
-"""Recipes from files, environment, command line and presets, and as YAML."""
+"""Recipes from file, environment and command line, joined by what counts more."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from difflib import get_close_matches
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from moe_svd_distill.errors import BadDataError, MissingInputError, UsageError
-from moe_svd_distill.recipe.model import ExpertSettings, Recipe, TrainingRecipe
+from moe_svd_distill.errors import BadDataError, MissingInputError, UsageError, reason_of
+from moe_svd_distill.recipe.allowed import field_at, takes_text_alone
+from moe_svd_distill.recipe.model import Recipe
+from moe_svd_distill.recipe.presets import with_preset
+from moe_svd_distill.recipe.refusals import refusal
 from moe_svd_distill.recipe.section import Section
-from moe_svd_distill.recipe.text_source import TextSource
 
 ENVIRONMENT_PREFIX = "MOE_SVD_DISTILL_"
-# By how much time a run may take. Whatever is given elsewhere wins over them.
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "fast": {"tokens": 16_384},
-    "balanced": {"method": "refined", "tokens": 131_072},
-    "best": {"method": "refined", "tokens": 393_216},
-}
-_SECTIONS: dict[str, type[Section]] = {"experts": ExpertSettings, "training": TrainingRecipe}
+_ENVIRONMENT = "the environment"
+_SECTIONS = ("experts", "training")
+Layer = tuple[str, Mapping[str, Any]]
+"""Where values were given, and the values."""
 
 
 def load_recipe(
-    file: Path | None,
-    overrides: Mapping[str, Any],
+    file: Path | str | None = None,
+    overrides: Mapping[str, Any] | None = None,
     environment: Mapping[str, str] | None = None,
+    on_note: Callable[[str], object] = warnings.warn,
 ) -> Recipe:
     """Join recipe file, environment and command line into a validated recipe.
 
+    What stands further up counts more: command line, environment, file. The uppermost preset counts where it stands:
+    more than what is given below, less than what is given beside it or above.
+
     Args:
         file: A YAML file, or None.
-        overrides: Command-line values; None means not given.
+        overrides: Command-line values.
         environment: Defaults to the process environment.
+        on_note: Told which values a preset takes the place of.
 
     Raises:
         MissingInputError: The file does not exist.
         BadDataError: The file is not YAML or not a mapping.
         UsageError: An unknown key (named with its nearest known name) or a value out of range.
     """
-    values = _read_yaml(file) if file is not None else {}
-    values = _over(values, _from_environment(os.environ if environment is None else environment))
-    values = _over(values, {key: value for key, value in overrides.items() if value is not None})
-    return parse_recipe(values, source=str(file) if file else "the command line")
+    source = "the command line" if file is None else str(file)
+    layers: list[Layer] = [(source, {} if file is None else _read_yaml(Path(file)))]
+    layers.append((_ENVIRONMENT, _from_environment(os.environ if environment is None else environment)))
+    layers.append(("the command line", overrides or {}))
+    return _validated(_joined(layers, on_note), lambda path: _origin(layers, path) or source)
 
 
 def parse_recipe(values: Mapping[str, Any], source: str = "the recipe") -> Recipe:
@@ -55,38 +60,92 @@ def parse_recipe(values: Mapping[str, Any], source: str = "the recipe") -> Recip
     Raises:
         UsageError: As ``load_recipe``.
     """
+    return _validated(values, lambda path: source)
+
+
+def as_recipe(recipe: Recipe | Path | str) -> Recipe:
+    """A recipe, or the one in a file with what the environment says.
+
+    Raises:
+        DistillError: As ``load_recipe``.
+    """
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+
+
+def set_values(assignments: Sequence[str]) -> dict[str, Any]:
+    """Values of ``KEY=VALUE`` and ``SECTION.KEY=VALUE``, each value as YAML has it.
+
+    Raises:
+        UsageError: An assignment is not of this form.
+    """
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip("."):
+            raise UsageError(f"--set {assignment}: expected KEY=VALUE", "Write for example --set training.epochs=2")
+        _put(values, key.strip().split(".", 1), text)
+    return values
+
+
+def read_value(path: Sequence[str], text: str) -> Any:
+    """What is typed for a key: text where the key takes nothing else, or as YAML has it.
+
+    Raises:
+        UsageError: It is not YAML.
+    """
+    field = field_at(Recipe, path)
+    if field is not None and takes_text_alone(field) and not text.startswith("["):
+        return text
     try:
-        return Recipe.model_validate(_with_preset(values))
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UsageError(f"{'.'.join(path)}: {text!r} cannot be read as a value", "Put it into quotes") from None
+
+
+def _validated(values: Mapping[str, Any], source: Callable[[Sequence[Any]], str]) -> Recipe:
+    try:
+        return Recipe.model_validate(values)
     except ValidationError as error:
-        raise _explain(error, source) from None
+        raise refusal(error, source) from None
+
+
+def _joined(layers: Sequence[Layer], on_note: Callable[[str], object]) -> dict[str, Any]:
+    """All layers in one, the last one uppermost."""
+    preset = max((place for place, (_, values) in enumerate(layers) if "preset" in values), default=None)
+    joined: dict[str, Any] = {}
+    for place, (where, values) in enumerate(layers):
+        given = {**values, **({"preset": None} if preset is not None and place < preset else {})}
+        complete = with_preset(given)
+        lost = [key for key in complete if key not in values and joined.get(key, complete[key]) != complete[key]]
+        if place == preset and lost:
+            words = [f"{key} {complete[key]} (not {joined[key]}: {_origin(layers, [key])})" for key in lost]
+            on_note(f"preset {values['preset']} of {where} counts more than what is given below it: {', '.join(words)}")
+        joined = _over(joined, complete)
+    return joined
+
+
+def _origin(layers: Sequence[Layer], path: Sequence[Any]) -> str | None:
+    """Where the value at a place in the recipe was given."""
+    for where, values in reversed(layers):
+        found: Any = values
+        for depth, part in enumerate(path[:2]):
+            if not isinstance(found, Mapping) or part not in found:
+                break
+            found = found[part]
+            if depth + 1 == len(path[:2]) or not isinstance(found, Mapping):
+                named = "__".join(str(part) for part in path[:2] if isinstance(part, str)).upper()
+                return f"{ENVIRONMENT_PREFIX}{named}" if where == _ENVIRONMENT else where
+    return None
 
 
 def _over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
     """Both together; `upper` wins, in the sections key by key."""
-    sections = {key: value for key, value in upper.items() if key in _SECTIONS}
-    return _merged(lower, sections) | {key: value for key, value in upper.items() if key not in sections}
-
-
-def _explain(error: ValidationError, source: str) -> UsageError:
-    # A source of text that is no path is a mapping, whatever else it might have been.
-    found = [each for each in error.errors() if "str" not in each["loc"] or not isinstance(each["input"], Mapping)]
-    first = (found or error.errors())[0]
-    place = ".".join(str(part) for part in first["loc"] if not _is_union_tag(part))
-    same_place = [other for other in found or error.errors() if other["loc"][:1] == first["loc"][:1]]
-    if first["type"] == "extra_forbidden":
-        section = TextSource if "TextSource" in first["loc"] else _SECTIONS.get(str(first["loc"][0]), Recipe)
-        near = get_close_matches(str(first["loc"][-1]), section.model_fields, n=1, cutoff=0.4)
-        action = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(section.model_fields)}"
-        return UsageError(f"{source}: unknown key {place!r}", action.rstrip("?"))
-    if first["type"] == "missing":
-        return UsageError(f"{source}: {place} is not given", f"Give --{place} or the recipe key {place!r}")
-    message = " or ".join(dict.fromkeys(other["msg"].removeprefix("Value error, ") for other in same_place))
-    given = "" if isinstance(first["input"], Mapping) else f", found {first['input']!r}"
-    return UsageError(f"{source}: {place or 'recipe'}: {message}{given}", "Correct that value")
-
-
-def _is_union_tag(part: int | str) -> bool:
-    return isinstance(part, str) and ("[" in part or part in ("int", "float", "str", "constrained-int", "TextSource"))
+    result = {**lower, **upper}
+    for key in _SECTIONS:
+        below, above = _keys(lower.get(key)), _keys(upper.get(key))
+        if below is not None and above is not None:
+            result[key] = {**below, **above}
+    return result
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -94,8 +153,12 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MissingInputError(f"recipe {file} does not exist", "Write one with: moe-svd-distill init") from None
+    except OSError as error:
+        raise BadDataError(f"recipe {file} cannot be read: {error.strerror}", "Give a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadDataError(f"recipe {file} is not readable as YAML: {error}", "Correct the file") from None
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or reason_of(error)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise BadDataError(f"recipe {file} is not readable as YAML{line}: {problem}", "Correct the file") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -104,55 +167,21 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    """``PREFIX_KEY`` and ``PREFIX_SECTION__KEY``."""
     values: dict[str, Any] = {}
-    for variable, text in environment.items():
+    for variable, text in sorted(environment.items()):
         if variable.startswith(ENVIRONMENT_PREFIX):
-            key = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
-            values[key] = (
-                text
-                if key in ("teacher", "student", "base_model", "output", "devices", "start")
-                else yaml.safe_load(text)
-            )
+            _put(values, variable.removeprefix(ENVIRONMENT_PREFIX).lower().split("__", 1), text)
     return values
 
 
-def recipe_yaml(recipe: Recipe) -> str:
-    """The recipe as commented YAML, every key present."""
-    values = recipe.model_dump(mode="json")
-    lines = []
-    for key, field in Recipe.model_fields.items():
-        lines.append(f"# {field.description}")
-        lines.append(yaml.safe_dump({key: values[key]}, sort_keys=False, allow_unicode=True).rstrip())
-    return "\n".join(lines) + "\n"
-
-
-def _with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a recipe with those of its preset, if it names one, for keys that are not given.
-
-    A name that is no preset's is left for the recipe to refuse.
-    """
-    name = values.get("preset")
-    supplied = PRESETS.get(name, {}) if isinstance(name, str) else {}
-    return _merged(supplied, values)
-
-
-def _merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """Both together, key by key inside sections too; `upper` wins."""
-    result = dict(lower)
-    for key, given in upper.items():
-        below, above = _keys(lower.get(key)), _keys(given)
-        result[key] = given if below is None or above is None else {**below, **above}
-    return result
-
-
-def supplied_values(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the recipe has of its preset, and what was given otherwise in place of it."""
-    taken: dict[str, Any] = {}
-    otherwise: dict[str, Any] = {}
-    for key, value in (PRESETS[recipe.preset] if recipe.preset else {}).items():
-        found = getattr(recipe, key)
-        (taken if found == value else otherwise)[key] = found
-    return taken, otherwise
+def _put(values: dict[str, Any], path: Sequence[str], text: str) -> None:
+    """Place one value, inside its section if there is one."""
+    section = values
+    for part in path[:-1]:
+        inner = section.get(part)
+        section[part] = section = dict(inner) if isinstance(inner, Mapping) else {}
+    section[path[-1]] = read_value(path, text)
 
 
 def _keys(value: Any) -> Mapping[str, Any] | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from moe_svd_distill.cli.options import json_option
+from moe_svd_distill.cli.options import Shown, json_option, shown_options
 
 student_option = click.option("--student", help="Folder or hub id of the student; default: the one the adapter names.")
 
@@ -18,12 +18,15 @@ student_option = click.option("--student", help="Folder or hub id of the student
 @student_option
 @json_option
 def verify_command(folder: Path, student: str | None, as_json: bool) -> None:
-    """Check the adapter in FOLDER: its bytes, its configuration, its values, and that PEFT loads every key."""
+    """Check the adapter in FOLDER: its bytes, its configuration, its values, and that PEFT loads every key.
+
+    Example: moe-svd-distill verify out
+    """
     from dataclasses import asdict
 
     from moe_svd_distill.adapter.verify import verify
     from moe_svd_distill.checkpoints import open_checkpoint
-    from moe_svd_distill.cli.screen import print_json
+    from moe_svd_distill.cli.screen import print_json, print_next
 
     report = verify(folder, open_checkpoint(student) if student else None)
     if as_json:
@@ -35,25 +38,28 @@ def verify_command(folder: Path, student: str | None, as_json: bool) -> None:
         click.echo(f"PEFT loads all {report.load.keys} tensors into {report.load.targets} modules and parameters")
     click.echo(f"sha256 {report.sha256}{' as recorded' if report.digest_checked else ''}")
     click.echo(report.summary)
+    print_next("merge", folder, "MERGED", *(("--student", student) if student else ()))
 
 
 @click.command("merge", short_help="Merge an adapter into the student.")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
 @student_option
-@json_option
-def merge_command(folder: Path, output: Path, student: str | None, as_json: bool) -> None:
-    """Write the student with the adapter in FOLDER merged in to OUTPUT, shard by shard, in the stored types."""
+@shown_options
+def merge_command(folder: Path, output: Path, student: str | None, shown: Shown) -> None:
+    """Write the student with the adapter in FOLDER merged in to OUTPUT, shard by shard, in the stored types.
+
+    Example: moe-svd-distill merge out merged
+    """
     from dataclasses import asdict
 
-    from moe_svd_distill.adapter.merge import merge
-    from moe_svd_distill.checkpoints import open_checkpoint
-    from moe_svd_distill.cli.screen import Monitor, print_json
-    from moe_svd_distill.pipeline.record import base_model
+    from moe_svd_distill.cli.progress import Monitor
+    from moe_svd_distill.cli.screen import print_json
+    from moe_svd_distill.pipeline.merge import merge
 
-    with Monitor(quiet=as_json) as monitor, open_checkpoint(base_model(folder, student)) as checkpoint:
-        report = merge(folder, checkpoint, output, on_progress=partial(monitor.on_count, "merging"))
-    if as_json:
+    with Monitor(shown) as monitor:
+        report = merge(folder, output, student, on_progress=partial(monitor.on_count, "merging"))
+    if shown.as_json:
         print_json({**asdict(report), "output": str(report.output)})
         return
     for warning in report.warnings:
@@ -84,7 +90,10 @@ def merge_command(folder: Path, output: Path, student: str | None, as_json: bool
 def export_command(
     folder: Path, output: Path, layout: str, text_only: bool, student: str | None, as_json: bool
 ) -> None:
-    """Write the adapter in FOLDER to OUTPUT with the same changes in another layout; PEFT is asked whether it loads."""
+    """Write the adapter in FOLDER to OUTPUT with the same changes in another layout; PEFT is asked whether it loads.
+
+    Example: moe-svd-distill export out plain --format plain
+    """
     from dataclasses import asdict
 
     from moe_svd_distill.adapter.export import export
@@ -118,7 +127,10 @@ def export_command(
 def adapter_config_command(
     file: Path, student: Path | None, base_model: str | None, write: bool, repair_names: Path | None
 ) -> None:
-    """Rebuild the configuration of the adapter FILE from its header; no weight is loaded."""
+    """Rebuild the configuration of the adapter FILE from its header; no weight is loaded.
+
+    Example: moe-svd-distill adapter-config adapter_model.safetensors --student models/student --write
+    """
     from moe_svd_distill.adapter.repair import rebuild_configuration, repair_keys
     from moe_svd_distill.files.names import CONFIGURATION_FILE
     from moe_svd_distill.files.writing import write_json

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import click
 
-from moe_svd_distill.cli.options import json_option
+from moe_svd_distill.cli.options import Shown, shown_options
+
+_Measured: TypeAlias = tuple[str, Mapping[str, Any], Mapping[str, Any] | None]
+"""What it is, its figures, and the gaps it closes."""
 
 if TYPE_CHECKING:
     from moe_svd_distill.calibration.paired import VocabularyMode
@@ -76,7 +79,7 @@ if TYPE_CHECKING:
     help="humaneval: consent to run the programs that the models write, under limits, on this machine.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda:N.")
-@json_option
+@shown_options
 def command(
     folder: Path,
     teacher: str | None,
@@ -96,7 +99,7 @@ def command(
     benchmark_teacher: bool,
     run_generated_code: bool,
     device: str,
-    as_json: bool,
+    shown: Shown,
 ) -> None:
     """Measure the adapter in FOLDER on held-out text.
 
@@ -104,8 +107,11 @@ def command(
     adapter as PEFT loads it, of a random delta of equal norm, and of one temperature on the untouched student's logits.
     With --benchmark also what the student scores with and without the adapter: the share of the programming problems of
     HumanEval that it solves, or what the lm-evaluation-harness makes of it.
+
+    Example: moe-svd-distill evaluate out --text held-out.jsonl
     """
-    from moe_svd_distill.cli.screen import Monitor, print_json
+    from moe_svd_distill.cli.progress import Monitor
+    from moe_svd_distill.cli.screen import print_json, print_line, print_next
     from moe_svd_distill.errors import MissingInputError, UsageError
     from moe_svd_distill.pipeline.evaluate import BenchmarkRequest, EvaluationRequest, evaluate_adapter
 
@@ -133,21 +139,23 @@ def command(
         tokens=tokens,
         seed=seed,
         controls=controls,
-        device=_device(device),
+        device=device,
         mode=cast("Mode", mode),
         cache=cache,
         vocabulary=cast("VocabularyMode | None", vocabulary),
     )
-    with Monitor(quiet=as_json) as monitor:
-        result = evaluate_adapter(
-            request, lambda name, done, total: monitor.on_stage(name, done / total if total else None)
-        )
-    if as_json:
+    with Monitor(shown) as monitor:
+        result = evaluate_adapter(request, monitor.on_count)
+    if shown.as_json:
         print_json(result.evaluation)
         return
     show(str(folder), result.evaluation)
     if result.report:
-        click.echo(f"Report: {result.report}")
+        print_line(f"Report: {result.report}")
+    if result.evaluation.get("effect") in ("harms", "none", "unproven", "mixed"):
+        print_next("distill", "--help", note="more text (--calibration, --tokens), or --preset best")
+    else:
+        print_next("merge", folder, "MERGED", note="or serve it as it is")
 
 
 def show(title: str, evaluation: Mapping[str, Any]) -> None:
@@ -161,26 +169,33 @@ def show(title: str, evaluation: Mapping[str, Any]) -> None:
 
 
 def _show_figures(title: str, evaluation: Mapping[str, Any]) -> None:
-    from moe_svd_distill.cli.screen import output, print_table
+    from moe_svd_distill.cli.screen import print_line, print_table
 
-    rows = [
-        _row("student, untouched", evaluation["student"], None),
-        _row("student with the adapter", evaluation["adapted"], evaluation["gap_closed"]),
+    measured: list[_Measured] = [
+        ("student", evaluation["student"], None),
+        ("with the adapter", evaluation["adapted"], evaluation["gap_closed"]),
     ]
-    rows += [
-        _row(f"random delta of equal norm, seed {control['seed']}", control["figures"], control["gap_closed"])
+    measured += [
+        (f"random, seed {control['seed']}", control["figures"], control["gap_closed"])
         for control in evaluation["controls"]
     ]
     temperature = evaluation.get("temperature_control")
     if temperature:
-        name = f"temperature {temperature['temperature']:.3f} only{'*' if _on_half(temperature) else ''}"
-        rows.append(_row(name, temperature["figures"], temperature["gap_closed"]))
-    rows.append(_row("teacher", evaluation["teacher"], None))
-    columns = ("", "KL to teacher", "cross-entropy", "top-1 agreement", "KL gap closed, %", "CE gap closed, %")
-    print_table(f"{title}: {evaluation['student']['tokens']:,} held-out tokens", columns, rows)
-    notes = [f"[…]: 95 %, by bootstrap over {evaluation['unit']}."]
-    if temperature and _on_half(temperature):
-        notes.append("*: fitted on half of the text and measured on the other half.")
+        name = f"temperature {temperature['temperature']:.3f}{'*' if _on_half(temperature) else ''}"
+        measured.append((name, temperature["figures"], temperature["gap_closed"]))
+    measured.append(("teacher", evaluation["teacher"], None))
+    columns = ("", "KL", "CE", "top-1", "KL gap closed", "CE gap closed")
+    tokens = evaluation["student"]["tokens"]
+    print_table(f"{title}: {tokens:,} held-out tokens", columns, map(_figures_row, measured))
+    intervals = [row for row in map(_intervals_row, measured) if any(row[1:])]
+    of_intervals = ("", "KL", "CE", "KL gap closed, %", "CE gap closed, %")
+    print_table(f"95 % intervals, by bootstrap over {evaluation['unit']}", of_intervals, intervals)
+    notes = ["KL: from the teacher's distribution, CE: cross-entropy, both in nats per token."]
+    if evaluation["controls"]:
+        notes.append("random: a random change of the same size.")
+    if temperature:
+        half = ", fitted on half of the text and measured on the other half" if _on_half(temperature) else ""
+        notes.append(f"temperature: one temperature on the student's logits alone{half}.")
     left_out = evaluation.get("held_out") or {}
     if left_out.get("documents_used") or left_out.get("documents_of_used_groups") or left_out.get("documents_repeated"):
         repeated = left_out["documents_repeated"]
@@ -190,8 +205,8 @@ def _show_figures(title: str, evaluation: Mapping[str, Any]) -> None:
             f"{'an unknown number of' if repeated is None else repeated} that mostly repeat them."
         )
     notes += [f"Held-out text: {note}." for note in left_out.get("notes") or ()]
-    output.print(" ".join(notes), soft_wrap=True, highlight=False, markup=False)
-    output.print(evaluation["verdict"], soft_wrap=True, highlight=False)
+    print_line("\n" + "\n".join(notes))
+    print_line(evaluation["verdict"])
 
 
 def _show_benchmarks(title: str, benchmarks: Mapping[str, Any]) -> None:
@@ -201,19 +216,19 @@ def _show_benchmarks(title: str, benchmarks: Mapping[str, Any]) -> None:
         (
             f"{score['task']}: {score['metric']}" + ("" if score["filter"] == "none" else f" ({score['filter']})"),
             "" if score["examples"] is None else f"{score['examples']:,}",
-            _with_error(score["student"], score["student_error"]),
-            _with_error(score["adapted"], score["adapted_error"]),
+            f"{score['student']:.4f}",
+            f"{score['adapted']:.4f}",
             _with_error(score["change"], score["change_error"], "+"),
         )
         for score in benchmarks["scores"]
     ]
     limited = "" if benchmarks["limit"] is None else f", at most {benchmarks['limit']} examples of each task"
-    columns = ("", "examples", "student, untouched", "with the adapter", "change")
+    columns = ("", "examples", "student", "with the adapter", "change")
     print_table(f"{title}: lm-evaluation-harness {benchmarks['harness']}{limited}", columns, rows)
 
 
 def _show_code_benchmarks(title: str, found: Mapping[str, Mapping[str, Any]]) -> None:
-    from moe_svd_distill.cli.screen import output, print_table
+    from moe_svd_distill.cli.screen import print_line, print_table
     from moe_svd_distill.report.figures import code_note
     from moe_svd_distill.report.record import CodeRecord, read_as
 
@@ -223,37 +238,50 @@ def _show_code_benchmarks(title: str, found: Mapping[str, Mapping[str, Any]]) ->
             f"{result['problems']:,}",
             f"{result['student']['pass_at_1']:.4f}",
             f"{result['adapted']['pass_at_1']:.4f}",
-            f"{result['change']['change']:+.4f}{_interval(result['change'], '+.4f')}",
-            str(len(result["gained"])),
-            str(len(result["lost"])),
+            f"{result['change']['change']:+.4f}",
+            _interval(result["change"], "+.4f"),
             f"{result['teacher']['pass_at_1']:.4f}" if result["teacher"] else "-",
         )
         for name, result in found.items()
     ]
-    columns = ("", "problems", "student, untouched", "with the adapter", "change", "gained", "lost", "teacher")
+    columns = ("", "problems", "student", "adapter", "change", "95 %", "teacher")
     print_table(f"{title}: pass@1", columns, rows)
     for result in found.values():
-        output.print(code_note(read_as(CodeRecord, result)), soft_wrap=True, highlight=False, markup=False)
+        print_line(code_note(read_as(CodeRecord, result)))
 
 
-def _row(name: str, figures: Mapping[str, Any], gap: Mapping[str, Any] | None) -> tuple[str, ...]:
+def _figures_row(measured: _Measured) -> tuple[str, ...]:
+    name, figures, gap = measured
+
     def percent(field: str) -> str:
         if gap is None:
             return ""
-        return "-" if gap[field] is None else f"{gap[field]:+.1f}{_interval(gap.get(f'{field}_interval'), '+.1f')}"
+        return "-" if gap[field] is None else f"{gap[field]:+.1f} %"
 
     return (
         name,
-        f"{figures['kl']:.4f}{_interval(figures.get('kl_interval'), '.3f') if figures['kl'] else ''}",
-        f"{figures['cross_entropy']:.4f}{_interval(figures.get('cross_entropy_interval'), '.2f')}",
+        f"{figures['kl']:.4f}",
+        f"{figures['cross_entropy']:.4f}",
         f"{figures['top1_agreement']:.1%}",
         percent("kl"),
         percent("cross_entropy"),
     )
 
 
+def _intervals_row(measured: _Measured) -> tuple[str, ...]:
+    name, figures, gap = measured
+    of_gap = gap or {}
+    return (
+        name,
+        _interval(figures.get("kl_interval") if figures["kl"] else None, ".3f"),
+        _interval(figures.get("cross_entropy_interval"), ".2f"),
+        _interval(of_gap.get("kl_interval"), "+.1f"),
+        _interval(of_gap.get("cross_entropy_interval"), "+.1f"),
+    )
+
+
 def _interval(interval: Mapping[str, float] | None, digits: str) -> str:
-    return "" if interval is None else f" [{interval['low']:{digits}} … {interval['high']:{digits}}]"
+    return "" if interval is None else f"{interval['low']:{digits}} … {interval['high']:{digits}}"
 
 
 def _with_error(value: float, error: float | None, sign: str = "") -> str:
@@ -262,11 +290,3 @@ def _with_error(value: float, error: float | None, sign: str = "") -> str:
 
 def _on_half(temperature: Mapping[str, Any]) -> bool:
     return bool(temperature["fitted_on"] != "calibration text")
-
-
-def _device(asked: str) -> str:
-    if asked != "auto":
-        return asked
-    import torch
-
-    return "cuda:0" if torch.cuda.is_available() else "cpu"

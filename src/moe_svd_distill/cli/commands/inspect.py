@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections import Counter
-from math import prod
 from typing import Any
 
 import click
@@ -21,49 +18,53 @@ def inspect_command(model: str, student: str | None, as_json: bool) -> None:
 
     With a STUDENT as well, MODEL is its teacher: show both side by side, how they are related by a few rows of their
     weights (at most 64 MiB of each model), and what method auto would run. Of hub models nothing large is fetched.
+
+    Example: moe-svd-distill inspect Qwen/Qwen3-30B-A3B Qwen/Qwen3-0.6B
     """
     if student is not None:
         _show_pair(model, student, as_json)
         return
-    from moe_svd_distill.cli.screen import grouped, print_json, print_table
-    from moe_svd_distill.pipeline.pair import open_model
+    from moe_svd_distill.cli.screen import grouped, print_facts, print_json, print_line, print_table
+    from moe_svd_distill.pipeline.inspect import inspect
 
-    gc.disable()  # of a hundred thousand headers: looking for cycles that are not there takes a quarter of the time
-    try:
-        facts = _facts(open_model(model, headers_only=True))
-    finally:
-        gc.enable()
+    facts = inspect(model)
     if as_json:
         print_json(facts)
         return
-    rows = [(key, str(value)) for key, value in facts.items() if not isinstance(value, dict)]
+    rows = [(_in_words(key), _figure(value)) for key, value in facts.items() if not isinstance(value, dict)]
     for key in ("types", "stored_types"):
-        rows.append((key, ", ".join(f"{count} {kind}" for kind, count in facts[key].items())))
-    print_table(model, ("what", ""), rows)
-    print_table("tensors", ("role", "count"), [(role, str(count)) for role, count in facts["roles"].items()])
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in facts[key].items())
+        rows.append(("types of tensors" if key == "types" else "stored as", counts))
+    print_facts(model, rows)
+    print_table("tensors", ("role", "count"), [(role, f"{count:,}") for role, count in facts["roles"].items()])
     for kind in ("without_role", "not_used"):
         for line in grouped(facts[kind]):
-            click.echo(line)
+            print_line(line)
 
 
 def _show_pair(teacher: str, student: str, as_json: bool) -> None:
-    from moe_svd_distill.cli.screen import print_json, print_table
-    from moe_svd_distill.pipeline.method import compare_models
+    from moe_svd_distill.cli.screen import print_json, print_next, print_table
+    from moe_svd_distill.pipeline.inspect import inspect
 
-    facts = compare_models(teacher, student)
+    facts = inspect(teacher, student)
     if as_json:
         print_json(facts)
         return
-    rows = [(key, str(value), str(facts["student"][key])) for key, value in facts["teacher"].items()]
+    rows = [
+        (_in_words(key), _figure(value), _figure(facts["student"][key]))
+        for key, value in facts["teacher"].items()
+        if key != "model"
+    ]
     print_table("sizes", ("", "teacher", "student"), rows)
     show_relatedness(facts["relatedness"])
     for given, choice in facts["method"].items():
         show_choice(f"method auto {given.replace('_', ' ')}", choice)
+    print_next("init", teacher, student, note="save what it prints as recipe.yaml")
 
 
 def show_relatedness(relatedness: dict[str, Any]) -> None:
     """Print the verdict, its grounds, and for each kind of tensor the most telling measurement."""
-    from moe_svd_distill.cli.screen import print_table
+    from moe_svd_distill.cli.screen import print_facts, print_line, print_table
 
     vocabulary = relatedness["vocabulary"]
     differences = [f"{item['name']} {item['teacher']} → {item['student']}" for item in relatedness["differences"]]
@@ -72,50 +73,36 @@ def show_relatedness(relatedness: dict[str, Any]) -> None:
         ("family", "the same" if relatedness["same_family"] else " → ".join(relatedness["families"])),
         ("shape", "the same" if relatedness["same_shape"] else "different"),
         ("sizes that differ", ", ".join(differences) or "none"),
-        ("vocabulary", f"{vocabulary['kind']}, {vocabulary['shared']} numbers mean the same token"),
+        ("vocabulary", f"{vocabulary['kind']}, {vocabulary['shared']:,} numbers mean the same token"),
     ]
-    print_table("relatedness", ("what", ""), rows)
+    print_facts("how the models are related", rows)
     best: dict[str, dict[str, Any]] = {}
     for probe in relatedness["probes"]:
         if probe["role"] not in best or probe["deviations"] > best[probe["role"]]["deviations"]:
             best[probe["role"]] = probe
     if best:
-        columns = ("most alike", "compared", "cosine", "by chance", "standard deviations")
+        columns = ("weights that are most alike", "compared", "cosine", "by chance", "deviations")
         print_table("lineage by weights", columns, [_row(probe) for probe in best.values()])
-    click.echo(f"lineage: {relatedness['lineage']}: {relatedness['reason']}")
+    print_line(f"lineage: {relatedness['lineage']}: {relatedness['reason']}")
     for line in (*vocabulary["reasons"], *relatedness["skipped"]):
-        click.echo(f"note: {line}")
+        print_line(f"note: {line}")
 
 
 def show_choice(title: str, choice: dict[str, Any]) -> None:
     """Print the stages and why."""
-    click.echo(f"{title}: {' + '.join(choice['stages']) or 'nothing'}: {choice['reason']}")
+    from moe_svd_distill.cli.screen import print_line
+
+    print_line(f"{title}: {' + '.join(choice['stages']) or 'nothing'}: {choice['reason']}")
+
+
+def _in_words(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def _figure(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def _row(probe: dict[str, Any]) -> tuple[str, ...]:
     figures = (f"{probe['cosine']:.3f}", f"{probe['chance']:.3f}", f"{probe['deviations']:+.1f}")
     return (probe["role"], probe["comparison"], *figures)
-
-
-def _facts(opened: Any) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    layout, checkpoint = opened.layout, opened.checkpoint
-    parameters, active = layout.parameters(opened.shapes)
-    embedding = layout.find("embedding")
-    return {
-        "family": layout.model_type,
-        **asdict(layout.geometry),
-        "parameters": parameters,
-        "active_parameters": active,
-        "embedding_parameters": prod(opened.shapes[embedding]) if embedding else 0,
-        "quantisation": checkpoint.quantisation,
-        "tensors": len(checkpoint),
-        "bytes": checkpoint.total_bytes,
-        "files": len({info.file for info in checkpoint.stored.values()}),
-        "types": dict(Counter(info.dtype for info in checkpoint.values())),
-        "stored_types": dict(Counter(info.dtype for info in checkpoint.stored.values())),
-        "roles": dict(Counter(meaning.role for meaning in layout.meanings.values())),
-        "without_role": dict(layout.without_role),
-        "not_used": {**layout.ignored, **checkpoint.set_aside},
-    }

@@ -4,30 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from moe_svd_distill.cli.options import json_option, read_recipe, recipe_options
+from moe_svd_distill.cli.options import Shown, read_recipe, recipe_options, shown_options
+
+if TYPE_CHECKING:
+    from moe_svd_distill.pipeline.plan import Plan
 
 
 @click.command("plan", short_help="Show what a recipe would do.")
 @recipe_options
-@json_option
-def command(recipe: Path | None, as_json: bool, **given: Any) -> None:
-    """Show every pairing and every unmatched tensor, ranks and sizes of a run, and how the models are related.
+@shown_options
+def command(recipe: Path | None, force: bool, shown: Shown, **given: Any) -> None:
+    """Show what distill would do, and refuse what it would refuse: the same as distill --dry-run.
 
-    Headers are read, and of the weights the first layer and one of each kind behind it: these are run for a moment to
-    tell how long the run would take. Layers are of one kind whose parameters have the same names and shapes. Of hub
-    models nothing large is fetched.
+    Headers and the calibration text are read, and of the weights the first layer and one of each kind behind it: these
+    are run for a moment to tell how long the run would take. Layers are of one kind whose parameters have the same
+    names and shapes. Of hub models no weights are fetched.
+
+    Example: moe-svd-distill plan recipe.yaml --preset best
     """
-    wanted = read_recipe(recipe, given)
-    from moe_svd_distill.cli.commands.inspect import show_choice, show_relatedness
-    from moe_svd_distill.cli.screen import grouped, print_json, print_table
+    from moe_svd_distill.cli.progress import Monitor
     from moe_svd_distill.pipeline.plan import make_plan
 
-    outlook = make_plan(wanted, lambda: click.echo("measuring the speed of this machine", err=True)).as_dict()
-    if as_json:
+    with Monitor(shown) as monitor:
+        planned = make_plan(read_recipe(recipe, given, monitor.note), monitor.on_event, force=force)
+    show_plan(planned, shown)
+
+
+def show_plan(plan: Plan, shown: Shown) -> None:
+    """Print a plan."""
+    from moe_svd_distill.cli.commands.inspect import show_choice, show_relatedness
+    from moe_svd_distill.cli.screen import grouped, print_facts, print_json, print_line, print_table
+
+    outlook = plan.as_dict()
+    if shown.as_json:
         print_json(outlook)
         return
     if outlook["preset"]:
@@ -35,36 +48,64 @@ def command(recipe: Path | None, as_json: bool, **given: Any) -> None:
     show_relatedness(outlook["relatedness"])
     show_choice("method auto", outlook["method"]["auto"])
     stages = outlook["method"]["stages"]
-    click.echo(f"stages of this recipe: {' and '.join(stages) or 'none'}")
+    print_line(f"stages of this recipe: {' and '.join(stages) or 'none'}")
     if outlook["method"]["start"]:
-        click.echo(f"training begins with the adapter in {outlook['method']['start']}")
+        print_line(f"training begins with the adapter in {outlook['method']['start']}")
     if "weights" in stages:
         print_table("weights stage: depth", ("student layer", "teacher layers"), outlook["depth"])
-        print_table("weights stage: tensors", ("role", "with a pair", "kept", "rank"), outlook["roles"])
-    print_table("sizes", ("what", ""), outlook["sizes"])
+        print_table("weights stage: matrices", ("role", "changed", "kept", "rank"), outlook["roles"])
+    if outlook["text"]:
+        columns = ("text", "tokens", "asked for", "documents", "sources")
+        print_table("text", columns, [_text(*part) for part in outlook["text"]["text"].items()])
+    tables: dict[str, list[tuple[str, str]]] = {}
+    for name, value in outlook["sizes"]:
+        stage, _, what = name.rpartition(": ")
+        tables.setdefault(stage or "models", []).append((what, value))
+    for stage, rows_of_stage in tables.items():
+        print_facts(stage, rows_of_stage)
     if outlook["here"]:
-        print_table("on this machine, about", ("stage", "time", "memory", "disk"), _stages(outlook["here"]))
+        rows = _stages(outlook["here"], outlook["free"])
+        print_table("on this machine, about", ("stage", "time", "memory", "disk"), rows)
     elif stages:
-        click.echo("Time and memory are not known: the weights are not on this machine.")
+        print_line("Time and memory are not known: the weights are not on this machine.")
+    for line in (*outlook["warnings"], *(outlook["notes"] if "weights" in stages else ())):
+        print_line(f"note: {line}")
     if "weights" in stages:
-        for line in outlook["notes"]:
-            click.echo(f"note: {line}")
         for kind in ("pairings", "kept", "ignored_student"):
             for line in grouped(
                 {name: f"from {why}" if kind == "pairings" else why for name, why in outlook[kind].items()}
             ):
-                click.echo(line)
+                print_line(line)
         for line in grouped(outlook["unused_teacher"]):
-            click.echo(f"teacher: {line}")
+            print_line(f"teacher: {line}")
+    _show_next()
+
+
+def _show_next() -> None:
+    """The same words with distill in place of plan."""
+    from moe_svd_distill.cli.screen import print_next
+
+    words = [word for word in click.get_current_context().obj or () if word != "--dry-run"]
+    print_next("distill", *words[words.index("plan" if "plan" in words else "distill") + 1 :])
 
 
 def _show_preset(preset: dict[str, Any]) -> None:
+    from moe_svd_distill.cli.screen import print_line
+
     words = [f"{key} {value}" for key, value in preset["supplied"].items()]
     words += [f"{key} {value} (given otherwise)" for key, value in preset["given_otherwise"].items()]
-    click.echo(f"preset {preset['name']}: {', '.join(words)}")
+    print_line(f"preset {preset['name']}: {', '.join(words)}")
 
 
-def _stages(here: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+_PARTS = {"fit": "to train on", "check": "to choose passes and ranks by", "search": "to search the scale on"}
+
+
+def _text(part: str, facts: Mapping[str, Any]) -> list[str]:
+    figures = (facts["tokens"], facts["tokens_asked"], facts["documents"], facts["groups"])
+    return [_PARTS.get(part, part), *("-" if figure is None else f"{figure:,}" for figure in figures)]
+
+
+def _stages(here: Mapping[str, Mapping[str, Any]], free: Mapping[str, int]) -> list[list[str]]:
     from moe_svd_distill.cli.screen import duration
     from moe_svd_distill.pipeline.cost import readable
     from moe_svd_distill.pipeline.duration import AROUND_S
@@ -75,4 +116,5 @@ def _stages(here: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         for stage, cost in here.items()
     ]  # fmt: skip
     together = AROUND_S + sum(cost["seconds"] for cost in here.values())
-    return [*rows, ["together, with what lies around the stages", duration(together), "", ""]]
+    rows.append(["together, with what lies around them", duration(together), "", ""])
+    return [*rows, ["free now", "", readable(free["memory_bytes"]), readable(free["disk_bytes"])]]
