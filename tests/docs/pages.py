@@ -9,9 +9,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
+FRONT = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
 RECORDS = ("benchmarks.md", "architecture.md", "head-formats.md")
-MANUAL = [page for page in PAGES if page.name not in RECORDS and page.parent.name != "decisions"]
+MANUAL = [*FRONT, *sorted(page for page in DOCS.glob("*.md") if page.name not in RECORDS)]
+PAGES = [*FRONT, ROOT / "lab" / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 _BLOCK = re.compile(r"^(?P<fence>```+)(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=fence)\s*$", re.MULTILINE | re.DOTALL)
 _MARKED = re.compile(r"<!-- runnable(?P<slow>: slow)? -->\n```python\n(?P<code>.*?)^```\s*$", re.MULTILINE | re.DOTALL)

@@ -26,6 +26,7 @@ def test_a_mark_that_names_no_reference_is_found() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_site_is_built_strictly(tmp_path: Path) -> None:
     pytest.importorskip("mkdocstrings")
     pytest.importorskip("material")
