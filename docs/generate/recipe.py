@@ -80,4 +80,5 @@ def _kind(field: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
     if field.get("format") == "path":
         return "path"
     bounds = [f"{words} {field[bound]:g}" for bound, words in _BOUNDS.items() if bound in field]
-    return ", ".join([_KINDS[field["type"]], *bounds])
+    kind = _KINDS[field["type"]]
+    return f"{kind} ({', '.join(bounds)})" if bounds else kind

@@ -77,4 +77,4 @@ def test_the_reference_has_every_key_with_its_meaning() -> None:
     assert {key.replace(".", "-") for key in KEYS} - {"experts", "training"} <= set(anchors(reference))
     assert all((field.description or "")[:20] in reference for field in TrainingRecipe.model_fields.values())
     assert "`auto` or `resident` or `streamed` · default `auto`" in reference
-    assert "whole number, at least 512 · default `65536`" in reference
+    assert "whole number (at least 512) · default `65536`" in reference
