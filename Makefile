@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint format count bench soak real-pair lab clean
+.PHONY: help setup demo test test-gpu lint format docs count bench soak real-pair lab clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 12
@@ -41,6 +41,10 @@ format: $(READY)  ## format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(READY)  ## build the manual into build/docs; a broken link or a warning is an error
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 count:  ## count lines, files, dataclasses and long signatures of src/
 	$(PYTHON) -m benchmarks.count
 
@@ -61,4 +65,4 @@ lab: $(READY)  ## train the lab's models anew (about an hour); DOCUMENTATION=fol
 	$(BIN)/python -m lab.train $(if $(DOCUMENTATION),--documentation $(DOCUMENTATION))
 
 clean:  ## delete the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis out
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build out

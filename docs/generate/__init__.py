@@ -1,0 +1,1 @@
+"""References of the manual, made from the program itself when the site is built."""

@@ -1,0 +1,39 @@
+"""The manual is built without a warning."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from docs.generate.hook import on_page_markdown
+from tests.docs.pages import ROOT
+
+
+def test_what_leads_out_of_the_manual_is_text_there() -> None:
+    page = "[`CONTRIBUTING.md`](../CONTRIBUTING.md), [all](decisions/), [text](text.md), [up](../presets.md)"
+    assert (
+        on_page_markdown(page) == "`CONTRIBUTING.md`, [all](decisions/index.md), [text](text.md), [up](../presets.md)"
+    )
+
+
+def test_a_mark_that_names_no_reference_is_found() -> None:
+    with pytest.raises(KeyError, match="nothing of it"):
+        on_page_markdown("<!-- generated: nothing of it -->")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_site_is_built_strictly(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocstrings")
+    pytest.importorskip("material")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    recipe = (tmp_path / "site" / "recipe.html").read_text(encoding="utf-8")
+    assert 'id="training-placement"' in recipe
+    assert 'id="distill"' in (tmp_path / "site" / "commands.html").read_text(encoding="utf-8")
