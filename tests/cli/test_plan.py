@@ -157,6 +157,11 @@ def test_a_dry_run_is_the_plan_and_leaves_nothing(words: list[str], capsys: pyte
     for row in ("to train on", "to search the scale on", "on this machine, about", "free now"):
         assert row in text
     assert "0.0 GiB" not in text
+    assert [line for line in error.splitlines() if ", for " not in line] == [
+        "fetching and checking the models",
+        "reading the calibration text",
+        "measuring the speed of this machine",
+    ]
     (line,) = [line for line in text.splitlines() if line.startswith("Next: ")]
     assert shlex.split(line)[1:] == ["moe-svd-distill", "distill", *words[1:]]
     assert not Path(words[words.index("--output") + 1]).exists()
