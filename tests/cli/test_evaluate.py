@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
 
+from moe_svd_distill.cli import screen
 from moe_svd_distill.cli.commands.evaluate import show
 from moe_svd_distill.cli.main import main
 from tests.support.problems import GREEN, write_problems
@@ -65,3 +67,23 @@ def test_options_of_benchmarks_without_one_are_refused(
         main(["evaluate", str(tmp_path), *words])
     assert left.value.code == 2
     assert "no benchmark is named" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_no_line_of_a_table_is_folded(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(screen, "output", screen._Console(file=stream, width=width))
+    intervals = {
+        "kl_interval": {"low": 0.5011, "high": 0.5249},
+        "cross_entropy_interval": {"low": 14.31, "high": 14.45},
+    }
+    gap = {"kl": -134.0, "kl_interval": {"low": -132.7, "high": -135.4}, "cross_entropy": 1.0}
+    gap |= {"cross_entropy_interval": {"low": -132.7, "high": -135.4}}
+    shown = evaluation() | {"adapted": figures(0.5, 14.4) | intervals, "gap_closed": gap}
+    show("a folder", shown | {"temperature_control": temperature_control(), "code_benchmarks": code_benchmarks()})
+    text = stream.getvalue()
+    for row in ("with the adapter  ", "temperature 1.071*  ", "random, seed 7  ", "humaneval  "):
+        assert f"\n{row}" in text
+    assert "-132.7 … -135.4   -132.7 … -135.4" in text
+    ends = [line for line in text.splitlines() if "  " in line and not line.startswith(("KL", "humaneval:"))]
+    assert max(map(len, ends)) <= width

@@ -95,6 +95,7 @@ class LazyGroup(click.Group):
             return None
         module, _, function = COMMANDS[name][0].partition(":")
         command: click.Command = getattr(importlib.import_module(f"moe_svd_distill.cli.commands.{module}"), function)
+        command.help = (command.help or "").replace("\n\nExample:", "\n\n\b\nExample:")  # \b: not to be folded
         return command
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:

@@ -55,7 +55,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
 def print_facts(title: str, rows: Iterable[Sequence[str]]) -> None:
     """Names and what they are, in words that may take several lines."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True, max_width=36, overflow="fold")
+    table.add_column(max_width=36, overflow="fold")
     table.add_column(overflow="fold")
     _print_titled(title, table, rows)
 

@@ -59,6 +59,7 @@ def distill(recipe: Recipe | Path | str, on_event: Listener | None = None, *, fo
     for note in judge_output(recipe, force=force):
         tell(Noted(note))
     refuse_missing_text(recipe)
+    tell(StageReached("fetching and checking the models"))
     with open_pair(recipe.teacher, recipe.student, remote_cache_gb=recipe.remote_cache_gb) as pair:
         base = base_model(recipe, pair)
         if recipe.base_model is None and (origin := pair.student.checkpoint.origin) is not None:
@@ -70,7 +71,10 @@ def distill(recipe: Recipe | Path | str, on_event: Listener | None = None, *, fo
         tell(Noted(f"method: {' and '.join(stages.names)} ({stages.reason})"))
         if stages.calibrated and not recipe.scale_search:
             tell(Noted("scale_search: false holds for the weights stage; the calibrated stage is always guarded"))
-        text = read_run_text(recipe, pair, stages.names) if needs_text(recipe, stages.names) else None
+        text = None
+        if needs_text(recipe, stages.names):
+            tell(StageReached("reading the calibration text"))
+            text = read_run_text(recipe, pair, stages.names)
         for shortfall in text.shortfalls() if text else ():
             tell(Noted(shortfall))
         plan = prepare(recipe, pair, settings) if stages.weights else None

@@ -163,6 +163,7 @@ def make_plan(recipe: Recipe | Path | str, on_event: Listener | None = None, *, 
     execution_settings(recipe)  # refuses devices that are not there
     warnings = judge_output(recipe, force=force)
     refuse_missing_text(recipe)
+    tell(StageReached("fetching and checking the models"))
     with open_pair(recipe.teacher, recipe.student, headers_only=True) as pair:
         at_hand = pair.at_hand
         undecided = not at_hand and recipe.embeddings == "auto"

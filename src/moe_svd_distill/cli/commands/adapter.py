@@ -129,7 +129,7 @@ def adapter_config_command(
 ) -> None:
     """Rebuild the configuration of the adapter FILE from its header; no weight is loaded.
 
-    Example: moe-svd-distill adapter-config adapter_model.safetensors --student models/student --write
+    Example: moe-svd-distill adapter-config out --student models/student --write
     """
     from moe_svd_distill.adapter.repair import rebuild_configuration, repair_keys
     from moe_svd_distill.files.names import CONFIGURATION_FILE

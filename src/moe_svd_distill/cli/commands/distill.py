@@ -153,7 +153,6 @@ def _show(adapter: Adapter, everything: bool) -> None:
         rows += [("brought into order by", f"{name}: {count}") for name, count in record.alignments.items()]
         rows += [("not read, of the student", str(len(record.ignored_student_tensors)))]
         rows += [("not used, of the teacher", str(len(record.unused_teacher_tensors)))]
-        rows += [("sha256", adapter.sha256)]
     print_facts(f"Adapter in {folder}", rows)
     for name, reason in record.projection_fallbacks.items():
         print_line(f"{name}: {reason}")
@@ -162,6 +161,8 @@ def _show(adapter: Adapter, everything: bool) -> None:
             print_line(f"{name}: {count} NaN or Inf taken as zero")
         for name, count in unit.norm_channels_not_folded.items():
             print_line(f"{name}: {count} channels whose norm gain is near zero keep the student's gain")
+    if everything:
+        print_line(f"sha256 {adapter.sha256}")
     print_line(record.scale_search.decision)
     print_next("evaluate", folder, "--teacher", record.teacher.source, "--text", "FILE")
     if record.student.source.lower().endswith(".gguf"):  # whose converter reads the plain layout

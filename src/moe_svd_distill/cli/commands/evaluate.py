@@ -188,7 +188,7 @@ def _show_figures(title: str, evaluation: Mapping[str, Any]) -> None:
     tokens = evaluation["student"]["tokens"]
     print_table(f"{title}: {tokens:,} held-out tokens", columns, map(_figures_row, measured))
     intervals = [row for row in map(_intervals_row, measured) if any(row[1:])]
-    of_intervals = ("", "KL", "CE", "KL gap closed, %", "CE gap closed, %")
+    of_intervals = ("", "KL", "CE", "KL gap, %", "CE gap, %")
     print_table(f"95 % intervals, by bootstrap over {evaluation['unit']}", of_intervals, intervals)
     notes = ["KL: from the teacher's distribution, CE: cross-entropy, both in nats per token."]
     if evaluation["controls"]:

@@ -56,7 +56,7 @@ def show_plan(plan: Plan, shown: Shown) -> None:
         print_table("weights stage: matrices", ("role", "changed", "kept", "rank"), outlook["roles"])
     if outlook["text"]:
         columns = ("text", "tokens", "asked for", "documents", "sources")
-        print_table("text", columns, [_text(*part) for part in outlook["text"]["text"].items()])
+        print_table("calibration text", columns, [_text(*part) for part in outlook["text"]["text"].items()])
     tables: dict[str, list[tuple[str, str]]] = {}
     for name, value in outlook["sizes"]:
         stage, _, what = name.rpartition(": ")

@@ -13,7 +13,7 @@ def init_command(teacher: str, student: str) -> None:
 
     Keys that presets set are comments, so that a preset in the file has an effect.
 
-    Example: moe-svd-distill init Qwen/Qwen3-30B-A3B Qwen/Qwen3-0.6B > recipe.yaml
+    Example: moe-svd-distill init Qwen/Qwen3-8B Qwen/Qwen3-0.6B > recipe.yaml
     """
     from moe_svd_distill.recipe import PRESET_KEYS, parse_recipe, recipe_yaml
 
@@ -38,7 +38,7 @@ def schema_command() -> None:
 def completion_command(shell: str) -> None:
     """Print the script that completes commands and options in SHELL: bash, zsh or fish.
 
-    Example: moe-svd-distill completion bash > ~/.local/share/bash-completion/completions/moe-svd-distill
+    Example: moe-svd-distill completion bash >> ~/.bashrc
     """
     from click.shell_completion import get_completion_class
 
