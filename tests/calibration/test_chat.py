@@ -92,7 +92,7 @@ def test_parts_of_text_are_joined_and_a_picture_is_refused(tmp_path: Path, folde
         _rendered(_records(tmp_path, {"messages": [{"role": "user", "content": parts}, TALK[1]]}), folder) == expected
     )
     picture = {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}
-    with pytest.raises(BadDataError, match=r"talks\.jsonl:1 .*message 1 holds a part that is not text \(image\)"):
+    with pytest.raises(BadDataError, match=r"talks\.jsonl:1 .*message 1 holds a part that is not text \('image'\)"):
         read_text([_records(tmp_path, picture)])
 
 

@@ -105,6 +105,31 @@ def test_csv_that_does_not_fit_its_header_is_named(tmp_path: Path) -> None:
         read_text([tmp_path / "a.csv"])
 
 
+@pytest.mark.parametrize("header", ["text,id,text", "id;text;x;id"])
+def test_a_field_that_csv_has_twice_is_named(tmp_path: Path, header: str) -> None:
+    (tmp_path / "a.csv").write_text(f"{header}\na,1,b,2\n")
+    with pytest.raises(BadDataError, match=r"a\.csv:1 has the field '(text|id)' twice"):
+        read_text([tmp_path / "a.csv"])
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"k" * 100_000: 1},
+        {"\x1b[2J": 1},
+        {f"field {n}": n for n in range(5000)},
+        {"messages": [{"role": "user", "content": [{"type": "\x1b" * 9000}]}]},
+        {"conversations": [{"from": ["x"] * 9000, "value": "x"}]},
+    ],
+)
+def test_what_a_record_holds_does_not_flood_the_terminal(tmp_path: Path, record: dict[str, Any]) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n")
+    with pytest.raises(BadDataError) as caught:
+        read_text([tmp_path / "a.jsonl"])
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 800
+
+
 def test_parquet_needs_a_package_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     for name in ("a.parquet", "data"):

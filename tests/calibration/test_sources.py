@@ -163,7 +163,7 @@ def test_sections_of_a_text_are_all_of_it_however_many_documents_there_are() -> 
 
 
 def test_no_documents_are_too_short_a_text(folder: Path) -> None:
-    with pytest.raises(BadDataError, match="too short: 0 tokens"):
+    with pytest.raises(BadDataError, match="too short: found 0 tokens"):
         divide_text([], load_tokenizer(folder), {"all": 100}, length=64)
 
 

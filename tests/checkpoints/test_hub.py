@@ -189,7 +189,7 @@ def test_only_the_needed_files_are_fetched_and_each_once(full: Asked) -> None:
         ("org/quantised", 65, "quant_method=quip"),
         ("org/pickled", 65, "Convert the model to safetensors"),
         ("org/broken", 65, FIRST),
-        ("org/hostile", 65, "outside the model's folder"),
+        ("org/hostile", 65, "no plain path inside the model's folder"),
         ("org/denied", 69, "status 403"),
         ("org/badtoken", 69, "status 401"),
         ("org/down", 69, "status 503"),

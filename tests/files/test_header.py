@@ -52,7 +52,7 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "header of no bytes": (safetensors_bytes(b""), "does not begin"),
     "pickle": (b"\x80\x04\x95\x10\0\0\0\0\0\0\0\x8c\x08builtins", "at most"),
     "zip of a .bin": (b"PK\x03\x04" + bytes(60), "cut off"),
-    "git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\n", "at most"),
+    "git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of git-lfs"),
     "html page": (b"<!DOCTYPE html><html></html>", "at most"),
     "not JSON": (safetensors_bytes(b"{'a': 1}"), "not valid JSON"),
     "cut JSON": (safetensors_bytes(b'{"a": {"dtype": "F32"'), "not valid JSON"),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_svd_distill.errors import BadDataError, MissingInputError
+from moe_svd_distill.errors import BadDataError, MissingInputError, shown
 
 SHAREGPT_ROLES = {
     "system": "system",
@@ -161,11 +161,11 @@ def _message(message: Any, number: int) -> dict[str, object]:
     if "role" in message:
         role, content, known = message["role"], message.get("content"), {"role", "content"}
         if not isinstance(role, str) or not role:
-            raise ValueError(f"message {number} has the role {role!r}")
+            raise ValueError(f"message {number} has the role {shown(role)}")
     elif "from" in message:
         role, content, known = SHAREGPT_ROLES.get(str(message["from"])), message.get("value"), {"from", "value"}
         if role is None:
-            raise ValueError(f"message {number} is from {message['from']!r}, expected human, gpt, system or tool")
+            raise ValueError(f"message {number} is from {shown(message['from'])}, expected human, gpt, system or tool")
     else:
         raise ValueError(f"message {number} has neither role and content nor from and value")
     rest = {str(key): value for key, value in message.items() if key not in known and value is not None}
@@ -186,7 +186,7 @@ def _text(content: Any, number: int) -> str:
         for part in content:
             if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
                 kind = part.get("type", "unknown") if isinstance(part, Mapping) else type(part).__name__
-                raise ValueError(f"message {number} holds a part that is not text ({kind})")
+                raise ValueError(f"message {number} holds a part that is not text ({shown(kind)})")
             parts.append(part["text"])
         return "".join(parts)
     raise ValueError(f"message {number} has content of type {type(content).__name__}, expected text")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from pydantic_core import from_json
 
-from moe_svd_distill.errors import BadDataError, MissingInputError, UsageError
+from moe_svd_distill.errors import BadDataError, MissingInputError, UsageError, shown
 
 LINE_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 TABLE_SUFFIXES = frozenset({".csv", ".tsv"})
@@ -198,6 +198,9 @@ def _table(file: Path, stream: BufferedReader, longest: int) -> Iterator[Row]:
 
     reader = csv.DictReader(all_lines(), delimiter=delimiter)
     try:
+        names = reader.fieldnames or ()
+        if twice := next((name for name in names if name and list(names).count(name) > 1), None):
+            raise BadDataError(f"{file}:1 has the field {shown(twice)} twice", "Rename or remove one of them")
         for record in reader:
             if None in record:
                 raise BadDataError(

@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_svd_distill.calibration.chat import as_chat, well_formed
 from moe_svd_distill.calibration.documents import Document
-from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.errors import SHOWN_REASON_CHARACTERS, BadDataError, shown
 
 FIELDS = ("text", "messages", "conversations")
 """Where a record's content is looked for unless a field is named, in this order."""
@@ -61,6 +61,7 @@ def document_of_record(
             return _conversation(None, record, where, "no instruction and output of text", group)
     looked = repr(field) if field is not None else f"'text' and no messages in {' or '.join(FIELDS[1:])}, {_OTHERS}"
     there = ", ".join(sorted(map(str, record))) or "nothing"
+    there = there if there.isprintable() and len(there) <= SHOWN_REASON_CHARACTERS else shown(there)
     raise BadDataError(f"{where} has no text in the field {looked} (found: {there})", "Name the field that holds it")
 
 

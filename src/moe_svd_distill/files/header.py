@@ -20,7 +20,7 @@ from typing import Any
 
 from moe_svd_distill.errors import BadDataError, shown
 from moe_svd_distill.files.dtypes import BYTES_PER_ELEMENT, RANKS
-from moe_svd_distill.files.reading import FETCH_AGAIN, json_object, opened, read_at
+from moe_svd_distill.files.reading import FETCH_AGAIN, LFS_POINTER, json_object, opened, pointer_to, read_at
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_DIMENSIONS = 16
@@ -113,6 +113,8 @@ def header_length(prefix: bytes, path: Path, file_bytes: int) -> int:
     """The length of the header, checked against the file's size and the format's limit."""
     if len(prefix) < PREFIX_BYTES:
         raise _bad(path, f"is not a safetensors file: found {len(prefix)} bytes, expected at least {PREFIX_BYTES}")
+    if LFS_POINTER.startswith(prefix):
+        raise pointer_to(path)
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
         raise _bad(path, f"is not a safetensors file: header of {length} bytes (expected at most {MAX_HEADER_BYTES})")

@@ -14,6 +14,7 @@ from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError
 
 MAX_JSON_BYTES = 256 * 1024 * 1024
 FETCH_AGAIN = "Download or copy the model again"
+LFS_POINTER = b"version https://git-lfs"
 PIECE_BYTES = 4 << 20
 
 
@@ -23,7 +24,9 @@ def relative_name(name: object, said_by: str) -> str:
         raise BadDataError(f"{said_by} names a file {shown(name)} (expected a relative path as text)", FETCH_AGAIN)
     pieces = name.split("/")
     if name.startswith("/") or "\\" in name or ":" in pieces[0] or any(piece in ("", ".", "..") for piece in pieces):
-        raise BadDataError(f"{said_by} names the file {shown(name)}, which is outside the model's folder", FETCH_AGAIN)
+        raise BadDataError(
+            f"{said_by} names the file {shown(name)}, which is no plain path inside the model's folder", FETCH_AGAIN
+        )
     if not name.isprintable():
         raise BadDataError(f"{said_by} names the file {shown(name)}, which has unprintable characters", FETCH_AGAIN)
     return name
@@ -90,6 +93,12 @@ def opened(path: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def pointer_to(path: Path) -> BadDataError:
+    """The refusal of what git leaves in place of a large file where git-lfs is not installed."""
+    what = f"{shown(path)} is a pointer of git-lfs, not the file it stands for"
+    return BadDataError(what, "Run `git lfs install` and `git lfs pull` in its folder, or download the file")
 
 
 def read_at(descriptor: int, path: Path, offset: int, count: int) -> bytes:

@@ -140,9 +140,26 @@ def test_an_architecture_that_is_not_known_is_refused_in_a_line(tmp_path: Path) 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["adapter", "mmproj", "imatrix"])
+def test_what_is_no_model_is_refused(tmp_path: Path, kind: str) -> None:
+    """As `export --format gguf` writes, or what lies beside a model that sees."""
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "llama")
+    writer.add_type(kind)
+    writer.add_tensor("blk.0.attn_q.weight.lora_a", np.zeros((8, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(BadDataError, match=rf"is of general\.type '{kind}' \(expected model\)\. Give the model's file"):
+        open_checkpoint(tmp_path / "other.gguf")
+
+
 def test_what_is_no_gguf_file_or_not_there(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"PK\x03\x04" * 20)
     with pytest.raises(BadDataError, match="is not a GGUF file"):
+        open_checkpoint(tmp_path / "model.gguf")
+    (tmp_path / "model.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n")
+    with pytest.raises(BadDataError, match="a pointer of git-lfs"):
         open_checkpoint(tmp_path / "model.gguf")
     with pytest.raises(DistillError, match=r"the file .* is not there"):
         open_checkpoint(str(tmp_path / "other.gguf"))

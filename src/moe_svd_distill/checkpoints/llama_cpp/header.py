@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 
 from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError, shown
 from moe_svd_distill.files.header import MAX_ELEMENTS, Header, TensorInfo
-from moe_svd_distill.files.reading import FETCH_AGAIN, locate, opened, read_at
+from moe_svd_distill.files.reading import FETCH_AGAIN, LFS_POINTER, locate, opened, pointer_to, read_at
 
 Value: TypeAlias = bool | int | float | str | tuple[bool | int | float, ...] | None
 """What a piece of metadata says; long arrays and arrays of text, which only tokenizers have, are left out as None."""
@@ -111,7 +111,10 @@ class _Reading:
         self._size, self._place = os.fstat(descriptor).st_size, 0
 
     def file(self) -> GgufFile:
-        if self._size < 24 or self._take(4) != MAGIC:
+        magic = self._take(4) if self._size >= 24 else b""
+        if magic and LFS_POINTER.startswith(magic):
+            raise pointer_to(self._path)
+        if magic != MAGIC:
             raise self._bad("is not a GGUF file: it does not begin with GGUF")
         version = self._number("I")
         if version not in VERSIONS:

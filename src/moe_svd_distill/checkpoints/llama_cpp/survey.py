@@ -83,6 +83,9 @@ def _config(
     source: str, metadata: Mapping[str, Value], stored: Mapping[str, TensorInfo]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The configuration, and the settings that nothing was made of."""
+    kind = metadata.get("general.type", "model")
+    if kind != "model":
+        raise BadDataError(f"{source} is of general.type {shown(kind)} (expected model)", "Give the model's file")
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise BadDataError(f"{source} does not say its general.architecture", "Give the first file of the model")
