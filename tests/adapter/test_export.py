@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from moe_svd_distill.adapter.adapter_file import adapter_header
 from moe_svd_distill.adapter.configuration import build_configuration
@@ -87,6 +87,46 @@ def test_plain_has_no_name_for_experts_in_one_tensor(tmp_path: Path) -> None:
     with pytest.raises(BadDataError, match=r"experts.*no name of its own.*fused"):
         export(adapter, tmp_path / "out", "plain", student)
     assert not (tmp_path / "out").exists()
+
+
+def _without_one(key: str, value: torch.Tensor) -> torch.Tensor | None:
+    return None if ".experts.1.up_proj" in key else value
+
+
+def _of_other_rank(key: str, value: torch.Tensor) -> torch.Tensor | None:
+    if ".experts.1.up_proj" not in key:
+        return value
+    return value[:2].contiguous() if "lora_A" in key else value[:, :2].contiguous()
+
+
+def _without_all_gates(key: str, value: torch.Tensor) -> torch.Tensor | None:
+    return None if "gate_proj" in key and ".experts." in key else value
+
+
+@pytest.mark.parametrize("layout", ["peft", "plain", "fused", "gguf"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_without_one, r"experts\.1\.up_proj\.weight has no pair, expected one as .*experts\.0\."),
+        (_of_other_rank, r"of a layer's experts have ranks .*2 \(.*experts\.1\.up_proj.*expected one"),
+        (_without_all_gates, r"experts\.0\.gate_proj\.weight has no pair"),
+    ],
+)
+def test_experts_with_and_without_a_pair_are_refused(layout: Any, change: Any, words: str, tmp_path: Path) -> None:
+    student, adapter = _adapter("qwen3_moe", tmp_path)
+    pairs = {key: change(key, value) for key, value in load_file(adapter / ADAPTER_FILE).items()}
+    save_file({key: value for key, value in pairs.items() if value is not None}, adapter / ADAPTER_FILE)
+    with pytest.raises(BadDataError, match=words):
+        export(adapter, tmp_path / "out", layout, student)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_option_that_pairs_do_not_have_is_refused(tmp_path: Path) -> None:
+    student, adapter = _adapter("llama", tmp_path)
+    configuration = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(configuration | {"fan_in_fan_out": True}))
+    with pytest.raises(BadDataError, match="fan_in_fan_out is True"):
+        export(adapter, tmp_path / "out", "peft", student)
 
 
 def test_limits_of_servers_are_named(tmp_path: Path) -> None:

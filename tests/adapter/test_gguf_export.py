@@ -12,14 +12,12 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 
 from moe_svd_distill.adapter.configuration import build_configuration
 from moe_svd_distill.adapter.export import export
 from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.errors import BadDataError, MissingInputError
 from moe_svd_distill.evaluation.loading import load_model
-from moe_svd_distill.files.names import ADAPTER_FILE
 from moe_svd_distill.pipeline.pair import open_model
 from tests.support import architectures, tiny
 from tests.support.heads import trained_tokenizer, with_tokenizer
@@ -148,12 +146,18 @@ def test_the_embeddings_and_a_scale_of_peft(tmp_path: Path, tokenizer: Path) -> 
     torch.testing.assert_close(ours, peft_logits(student, adapter), rtol=1e-3, atol=1e-3)
 
 
-def test_experts_without_a_pair_are_named(tmp_path: Path, tokenizer: Path) -> None:
-    student = student_in(tmp_path / "student", "qwen3_moe", tokenizer)
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"r": None}, "no usable rank"), ({"r": "x"}, "no usable rank"), ({"use_dora": True}, "use_dora is True")],
+)
+def test_a_configuration_that_does_not_fit(
+    changes: dict[str, Any], words: str, tmp_path: Path, tokenizer: Path
+) -> None:
+    student = student_in(tmp_path / "student", "llama", tokenizer)
     adapter = adapter_in(tmp_path / "adapter", student)
-    pairs = {key: value for key, value in load_file(adapter / ADAPTER_FILE).items() if ".experts.1.up" not in key}
-    save_file(pairs, adapter / ADAPTER_FILE)
-    with pytest.raises(BadDataError, match=r"one pair for 'blk\.0\.ffn_up_exps\.weight'.*3 pairs.*expected 4"):
+    configuration = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(configuration | changes))
+    with pytest.raises(BadDataError, match=words):
         export(adapter, tmp_path / "out", "gguf", student)
 
 

@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from moe_svd_distill.adapter.adapter_file import read_json
+from moe_svd_distill.adapter.adapter_file import read_json, shapes_of
 from moe_svd_distill.adapter.configuration import AdapterConfiguration, build_configuration, plain_configuration
 from moe_svd_distill.adapter.gguf_file import write_gguf_adapter
 from moe_svd_distill.adapter.keys import AdapterKeys, planned_tensors
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.adapter.made_for import notes_on_student
-from moe_svd_distill.adapter.naming import whole_key
+from moe_svd_distill.adapter.naming import whole_key, whole_modules
 from moe_svd_distill.adapter.peft_model import modules_of
 from moe_svd_distill.adapter.settling import settle_keys
-from moe_svd_distill.adapter.verify import check_loads
+from moe_svd_distill.adapter.verify import check_loads, check_options
 from moe_svd_distill.adapter.whole_head import student_of
 from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.architecture.matrices import Kind
@@ -78,6 +78,8 @@ def export(
     source = Path(adapter_folder)
     architecture = student_of(student, read_json(source / CONFIGURATION_FILE), "an export")
     pairs = LowRankPairs(source, architecture)
+    check_options(pairs.configuration, whole_modules(shapes_of(pairs.header)))
+    pairs.refuse_partial()
     if layout == "gguf":
         return _for_llama_cpp(source, Path(output).absolute(), pairs, architecture)
     aimed = Architecture(architecture.checkpoint, text_only=True) if text_only else architecture

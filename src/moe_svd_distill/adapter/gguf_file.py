@@ -6,7 +6,7 @@ what another scale or another rank would change goes into B. The rows of B are t
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -31,7 +31,7 @@ def write_gguf_adapter(pairs: LowRankPairs, architecture: Architecture, file: Pa
     """Write an adapter for llama.cpp, one tensor in memory at a time.
 
     Args:
-        pairs: The adapter.
+        pairs: The adapter, with one pair or none for each of a parameter's matrices (`LowRankPairs.refuse_partial`).
         architecture: Of the student it is for.
         file: Where to.
 
@@ -56,13 +56,14 @@ def write_gguf_adapter(pairs: LowRankPairs, architecture: Architecture, file: Pa
     if pairs.head is not None:
         raise BadDataError("the adapter saves the head whole, and llama.cpp takes pairs alone", _MERGE)
     naming = NAMINGS[model_type]
+    ((alpha, _),) = Counter(map(pairs.rank, pairs)).most_common(1)
     planned: dict[str, Planned] = {}
     for tensor, members in _by_tensor(naming, pairs, architecture).items():
-        planned |= _planned_pair(tensor, _stack(tensor, members, pairs, architecture))
+        planned |= _planned_pair(tensor, _stack(members, pairs, architecture, alpha))
     writer = gguf.GGUFWriter(file, naming.architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(pairs.configuration["r"]))
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
     for name, plan in planned.items():
         kind = gguf.GGMLQuantizationType[dtype_code(plan.dtype)]
         size = plan.dtype.itemsize * torch.Size(plan.shape).numel()
@@ -145,19 +146,12 @@ class _Stack:
 
 
 def _stack(
-    tensor: str, members: Mapping[int | None, tuple[str, Place]], pairs: LowRankPairs, architecture: Architecture
+    members: Mapping[int | None, tuple[str, Place]], pairs: LowRankPairs, architecture: Architecture, alpha: int
 ) -> _Stack:
-    """The pairs of a tensor's matrices, which have one rank and leave no expert out."""
+    """The pairs of a tensor's matrices, in the order of the experts."""
     matrices = tuple(members[expert][0] for expert in sorted(members, key=lambda expert: expert or 0))
     place = next(iter(members.values()))[1]
-    ranks = sorted({pairs.rank(matrix) for matrix in matrices})
-    experts = 1 if place.expert is None else architecture.by_name[matrices[0]].experts
-    if len(matrices) != experts or len(ranks) > 1:
-        found = f"{len(matrices)} pairs of rank {', '.join(map(str, ranks))}"
-        what = f"llama.cpp has one pair for {shown(tensor)}, the adapter {found} (expected {experts} of one rank)"
-        raise BadDataError(what, _MERGE)
-    alpha = pairs.configuration["r"]
-    factors = tuple(pairs.scale(matrix) * ranks[0] / alpha for matrix in matrices)
+    factors = tuple(pairs.scale(matrix) * pairs.rank(matrix) / alpha for matrix in matrices)
     heads = getattr(architecture.config.get_text_config(), place.heads) if place.heads else 0
     return _Stack(pairs, matrices, place, factors, heads)
 

@@ -20,6 +20,7 @@ from moe_svd_distill.architecture.matrices import Matrix
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.files.names import CONFIGURATION_FILE
 
+_WRITE_AGAIN = "Write the adapter again, with zeros where nothing changes"
 _OTHER_STUDENT = "Use the student the adapter was made for"
 
 
@@ -133,6 +134,22 @@ class LowRankPairs(Mapping[str, LowRankPair]):
         """The rank of a matrix's pair, from the header."""
         place = self._places[name]
         return place.shape.rank // place.experts
+
+    def refuse_partial(self) -> None:
+        """Refuse pairs of some of a parameter's matrices alone, and experts whose ranks differ: PEFT takes neither.
+
+        Raises:
+            BadDataError: There are some.
+        """
+        for matrices in self._architecture.parameters.values():
+            known = [matrix for matrix in matrices if matrix.name in self._places]
+            ranks = {(matrix.piece.begin, self.rank(matrix.name)): matrix.name for matrix in known}
+            lacking = [matrix.name for matrix in matrices if matrix.name not in self._places]
+            if known and lacking:
+                raise BadDataError(f"{lacking[0]} has no pair, expected one as {known[0].name} has", _WRITE_AGAIN)
+            if len(ranks) > len({begin for begin, _ in ranks}):
+                found = " and ".join(f"{rank} ({name})" for (_, rank), name in ranks.items())
+                raise BadDataError(f"the pairs of a layer's experts have ranks {found}, expected one", _WRITE_AGAIN)
 
     def factors(self, name: str) -> Factors:
         """``(B, A)`` of a matrix with PEFT's scale in B."""
