@@ -129,7 +129,10 @@ def test_what_else_takes_a_gguf_student(models: dict[str, Path], finished: tuple
     for arguments in (
         ["inspect", str(models["student_file"])],
         ["inspect", str(models["teacher_file"]), str(models["student_file"])],
-        ["plan", str(out.parent / "recipe.yaml"), "--teacher", str(models["teacher_file"])],
+        [
+            *("plan", str(out.parent / "recipe.yaml"), "--teacher", str(models["teacher_file"])),
+            *("--output", str(tmp_path / "planned")),
+        ],
     ):
         done = CliRunner().invoke(program, arguments)
         assert done.exit_code == 0, done.output

@@ -75,7 +75,7 @@ def print_line(text: str) -> None:
 
 def print_next(*words: str | Path, note: str = "") -> None:
     """The command that comes next, to be copied whatever its paths hold; words in capitals are left to fill in."""
-    print_line(f"Next: {shlex.join([PROGRAM, *map(str, words)])}{f'  ({note})' if note else ''}")
+    print_line(f"Next{f', {note}' if note else ''}: {shlex.join([PROGRAM, *map(str, words)])}")
 
 
 def duration(seconds: float) -> str:

@@ -153,9 +153,9 @@ def command(
     if result.report:
         print_line(f"Report: {result.report}")
     if result.evaluation.get("effect") in ("harms", "none", "unproven", "mixed"):
-        print_next("distill", "--help", note="more text (--calibration, --tokens), or --preset best")
+        print_next("distill", "--help", note="with more text (--calibration, --tokens) or --preset best")
     else:
-        print_next("merge", folder, "MERGED", note="or serve it as it is")
+        print_next("merge", folder, "MERGED", note="unless it is served as it is")
 
 
 def show(title: str, evaluation: Mapping[str, Any]) -> None:

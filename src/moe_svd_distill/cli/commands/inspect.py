@@ -59,7 +59,7 @@ def _show_pair(teacher: str, student: str, as_json: bool) -> None:
     show_relatedness(facts["relatedness"])
     for given, choice in facts["method"].items():
         show_choice(f"method auto {given.replace('_', ' ')}", choice)
-    print_next("init", teacher, student, note="save what it prints as recipe.yaml")
+    print_next("init", teacher, student, note="to be saved as recipe.yaml")
 
 
 def show_relatedness(relatedness: dict[str, Any]) -> None:

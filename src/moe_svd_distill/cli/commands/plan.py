@@ -86,6 +86,8 @@ def _show_next() -> None:
     from moe_svd_distill.cli.screen import print_next
 
     words = [word for word in click.get_current_context().obj or () if word != "--dry-run"]
+    if not words:  # called as a function
+        return
     print_next("distill", *words[words.index("plan" if "plan" in words else "distill") + 1 :])
 
 
