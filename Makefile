@@ -26,7 +26,7 @@ demo: $(READY)  ## distil the bundled lab pairs, evaluate, print the table and w
 	$(BIN)/moe-svd-distill demo
 
 test: $(READY)  ## run every test (slow campaigns excepted, see bench and soak)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-gpu: $(READY)  ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
@@ -52,7 +52,7 @@ bench: $(READY)  ## measure the kernels, k-means and a whole run against plain m
 	$(BIN)/python -m benchmarks
 
 soak: $(READY)  ## try every model type, kill runs at random moments and bound their memory (about 30 minutes)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m all_types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m all_types
 	$(BIN)/python -m benchmarks.soak
 
 real-pair: $(READY)  ## fetch a pair of real models and text for benchmarks/real_pair (2 GiB, outside the repository)
