@@ -119,3 +119,10 @@ def test_with_the_lab_tokenizer(lab_documents: tuple[Document, ...]) -> None:
     assert len(parts["search"].sources) >= 16
     left = without(lab_documents, {*parts["fit"].digests, *parts["search"].digests})
     assert len(left) == len(lab_documents) - len(parts["fit"].sources) - len(parts["search"].sources)
+
+
+def test_one_text_over_and_over_is_one_document_not_a_short_text() -> None:
+    words = " ".join(f"word{number}" for number in range(900))
+    again = [Document("0", f"{words} " * 800)]
+    with pytest.raises(BadDataError, match=r"cannot be divided into 3 parts .*found \d different document"):
+        divide_text(again, PLAIN, {"fit": 200, "check": 200, "search": 200}, length=100)

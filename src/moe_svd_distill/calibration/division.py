@@ -170,7 +170,7 @@ def _divide_one(
         if closer is not None and (allocation is None or allocation.share < LEAST_APART * closer.share):
             apart, order, lengths, allocation = False, mixed, read.lengths[mixed], closer
     if allocation is None:
-        raise too_short(int(lengths.sum()), length * len(full), read.skipped)
+        raise _indivisible(lengths, len(full), length, read.skipped)
     parts = []
     for tokens, places in zip(allocation.wanted, allocation.places, strict=True):
         chosen = sorted(order[places], key=read.drawn(seed))
@@ -186,6 +186,17 @@ def _divide_one(
             )
         )
     return parts
+
+
+def _indivisible(lengths: IntArray, parts: int, length: int, skipped: int) -> BadDataError:
+    total, least = int(lengths.sum()), length * parts
+    if total < least:
+        return too_short(total, least, skipped)
+    return BadDataError(
+        f"The text cannot be divided into {parts} parts that share no document "
+        f"(found {len(lengths)} different document(s), the longest {int(lengths.max()):,} of {total:,} tokens)",
+        "Give more documents, best of 16 sources or more",
+    )
 
 
 def _units(documents: Sequence[Document], tokenizer: Tokenizer, parts: int) -> Sequence[Document]:
