@@ -15,7 +15,7 @@ from moe_svd_distill.adapter.adapter_file import read_json
 from moe_svd_distill.errors import MissingInputError, UsageError
 from moe_svd_distill.execution.parts import read_record
 from moe_svd_distill.execution.supervisor import ExecutionSummary
-from moe_svd_distill.files.names import CONFIGURATION_FILE, RECORD_FILE
+from moe_svd_distill.files.names import CARD_FILE, CONFIGURATION_FILE, RECORD_FILE
 from moe_svd_distill.pairing.plan import Plan
 from moe_svd_distill.pipeline.assembly import head_is_whole
 from moe_svd_distill.pipeline.fates import fates, summarise
@@ -200,4 +200,17 @@ def _model(model: Model) -> dict[str, object]:
         "hidden": geometry.hidden,
         "experts": geometry.experts,
         "vocabulary": geometry.vocabulary,
+        "license": _licence(model.checkpoint.folder / CARD_FILE),
     }
+
+
+def _licence(card: Path) -> str | None:
+    """What a model's own card names; a card that cannot be read names none."""
+    import yaml
+
+    try:
+        _, front, *_ = card.read_text(encoding="utf-8").split("---", 2)
+        named = yaml.safe_load(front).get("license")
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return None
+    return named if isinstance(named, str) else None

@@ -14,15 +14,17 @@ from typing import Any
 from moe_svd_distill.adapter.adapter_file import read_json
 from moe_svd_distill.algebra.figures import Interval
 from moe_svd_distill.evaluation.uncertainty import GapClosed
-from moe_svd_distill.files.names import RECORD_FILE
+from moe_svd_distill.files.names import EVALUATION_FILE, RECORD_FILE
 from moe_svd_distill.files.writing import write_json
 from moe_svd_distill.report.typed import at
 from moe_svd_distill.report.typed import read_as as read_as
 
+_FILES = (RECORD_FILE, EVALUATION_FILE)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecord:
-    """Teacher or student; sizes as the configuration has them, 0 or None where it has none."""
+    """Teacher or student: sizes as its configuration has them, 0 or None for none; its licence as its card has it."""
 
     source: str = ""
     family: str | None
@@ -32,6 +34,7 @@ class ModelRecord:
     hidden: int | None
     experts: int | None
     vocabulary: int | None
+    license: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,13 +313,14 @@ class RunRecord:
 
     @classmethod
     def in_folder(cls, folder: Path) -> RunRecord:
-        """The record in an adapter's folder; an empty one if there is none.
+        """The record in an adapter's folder, with the figures of an evaluation of it; an empty one if there is none.
 
         Raises:
-            BadDataError: run.json is not a JSON object.
+            BadDataError: run.json or evaluation.json is not a JSON object.
         """
-        file = folder / RECORD_FILE
-        return cls.of(read_json(file) if file.is_file() else {})
+        content, figures = (read_json(file) if (file := folder / name).is_file() else {} for name in _FILES)
+        same = figures.get("adapter_sha256") == content.get("adapter_sha256")
+        return cls.of(content, figures if content and same else None)
 
     def write(self, file: Path) -> None:
         write_json(file, self.content)
