@@ -119,6 +119,8 @@ WRONG_USES = tuple(
         ("export finished plain --format fancy", 2, "plain"),
         ("adapter-config none.safetensors", 66, "none.safetensors"),
         ("adapter-config notes.txt", 65, "notes.txt"),
+        ("push empty me/adapter", 66, "empty"),
+        ("push finished adapter", 2, "ORGANISATION/NAME"),
         ("clean none", 66, "none"),
         ("demo --pair twins", 2, "sibling"),
         ("completion tcsh", 2, "bash"),

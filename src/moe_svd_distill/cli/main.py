@@ -41,6 +41,7 @@ COMMANDS = {
         "adapter:export_command",
         "Write an adapter in another layout, or for the student's class for text alone.",
     ),
+    "push": ("push:command", "Send an adapter's own files to a repository of the hub, private unless asked."),
     "adapter-config": (
         "adapter:adapter_config_command",
         "Rebuild adapter_config.json from an adapter's header alone.",
