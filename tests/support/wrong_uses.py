@@ -119,6 +119,7 @@ WRONG_USES = tuple(
         ("export finished plain --format fancy", 2, "plain"),
         ("adapter-config none.safetensors", 66, "none.safetensors"),
         ("adapter-config notes.txt", 65, "notes.txt"),
+        ("chat empty", 66, "adapter_config.json"),
         ("push empty me/adapter", 66, "empty"),
         ("push finished adapter", 2, "ORGANISATION/NAME"),
         ("clean none", 66, "none"),

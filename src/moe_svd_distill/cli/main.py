@@ -42,6 +42,7 @@ COMMANDS = {
         "Write an adapter in another layout, or for the student's class for text alone.",
     ),
     "push": ("push:command", "Send an adapter's own files to a repository of the hub, private unless asked."),
+    "chat": ("chat:command", "Talk to the student with its adapter, without it, or side by side."),
     "adapter-config": (
         "adapter:adapter_config_command",
         "Rebuild adapter_config.json from an adapter's header alone.",
