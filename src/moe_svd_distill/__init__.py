@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moe_svd_distill.pipeline.merge import merge
     from moe_svd_distill.pipeline.plan import make_plan as plan
     from moe_svd_distill.pipeline.push import push
+    from moe_svd_distill.pipeline.reproduce import reproduce
     from moe_svd_distill.recipe import Recipe, load_recipe, parse_recipe
 
     __version__: str
@@ -44,6 +45,7 @@ __all__ = [
     "plan",
     "push",
     "rebuild_configuration",
+    "reproduce",
     "verify",
 ]
 
@@ -66,6 +68,7 @@ _HOMES = {
     "merge": "pipeline.merge",
     "push": "pipeline.push",
     "rebuild_configuration": "adapter.repair",
+    "reproduce": "pipeline.reproduce",
     "verify": "adapter.verify",
 }
 

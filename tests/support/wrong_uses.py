@@ -122,6 +122,7 @@ WRONG_USES = tuple(
         ("chat empty", 66, "adapter_config.json"),
         ("push empty me/adapter", 66, "empty"),
         ("push finished adapter", 2, "ORGANISATION/NAME"),
+        ("reproduce empty", 66, "run.json"),
         ("clean none", 66, "none"),
         ("demo --pair twins", 2, "sibling"),
         ("completion tcsh", 2, "bash"),

@@ -4,7 +4,7 @@ adapter beside it."""
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -20,7 +20,7 @@ from moe_svd_distill.pairing.plan import Plan
 from moe_svd_distill.pipeline.assembly import head_is_whole
 from moe_svd_distill.pipeline.fates import fates, summarise
 from moe_svd_distill.pipeline.pair import Model, ModelPair
-from moe_svd_distill.pipeline.placement import execution_settings
+from moe_svd_distill.pipeline.placement import available_cores, execution_settings
 from moe_svd_distill.pipeline.scale import ScaleDecision, combined_decision
 from moe_svd_distill.pipeline.texts import RunText
 from moe_svd_distill.pipeline.units import NUMERIC_LIBRARIES, PROJECT
@@ -139,6 +139,12 @@ def make_record(
             "workers": settings.workers,
             "devices": list(settings.devices),
             "threads_per_worker": settings.threads_per_worker,
+            "machine": {
+                "system": platform.platform(),
+                "processor": platform.processor() or platform.machine(),
+                "cores": available_cores(),
+                "devices": _names_of(settings.devices),
+            },
         }
         | (_executed(execution) if execution else {}),
         "timing": {"transfer_seconds": round(execution.seconds, 3) if execution else 0.0},
@@ -170,6 +176,12 @@ def facts_of_text(
         "transferred": scale.transferred,
         "scale_search": {**scale.as_dict(), **used},
     }
+
+
+def _names_of(devices: Sequence[str]) -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(device) if device.startswith("cuda") else device for device in devices]
 
 
 def _ignored(student: Model, plan: Plan | None) -> dict[str, str]:
