@@ -22,6 +22,21 @@ def test_bars_are_as_long_as_their_figures() -> None:
     assert share(drawn, BLUE) / share(drawn, GREY) == pytest.approx(0.339 / 0.513, rel=0.1)
 
 
+def _luminance(colour: tuple[int, int, int]) -> float:
+    parts = [part / 255 for part in colour]
+    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("ground", [(255, 255, 255), (13, 17, 23)])
+@pytest.mark.parametrize("colour", [BLUE, GREEN, GREY, ORANGE, RED])
+def test_colours_can_be_told_from_a_light_and_a_dark_page(
+    colour: tuple[int, int, int], ground: tuple[int, int, int]
+) -> None:
+    low, high = sorted(map(_luminance, (colour, ground)))
+    assert (high + 0.05) / (low + 0.05) >= 3
+
+
 def test_the_scale_curve_needs_something_tried() -> None:
     search = content()["scale_search"]
     assert pictures.scale_picture(read_as(SearchRecord, {})) is None

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from moe_svd_distill.report import facts, figures
-from moe_svd_distill.report.figures import number
+from moe_svd_distill.report.figures import Cell, number
 from moe_svd_distill.report.record import EvaluationRecord, ModelRecord, RunRecord, TrialRecord
 
 _TEMPLATES = Path(__file__).parent / "templates"
+_TRIAL_COLUMNS = ("scale", "KL", "falls by", "cross-entropy", "falls by")
 _FIRST_COLUMNS, _OTHER_COLUMNS = (0, 1, 2, 3, 4), (0, 5, 6)
 _WRITERS = {
     "student": "student",
@@ -51,6 +52,7 @@ def html_report(record: RunRecord) -> str:
         notes=evaluation.notes if evaluation else (),
         training=facts.training_note(record),
         decision=record.scale_search.decision,
+        trial_columns=_TRIAL_COLUMNS,
         trials=[_trial(trial) for trial in record.scale_search.trials],
         models=[("teacher", _sizes(record.teacher)), ("student", _sizes(record.student))],
         lora=facts.lora_count(record),
@@ -134,13 +136,13 @@ def _tone(record: RunRecord) -> str:
     return "bad" if facts.nothing_kept(record) == "harm" else "neutral"
 
 
-def _trial(trial: TrialRecord) -> tuple[str, ...]:
+def _trial(trial: TrialRecord) -> tuple[Cell, ...]:
     scales = trial.scales
     same = len(set(scales.values())) == 1
     named = "all " + f"{next(iter(scales.values())):g}" if same else ", ".join(f"{g} {s:g}" for g, s in scales.items())
     falls = ((trial.kl_fall, trial.kl_fall_error), (trial.cross_entropy_fall, trial.cross_entropy_fall_error))
-    kl, entropy = (f"{number(fall)} ± {number(error)}" for fall, error in falls)
-    return named, number(trial.kl), kl, number(trial.cross_entropy), entropy
+    kl, entropy = (Cell(number(fall), "" if error is None else f"± {error:.4f}") for fall, error in falls)
+    return Cell(named), Cell(number(trial.kl)), kl, Cell(number(trial.cross_entropy)), entropy
 
 
 def _sizes(model: ModelRecord) -> list[tuple[str, str]]:

@@ -85,7 +85,7 @@ def _results(evaluation: EvaluationRecord) -> Iterator[EvalResult]:
     named = f"held-out text{f' ({texts})' if texts else ''}"
     for field, (metric, words) in _METRICS.items():
         if evaluation.adapted and (value := getattr(evaluation.adapted, field)) is not None:
-            yield EvalResult(kind, "held-out-text", named, metric, value, metric_name=words)
+            yield EvalResult(kind, "held-out-text", named, metric, round(value, 6), metric_name=words)
     for score in evaluation.scores:
         if score.adapted is not None:
             yield EvalResult(kind, score.task, score.task, score.metric, score.adapted)

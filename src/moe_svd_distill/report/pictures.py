@@ -15,7 +15,7 @@ from typing import Any
 from moe_svd_distill.report.facts import Grid
 from moe_svd_distill.report.record import EvaluationRecord, FitRecord, SearchRecord, TrainingRecord
 
-_GREY, _BLUE, _ORANGE, _GREEN, _RED = "#7d8590", "#1f6feb", "#d4821e", "#2da44e", "#cf222e"
+_GREY, _BLUE, _ORANGE, _GREEN, _RED = "#7d8590", "#1f6feb", "#cf7c18", "#2da44e", "#cf222e"
 _INK, _FAINT = "#010203", (0.5, 0.5, 0.5, 0.25)
 _WIDTH = 4.6  # inches: letters keep their size on a telephone
 _STYLE = {
