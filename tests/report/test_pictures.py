@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from moe_svd_distill.report import pictures
-from moe_svd_distill.report.record import EvaluationRecord, SearchRecord, TrainingRecord, read_as
+from moe_svd_distill.report.record import EvaluationRecord, FitRecord, SearchRecord, TrainingRecord, read_as
 from tests.support.pages import BLUE, GREEN, GREY, ORANGE, RED, share
 from tests.support.run_records import content, evaluation, refinement
 
@@ -20,6 +20,21 @@ def training(**changes: Any) -> TrainingRecord:
 def test_bars_are_as_long_as_their_figures() -> None:
     drawn = pictures.figures_picture(read_as(EvaluationRecord, evaluation()), kind="png")
     assert share(drawn, BLUE) / share(drawn, GREY) == pytest.approx(0.339 / 0.513, rel=0.1)
+
+
+def _luminance(colour: tuple[int, int, int]) -> float:
+    parts = [part / 255 for part in colour]
+    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("ground", [(255, 255, 255), (13, 17, 23)])
+@pytest.mark.parametrize("colour", [BLUE, GREEN, GREY, ORANGE, RED])
+def test_colours_can_be_told_from_a_light_and_a_dark_page(
+    colour: tuple[int, int, int], ground: tuple[int, int, int]
+) -> None:
+    low, high = sorted(map(_luminance, (colour, ground)))
+    assert (high + 0.05) / (low + 0.05) >= 3
 
 
 def test_the_scale_curve_needs_something_tried() -> None:
@@ -39,6 +54,9 @@ def test_depth_maps_of_any_size(layers: tuple[int, int]) -> None:
 def test_the_curve_shows_loss_and_kl_and_marks_what_was_kept() -> None:
     drawn = pictures.curve_picture(training(), kind="png")
     assert all(share(drawn, colour) > 1e-4 for colour in (BLUE, ORANGE, GREEN))
+    fit = read_as(FitRecord, {"kl_by_pass": [0.5, 0.4, None], "best_pass": 1})
+    assert share(pictures.fit_picture(fit, kind="png"), GREEN) > 1e-4
+    assert pictures.fit_picture(read_as(FitRecord, {})) is None
     unmarked = pictures.curve_picture(training(best=None), kind="png")
     assert share(unmarked, GREEN) == 0
     assert pictures.curve_picture(training()) == pictures.curve_picture(training())

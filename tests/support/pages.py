@@ -8,7 +8,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-BLUE, ORANGE, GREEN = (31, 111, 235), (212, 130, 30), (45, 164, 78)
+BLUE, ORANGE, GREEN = (31, 111, 235), (207, 124, 24), (45, 164, 78)
 GREY, RED = (125, 133, 144), (207, 34, 46)
 
 

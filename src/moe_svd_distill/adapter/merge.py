@@ -33,7 +33,7 @@ from moe_svd_distill.checkpoints.configuration import CONFIG
 from moe_svd_distill.checkpoints.shards import INDEX
 from moe_svd_distill.errors import BadDataError, CannotWriteError
 from moe_svd_distill.files.header import read_header
-from moe_svd_distill.files.names import CONFIGURATION_FILE
+from moe_svd_distill.files.names import CARD_FILE, CONFIGURATION_FILE
 from moe_svd_distill.files.reading import json_object, locate, read_small
 from moe_svd_distill.files.writing import json_text, new_folder
 
@@ -70,6 +70,7 @@ def merge(
     student: Checkpoint | Path | str,
     output: Path | str,
     *,
+    card: str | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> MergeReport:
     """Write the student with the adapter merged into it.
@@ -78,6 +79,7 @@ def merge(
         adapter_folder: Folder with adapter_model.safetensors and adapter_config.json.
         student: The student the adapter was made for, not quantised.
         output: A new or empty folder; it appears only when the merge is complete.
+        card: The merged model's card; by default the student's is copied.
         on_progress: Told the bytes of tensors done and their total.
 
     Raises:
@@ -116,6 +118,7 @@ def merge(
             rewrite(read_header(file), place, change, advance, addition)
         untied = architecture.tied and pairs.head is not None
         changed = _untied_files(checkpoint, addition) if untied else {}
+        changed |= {CARD_FILE: card.encode()} if card else {}
         companions, left_out = copy_companions(checkpoint.folder, folder, set(files), changed)
     merged, copied = len(changes) + (addition is not None), len(checkpoint) - len(changes)
     return MergeReport(target, merged, copied, len(files), total, companions, left_out, untied, warnings)

@@ -120,7 +120,7 @@ def copy_companions(
         source: The model's folder.
         output: The folder to copy into.
         weights: The weights files, which are written elsewhere.
-        changed: Files that are written with other content than the model's, by their name in its folder.
+        changed: Files that are written with other content than the model's, or that it does not have, by their name.
 
     Returns:
         Names of the files copied, and of those left out.
@@ -144,4 +144,7 @@ def copy_companions(
             for block in iter(partial(stream.read, _BLOCK_BYTES), b"") if content is None else (content,):
                 copy.write(block)
         copied.append(name.as_posix())
+    for added in (changed or {}).keys() - set(copied):
+        with durable_file(output / added) as copy:
+            copy.write((changed or {})[added])
     return tuple(copied), tuple(left_out)

@@ -41,6 +41,9 @@ COMMANDS = {
         "adapter:export_command",
         "Write an adapter in another layout, or for the student's class for text alone.",
     ),
+    "push": ("push:command", "Send an adapter's own files to a repository of the hub, private unless asked."),
+    "chat": ("chat:command", "Talk to the student with its adapter, without it, or side by side."),
+    "reproduce": ("reproduce:command", "Run an adapter's recipe again elsewhere, and compare bytes and figures."),
     "adapter-config": (
         "adapter:adapter_config_command",
         "Rebuild adapter_config.json from an adapter's header alone.",
@@ -51,7 +54,7 @@ COMMANDS = {
 }
 PROGRAM = "moe-svd-distill"
 COMPLETE_VARIABLE = "_MOE_SVD_DISTILL_COMPLETE"
-_RESUMES = ("demo", "distill", "evaluate")
+_RESUMES = ("demo", "distill", "evaluate", "reproduce")
 INTERNAL_ERROR = 70
 INTERRUPTED = 128 + signal.SIGINT
 NOBODY_READS = 141  # what a shell reports of a program that a closed pipe has ended

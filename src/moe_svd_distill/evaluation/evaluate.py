@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from moe_svd_distill.adapter.random_control import write_random_control
 from moe_svd_distill.adapter.verify import check_loads
@@ -16,6 +17,7 @@ from moe_svd_distill.calibration.documents import Document, split_documents, wit
 from moe_svd_distill.calibration.domain import domain_distance
 from moe_svd_distill.calibration.paired import PairedText, PairTokenizers
 from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.evaluation.continuations import Continuations
 from moe_svd_distill.evaluation.from_states import Reader, TeacherRecord, compare
 from moe_svd_distill.evaluation.loading import load_model, residency_of
 from moe_svd_distill.evaluation.request import EvaluationRequest, Progress
@@ -32,6 +34,7 @@ from moe_svd_distill.evaluation.temperature import TemperatureCurve, Temperature
 from moe_svd_distill.evaluation.uncertainty import Bootstrap, gap_between
 
 FIT_TOKENS = 4_096  # of calibration text for one temperature, which is one number
+STREAMED = "it was read layer by layer and not held in memory"
 
 
 def evaluate(
@@ -67,12 +70,19 @@ def evaluate(
     of_teacher, of_student = (
         residency_of(Path(folder), device, request.mode) for folder in (teacher_folder, student_folder)
     )
+    written = Continuations.of(texts[0].student, student_folder)
     with ExitStack() as stack:
         seeds = range(seed, seed + request.controls)
         controls = stack.enter_context(_random_controls(request.adapter, seeds, student_folder))
         if of_teacher == "resident":
-            records = resident_records(teacher_folder, texts, device, on_progress)
+
+            def write(teacher: Any) -> None:
+                nonlocal written
+                written = written.by("teacher", teacher, teacher_folder)
+
+            records = resident_records(teacher_folder, texts, device, on_progress, write)
         else:
+            written = written.without("teacher", STREAMED)
             records = streamed_records(teacher_folder, texts, request.cache_folder, device, on_progress)
         kept = [record.hidden.states.path for record in records[:1] if isinstance(record.hidden, PredictingRows)]
         source: Student
@@ -84,13 +94,24 @@ def evaluate(
             source, records, request.adapter, seed=seed, controls=controls, on_progress=on_progress
         )
         kept += source.kept
+        written = _student_writes(written, source, student_folder, request.adapter)
     return replace(
         result,
         domain=domain_distance(read[1], read[0], seed=seed) if len(read) > 1 else None,
         places={"teacher": of_teacher, "student": of_student},
         kept_states=tuple(map(str, kept)),
+        continuations=written,
         seconds=time.monotonic() - start,
     )
+
+
+def _student_writes(written: Continuations, source: Student, folder: str | Path, adapter: Path) -> Continuations:
+    """With and without the adapter, where it is in memory: token by token, a pass over its files is too much."""
+    if not isinstance(source, ResidentStudent):
+        return written.without("student", STREAMED).without("adapted", STREAMED)
+    written = written.by("student", source.model, folder)
+    with source.adapted(adapter) as model:
+        return written.by("adapted", model, folder)
 
 
 def _texts(

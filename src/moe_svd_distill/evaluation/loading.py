@@ -112,6 +112,12 @@ class AdaptedStudent:
             raise BadDataError(f"PEFT cannot load the adapter in {adapter_folder} ({reason})", "Verify it") from error
         return cls(loaded.eval().requires_grad_(False))
 
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """The model computes without the adapter as long as the context lasts."""
+        with self._peft.disable_adapter():
+            yield
+
     def detach(self) -> Any:
         """Return the untouched student without any adapter; this object must not be used afterwards."""
         from peft.utils import ModulesToSaveWrapper

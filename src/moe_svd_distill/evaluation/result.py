@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import numpy as np
 
 from moe_svd_distill.algebra.figures import Figures, Interval, Measurement, plain
 from moe_svd_distill.calibration.domain import DomainDistance
+from moe_svd_distill.evaluation.continuations import Continuations
 from moe_svd_distill.evaluation.loading import Residency
 from moe_svd_distill.evaluation.temperature import TemperatureControl
 from moe_svd_distill.evaluation.uncertainty import GapClosed, cross_entropy_change, kl_change, mean_gap
@@ -76,6 +77,7 @@ class Evaluation:
         places: Where the states of each model came from.
         kept_states: Files of streamed states that stay for the next evaluation on the same text.
         domain: How far the text is from the calibration text; None where that is not known.
+        continuations: How the models go on with a little of the text.
         aligned: What is compared of a pair with different tokenizers; None where they number their tokens alike.
     """
 
@@ -93,6 +95,7 @@ class Evaluation:
     places: dict[str, Residency]
     domain: DomainDistance | None = None
     kept_states: tuple[str, ...] = ()
+    continuations: Continuations = field(default_factory=Continuations)
     aligned: Aligned | None = None
 
     @property

@@ -67,10 +67,15 @@ def record_teacher(
 
 
 def resident_records(
-    folder: str | Path, texts: Sequence[PairedText], device: str, on_progress: Progress | None = None
+    folder: str | Path,
+    texts: Sequence[PairedText],
+    device: str,
+    on_progress: Progress | None = None,
+    use: Callable[[Any], object] = lambda model: None,
 ) -> list[TeacherRecord]:
-    """Load the teacher, record its pass over each text, and let go of it."""
+    """Load the teacher, record its pass over each text, let `use` do what else it is for, and let go of it."""
     teacher = load_model(folder, device)
+    use(teacher)
     records = []
     for text in texts:
         states = _teacher_states(teacher, text.teacher, on_progress)
@@ -133,9 +138,15 @@ class ResidentStudent:
         if adapter is None:
             yield _blocks(self.model, text, name, on_progress), _head_logits(self.model)
             return
+        with self.adapted(adapter) as model:
+            yield _blocks(model, text, name, on_progress), _head_logits(model)
+
+    @contextmanager
+    def adapted(self, adapter: Path) -> Iterator[Any]:
+        """The model with an adapter, as long as the context lasts."""
         adapted = AdaptedStudent.load(self.model, adapter)
         try:
-            yield _blocks(adapted.model, text, name, on_progress), _head_logits(adapted.model)
+            yield adapted.model
         finally:
             adapted.detach()
 

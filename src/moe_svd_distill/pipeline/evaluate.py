@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["BenchmarkRequest", "EvaluatedAdapter", "EvaluationRequest", "evaluate", "evaluate_adapter", "held_out"]
 
 MOSTLY = 0.5
+ASKED = ("tokens", "length", "seed", "controls", "vocabulary")
+"""Of a request, what its figures depend on beside the adapter, the models and the text."""
 SAME_SOURCES = (
     "The text is of the sources the adapter was made on, so the gain shown may be larger than on other sources: name "
     "text of others."
@@ -217,7 +219,9 @@ def _text_figures(request: EvaluationRequest, record: RunRecord, on_progress: Pr
         result = evaluate(settled, *folders, chosen.documents, calibration, told)
         notes = [*read.notes, *pair.tokenizer_notes]
     found = {**chosen.as_dict(), "read": read.counts, "notes": notes}
+    asked_again = {name: getattr(request, name) for name in ASKED}
     figures = result.as_dict() | {"texts": [str(path) for path in request.texts], "held_out": found}
+    figures["asked"] = asked_again
     if not chosen.apart:
         figures["verdict"] = f"{figures['verdict']} {SAME_SOURCES}"
     return figures

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from moe_svd_distill.adapter.merge import MergeReport
 from moe_svd_distill.adapter.merge import merge as merge_into
 from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.pipeline.record import base_model
+from moe_svd_distill.report.card import merged_card
+from moe_svd_distill.report.record import RunRecord
 
 
 def merge(
@@ -18,7 +21,7 @@ def merge(
     *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> MergeReport:
-    """Write the student with the adapter merged into it, shard by shard.
+    """Write the student with the adapter merged into it, shard by shard, and a card that says so.
 
     Args:
         adapter: Its folder.
@@ -29,5 +32,8 @@ def merge(
     Raises:
         DistillError: One of its kinds, each with its exit code.
     """
-    with open_checkpoint(base_model(adapter, None if student is None else str(student))) as checkpoint:
-        return merge_into(adapter, checkpoint, output, on_progress=on_progress)
+    base = base_model(adapter, None if student is None else str(student))
+    record = RunRecord.in_folder(Path(adapter))
+    named = replace(record, student=replace(record.student, source=base)) if student or not record.content else record
+    with open_checkpoint(base) as checkpoint:
+        return merge_into(adapter, checkpoint, output, card=merged_card(named), on_progress=on_progress)

@@ -4,7 +4,7 @@ adapter beside it."""
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -15,12 +15,12 @@ from moe_svd_distill.adapter.adapter_file import read_json
 from moe_svd_distill.errors import MissingInputError, UsageError
 from moe_svd_distill.execution.parts import read_record
 from moe_svd_distill.execution.supervisor import ExecutionSummary
-from moe_svd_distill.files.names import CONFIGURATION_FILE, RECORD_FILE
+from moe_svd_distill.files.names import CARD_FILE, CONFIGURATION_FILE, RECORD_FILE
 from moe_svd_distill.pairing.plan import Plan
 from moe_svd_distill.pipeline.assembly import head_is_whole
 from moe_svd_distill.pipeline.fates import fates, summarise
 from moe_svd_distill.pipeline.pair import Model, ModelPair
-from moe_svd_distill.pipeline.placement import execution_settings
+from moe_svd_distill.pipeline.placement import available_cores, execution_settings
 from moe_svd_distill.pipeline.scale import ScaleDecision, combined_decision
 from moe_svd_distill.pipeline.texts import RunText
 from moe_svd_distill.pipeline.units import NUMERIC_LIBRARIES, PROJECT
@@ -139,6 +139,12 @@ def make_record(
             "workers": settings.workers,
             "devices": list(settings.devices),
             "threads_per_worker": settings.threads_per_worker,
+            "machine": {
+                "system": platform.platform(),
+                "processor": platform.processor() or platform.machine(),
+                "cores": available_cores(),
+                "devices": _names_of(settings.devices),
+            },
         }
         | (_executed(execution) if execution else {}),
         "timing": {"transfer_seconds": round(execution.seconds, 3) if execution else 0.0},
@@ -172,6 +178,12 @@ def facts_of_text(
     }
 
 
+def _names_of(devices: Sequence[str]) -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(device) if device.startswith("cuda") else device for device in devices]
+
+
 def _ignored(student: Model, plan: Plan | None) -> dict[str, str]:
     """Stored tensors that no model is made of, with the reason."""
     known = {**student.layout.ignored, **(plan.ignored_student if plan else {})}
@@ -200,4 +212,17 @@ def _model(model: Model) -> dict[str, object]:
         "hidden": geometry.hidden,
         "experts": geometry.experts,
         "vocabulary": geometry.vocabulary,
+        "license": _licence(model.checkpoint.folder / CARD_FILE),
     }
+
+
+def _licence(card: Path) -> str | None:
+    """What a model's own card names; a card that cannot be read names none."""
+    import yaml
+
+    try:
+        _, front, *_ = card.read_text(encoding="utf-8").split("---", 2)
+        named = yaml.safe_load(front).get("license")
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return None
+    return named if isinstance(named, str) else None

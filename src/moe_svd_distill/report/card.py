@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from moe_svd_distill.report import facts, figures
+from moe_svd_distill.report.metadata import base_model, front_matter, title
 from moe_svd_distill.report.record import ModelRecord, RunRecord
 
 _PROJECTIONS = {
@@ -21,7 +21,7 @@ _PROJECTIONS = {
 def adapter_card(record: RunRecord) -> str:
     """The card of a run, with its figures once the adapter has been evaluated."""
     sections = [
-        _front_matter(record),
+        front_matter(record),
         _title(record),
         *_figures(record),
         *_done(record),
@@ -35,24 +35,21 @@ def adapter_card(record: RunRecord) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _front_matter(record: RunRecord) -> str:
-    import yaml
-
-    source = _base(record)
-    fields: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
-    tags = ["lora", "peft", "distillation", "moe-svd-distill"]
-    if facts.is_hub_id(source):
-        base = source.partition("@")[0]
-        fields["base_model"] = base
-        tags.append(f"base_model:adapter:{base}")
-    fields["tags"] = tags
-    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
-
-
-def _base(record: RunRecord) -> str:
-    """What the adapter is loaded on: the student, or the checkpoint of the hub that a GGUF file was made from."""
-    source, named = record.student.source, record.base_model
-    return source if source.partition("@")[0] == named or not facts.is_hub_id(named) else named
+def merged_card(record: RunRecord) -> str:
+    """The card of the student with the adapter merged into it, with the figures of the adapter if there are any."""
+    teacher, student = facts.model_name(record, "teacher"), facts.model_name(record, "student")
+    sections = [
+        front_matter(record, merged=True),
+        f"# {title(record)}\n\n> {facts.headline(record)}",
+        f"The student **{student}** with a LoRA adapter merged into its weights, which was {_origin(record, teacher)} "
+        "by MoE-SVD-Distill. It is loaded as the student is.",
+        *_figures(record),
+        *_done(record),
+        *_training(record),
+        *_limits(record, "merged model"),
+        *_made_with(record),
+    ]
+    return "\n\n".join(sections) + "\n"
 
 
 def _title(record: RunRecord) -> str:
@@ -162,7 +159,7 @@ def _scale(record: RunRecord) -> Iterator[str]:
 
 
 def _loading(record: RunRecord) -> Iterator[str]:
-    source = _base(record)
+    source = base_model(record)
     name, _, revision = source.partition("@")
     base = name if facts.is_hub_id(source) else f"path/to/{facts.model_name(record, 'student')}"
     pinned = f', revision="{revision}"' if revision and facts.is_hub_id(source) else ""
@@ -205,12 +202,12 @@ def _unmatched(record: RunRecord) -> Iterator[str]:
     yield "run.json holds the fate of every tensor."
 
 
-def _limits(record: RunRecord) -> Iterator[str]:
+def _limits(record: RunRecord, what: str = "adapter") -> Iterator[str]:
     yield "## Limits"
     lines = [
         "- The figures hold for the text they were measured on; far from it they may differ.",
         "- Next-token figures say nothing by themselves about reasoning, instruction following or safety.",
-        "- The adapter inherits the limits and the licences of both models.",
+        f"- The {what} inherits the limits and the licences of both models.",
     ]
     if record.evaluation is None:
         lines.insert(0, "- **Without figures this is an experiment, not a distilled model.**")
@@ -239,10 +236,10 @@ def _shape(model: ModelRecord) -> str:
     return ", ".join([model.family or Path(model.source).name, *sizes])
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = [_row(columns), _row(["---"] * len(columns)), *(_row(row) for row in rows)]
     return "\n".join(lines)
 
 
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+def _row(cells: Sequence[object]) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

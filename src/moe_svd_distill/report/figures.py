@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_svd_distill.algebra.figures import Interval
 from moe_svd_distill.evaluation.uncertainty import GapClosed
@@ -11,31 +11,40 @@ from moe_svd_distill.report.record import CodeRecord, EvaluationRecord, FiguresR
 
 FIGURE_COLUMNS = (
     "",
-    "KL to the teacher",
+    "KL",
     "cross-entropy",
-    "perplexity",
-    "top-1 agreement",
     "KL gap closed",
     "cross-entropy gap closed",
+    "top-1 agreement",
+    "perplexity",
 )
-BENCHMARK_COLUMNS = ("benchmark", "student, untouched", "student with this adapter", "change")
+BENCHMARK_COLUMNS = ("benchmark", "student", "with this adapter", "change")
 _ERRORS_SHOWN = 3
 
 
-def figure_rows(evaluation: EvaluationRecord | None) -> list[tuple[str, ...]]:
+class Cell(NamedTuple):
+    """A figure, and its 95 % interval or else its standard error."""
+
+    value: str
+    within: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.value} ({self.within})" if self.within else self.value
+
+
+def figure_rows(evaluation: EvaluationRecord | None) -> list[tuple[Cell, ...]]:
     """The table of figures: untouched student, adapter, controls, teacher; who was measured, then the columns."""
     if evaluation is None or evaluation.student is None:
         return []
     rows = [
-        _figure_row("student, untouched", evaluation.student),
-        _figure_row("student with this adapter", evaluation.adapted, evaluation.gap_closed),
+        _figure_row("student", evaluation.student),
+        _figure_row("with this adapter", evaluation.adapted, evaluation.gap_closed),
     ]
     for control in evaluation.controls:
-        name = f"control: random delta of the same size, seed {_known(control.seed)}"
-        rows.append(_figure_row(name, control.figures, control.gap_closed))
+        rows.append(_figure_row(f"random, seed {_known(control.seed)}", control.figures, control.gap_closed))
     temperature = evaluation.temperature_control
     if temperature:
-        name = f"control: only the temperature of the student's logits, {number(temperature.temperature, 3)}"
+        name = f"temperature {number(temperature.temperature, 3)}"
         rows.append(_figure_row(name, temperature.figures, temperature.gap_closed))
     return [*rows, _figure_row("teacher", evaluation.teacher)]
 
@@ -46,11 +55,16 @@ def text_note(evaluation: EvaluationRecord | None) -> str:
         return ""
     student, temperature = evaluation.student, evaluation.temperature_control
     texts = ", ".join(Path(text).name for text in evaluation.texts)
+    controls = ["random: a random change of the adapter's size"] if evaluation.controls else []
+    if temperature:
+        controls.append(
+            "temperature: one temperature on the student's logits alone, fitted on "
+            f"{temperature.fitted_on} and measured on the rest"
+        )
     parts = [
         f"{student.tokens:,} predicted tokens of held-out text{f' ({texts})' if texts else ''}",
         f"sequences of {evaluation.sequence_length} tokens" if evaluation.sequence_length else "",
         f"± is one standard error over {_known(student.documents)} {evaluation.unit}",
-        f"the temperature was fitted on {temperature.fitted_on} and measured on the rest" if temperature else "",
     ]
     used, of_groups, repeated = (
         evaluation.documents_used or 0,
@@ -66,29 +80,33 @@ def text_note(evaluation: EvaluationRecord | None) -> str:
         parts.append("of the sources it was made on")
     if evaluation.other_domain:
         parts.append("calibrated on text of another domain")
-    return ", ".join(part for part in parts if part) + "; intervals and whiskers are 95 %; all in nats per token."
+    measured = ", ".join(part for part in parts if part)
+    ends = ("intervals and whiskers are 95 %", "KL and cross-entropy in nats per token")
+    return "; ".join((*controls, measured, *ends)) + "."
 
 
-def benchmark_rows(evaluation: EvaluationRecord | None) -> list[tuple[str, str, str, str]]:
+def benchmark_rows(evaluation: EvaluationRecord | None) -> list[tuple[Cell, ...]]:
     """Benchmark and metric, untouched student, with the adapter, change."""
     if evaluation is None:
         return []
-    harness = [
+    harness: list[tuple[Cell, ...]] = [
         (
-            f"{score.task}, {score.metric}" + ("" if score.filter == "none" else f" ({score.filter})"),
+            Cell(f"{score.task}, {score.metric}" + ("" if score.filter == "none" else f" ({score.filter})")),
             _with_error(score.student, score.student_error),
             _with_error(score.adapted, score.adapted_error),
             _with_error(score.change, score.change_error, "+"),
         )
         for score in evaluation.scores
     ]
-    code = [
+    code: list[tuple[Cell, ...]] = [
         (
-            f"{name}, pass@1",
-            number(found.student),
-            number(found.adapted),
-            _with_error(found.change, None, "+")
-            + ("" if found.low is None or found.high is None else f" ({found.low:+.4f} … {found.high:+.4f})"),
+            Cell(f"{name}, pass@1"),
+            Cell(number(found.student)),
+            Cell(number(found.adapted)),
+            Cell(
+                "–" if found.change is None else f"{found.change:+.4f}",
+                "" if found.low is None or found.high is None else f"{found.low:+.4f} … {found.high:+.4f}",
+            ),
         )
         for name, found in evaluation.code_benchmarks.items()
     ]
@@ -146,38 +164,40 @@ def _failures(found: CodeRecord) -> str:
     return f"the adapted student's failures are mostly {named}, and {_known(found.unfinished)} met the limit"
 
 
-def _figure_row(name: str, figures: FiguresRecord | None, gap: GapClosed | None = None) -> tuple[str, ...]:
+def _figure_row(name: str, figures: FiguresRecord | None, gap: GapClosed | None = None) -> tuple[Cell, ...]:
+    gaps = (
+        (Cell(""), Cell(""))
+        if gap is None
+        else (_percent(gap.kl, gap.kl_interval), _percent(gap.cross_entropy, gap.cross_entropy_interval))
+    )
     if figures is None:
-        return (name, "–", "–", "–", "–", *_gaps(gap))
+        return (Cell(name), Cell("–"), Cell("–"), *gaps, Cell("–"), Cell("–"))
     return (
-        name,
-        _with_error(figures.kl, figures.kl_error) + _interval(figures.kl_interval),
-        _with_error(figures.cross_entropy, figures.cross_entropy_error) + _interval(figures.cross_entropy_interval),
-        number(figures.perplexity, 2),
-        "–" if figures.top1_agreement is None else f"{figures.top1_agreement:.1%}",
-        *_gaps(gap),
+        Cell(name),
+        _with_interval(figures.kl, figures.kl_error, figures.kl_interval),
+        _with_interval(figures.cross_entropy, figures.cross_entropy_error, figures.cross_entropy_interval),
+        *gaps,
+        Cell("–" if figures.top1_agreement is None else f"{figures.top1_agreement:.1%}"),
+        Cell(number(figures.perplexity, 2)),
     )
 
 
-def _gaps(gap: GapClosed | None) -> tuple[str, str]:
-    if gap is None:
-        return "", ""
-    return _percent(gap.kl, gap.kl_interval), _percent(gap.cross_entropy, gap.cross_entropy_interval)
+def _percent(value: float | None, interval: Interval | None) -> Cell:
+    return Cell(
+        "–" if value is None else f"{value:+.1f} %", f"{interval.low:+.1f} … {interval.high:+.1f}" if interval else ""
+    )
 
 
-def _percent(value: float | None, interval: Interval | None) -> str:
-    within = f" ({interval.low:+.1f} … {interval.high:+.1f})" if interval else ""
-    return "–" if value is None else f"{value:+.1f} %{within}"
+def _with_interval(value: float | None, error: float | None, interval: Interval | None) -> Cell:
+    if interval and interval.high:
+        return Cell(number(value), f"{interval.low:.3f} … {interval.high:.3f}")
+    return _with_error(value, error)
 
 
-def _interval(interval: Interval | None) -> str:
-    return f" ({interval.low:.3f} … {interval.high:.3f})" if interval and interval.high else ""
-
-
-def _with_error(value: float | None, error: float | None, sign: str = "") -> str:
+def _with_error(value: float | None, error: float | None, sign: str = "") -> Cell:
     if value is None:
-        return "–"
-    return f"{value:{sign}.4f}" + (f" ± {error:.4f}" if error is not None and error > 0 else "")
+        return Cell("–")
+    return Cell(f"{value:{sign}.4f}", f"± {error:.4f}" if error is not None and error > 0 else "")
 
 
 def _known(value: Any) -> Any:

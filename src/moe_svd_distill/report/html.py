@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import base64
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from moe_svd_distill.report import facts, figures
-from moe_svd_distill.report.figures import number
-from moe_svd_distill.report.record import ModelRecord, RunRecord, TrialRecord
+from moe_svd_distill.report.figures import Cell, number
+from moe_svd_distill.report.record import EvaluationRecord, ModelRecord, RunRecord, TrialRecord
 
 _TEMPLATES = Path(__file__).parent / "templates"
+_TRIAL_COLUMNS = ("scale", "KL", "falls by", "cross-entropy", "falls by")
+_FIRST_COLUMNS, _OTHER_COLUMNS = (0, 1, 2, 3, 4), (0, 5, 6)
+_WRITERS = {
+    "student": "student",
+    "adapted": "with this adapter",
+    "teacher": "teacher",
+    "text": "the text itself",
+}
 
 
 def html_report(record: RunRecord) -> str:
@@ -33,12 +41,18 @@ def html_report(record: RunRecord) -> str:
         tone=_tone(record),
         columns=figures.FIGURE_COLUMNS,
         rows=figures.figure_rows(evaluation),
+        first_columns=_FIRST_COLUMNS,
+        other_columns=_OTHER_COLUMNS,
         text_note=figures.text_note(evaluation),
         benchmark_columns=figures.BENCHMARK_COLUMNS,
         benchmarks=figures.benchmark_rows(evaluation),
         benchmark_notes=figures.benchmark_notes(evaluation),
+        continuations=_continuations(evaluation),
+        not_written=evaluation.continuations.skipped if evaluation and evaluation.continuations else {},
+        notes=evaluation.notes if evaluation else (),
         training=facts.training_note(record),
         decision=record.scale_search.decision,
+        trial_columns=_TRIAL_COLUMNS,
         trials=[_trial(trial) for trial in record.scale_search.trials],
         models=[("teacher", _sizes(record.teacher)), ("student", _sizes(record.student))],
         lora=facts.lora_count(record),
@@ -55,8 +69,22 @@ def html_report(record: RunRecord) -> str:
     return str(page)
 
 
-def _pictures(record: RunRecord) -> dict[str, tuple[str, str]]:
-    """What the record has figures for: the picture itself as a data address, and what it shows, in words."""
+def _continuations(evaluation: EvaluationRecord | None) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Each passage with who wrote what behind it."""
+    written = evaluation.continuations if evaluation else None
+    if written is None:
+        return []
+    return [
+        (
+            prompt,
+            [(words, written.texts[who][n]) for who, words in _WRITERS.items() if n < len(written.texts.get(who, ()))],
+        )
+        for n, prompt in enumerate(written.prompts)
+    ]
+
+
+def _pictures(record: RunRecord) -> dict[str, str]:
+    """What the record has figures for, as elements of the page that say in words what they show."""
     from moe_svd_distill.report import pictures
 
     drawn = {
@@ -64,15 +92,17 @@ def _pictures(record: RunRecord) -> dict[str, tuple[str, str]]:
             pictures.figures_picture(record.evaluation),
             "KL and cross-entropy before, after and of the controls",
         ),
+        "fit": (
+            pictures.fit_picture(record.calibration),
+            "KL on calibration text after each pass of the fit, the pass that was kept marked",
+        ),
         "training": (
             pictures.curve_picture(record.refinement),
             "Training loss and KL on calibration text by tokens trained on, the state that was kept marked",
         ),
         "scale": (pictures.scale_picture(record.scale_search), "Fall of KL and cross-entropy at each scale"),
         "delta": (
-            pictures.heat_picture(
-                facts.grid(record, "relative_delta"), "Size of the change: ‖ΔW‖ / ‖W‖ of the student"
-            ),
+            pictures.heat_picture(facts.grid(record, "relative_delta"), "Size of the change: ‖ΔW‖ / ‖W‖"),
             "Size of the change in each role and layer",
         ),
         "residual": (
@@ -88,11 +118,16 @@ def _pictures(record: RunRecord) -> dict[str, tuple[str, str]]:
             "The depth map",
         ),
     }
-    return {
-        name: (f"data:image/svg+xml;base64,{base64.b64encode(content).decode()}", words)
-        for name, (content, words) in drawn.items()
-        if content is not None
-    }
+    return {name: _inline(name, content, words) for name, (content, words) in drawn.items() if content is not None}
+
+
+def _inline(name: str, picture: bytes, words: str) -> str:
+    """An SVG within the page, so that it takes the page's colours, under identifiers that no other picture has."""
+    from markupsafe import escape
+
+    text = picture.decode("utf-8")
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text[text.find("<svg") :])
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(words)}" ', 1)
 
 
 def _tone(record: RunRecord) -> str:
@@ -101,13 +136,13 @@ def _tone(record: RunRecord) -> str:
     return "bad" if facts.nothing_kept(record) == "harm" else "neutral"
 
 
-def _trial(trial: TrialRecord) -> tuple[str, ...]:
+def _trial(trial: TrialRecord) -> tuple[Cell, ...]:
     scales = trial.scales
     same = len(set(scales.values())) == 1
     named = "all " + f"{next(iter(scales.values())):g}" if same else ", ".join(f"{g} {s:g}" for g, s in scales.items())
     falls = ((trial.kl_fall, trial.kl_fall_error), (trial.cross_entropy_fall, trial.cross_entropy_fall_error))
-    kl, entropy = (f"{number(fall)} ± {number(error)}" for fall, error in falls)
-    return named, number(trial.kl), kl, number(trial.cross_entropy), entropy
+    kl, entropy = (Cell(number(fall), "" if error is None else f"± {error:.4f}") for fall, error in falls)
+    return Cell(named), Cell(number(trial.kl)), kl, Cell(number(trial.cross_entropy)), entropy
 
 
 def _sizes(model: ModelRecord) -> list[tuple[str, str]]:

@@ -1,4 +1,8 @@
-"""The pictures of the report, each as the bytes of an SVG or PNG file. Drawn without a display."""
+"""The pictures of the report, each as the bytes of an SVG or PNG file. Drawn without a display.
+
+An SVG has no background, and its lines and letters are of the colour of the text around it, so that it can be read on
+a light page and on a dark one. The other colours have a contrast of 3 or more against both.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +13,23 @@ from io import BytesIO
 from typing import Any
 
 from moe_svd_distill.report.facts import Grid
-from moe_svd_distill.report.record import EvaluationRecord, SearchRecord, TrainingRecord
+from moe_svd_distill.report.record import EvaluationRecord, FitRecord, SearchRecord, TrainingRecord
 
-_GREY, _BLUE, _ORANGE, _GREEN, _RED = "#7d8590", "#1f6feb", "#d4821e", "#2da44e", "#cf222e"
-_WIDTH = 8.6
+_GREY, _BLUE, _ORANGE, _GREEN, _RED = "#7d8590", "#1f6feb", "#cf7c18", "#2da44e", "#cf222e"
+_INK, _FAINT = "#010203", (0.5, 0.5, 0.5, 0.25)
+_WIDTH = 4.6  # inches: letters keep their size on a telephone
 _STYLE = {
-    "font.size": 9.5,
+    "font.size": 9,
     "font.family": ["DejaVu Sans"],
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.titlesize": 10.5,
+    "axes.titlesize": 9.5,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
     "svg.hashsalt": "moe-svd-distill",
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
 }
 
 
@@ -32,8 +40,8 @@ def figures_picture(evaluation: EvaluationRecord | None, kind: str = "svg") -> b
     """
     if evaluation is None or evaluation.teacher is None or evaluation.teacher.cross_entropy is None:
         return None
-    measured = [("student, untouched", evaluation.student, _GREY), ("with the adapter", evaluation.adapted, _BLUE)]
-    measured += [(f"random control {each.seed}", each.figures, _ORANGE) for each in evaluation.controls]
+    measured = [("student", evaluation.student, _GREY), ("adapter", evaluation.adapted, _BLUE)]
+    measured += [(f"random {each.seed}", each.figures, _ORANGE) for each in evaluation.controls]
     rows = [
         (name, colour, (found.kl, _whisker(found.kl_error)), (found.cross_entropy, _whisker(found.cross_entropy_error)))
         for name, found, colour in measured
@@ -43,23 +51,24 @@ def figures_picture(evaluation: EvaluationRecord | None, kind: str = "svg") -> b
         return None
     names, colours, kl, entropy = zip(*rows, strict=True)
     teacher, places = evaluation.teacher.cross_entropy, list(range(len(rows)))[::-1]
-    with _figure(_WIDTH, 1.2 + 0.42 * len(rows)) as figure:
-        left, right = figure.subplots(1, 2, sharey=True)
+    with _figure(_WIDTH, 1.5 + 0.4 * len(rows)) as figure:
+        upper, lower = figure.subplots(2, 1)
         values, errors = zip(*kl, strict=True)
-        black = {"ecolor": "black", "capsize": 3, "linewidth": 1}
-        left.barh(places, values, 0.62, color=colours, xerr=errors, error_kw=black)
+        whiskers = {"ecolor": _INK, "capsize": 3, "linewidth": 1}
+        upper.barh(places, values, 0.62, color=colours, xerr=errors, error_kw=whiskers)
         for place, (value, error) in zip(places, kl, strict=True):
-            left.annotate(f"{value:.3f}", (value + error, place), (5, 0), textcoords="offset points", va="center")
-        left.set(title="KL to the teacher (0 is best)", xlabel="nats per token", yticks=places, yticklabels=names)
-        left.set_xlim(0, 1.3 * max([*values, 1e-9]))
-        right.axvline(teacher, color=_GREEN, linewidth=1.5)
-        right.annotate("teacher", (teacher, places[0] + 0.45), (4, 0), textcoords="offset points", color=_GREEN)
+            upper.annotate(f"{value:.3f}", (value + error, place), (5, 0), textcoords="offset points", va="center")
+        upper.set(title="KL to the teacher (0 is best)", yticks=places, yticklabels=names)
+        upper.set_xlim(0, 1.3 * max([*values, 1e-9]))
+        lower.axvline(teacher, color=_GREEN, linewidth=1.5)
+        lower.annotate("teacher", (teacher, -0.5), (4, 0), textcoords="offset points")
         for place, (value, error), colour in zip(places, entropy, colours, strict=True):
-            right.errorbar(value, place, xerr=error, fmt="o", color=colour, capsize=3)
-            right.annotate(f"{value:.3f}", (value, place), (0, 8), textcoords="offset points", ha="center")
-        right.set(title="cross-entropy of the text", xlabel="nats per token", ylim=(-0.6, places[0] + 0.75))
-        right.margins(x=0.18)
-        right.grid(axis="x", alpha=0.25)
+            lower.errorbar(value, place, xerr=error, fmt="o", color=colour, capsize=3)
+            lower.annotate(f"{value:.3f}", (value + error, place), (6, 0), textcoords="offset points", va="center")
+        lower.set(title="Cross-entropy of the text", xlabel="nats per token", yticks=places, yticklabels=names)
+        lower.set_ylim(-0.7, places[0] + 0.6)
+        lower.margins(x=0.25)
+        lower.grid(axis="x", alpha=0.25)
         return _file(figure, kind)
 
 
@@ -73,7 +82,7 @@ def scale_picture(search: SearchRecord, kind: str = "svg") -> bytes | None:
     scales = [scale for scale, _ in points]
     with _figure(_WIDTH, 2.9) as figure:
         axes = figure.subplots()
-        axes.axhline(0, color="black", linewidth=0.8)
+        axes.axhline(0, color=_INK, linewidth=0.8)
         kl = [(trial.kl_fall, trial.kl_fall_error) for _, trial in points]
         entropy = [(trial.cross_entropy_fall, trial.cross_entropy_fall_error) for _, trial in points]
         for found, colour, name in ((kl, _BLUE, "KL"), (entropy, _ORANGE, "cross-entropy")):
@@ -85,8 +94,9 @@ def scale_picture(search: SearchRecord, kind: str = "svg") -> bytes | None:
         axes.set_ylim(max(low, -0.6 * untouched), max(high, 0.02 * untouched))
         if low < -0.6 * untouched:
             words = f"at scale {scales[-1]:g}: {points[-1][1].kl_fall:.2f} (KL)"
-            axes.annotate(words, (scales[-1], -0.6 * untouched), (0, 6), ha="right", color=_RED, zorder=5,
-                          textcoords="offset points", bbox={"color": "white", "pad": 1})  # fmt: skip
+            axes.annotate(words, (scales[-1], -0.6 * untouched), (0, 6), ha="right", zorder=5,
+                          textcoords="offset points")  # fmt: skip
+            axes.plot(scales[-1], -0.6 * untouched, "v", color=_RED, clip_on=False)
         axes.legend(frameon=False, loc="best")
         axes.grid(alpha=0.25)
         return _file(figure, kind)
@@ -115,9 +125,10 @@ def curve_picture(training: TrainingRecord | None, kind: str = "svg") -> bytes |
         if kept in points:
             lines += axes.plot(kept.tokens, kept.kl, "o", color=_GREEN, markersize=9, zorder=4, label="kept")
             axes.annotate(f"{kept.kl:.4f}", (kept.tokens, kept.kl), (0, 9), textcoords="offset points",
-                          ha="center", color=_GREEN)  # fmt: skip
-        axes.set(title="Training: loss, and KL to the teacher on calibration text", xlabel="tokens trained on")
+                          ha="center")  # fmt: skip
+        axes.set(title="Training: loss, and KL on calibration text", xlabel="tokens trained on")
         axes.set_ylabel("nats per token")
+        axes.locator_params(axis="x", nbins=5)
         axes.xaxis.set_major_formatter(lambda value, place: f"{value:,.0f}")
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, 0), min(high, 2 * kl[0]))
@@ -129,8 +140,28 @@ def curve_picture(training: TrainingRecord | None, kind: str = "svg") -> bytes |
         return _file(figure, kind)
 
 
+def fit_picture(fit: FitRecord | None, kind: str = "svg") -> bytes | None:
+    """KL on other text after each pass of the calibrated stage, the kept one marked; None with fewer than two."""
+    passes = [(number, kl) for number, kl in enumerate(fit.kl_by_pass if fit else ()) if _finite(kl)]
+    if fit is None or len(passes) < 2:
+        return None
+    with _figure(_WIDTH, 2.4) as figure:
+        axes = figure.subplots()
+        axes.plot(*zip(*passes, strict=True), "o-", color=_BLUE, markersize=4)
+        for number, kl in passes:
+            if number == fit.best_pass:
+                axes.plot(number, kl, "o", color=_GREEN, markersize=9, zorder=4, label="kept")
+                axes.annotate(f"{kl:.4f}", (number, kl), (0, 9), textcoords="offset points", ha="center")
+                axes.legend(frameon=False, loc="upper right")
+        axes.set(title="Fit: KL on calibration text", xlabel="passes over the text", ylabel="nats per token")
+        axes.margins(y=0.2)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.25)
+        return _file(figure, kind)
+
+
 def heat_picture(grid: Grid | None, title: str, kind: str = "svg") -> bytes | None:
-    """A share in percent for each role (rows) and layer (columns), grey where there is none; None without a grid."""
+    """A share in percent for each role (rows) and layer (columns), faint where there is none; None without a grid."""
     if grid is None:
         return None
     import numpy as np
@@ -141,10 +172,10 @@ def heat_picture(grid: Grid | None, title: str, kind: str = "svg") -> bytes | No
         axes = figure.subplots()
         import matplotlib
 
-        colours = matplotlib.colormaps["YlGnBu"].with_extremes(bad="#e6e8eb")
+        colours = matplotlib.colormaps["YlGnBu"].with_extremes(bad=_FAINT)
         top = float(np.nanmax(values))
         image = axes.imshow(np.ma.masked_invalid(values), cmap=colours, aspect="auto", vmin=0, vmax=top or 1)
-        step = max(1, columns // 24)
+        step = max(1, columns // 12)
         shown = [i for i in range(columns) if i % step == 0 and i < columns - (step + 1 if step > 1 else 1)]
         shown.append(columns - 1)
         axes.set_xticks(shown, [grid.layers[i] for i in shown])
@@ -152,7 +183,7 @@ def heat_picture(grid: Grid | None, title: str, kind: str = "svg") -> bytes | No
         axes.set(title=title, xlabel="student layer")
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        if columns <= 14:
+        if columns <= 7:
             _write_values(axes, values, top)
         bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.03)
         bar.outline.set_visible(False)
@@ -188,14 +219,14 @@ def depth_picture(
         used = {right for _, right, weight in edges if weight > 0}
         for count, height, offset, lit in ((student, 0, -13, None), (teacher, 1, 7, used)):
             spots = [place(layer, count) for layer in range(count)]
-            fill = [_GREEN if lit is None or layer in lit else "#d0d7de" for layer in range(count)]
-            axes.scatter(spots, [height] * count, s=min(70, 2200 / count), c=fill, zorder=2)
-            step = max(1, count // 24)
+            fill = [_GREEN if lit is None or layer in lit else _FAINT for layer in range(count)]
+            axes.scatter(spots, [height] * count, s=min(60, 1200 / count), c=fill, zorder=2)
+            step = max(1, count // 16)
             for layer in range(0, count, step):
                 axes.annotate(str(layer), (spots[layer], height), (0, offset), textcoords="offset points", ha="center",
                               fontsize=8)  # fmt: skip
         axes.set(yticks=[0, 1], yticklabels=["student", "teacher"], xticks=[], xlim=(0, 1), ylim=(-0.28, 1.28))
-        axes.set_title("Depth map: which teacher layers each student layer is set against", pad=8)
+        axes.set_title("Depth map: teacher layers behind each student layer", pad=8)
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
         return _file(figure, kind)
@@ -231,6 +262,9 @@ def _figure(width: float, height: float) -> Iterator[Any]:
 
 def _file(figure: Any, kind: str) -> bytes:
     buffer = BytesIO()
-    metadata = {"Date": None} if kind == "svg" else {}
-    figure.savefig(buffer, format=kind, dpi=110, metadata=metadata, facecolor="white")
-    return buffer.getvalue()
+    if kind != "svg":
+        figure.savefig(buffer, format=kind, dpi=110, facecolor="white")
+        return buffer.getvalue()
+    unsaid: dict[str, None] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(buffer, format="svg", metadata=unsaid, transparent=True)
+    return buffer.getvalue().replace(_INK.encode(), b"currentColor")

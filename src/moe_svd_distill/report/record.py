@@ -6,30 +6,25 @@ or empty, in the classes of other rooms too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from functools import cache
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from moe_svd_distill.adapter.adapter_file import read_json
 from moe_svd_distill.algebra.figures import Interval
 from moe_svd_distill.evaluation.uncertainty import GapClosed
-from moe_svd_distill.files.names import RECORD_FILE
+from moe_svd_distill.files.names import EVALUATION_FILE, RECORD_FILE
 from moe_svd_distill.files.writing import write_json
+from moe_svd_distill.report.typed import at
+from moe_svd_distill.report.typed import read_as as read_as
 
-T = TypeVar("T")
-
-
-def _at(path: str) -> Any:
-    """A field that lies elsewhere in the JSON than under its name; keys are joined by dots."""
-    return field(metadata={"path": path})
+_FILES = (RECORD_FILE, EVALUATION_FILE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecord:
-    """Teacher or student; sizes as the configuration has them, 0 or None where it has none."""
+    """Teacher or student: sizes as its configuration has them, 0 or None for none; its licence as its card has it."""
 
     source: str = ""
     family: str | None
@@ -39,6 +34,7 @@ class ModelRecord:
     hidden: int | None
     experts: int | None
     vocabulary: int | None
+    license: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +43,10 @@ class RecipeRecord:
 
     depth_map: str | list[float] | None
     interpolation: str = "linear"
-    expert_fingerprint: str | None = _at("experts.fingerprint")
-    expert_clusters: str | int | None = _at("experts.clusters")
-    expert_assignment: str | None = _at("experts.assignment")
-    expert_blend: str | None = _at("experts.blend")
+    expert_fingerprint: str | None = at("experts.fingerprint")
+    expert_clusters: str | int | None = at("experts.clusters")
+    expert_assignment: str | None = at("experts.assignment")
+    expert_blend: str | None = at("experts.blend")
     start: str = "auto"
     calibration: tuple[Any, ...]
     tokens: int | None
@@ -146,14 +142,24 @@ class TrainingRecord:
     ended: str = ""
     curve: tuple[CurvePoint, ...]
     best: int | None
-    epochs: float | None = _at("settings.epochs")
-    rate: float | None = _at("settings.rate")
-    divergence: str | None = _at("settings.divergence")
-    cross_entropy_share: float | None = _at("settings.cross_entropy_share")
+    epochs: float | None = at("settings.epochs")
+    rate: float | None = at("settings.rate")
+    divergence: str | None = at("settings.divergence")
+    cross_entropy_share: float | None = at("settings.cross_entropy_share")
     rate_trials: tuple[Any, ...]
     rate_tried_from_start: bool = False
-    resident: bool | None = _at("placement.resident")
-    devices: tuple[str, ...] = _at("placement.devices")
+    resident: bool | None = at("placement.resident")
+    devices: tuple[str, ...] = at("placement.devices")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitRecord:
+    """How the calibrated stage went: KL on other text before the first pass and after each; which was kept."""
+
+    kl_by_pass: tuple[float, ...]
+    best_pass: int | None
+    fitted_on_places: int | None
+    ended: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,19 +213,29 @@ class CodeRecord:
     problems: int | None
     gained: tuple[str, ...]
     lost: tuple[str, ...]
-    student: float | None = _at("student.pass_at_1")
-    adapted: float | None = _at("adapted.pass_at_1")
-    teacher: float | None = _at("teacher.pass_at_1")
-    reasons: Mapping[str, int] = _at("adapted.reasons")
-    unfinished: int | None = _at("adapted.unfinished")
-    change: float | None = _at("change.change")
-    low: float | None = _at("change.low")
-    high: float | None = _at("change.high")
-    p_value: float | None = _at("change.p_value")
-    dtype: str | None = _at("settings.dtype")
-    token_limit: int | None = _at("settings.limit")
-    without_network: bool | None = _at("guards.network")
-    files_guarded: bool | None = _at("guards.files")
+    student: float | None = at("student.pass_at_1")
+    adapted: float | None = at("adapted.pass_at_1")
+    teacher: float | None = at("teacher.pass_at_1")
+    reasons: Mapping[str, int] = at("adapted.reasons")
+    unfinished: int | None = at("adapted.unfinished")
+    change: float | None = at("change.change")
+    low: float | None = at("change.low")
+    high: float | None = at("change.high")
+    p_value: float | None = at("change.p_value")
+    dtype: str | None = at("settings.dtype")
+    token_limit: int | None = at("settings.limit")
+    without_network: bool | None = at("guards.network")
+    files_guarded: bool | None = at("guards.files")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinuationsRecord:
+    """How the models went on with passages of the text: who wrote to one text for each; who did not, and why."""
+
+    prompts: tuple[str, ...]
+    texts: Mapping[str, tuple[str, ...]]
+    skipped: Mapping[str, str]
+    new_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,16 +253,18 @@ class EvaluationRecord:
     sequence_length: int | None
     unit: str = "documents"
     texts: tuple[str, ...]
-    documents_used: int | None = _at("held_out.documents_used")
-    documents_of_used_groups: int | None = _at("held_out.documents_of_used_groups")
-    documents_repeated: int | None = _at("held_out.documents_repeated")
-    groups_apart: bool | None = _at("held_out.groups_apart")
-    other_domain: bool | None = _at("domain.different")
-    scores: tuple[ScoreRecord, ...] = _at("benchmarks.scores")
-    score_limit: int | None = _at("benchmarks.limit")
-    score_dtype: str | None = _at("benchmarks.dtype")
-    harness: str | None = _at("benchmarks.harness")
+    documents_used: int | None = at("held_out.documents_used")
+    documents_of_used_groups: int | None = at("held_out.documents_of_used_groups")
+    documents_repeated: int | None = at("held_out.documents_repeated")
+    groups_apart: bool | None = at("held_out.groups_apart")
+    other_domain: bool | None = at("domain.different")
+    scores: tuple[ScoreRecord, ...] = at("benchmarks.scores")
+    score_limit: int | None = at("benchmarks.limit")
+    score_dtype: str | None = at("benchmarks.dtype")
+    harness: str | None = at("benchmarks.harness")
     code_benchmarks: Mapping[str, CodeRecord]
+    continuations: ContinuationsRecord | None
+    notes: tuple[str, ...] = at("held_out.notes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,27 +276,29 @@ class RunRecord:
         transferred: Whether anything was; None where no calibration text was given, so that nobody knows.
         depth_map: Student layer, and the teacher layers it is set against with their weights.
         base_model: What adapter_config.json names.
+        calibration: Of the calibrated stage; empty without one.
         refinement: None without a refined stage.
         evaluation: None before `evaluate`, which keeps it in evaluation.json.
     """
 
-    content: Mapping[str, Any] = _at("")
+    content: Mapping[str, Any] = at("")
     teacher: ModelRecord
     student: ModelRecord
     base_model: str = ""
     recipe: RecipeRecord
     method: str | None
     depth_map: tuple[Any, ...]
-    fates: Mapping[str, int] = _at("summary.fates")
-    reasons_to_keep: Mapping[str, int] = _at("summary.reasons_to_keep")
-    projections: Mapping[str, int] = _at("summary.projections")
-    projection_fallbacks: Mapping[str, str] = _at("summary.projection_fallbacks")
-    alignments: Mapping[str, int] = _at("summary.alignments")
+    fates: Mapping[str, int] = at("summary.fates")
+    reasons_to_keep: Mapping[str, int] = at("summary.reasons_to_keep")
+    projections: Mapping[str, int] = at("summary.projections")
+    projection_fallbacks: Mapping[str, str] = at("summary.projection_fallbacks")
+    alignments: Mapping[str, int] = at("summary.alignments")
     tensors: tuple[TensorRecord, ...]
     units: tuple[UnitRecord, ...]
     ignored_student_tensors: Mapping[str, str]
     unused_teacher_tensors: Mapping[str, str]
     scale_search: SearchRecord
+    calibration: FitRecord | None
     refinement: TrainingRecord | None
     evaluation: EvaluationRecord | None
     adapter_sha256: str | None
@@ -293,55 +313,14 @@ class RunRecord:
 
     @classmethod
     def in_folder(cls, folder: Path) -> RunRecord:
-        """The record in an adapter's folder; an empty one if there is none.
+        """The record in an adapter's folder, with the figures of an evaluation of it; an empty one if there is none.
 
         Raises:
-            BadDataError: run.json is not a JSON object.
+            BadDataError: run.json or evaluation.json is not a JSON object.
         """
-        file = folder / RECORD_FILE
-        return cls.of(read_json(file) if file.is_file() else {})
+        content, figures = (read_json(file) if (file := folder / name).is_file() else {} for name in _FILES)
+        same = figures.get("adapter_sha256") == content.get("adapter_sha256")
+        return cls.of(content, figures if content and same else None)
 
     def write(self, file: Path) -> None:
         write_json(file, self.content)
-
-
-def read_as(kind: Callable[..., T], content: Any) -> T:
-    """A dataclass from JSON: what is missing, null or of another type has the field's default, or is None or empty."""
-    found = {}
-    for name, path, convert in _readers(kind):
-        value = content
-        for key in path:
-            value = value.get(key) if isinstance(value, Mapping) else None
-        found[name] = convert(value)
-    return kind(**found)
-
-
-@cache
-def _readers(kind: Any) -> tuple[tuple[str, tuple[str, ...], Callable[[Any], Any]], ...]:
-    """Name, place in the JSON and conversion of every field."""
-    hints = get_type_hints(kind)
-    readers = []
-    for each in fields(kind):
-        path = str(each.metadata.get("path", each.name))
-        default = None if each.default is MISSING else each.default
-        readers.append((each.name, tuple(path.split(".")) if path else (), _conversion(hints[each.name], default)))
-    return tuple(readers)
-
-
-def _conversion(hint: Any, default: Any = None) -> Callable[[Any], Any]:
-    kind, inside = get_origin(hint), get_args(hint)
-    if is_dataclass(hint):
-        return lambda value: read_as(hint, value)  # type: ignore[arg-type]
-    if kind is tuple:
-        each = _conversion(inside[0])
-        return lambda value: tuple(map(each, value)) if isinstance(value, list | tuple) else ()
-    if kind is Mapping:
-        of_key = _conversion(inside[1])
-        return lambda value: {k: of_key(v) for k, v in value.items()} if isinstance(value, Mapping) else {}
-    known = [each for each in inside if each is not NoneType] if kind in (Union, UnionType) else [hint]
-    if is_dataclass(known[0]):
-        return lambda value: read_as(known[0], value) if isinstance(value, Mapping) and value else None
-    if hint is Any:
-        return lambda value: value
-    kinds = tuple(get_origin(each) or each for each in known)
-    return lambda value: value if isinstance(value, (*kinds, int) if float in kinds else kinds) else default

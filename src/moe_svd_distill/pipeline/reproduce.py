@@ -1,0 +1,180 @@
+"""Reproduce: an adapter's recipe once more, from nothing, in another folder, and what comes out different."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_svd_distill.adapter.adapter_file import read_json
+from moe_svd_distill.errors import BadDataError, CannotWriteError, MissingInputError
+from moe_svd_distill.evaluation.request import EvaluationRequest
+from moe_svd_distill.execution.events import Listener
+from moe_svd_distill.files.names import EVALUATION_FILE
+from moe_svd_distill.pipeline.distill import Adapter, distill, load_adapter
+from moe_svd_distill.pipeline.evaluate import ASKED, evaluate_adapter
+from moe_svd_distill.pipeline.pair import open_model
+from moe_svd_distill.recipe import Recipe, parse_recipe
+
+TOLERANCE = 0.01  # of a figure: other versions and devices sum in another order
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One value before and now."""
+
+    name: str
+    before: Any
+    now: Any
+
+    @property
+    def same(self) -> bool:
+        """Equal; figures within a hundredth."""
+        numbers = isinstance(self.before, int | float) and isinstance(self.now, int | float)
+        return self.before == self.now or (numbers and abs(self.now - self.before) <= TOLERANCE * abs(self.before))
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What came out.
+
+    Attributes:
+        folder: Of the new adapter.
+        sha256: Of adapter_model.safetensors.
+        environment: What of versions, machine and execution differs.
+        figures: What was found, before and now.
+        notes: What could not be compared, and why.
+    """
+
+    folder: Path
+    sha256: Compared
+    environment: tuple[Compared, ...]
+    figures: tuple[Compared, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def reproduced(self) -> bool:
+        """The same bytes, or the same figures within a hundredth."""
+        return self.sha256.same or all(figure.same for figure in self.figures)
+
+
+def reproduce(
+    adapter: Path | str,
+    output: Path | str | None = None,
+    on_event: Listener | None = None,
+    *,
+    teacher: str | None = None,
+    student: str | None = None,
+    calibration: Sequence[str] = (),
+) -> Reproduction:
+    """Run the recipe of an adapter again without anything that an earlier run has kept, and compare.
+
+    Where the bytes differ and held-out figures are there, the new adapter is evaluated on the same text as well.
+
+    Args:
+        adapter: Its folder.
+        output: Of the new adapter, new or of an earlier try; default: beside it, with ``-reproduced`` behind its name.
+        on_event: Told how it goes.
+        teacher: Where the teacher lies now, if not where run.json says.
+        student: Likewise.
+        calibration: Likewise the text; all of it.
+
+    Raises:
+        MissingInputError: The folder holds no finished adapter, or run.json no recipe.
+        BadDataError: A model is not the one that the adapter was made of.
+        DistillError: As `distill`.
+    """
+    first = load_adapter(adapter)
+    folder = Path(output) if output else first.folder.absolute().with_name(f"{first.folder.absolute().name}-reproduced")
+    if folder.absolute() == first.folder.absolute():
+        raise CannotWriteError(f"{folder} holds the adapter to be reproduced", "Choose another --output")
+    named = {"teacher": teacher, "student": student, "calibration": list(calibration)}
+    recipe = _recipe(first, folder, {key: value for key, value in named.items() if value})
+    for role, source, record in (
+        ("teacher", recipe.teacher, first.record.teacher),
+        ("student", recipe.student, first.record.student),
+    ):
+        _refuse_other(role, source, record.fingerprint)
+    second = distill(recipe, on_event)
+    digest = Compared("sha256", first.record.adapter_sha256, second.sha256)
+    held_out, notes = ([], []) if digest.same else _held_out(first, second, recipe)
+    return Reproduction(
+        folder,
+        digest,
+        tuple(each for each in _compared(_environment(first), _environment(second)) if not each.same),
+        (*_compared(_figures(first), _figures(second)), *held_out),
+        tuple(notes),
+    )
+
+
+def _recipe(first: Adapter, output: Path, named: Mapping[str, Any]) -> Recipe:
+    recipe = first.record.content.get("recipe")
+    if not isinstance(recipe, Mapping):
+        raise MissingInputError(
+            f"the run.json in {first.folder} holds no recipe", "Run distill with the recipe you have"
+        )
+    again = {**recipe, "output": str(output), "cache": None, **named}
+    return parse_recipe(again, f"the run.json in {first.folder}")
+
+
+def _refuse_other(role: str, source: str, recorded: str | None) -> None:
+    checkpoint = open_model(source).checkpoint
+    try:
+        if checkpoint.is_other_than(recorded):
+            raise BadDataError(
+                f"the {role} {source} has other weights than the one that the adapter was made of "
+                f"(found {checkpoint.fingerprint()[:24]}…, expected {str(recorded)[:24]}…)",
+                f"Give the folder of that model: --{role}",
+            )
+    finally:
+        checkpoint.close()
+
+
+def _environment(adapter: Adapter) -> dict[str, Any]:
+    content = adapter.record.content
+    execution = content.get("execution") or {}
+    chosen = {key: execution.get(key) for key in ("workers", "devices", "threads_per_worker")}
+    return {**adapter.record.versions, **chosen, **(execution.get("machine") or {})}
+
+
+def _figures(adapter: Adapter) -> dict[str, Any]:
+    """What a run has measured and decided."""
+    record = adapter.record
+    found: dict[str, Any] = {"method": record.method, "transferred": record.transferred}
+    found |= {f"matrices {fate}": count for fate, count in record.fates.items()}
+    found |= {f"scale of {group}": scale for group, scale in record.scale_search.scales.items()}
+    for trial in record.scale_search.trials:
+        named = ", ".join(f"{group} {scale:g}" for group, scale in trial.scales.items())
+        found |= {f"KL at {named}": trial.kl, f"cross-entropy at {named}": trial.cross_entropy}
+    if record.calibration and record.calibration.kl_by_pass:
+        found["KL after the fit"] = record.calibration.kl_by_pass[-1]
+    if record.refinement and record.refinement.curve:
+        found["KL after training"] = record.refinement.curve[-1].kl
+    return found
+
+
+def _compared(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Compared]:
+    for name in dict.fromkeys((*before, *now)):
+        yield Compared(name, before.get(name), now.get(name))
+
+
+def _held_out(first: Adapter, second: Adapter, recipe: Recipe) -> tuple[list[Compared], list[str]]:
+    """The new adapter on the text that the first was evaluated on; or why not."""
+    earlier = first.record.evaluation
+    if earlier is None or earlier.adapted is None:
+        return [], ["the adapter was not evaluated on held-out text, so nothing is compared there"]
+    asked = read_json(first.folder / EVALUATION_FILE).get("asked")
+    gone = [text for text in earlier.texts if not Path(text).exists()]
+    if gone or not isinstance(asked, Mapping):
+        reason = f"{gone[0]} is not there" if gone else "evaluation.json does not say how it was asked for"
+        return [], [f"held-out figures are not compared: {reason}"]
+    again = {key: value for key, value in asked.items() if key in ASKED}
+    texts = tuple(map(Path, earlier.texts))
+    figures = evaluate_adapter(
+        EvaluationRequest(second.folder, recipe.teacher, recipe.student, texts, **again)
+    ).evaluation
+    found = [Compared("held out: effect", earlier.effect, figures["effect"])]
+    for field in ("kl", "cross_entropy"):
+        found.append(Compared(f"held out: {field}", getattr(earlier.adapted, field), figures["adapted"][field]))
+    return found, []
