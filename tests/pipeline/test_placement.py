@@ -5,13 +5,10 @@ import pytest
 
 from moe_svd_distill.execution.supervisor import Settings
 from moe_svd_distill.pipeline.pair import open_pair
-from moe_svd_distill.pipeline.placement import (
-    Placement,
-    place_training,
-    trained_numbers,
-)
+from moe_svd_distill.pipeline.placement import Placement, place_training
 from moe_svd_distill.pipeline.schedule import schedule_refined
 from moe_svd_distill.pipeline.texts import TextSize
+from moe_svd_distill.pipeline.trained_matrices import trained_numbers
 from tests.support.models import saved
 from tests.support.pairs import LITTLE_TEXT, recipe_for
 from tests.support.training import setting

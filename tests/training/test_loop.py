@@ -16,10 +16,9 @@ from moe_svd_distill.streaming.states_file import write_states
 from moe_svd_distill.training.fixed_head import FixedHead
 from moe_svd_distill.training.job import TrainingJob
 from moe_svd_distill.training.loop import Training
-from moe_svd_distill.training.optimiser import OptimiserName
 from moe_svd_distill.training.processes import run_training
 from moe_svd_distill.training.progress import Progress, TrainingCheckpoints
-from moe_svd_distill.training.settings import TrainingSettings
+from moe_svd_distill.training.settings import OptimiserName, TrainingSettings
 from moe_svd_distill.training.text import TextFile
 from tests.support.models import saved
 from tests.support.training import VOCABULARY, Setting, disturb, made_up_text, setting

@@ -10,12 +10,7 @@ from moe_svd_distill.files.dtypes import BYTES_PER_ELEMENT
 from moe_svd_distill.pipeline.assembly import asked_head_rank, head_is_whole
 from moe_svd_distill.pipeline.extra_text import ROUNDS
 from moe_svd_distill.pipeline.pair import Model, ModelPair
-from moe_svd_distill.pipeline.placement import (
-    execution_settings,
-    place_training,
-    trained_numbers,
-    trained_shapes,
-)
+from moe_svd_distill.pipeline.placement import execution_settings, place_training
 from moe_svd_distill.pipeline.schedule import (
     StageName,
     TrainingSchedule,
@@ -23,6 +18,7 @@ from moe_svd_distill.pipeline.schedule import (
     schedule_refined,
 )
 from moe_svd_distill.pipeline.texts import RunText, TextSize, expected_text
+from moe_svd_distill.pipeline.trained_matrices import trained_numbers, trained_shapes
 from moe_svd_distill.recipe import Recipe
 from moe_svd_distill.streaming import PassSettings
 from moe_svd_distill.training.head_rank import SERVED_RANKS

@@ -10,15 +10,10 @@ import torch
 
 from moe_svd_distill.execution.memory import peak_of
 from moe_svd_distill.pipeline.cost import SAVED_BYTES, SAVES_KEPT, TrainingCost
-from moe_svd_distill.pipeline.placement import (
-    LIBRARIES_BYTES,
-    execution_settings,
-    tokens_at_once,
-    trained_ranks,
-    training_dtype,
-)
+from moe_svd_distill.pipeline.placement import LIBRARIES_BYTES, execution_settings, training_dtype
 from moe_svd_distill.pipeline.speed import HeadSeconds, LayerSeconds, head_speed, layer_speed, reading_speed
 from moe_svd_distill.pipeline.texts import longest_sequence, sequence_length
+from moe_svd_distill.pipeline.trained_matrices import tokens_at_once, trained_ranks
 from moe_svd_distill.pipeline.units import make_work
 from moe_svd_distill.streaming import PassSettings
 from moe_svd_distill.training.job import threads

@@ -1,12 +1,11 @@
-"""What is trained on text, where, and in how many processes: in memory or streamed, on which devices, in which type."""
+"""Where a student is trained, and in how many processes: in memory or streamed, on which devices, in which type."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,10 +14,11 @@ from moe_svd_distill.algebra.dtypes import compute_dtype
 from moe_svd_distill.errors import UsageError
 from moe_svd_distill.evaluation.loading import available_bytes, model_bytes
 from moe_svd_distill.execution.supervisor import Settings
+from moe_svd_distill.pipeline.trained_matrices import tokens_at_once, trained_numbers, trained_shapes
 from moe_svd_distill.training.head import LOGIT_BYTES
 
 if TYPE_CHECKING:
-    from moe_svd_distill.pipeline.pair import Model, ModelPair
+    from moe_svd_distill.pipeline.pair import ModelPair
     from moe_svd_distill.pipeline.schedule import TrainingSchedule
     from moe_svd_distill.recipe import Recipe
 
@@ -29,7 +29,6 @@ _KEPT_FOR_THE_WAY_BACK = 2  # times what goes into and out of the matrices of th
 _LOGITS_AT_ONCE = 5  # of both models, with what becomes of them
 _FLOAT = 4
 LIBRARIES_BYTES = 450 << 20  # of a process that has loaded torch and transformers
-_BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -121,40 +120,6 @@ def threads_of_a_run() -> int:
 def available_cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-
-
-def trained_ranks(recipe: Recipe, student: Model, layers: Iterable[int] | None = None) -> dict[str, int]:
-    """Rank of every matrix of the layers that an adapter can change.
-
-    Args:
-        recipe: What is asked for.
-        student: The student.
-        layers: Of which layers; by default of all.
-    """
-    wanted = None if layers is None else set(layers)
-    return {
-        name: recipe.rank_of(name, student.role_of(name), matrix.shape)
-        for name, matrix in student.keys.matrices().items()
-        if wanted is None or matrix.part in wanted
-    }
-
-
-def trained_shapes(student: Model, ranks: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Shape of each of these matrices, (out, in)."""
-    return {name: student.architecture.by_name[name].shape for name in ranks}
-
-
-def trained_numbers(shapes: Mapping[str, tuple[int, ...]], ranks: Mapping[str, int]) -> int:
-    """How many numbers move: two factors of each matrix, or the whole change where the rank is full."""
-    return sum(
-        prod(shapes[name]) if rank >= min(shapes[name]) else rank * sum(shapes[name]) for name, rank in ranks.items()
-    )
-
-
-def tokens_at_once(recipe: Recipe, device: str) -> int:
-    """Tokens that go through a layer together in training."""
-    asked = recipe.training.batch_tokens
-    return _BATCH_TOKENS[torch.device(device).type] if asked == "auto" else asked
 
 
 def place_training(recipe: Recipe, pair: ModelPair, settings: Settings, schedule: TrainingSchedule) -> Placement:

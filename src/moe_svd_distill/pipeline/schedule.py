@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from moe_svd_distill.evaluation.scale_search import GLOBAL_SCALES
 from moe_svd_distill.pipeline.extra_text import MUCH_TEXT, ExtraText, for_fit, for_training
-from moe_svd_distill.pipeline.placement import tokens_at_once, trained_ranks
 from moe_svd_distill.pipeline.stage_text import Beginning
+from moe_svd_distill.pipeline.trained_matrices import tokens_at_once, trained_ranks
 from moe_svd_distill.training.settings import (
     HEAD_RATE,
     LAST_LAYERS_RATE,
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from moe_svd_distill.pipeline.pair import Model
     from moe_svd_distill.pipeline.texts import TextSize
     from moe_svd_distill.recipe import Recipe
-    from moe_svd_distill.training.optimiser import OptimiserName
+    from moe_svd_distill.training.settings import OptimiserName
 
 StageName: TypeAlias = Literal["calibrated", "refined"]
 _MOST_HALVINGS = 4

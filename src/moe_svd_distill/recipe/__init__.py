@@ -13,10 +13,10 @@ from moe_svd_distill.recipe.loading import (
     set_values,
 )
 from moe_svd_distill.recipe.model import DEFAULT_HEAD_RANK, Rank, Recipe
-from moe_svd_distill.recipe.presets import PRESET_KEYS, PRESETS, supplied_values
+from moe_svd_distill.recipe.presets import PRESET_KEYS, PRESETS
 from moe_svd_distill.recipe.sections import ExpertSettings, TrainingRecipe
 from moe_svd_distill.recipe.text_source import TextSource, text_sources
-from moe_svd_distill.recipe.writing import recipe_schema, recipe_yaml
+from moe_svd_distill.recipe.writing import recipe_schema, recipe_yaml, supplied_values
 
 __all__ = [
     "DEFAULT_HEAD_RANK",

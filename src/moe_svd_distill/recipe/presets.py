@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
-
-if TYPE_CHECKING:
-    from moe_svd_distill.recipe.model import Recipe
+from typing import Any, Literal, TypeAlias
 
 Preset: TypeAlias = Literal["fast", "balanced", "best"]
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -25,13 +22,3 @@ def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
     name = values.get("preset")
     supplied = PRESETS.get(name, {}) if isinstance(name, str) else {}
     return {**supplied, **values}
-
-
-def supplied_values(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the recipe has of its preset, and what was given otherwise in place of it."""
-    taken: dict[str, Any] = {}
-    otherwise: dict[str, Any] = {}
-    for key, value in (PRESETS[recipe.preset] if recipe.preset else {}).items():
-        found = getattr(recipe, key)
-        (taken if found == value else otherwise)[key] = found
-    return taken, otherwise

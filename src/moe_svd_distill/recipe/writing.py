@@ -10,6 +10,7 @@ import yaml
 
 from moe_svd_distill.recipe.allowed import allowed
 from moe_svd_distill.recipe.model import Recipe
+from moe_svd_distill.recipe.presets import PRESETS
 from moe_svd_distill.recipe.section import Section
 
 _WIDTH = 100
@@ -42,3 +43,13 @@ def _lines(section: Section, values: dict[str, Any], without: Collection[str] = 
         else:
             written = yaml.safe_dump({key: values[key]}, sort_keys=False, allow_unicode=True).rstrip().split("\n")
             yield from (f"# {line}" if key in without else line for line in written)
+
+
+def supplied_values(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the recipe has of its preset, and what was given otherwise in place of it."""
+    taken: dict[str, Any] = {}
+    otherwise: dict[str, Any] = {}
+    for key, value in (PRESETS[recipe.preset] if recipe.preset else {}).items():
+        found = getattr(recipe, key)
+        (taken if found == value else otherwise)[key] = found
+    return taken, otherwise

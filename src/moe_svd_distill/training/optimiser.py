@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from moe_svd_distill.training.head import TrainedHead
     from moe_svd_distill.training.settings import TrainingSettings
 
-OptimiserName: TypeAlias = Literal["muon", "adamw"]
 _TINY = 1e-10
 _TOGETHER = 1 << 24  # factors' entries whose steps are computed together, unless a stack alone has more
 

@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from moe_svd_distill.training.optimiser import OptimiserName
-
+OptimiserName: TypeAlias = Literal["muon", "adamw"]
 HeadTraining: TypeAlias = Literal["whole", "fixed"]
 LAST_LAYERS_RATE, HEAD_RATE = 0.6, 0.5
 """Over the width of the states: 5e-3 at 128, 3e-4 at 2048, where LoRA training commonly is."""
