@@ -49,7 +49,7 @@ def command(
     Prompts come from the terminal, or one a line from standard input; then each is answered by itself. A tokenizer's
     chat template is used where there is one, otherwise the text is gone on with.
 
-    Example: echo 'What is a mixture of experts?' | moe-svd-distill chat out --side-by-side
+    Example: moe-svd-distill chat out --side-by-side
     """
     from moe_svd_distill.cli.screen import print_json, print_line
     from moe_svd_distill.errors import UsageError
