@@ -21,8 +21,8 @@ from moe_svd_distill.pipeline.duration import (
     weights_cost_here,
 )
 from moe_svd_distill.pipeline.pair import open_model, open_pair
-from moe_svd_distill.pipeline.placement import trained_ranks
 from moe_svd_distill.pipeline.speed import HeadSeconds, LayerSeconds, head_speed, layer_speed, reading_speed
+from moe_svd_distill.pipeline.trained_matrices import trained_ranks
 from moe_svd_distill.pipeline.units import plan_pair
 from moe_svd_distill.streaming import Decoder
 from tests.support import architectures
