@@ -148,7 +148,7 @@ def test_each_model_is_streamed_only_where_it_does_not_fit(
     )
     result = _evaluate(pair, "auto", tmp_path, controls=0)
     assert result.places == {"teacher": "streamed", "student": "resident"}
-    with pytest.raises(UsageError, match="Evaluate it streamed"):
+    with pytest.raises(UsageError, match="--mode streamed"):
         _evaluate(pair, "resident", tmp_path)
 
 

@@ -142,7 +142,7 @@ def require_memory(folder: Path, device: str, dtype: torch.dtype) -> None:
         raise UsageError(
             f"{folder} takes {needed / 2**30:.1f} GiB as {str(dtype).removeprefix('torch.')} and {device} has "
             f"{available / 2**30:.1f} GiB free",
-            "Evaluate it streamed, free some memory, or take a machine with more",
+            "Free some memory, or take a machine with more; `evaluate --mode streamed` needs less",
         )
 
 
