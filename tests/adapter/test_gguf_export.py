@@ -215,7 +215,7 @@ def test_a_head_that_is_saved_whole_is_refused(tmp_path: Path, tokenizer: Path) 
 def test_without_the_package(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student = student_in(tmp_path / "student", "llama", tokenizer)
     adapter = adapter_in(tmp_path / "adapter", student)
-    monkeypatch.setattr("moe_svd_distill.adapter.gguf_file.find_spec", lambda name: None)
+    monkeypatch.setattr("moe_svd_distill.checkpoints.llama_cpp.header.find_spec", lambda name: None)
     with pytest.raises(MissingInputError, match="gguf"):
         export(adapter, tmp_path / "out", "gguf", student)
 

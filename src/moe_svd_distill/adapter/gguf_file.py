@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -17,8 +16,9 @@ from torch import Tensor
 
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.architecture.architecture import Architecture
+from moe_svd_distill.checkpoints.llama_cpp.header import package_fault
 from moe_svd_distill.checkpoints.llama_cpp.names import NAMINGS, OUTSIDE, Naming, Place, places_of
-from moe_svd_distill.errors import BadDataError, MissingInputError, shown
+from moe_svd_distill.errors import BadDataError, shown
 from moe_svd_distill.execution.planned import Planned, made
 from moe_svd_distill.files.dtypes import dtype_code
 from moe_svd_distill.files.writing import sync_file
@@ -44,8 +44,8 @@ def write_gguf_adapter(pairs: LowRankPairs, architecture: Architecture, file: Pa
         MissingInputError: The package gguf is not installed.
         CannotWriteError: The disk is full.
     """
-    if find_spec("gguf") is None:
-        raise MissingInputError("a GGUF file is written by the package gguf, which is not installed", _INSTALL)
+    if fault := package_fault(f"{file} is to be a GGUF file"):
+        raise fault
     import gguf
     import numpy as np
 
@@ -81,9 +81,6 @@ def write_gguf_adapter(pairs: LowRankPairs, architecture: Architecture, file: Pa
         writer.close()
     sync_file(file)
     return len(planned)
-
-
-_INSTALL = "Install moe-svd-distill[gguf]"
 
 
 def _by_tensor(

@@ -54,17 +54,12 @@ class ChatStudent:
     """
 
     def __init__(self, adapter: Path, student: str | None = None, settings: ChatSettings | None = None) -> None:
-        import torch
-
         from moe_svd_distill.calibration.tokenizer import auto_tokenizer
         from moe_svd_distill.evaluation.loading import AdaptedStudent, fastest_dtype, load_model
 
         self._settings = settings or ChatSettings()
         named = base_model(adapter, student or RunRecord.in_folder(adapter).student.source or None)
-        device = self._settings.device
-        if device == "auto":
-            device = "cuda:0" if torch.cuda.is_available() else "cpu"
-        devices_here([device])
+        device = devices_here([self._settings.device])[0]
         checkpoint = open_model(named).checkpoint
         checkpoint.close()
         self._tokenizer = auto_tokenizer(checkpoint.folder)

@@ -168,10 +168,10 @@ def test_what_is_no_gguf_file_or_not_there(tmp_path: Path) -> None:
 
 
 def test_without_the_package_its_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moe_svd_distill.checkpoints.llama_cpp import survey
+    from moe_svd_distill.checkpoints.llama_cpp import header
 
     file = file_with(tmp_path / "model.gguf", blocks("Q8_0"), "Q8_0")
-    monkeypatch.setattr(survey, "find_spec", lambda name: None)
+    monkeypatch.setattr(header, "find_spec", lambda name: None)
     with pytest.raises(DistillError, match=r"moe-svd-distill\[gguf\]"):
         open_checkpoint(file)
 

@@ -16,6 +16,7 @@ import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -48,6 +49,13 @@ class GgufFile:
 
     header: Header
     metadata: Mapping[str, Value]
+
+
+def package_fault(why: str) -> MissingInputError | None:
+    """What is wrong where the package `gguf` is not installed; None where it is."""
+    if find_spec("gguf") is not None:
+        return None
+    return MissingInputError(f"{why}, and the package gguf is not installed", "Install moe-svd-distill[gguf]")
 
 
 def read_gguf(path: Path) -> GgufFile:

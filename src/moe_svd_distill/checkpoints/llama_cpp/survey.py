@@ -5,17 +5,16 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from moe_svd_distill.checkpoints.llama_cpp.config import config_of
-from moe_svd_distill.checkpoints.llama_cpp.header import Value, files_of
+from moe_svd_distill.checkpoints.llama_cpp.header import Value, files_of, package_fault
 from moe_svd_distill.checkpoints.llama_cpp.settings import ANOTHER, Settings
 from moe_svd_distill.checkpoints.llama_cpp.weights import is_known, weights_of
 from moe_svd_distill.checkpoints.quantisation.view import View
 from moe_svd_distill.checkpoints.survey import Survey, merge_headers
-from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError, shown
+from moe_svd_distill.errors import BadDataError, DistillError, shown
 from moe_svd_distill.files.header import TensorInfo
 from moe_svd_distill.files.reading import opened, read_at
 
@@ -47,10 +46,8 @@ def survey_gguf(first: Path, source: str, *, as_stored: bool = False) -> Survey:
         as_stored: Show llama.cpp's own tensors.
     """
     result = Survey()
-    if find_spec("gguf") is None:
-        result.faults.append(
-            MissingInputError(f"{source} is a GGUF file, and the package gguf is not installed", _INSTALL)
-        )
+    if fault := package_fault(f"{source} is a GGUF file"):
+        result.faults.append(fault)
         return result
     metadata: Mapping[str, Value] = {}
     for found in files_of(first):
@@ -74,9 +71,6 @@ def survey_gguf(first: Path, source: str, *, as_stored: bool = False) -> Survey:
     except DistillError as fault:
         result.faults.append(fault)
     return result
-
-
-_INSTALL = "Install moe-svd-distill[gguf]"
 
 
 def _config(
