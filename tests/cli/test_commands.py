@@ -15,19 +15,11 @@ import pytest
 import torch
 import yaml
 
-from moe_svd_distill.cli.main import COMMANDS, main
+from moe_svd_distill.cli.main import COMMANDS
 from moe_svd_distill.pipeline.pair import open_model
+from tests.support.commands import run
 from tests.support.models import load, logits, saved
 from tests.support.pairs import with_tensors
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of a command run in this process."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as left:
-        main([str(word) for word in words])
-    captured = capsys.readouterr()
-    return int(left.value.code or 0), captured.out, captured.err
 
 
 @pytest.fixture(scope="module")

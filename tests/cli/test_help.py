@@ -11,17 +11,9 @@ from importlib.metadata import version
 import click
 import pytest
 
-from moe_svd_distill.cli.main import COMMANDS, main, program
+from moe_svd_distill.cli.main import COMMANDS, program
 from moe_svd_distill.recipe import Recipe
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of a command run in this process."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as left:
-        main(list(words))
-    captured = capsys.readouterr()
-    return int(left.value.code or 0), captured.out, captured.err
+from tests.support.commands import run
 
 
 @pytest.mark.parametrize("name", COMMANDS)

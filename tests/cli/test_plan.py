@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_svd_distill.cli.main import main
 from moe_svd_distill.pipeline.pair import open_model
 from tests.support import architectures
+from tests.support.commands import run
 from tests.support.heads import TEXT, student_with_tokenizer, trained_tokenizer, with_tokenizer
 from tests.support.models import saved
 
@@ -27,15 +27,6 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     (folder / "text.jsonl").write_text("\n".join(TEXT.read_text(encoding="utf-8").splitlines()[:24]))
     rest = ("--output", folder / "out", "--calibration", folder / "text.jsonl", "--device", "cpu", "--workers", "1")
     return ["plan", "--teacher", str(teacher), "--student", str(student), *map(str, rest)]
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of a command run in this process."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as left:
-        main(list(words))
-    captured = capsys.readouterr()
-    return int(left.value.code or 0), captured.out, captured.err
 
 
 def errors_in(error: str) -> list[str]:
