@@ -10,10 +10,8 @@ import click
 
 from docs.generate.words import escaped, table
 from moe_svd_distill import errors
-from moe_svd_distill.cli.main import INTERNAL_ERROR, INTERRUPTED, NOBODY_READS, program
+from moe_svd_distill.cli.main import INTERNAL_ERROR, INTERRUPTED, NOBODY_READS, PROGRAM, program
 from moe_svd_distill.recipe import Recipe
-
-PROGRAM = "moe-svd-distill"
 
 
 def commands() -> Iterator[tuple[str, click.Context]]:

@@ -10,8 +10,8 @@ from pathlib import Path
 import click
 import pytest
 
-from docs.generate.commands import PROGRAM, command_reference, commands
-from moe_svd_distill.cli.main import program
+from docs.generate.commands import command_reference, commands
+from moe_svd_distill.cli.main import PROGRAM, program
 from moe_svd_distill.errors import UsageError
 from moe_svd_distill.recipe import Recipe, parse_recipe
 from tests.docs.pages import MANUAL, blocks, named, spans

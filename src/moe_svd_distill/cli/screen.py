@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-PROGRAM = "moe-svd-distill"
+from moe_svd_distill.cli.main import PROGRAM
 
 
 class _Console(Console):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Continuations:
 
     def without(self, name: str, reason: str) -> Continuations:
         """With the reason why one of the models did not write."""
-        return Continuations(self.prompts, self.texts, {**self.skipped, name: reason})
+        return replace(self, skipped={**self.skipped, name: reason})
 
     def by(self, name: str, model: Any, folder: str | Path) -> Continuations:
         """With what a model writes, or why it cannot.
@@ -74,4 +74,4 @@ class Continuations:
             found = tuple(each.text for each in writer.continue_texts(self.prompts, NEW_TOKENS))
         except DistillError as error:
             return self.without(name, error.what)
-        return Continuations(self.prompts, {**self.texts, name: found}, self.skipped)
+        return replace(self, texts={**self.texts, name: found})

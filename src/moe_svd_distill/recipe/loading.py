@@ -17,10 +17,10 @@ from moe_svd_distill.recipe.model import Recipe
 from moe_svd_distill.recipe.presets import with_preset
 from moe_svd_distill.recipe.refusals import refusal
 from moe_svd_distill.recipe.section import Section
+from moe_svd_distill.recipe.sections import SECTIONS
 
 ENVIRONMENT_PREFIX = "MOE_SVD_DISTILL_"
 _ENVIRONMENT = "the environment"
-_SECTIONS = ("experts", "training")
 Layer = tuple[str, Mapping[str, Any]]
 """Where values were given, and the values."""
 
@@ -141,7 +141,7 @@ def _origin(layers: Sequence[Layer], path: Sequence[Any]) -> str | None:
 def _over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
     """Both together; `upper` wins, in the sections key by key."""
     result = {**lower, **upper}
-    for key in _SECTIONS:
+    for key in SECTIONS:
         below, above = _keys(lower.get(key)), _keys(upper.get(key))
         if below is not None and above is not None:
             result[key] = {**below, **above}

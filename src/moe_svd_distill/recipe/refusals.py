@@ -12,10 +12,8 @@ from moe_svd_distill.errors import UsageError, shown
 from moe_svd_distill.recipe.allowed import allowed, field_at
 from moe_svd_distill.recipe.model import Recipe
 from moe_svd_distill.recipe.section import Section
-from moe_svd_distill.recipe.sections import ExpertSettings, TrainingRecipe
+from moe_svd_distill.recipe.sections import SECTIONS
 from moe_svd_distill.recipe.text_source import TextSource
-
-_SECTIONS: dict[str, type[Section]] = {"experts": ExpertSettings, "training": TrainingRecipe}
 
 
 def refusal(error: ValidationError, source: Callable[[Sequence[Any]], str]) -> UsageError:
@@ -32,7 +30,7 @@ def refusal(error: ValidationError, source: Callable[[Sequence[Any]], str]) -> U
     path = [part for part in first["loc"] if not _is_union_tag(part)]
     place, where = ".".join(map(str, path)), source(path)
     if first["type"] == "extra_forbidden":
-        section: type[Section] = TextSource if "TextSource" in first["loc"] else _SECTIONS.get(str(path[0]), Recipe)
+        section: type[Section] = TextSource if "TextSource" in first["loc"] else SECTIONS.get(str(path[0]), Recipe)
         near = get_close_matches(str(path[-1]), section.model_fields, n=1, cutoff=0.4)
         known = f"Known keys: {', '.join(section.model_fields)}"
         return UsageError(f"{where}: unknown key {place!r}", f"Did you mean {near[0]!r}?" if near else known)

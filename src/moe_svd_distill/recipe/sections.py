@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
@@ -106,3 +107,6 @@ class TrainingRecipe(Section):
     start_tokens: int = Field(
         32768, ge=512, description="Tokens of the text that a calibrated start is fitted on, at most."
     )
+
+
+SECTIONS: Mapping[str, type[Section]] = {"experts": ExpertSettings, "training": TrainingRecipe}
