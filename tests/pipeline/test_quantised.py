@@ -153,3 +153,13 @@ def test_inspect_says_the_format(models: dict[str, Path]) -> None:
     assert facts("teacher")["quantisation"] is None
     assert facts("teacher_fp8")["tensors"] == facts("teacher")["tensors"]
     assert facts("teacher_fp8")["bytes"] < facts("teacher")["bytes"]
+
+
+def test_what_config_json_says_otherwise_of_experts_is_in_the_record(models: dict[str, Path], tmp_path: Path) -> None:
+    teacher = shutil.copytree(models["teacher_fp8"], tmp_path / "teacher")
+    config = json.loads((teacher / "config.json").read_text()) | {"expert_dtype": "fp4"}
+    (teacher / "config.json").write_text(json.dumps(config))
+    record = distill(recipe_for(teacher, models["student"], tmp_path / "out", **FULL_RANK)).record.content
+    (note,) = record["teacher"]["notes"]
+    assert note.startswith("config.json says expert_dtype fp4, but ")
+    assert record["student"]["notes"] == []

@@ -213,6 +213,7 @@ def _model(model: Model) -> dict[str, object]:
         "experts": geometry.experts,
         "vocabulary": geometry.vocabulary,
         "license": _licence(model.checkpoint.folder / CARD_FILE),
+        "notes": list(model.checkpoint.notes),
     }
 
 
