@@ -25,8 +25,9 @@ def decisions() -> str:
 
 def public_functions() -> str:
     """What the package offers, for mkdocstrings to describe."""
-    homes = moe_svd_distill._HOMES
-    named = [f"::: moe_svd_distill.{homes[name]}.{name}" for name in moe_svd_distill.__all__ if name in homes]
+    homes = {name: home.partition(":") for name, home in moe_svd_distill._HOMES.items()}
+    places = {name: f"{module}.{attribute or name}" for name, (module, _, attribute) in homes.items()}
+    named = [f"::: moe_svd_distill.{places[name]}" for name in moe_svd_distill.__all__ if name in places]
     return "\n\n".join(f"{name}\n{_WITHOUT_KEYS}" if name.endswith(".Recipe") else name for name in named)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from docs.generate.hook import on_page_markdown
+from docs.generate.hook import on_page_markdown, public_functions
 from tests.docs.pages import ROOT
 
 
@@ -23,6 +25,13 @@ def test_what_leads_out_of_the_manual_is_text_there() -> None:
 def test_a_mark_that_names_no_reference_is_found() -> None:
     with pytest.raises(KeyError, match="nothing of it"):
         on_page_markdown("<!-- generated: nothing of it -->")
+
+
+def test_every_function_that_is_described_is_where_the_page_looks_for_it() -> None:
+    named = re.findall(r"^::: ([\w.]+)\.(\w+)$", public_functions(), re.MULTILINE)
+    assert {"plan", "distill", "evaluate"} <= {module.rpartition(".")[2] for module, _ in named}
+    for module, name in named:
+        assert hasattr(import_module(module), name), f"{module}.{name}"
 
 
 @pytest.mark.slow
