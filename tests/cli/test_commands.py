@@ -72,7 +72,11 @@ def test_init_writes_a_recipe_that_distill_takes(
 ) -> None:
     code, text, _ = run(capsys, "init", *models)
     assert code == 0
-    content = yaml.safe_load(text) | {"output": str(tmp_path / "out"), "rank": 4, "workers": 1, "devices": ["cpu"]}
+    content = (
+        yaml.safe_load(text)
+        | {"output": str(tmp_path / "out"), "rank": 4, "workers": 1, "devices": ["cpu"]}
+        | {"method": "weights"}
+    )
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
     code, out, _ = run(capsys, "distill", tmp_path / "recipe.yaml", "--json")
     assert code == 0
@@ -82,7 +86,20 @@ def test_init_writes_a_recipe_that_distill_takes(
 def test_the_whole_way(models: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher, student = models
     out, merged = tmp_path / "out", tmp_path / "merged"
-    words = ["--teacher", teacher, "--student", student, "--rank", "4", "--device", "cpu", "--workers", "1"]
+    words = [
+        "--teacher",
+        teacher,
+        "--student",
+        student,
+        "--method",
+        "weights",
+        "--rank",
+        "4",
+        "--device",
+        "cpu",
+        "--workers",
+        "1",
+    ]
     code, text, _ = run(capsys, "plan", *words, "--output", out)
     assert code == 0
     assert "recipe: head" not in text
@@ -130,7 +147,20 @@ def test_the_next_command_can_be_copied_where_a_path_has_spaces(
     teacher = tmp_path / "the teacher"
     shutil.copytree(models[0], teacher)
     out = tmp_path / "an output"
-    words = ["--teacher", teacher, "--student", models[1], "--rank", "2", "--device", "cpu", "--workers", "1"]
+    words = [
+        "--teacher",
+        teacher,
+        "--student",
+        models[1],
+        "--method",
+        "weights",
+        "--rank",
+        "2",
+        "--device",
+        "cpu",
+        "--workers",
+        "1",
+    ]
     code, text, _ = run(capsys, "distill", *words, "--output", out)
     assert code == 0
     (line,) = [line for line in text.splitlines() if line.startswith("Next: ")]
@@ -142,7 +172,20 @@ def test_another_student_of_the_same_shapes_is_noticed(
 ) -> None:
     teacher, student = models
     out, other = tmp_path / "out", saved("qwen3_moe", tmp_path / "other", seed=3)
-    words = ["--teacher", teacher, "--student", student, "--rank", "2", "--device", "cpu", "--workers", "1"]
+    words = [
+        "--teacher",
+        teacher,
+        "--student",
+        student,
+        "--method",
+        "weights",
+        "--rank",
+        "2",
+        "--device",
+        "cpu",
+        "--workers",
+        "1",
+    ]
     assert run(capsys, "distill", *words, "--output", out)[0] == 0
     copy = shutil.copytree(student, tmp_path / "copy")
     for command in (["verify", out], ["merge", out, tmp_path / "m"], ["export", out, tmp_path / "e"]):

@@ -39,11 +39,11 @@ def test_two_models_side_by_side(models: tuple[Path, Path], capsys: pytest.Captu
     assert (facts["teacher"]["hidden"], facts["student"]["hidden"]) == (48, 32)
     assert facts["relatedness"]["lineage"] == "independent"
     assert {item["name"] for item in facts["relatedness"]["differences"]} == {"layers", "hidden"}
-    assert facts["method"]["without_text"]["stages"] == ["weights"]
+    assert facts["method"]["without_text"]["stages"] == []
     text = run(capsys, "inspect", *models)
     assert "layers 3 → 2, hidden 48 → 32" in text
     assert "lineage: independent: no sampled tensor is alike" in text
-    assert "method auto without text: weights: " in text
+    assert "method auto without text: nothing: " in text
     assert all(f"note: {line}" in text for line in facts["relatedness"]["skipped"])
 
 
@@ -51,11 +51,14 @@ def test_plan_shows_the_relatedness_and_the_choice(
     models: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["plan", "--teacher", models[0], "--student", models[1], "--output", tmp_path / "out"]
+    words += ["--method", "weights"]
     outlook = json.loads(run(capsys, *words, "--json"))
-    assert outlook["method"]["asked"] == "auto"
-    assert outlook["method"]["stages"] == outlook["method"]["auto"]["stages"] == ["weights"]
+    assert outlook["method"]["asked"] == "weights"
+    assert outlook["method"]["stages"] == ["weights"]
+    assert outlook["method"]["auto"]["stages"] == []
     text = run(capsys, *words)
-    assert f"method auto: weights: {outlook['method']['auto']['reason']}" in text
+    assert f"method auto: nothing: {outlook['method']['auto']['reason']}" in text
+    assert "stages of this recipe: weights" in text
     assert "lineage: independent" in text
 
 

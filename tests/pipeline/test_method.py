@@ -47,9 +47,9 @@ def changed(model: Path, folder: Path, change: Callable[[Any, str, torch.Tensor]
 
 EXPECTED = {
     "sibling": (Lineage.ONE, ("weights", "calibrated"), ("weights",)),
-    "pruned": (Lineage.CROPPED, ("calibrated",), ("weights",)),
-    "independent": (Lineage.INDEPENDENT, ("calibrated",), ("weights",)),
-    "dense": (Lineage.INDEPENDENT, ("calibrated",), ("weights",)),
+    "pruned": (Lineage.CROPPED, ("calibrated",), ()),
+    "independent": (Lineage.INDEPENDENT, ("calibrated",), ()),
+    "dense": (Lineage.INDEPENDENT, ("calibrated",), ()),
 }
 
 

@@ -34,8 +34,9 @@ FAMILIES = ("glm4_moe", "llama", "mixtral", "qwen3", "qwen3_moe")  # with a tiny
 
 
 def recipe_for(teacher: Path, student: Path, output: Path, **values: Any) -> Recipe:
-    """A recipe for one CPU worker, whose head is fitted and trained however short the text is."""
-    base = {"teacher": str(teacher), "student": str(student), "output": str(output)}
+    """A recipe for one CPU worker: the weights alone without text; with it, the head is trained however short it is."""
+    method = "auto" if values.get("calibration") else "weights"
+    base = {"teacher": str(teacher), "student": str(student), "output": str(output), "method": method}
     training = {"head": "train", **values.pop("training", {})}
     return parse_recipe({**base, "devices": ["cpu"], "workers": 1, "training": training, **values})
 

@@ -206,21 +206,22 @@ def judge(probes: tuple[Probe, ...], *, same_shape: bool, all_alike: bool) -> tu
     return Lineage.CROPPED, f"{where}, but {grounds}"
 
 
-def choose_method(relatedness: Relatedness, has_text: bool, *, shared: bool = False) -> MethodChoice:
+def choose_method(
+    relatedness: Relatedness, has_text: bool, *, shared: bool = False, without: str = "no text was given"
+) -> MethodChoice:
     """The stages that measurements recommend for such a pair (docs/decisions has the figures).
 
     Args:
         relatedness: What is known of the pair.
         has_text: Whether calibration text was given.
         shared: Whether different vocabularies are to be compared on what they have in common.
+        without: Why there is no text.
     """
     lineage, vocabulary = relatedness.lineage, relatedness.vocabulary
     usable = has_text and (vocabulary.comparable or shared)
     if has_text and not usable:
         why = "the vocabularies differ" if vocabulary.kind is Vocabularies.DIFFERENT else "the vocabularies are unknown"
         without = f"{why}, so the text cannot be used"
-    else:
-        without = "no text was given"
     if lineage is Lineage.SAME:
         return MethodChoice((), "teacher and student hold the same weights: there is nothing to transfer")
     if lineage is Lineage.ONE:
@@ -238,13 +239,7 @@ def choose_method(relatedness: Relatedness, has_text: bool, *, shared: bool = Fa
         if lineage is Lineage.UNKNOWN:
             reason = f"{kind}, and a fit on the text does not depend on it"
         return MethodChoice(("calibrated",), reason)
-    if vocabulary.kind is Vocabularies.DIFFERENT and lineage is Lineage.INDEPENDENT:
-        reason = f"{kind} and the vocabularies differ: neither weights nor text are known to transfer anything"
-        return MethodChoice((), reason)
-    warning = "projected weights measured nothing or harm for such pairs, and only text can tell"
-    if lineage is Lineage.UNKNOWN:
-        warning = "between unrelated models projected weights measured nothing or harm, and only text can tell"
-    return MethodChoice(("weights",), f"{kind} and {without}: {warning}")
+    return MethodChoice((), f"{kind} and {without}: projected weights measured nothing or harm for such pairs")
 
 
 def _strongest(probes: list[Probe]) -> Probe:

@@ -97,25 +97,33 @@ def choose_stages(recipe: Recipe, pair: ModelPair) -> Stages:
     """
     if "calibrated" in recipe.method or recipe.method == "refined":
         _refuse_pair_of_tied_head(recipe, pair)
+    pair.student.architecture  # noqa: B018  refuses what no stage can make an adapter for, before anything is measured
     stages = stages_for(recipe, measure_relatedness(pair))
-    refuse_nothing(stages)
+    refuse_nothing(recipe, stages)
     if stages.calibrated:
         _refuse_pair_of_tied_head(recipe, pair)
     return stages
 
 
-def refuse_nothing(stages: Stages) -> None:
-    """Refuse a run without stages.
+def refuse_nothing(recipe: Recipe, stages: Stages) -> None:
+    """Refuse a run without stages, and say what would give it one.
 
     Raises:
         NothingToTransferError: There are none.
     """
     if not stages.names:
-        action = (
-            "Choose a teacher that differs from the student"
-            if stages.relatedness.lineage is Lineage.SAME
-            else "Give calibration text with vocabulary: shared, choose a pair with one tokenizer, or ask for a method"
-        )
+        if stages.relatedness.lineage is Lineage.SAME:
+            action = "Choose a teacher that differs from the student"
+        elif recipe.calibration and recipe.head == "keep":
+            action = "Leave head at delta, or ask for the weights alone: --method weights"
+        elif recipe.calibration and stages.relatedness.vocabulary.kind is Vocabularies.UNKNOWN:
+            action = (
+                "Put the tokenizer's files into the models' folders, or ask for the weights alone: --method weights"
+            )
+        elif recipe.calibration:
+            action = "Give vocabulary: shared, choose a pair with one tokenizer, or ask for --method weights"
+        else:
+            action = "Give text with --calibration, or ask for the weights alone: --method weights"
         raise NothingToTransferError(stages.reason, action)
 
 
@@ -158,11 +166,9 @@ def _asked_or_automatic(recipe: Recipe, relatedness: Relatedness) -> Stages:
 
 def automatic_choice(recipe: Recipe, relatedness: Relatedness) -> MethodChoice:
     """What ``method: auto`` makes of a pair so related."""
-    return choose_method(
-        relatedness,
-        has_text=bool(recipe.calibration) and recipe.head == "delta",
-        shared=recipe.vocabulary == "shared",
-    )
+    trains = bool(recipe.calibration) and recipe.head == "delta"
+    without = "head: keep leaves nothing to fit on the text" if recipe.calibration else "no text was given"
+    return choose_method(relatedness, trains, shared=recipe.vocabulary == "shared", without=without)
 
 
 def compare_models(teacher: str, student: str) -> Mapping[str, Any]:

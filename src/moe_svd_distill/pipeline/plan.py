@@ -170,7 +170,7 @@ def make_plan(recipe: Recipe | Path | str, on_event: Listener | None = None, *, 
         warnings += notes_on_sizes(pair)
         stages = stages_for(recipe, measure_relatedness(pair, sample_weights=at_hand))
         if at_hand:
-            refuse_nothing(stages)
+            refuse_nothing(recipe, stages)
         text = None
         if needs_text(recipe, stages.names):
             tell(StageReached("reading the calibration text"))
