@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_svd_distill.pipeline.distill import distill
-from moe_svd_distill.pipeline.evaluate import EvaluationRequest, evaluate_adapter
+from moe_svd_distill.pipeline.evaluate import evaluate
 from moe_svd_distill.pipeline.lab import lab_folder
 from moe_svd_distill.recipe import parse_recipe
 
@@ -57,10 +57,10 @@ def measure(
     try:
         adapter = distill(parse_recipe(values))
         seconds = time.monotonic() - begin
-        found = evaluate_adapter(EvaluationRequest(adapter.folder, texts=(heldout,), tokens=held_out))
+        found = evaluate(adapter.folder, [heldout], tokens=held_out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    record, figures = adapter.record.content, found.evaluation
+    record, figures = adapter.record.content, found.evaluation.content
     return {
         "pair": pair,
         "tokens": tokens,

@@ -31,7 +31,7 @@ from moe_svd_distill.calibration.reading import read_text
 from moe_svd_distill.calibration.text import TokenizedText
 from moe_svd_distill.calibration.tokenizer import load_tokenizer
 from moe_svd_distill.evaluation.loading import AdaptedStudent, load_model
-from moe_svd_distill.evaluation.scale_search import ScaleSearch
+from moe_svd_distill.evaluation.scale_search import ScaleDecision
 from moe_svd_distill.evaluation.sources import measure, record_teacher
 from moe_svd_distill.pipeline.distill import distill
 from moe_svd_distill.pipeline.lab import lab_folder
@@ -70,8 +70,8 @@ def main() -> None:
 def _fitted(pair: str, fit: tuple[int, int], text: str, scratch: Path) -> Path:
     """An adapter, kept at scale 1 whatever it does."""
 
-    def keep(evaluate: object, groups: Sequence[str], **given: object) -> ScaleSearch:
-        return ScaleSearch(dict.fromkeys(groups, 1.0), "kept", "Kept without being measured.", ())
+    def keep(evaluate: object, groups: Sequence[str], **given: object) -> ScaleDecision:
+        return ScaleDecision(dict.fromkeys(groups, 1.0), "kept", "Kept without being measured.", ())
 
     teacher, student = (str(lab_folder() / "models" / name) for name in MODELS[pair])
     values = {"teacher": teacher, "student": student, "output": scratch / f"{pair}-{fit[0]}", "calibration": [text]}

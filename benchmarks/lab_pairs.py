@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks._measure import machine, print_machine
 from moe_svd_distill.pipeline.distill import distill
-from moe_svd_distill.pipeline.evaluate import EvaluationRequest, evaluate_adapter
+from moe_svd_distill.pipeline.evaluate import evaluate
 from moe_svd_distill.pipeline.lab import lab_pair
 from moe_svd_distill.recipe import parse_recipe
 
@@ -55,7 +55,7 @@ def _measure(name: str, rank: str, search: bool, tokens: int, extra: dict[str, s
             **extra,
         }
         adapter = distill(parse_recipe(values))
-        result = evaluate_adapter(EvaluationRequest(adapter.folder, texts=(pair.heldout,), tokens=tokens)).evaluation
+        result = evaluate(adapter.folder, [pair.heldout], tokens=tokens).evaluation.content
     return {
         "pair": name,
         "rank": rank,

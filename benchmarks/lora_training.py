@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the f
 
 from benchmarks._lora import GRID, Search, Training, check_saved, search
 from benchmarks._measure import machine, one_thread, print_machine
-from moe_svd_distill.algebra.figures import Measurement, cross_entropy_gap_closed, kl_gap_closed, plain
+from moe_svd_distill.algebra.figures import Measurement, cross_entropy_gap_closed, kl_gap_closed
 from moe_svd_distill.calibration.documents import Document, split_documents
 from moe_svd_distill.calibration.reading import read_text
 from moe_svd_distill.calibration.text import TokenizedText, tokenize
@@ -30,6 +30,7 @@ from moe_svd_distill.evaluation.from_states import TeacherRecord
 from moe_svd_distill.evaluation.loading import load_model
 from moe_svd_distill.evaluation.sources import measure, record_teacher
 from moe_svd_distill.evaluation.uncertainty import Bootstrap
+from moe_svd_distill.files.typed import as_json
 from moe_svd_distill.pipeline.lab import LabPair, lab_pair
 
 PAIRS = ("pruned", "independent", "sibling", "dense", "moe-to-dense", "dense-to-moe")
@@ -110,7 +111,7 @@ class Bench:
             "student": pair.student.name,
             "tokens": teacher.text.tokens,
             "tuning_tokens": tuning.text.tokens,
-            "training": plain(training),
+            "training": as_json(training),
             **_search_values(found),
             "teacher_seconds": round(teacher_seconds, 2),
             "reload_kl_difference": reload_error,
@@ -167,7 +168,7 @@ def outcome(before: Measurement, after: Measurement, teacher: Measurement) -> di
             "cross_entropy": cross_entropy_gap_closed(old.cross_entropy, new.cross_entropy, best.cross_entropy),
             "cross_entropy_interval": cross_entropy_interval and asdict(cross_entropy_interval),
         },
-        "heldout": {"teacher": best.as_dict(), "student": old.as_dict(), "adapted": new.as_dict()},
+        "heldout": {"teacher": as_json(best), "student": as_json(old), "adapted": as_json(new)},
     }
 
 

@@ -23,7 +23,7 @@ from benchmarks._measure import machine
 from benchmarks._merged import merged_beside_unmerged
 from benchmarks.calibrated import MODELS
 from moe_svd_distill.pipeline.distill import distill
-from moe_svd_distill.pipeline.evaluate import EvaluationRequest, evaluate_adapter
+from moe_svd_distill.pipeline.evaluate import evaluate
 from moe_svd_distill.pipeline.lab import lab_folder
 from moe_svd_distill.recipe import parse_recipe
 
@@ -52,7 +52,7 @@ def measure(pair: str, values: dict[str, Any], held_out: int, merged: bool) -> d
     try:
         adapter = distill(parse_recipe({**given, **values}))
         seconds = time.monotonic() - begin
-        figures = evaluate_adapter(EvaluationRequest(adapter.folder, texts=(heldout,), tokens=held_out)).evaluation
+        figures = evaluate(adapter.folder, [heldout], tokens=held_out).evaluation.content
         both = merged_beside_unmerged(adapter.folder, Path(teacher), Path(student), heldout) if merged else {}
     finally:
         shutil.rmtree(folder, ignore_errors=True)

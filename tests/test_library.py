@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 import moe_svd_distill
 from moe_svd_distill.cli.commands.evaluate import command
-from moe_svd_distill.evaluation.request import EvaluationRequest
+from moe_svd_distill.evaluation.request import EvaluationOptions, EvaluationRequest
 from moe_svd_distill.recipe import recipe_yaml
 from tests.support.models import saved
 from tests.support.pairs import recipe_for
@@ -32,9 +33,14 @@ def test_evaluations_have_the_defaults_of_the_command_line() -> None:
     with click.Context(command) as context:
         defaults = {option.name: option.get_default(context) for option in command.params}
     request = EvaluationRequest(Path("a"))
-    for name in ("tokens", "controls", "seed", "mode"):
+    for name in ("tokens", "controls", "seed", "mode", "dtype"):
         assert defaults[name] == getattr(request, name)
     assert defaults["device"] == inspect.signature(EvaluationRequest).parameters["device"].default == "auto"
+    asked = {field.name: hint for field in fields(EvaluationRequest) if (hint := field.type)}
+    options = inspect.get_annotations(EvaluationOptions)
+    assert {name: hint.__forward_arg__ for name, hint in options.items()} == {
+        name: hint for name, hint in asked.items() if name not in ("adapter", "texts")
+    }
 
 
 @pytest.mark.parametrize("kind", [str, Path])

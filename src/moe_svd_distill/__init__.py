@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from moe_svd_distill.adapter.verify import verify
     from moe_svd_distill.cli.progress import Monitor
     from moe_svd_distill.errors import DistillError
-    from moe_svd_distill.evaluation.request import BenchmarkRequest, EvaluationRequest
+    from moe_svd_distill.evaluation.request import BenchmarkRequest
     from moe_svd_distill.execution.events import Listener
     from moe_svd_distill.pipeline.distill import Adapter, distill, load_adapter
-    from moe_svd_distill.pipeline.evaluate import evaluate, evaluate_adapter
+    from moe_svd_distill.pipeline.evaluate import evaluate
     from moe_svd_distill.pipeline.inspect import inspect
     from moe_svd_distill.pipeline.merge import merge
     from moe_svd_distill.pipeline.plan import make_plan as plan
@@ -29,14 +29,12 @@ __all__ = [
     "Adapter",
     "BenchmarkRequest",
     "DistillError",
-    "EvaluationRequest",
     "Listener",
     "Monitor",
     "Recipe",
     "__version__",
     "distill",
     "evaluate",
-    "evaluate_adapter",
     "inspect",
     "load_adapter",
     "load_recipe",
@@ -57,9 +55,7 @@ _HOMES = {
     "distill": "pipeline.distill",
     "load_adapter": "pipeline.distill",
     "BenchmarkRequest": "evaluation.request",
-    "EvaluationRequest": "evaluation.request",
     "evaluate": "pipeline.evaluate",
-    "evaluate_adapter": "pipeline.evaluate",
     "inspect": "pipeline.inspect",
     "Recipe": "recipe",
     "load_recipe": "recipe",

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moe_svd_distill.cli import screen
-from moe_svd_distill.cli.commands.evaluate import show
+from moe_svd_distill.cli.evaluation import show as show_record
 from moe_svd_distill.cli.main import main
+from moe_svd_distill.files.typed import read_as
+from moe_svd_distill.report.record import EvaluationRecord
 from tests.support.problems import GREEN, write_problems
 from tests.support.run_records import benchmarks, code_benchmarks, evaluation, figures, temperature_control
+
+
+def show(title: str, content: dict[str, Any]) -> None:
+    show_record(title, read_as(EvaluationRecord, content))
 
 
 def test_controls_and_their_intervals_are_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:

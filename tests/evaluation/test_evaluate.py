@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from moe_svd_distill.calibration.documents import Document, without
-from moe_svd_distill.errors import BadDataError, IncompatiblePairError
+from moe_svd_distill.errors import BadDataError, IncompatiblePairError, UsageError
 from moe_svd_distill.evaluation.evaluate import evaluate
 from moe_svd_distill.evaluation.request import EvaluationRequest
 from moe_svd_distill.files.names import ADAPTER_FILE
@@ -45,6 +46,26 @@ def test_the_adapter_that_makes_the_teacher_closes_the_gap(lab: Lab) -> None:
     assert read_back["adapted"]["perplexity"] == pytest.approx(read_back["teacher"]["perplexity"], rel=1e-3)
     assert all(control["figures"]["perplexity"] > 1 for control in read_back["controls"])
     assert read_back["control_gap_closed"]["kl"] == result.control_gap_closed.kl
+
+
+@pytest.mark.parametrize("mode", ["resident", "streamed"])
+def test_models_compute_in_the_type_that_is_asked_for_and_in_float32_on_a_cpu_if_none_is(
+    lab: Lab, mode: Literal["resident", "streamed"], tmp_path: Path
+) -> None:
+    request = EvaluationRequest(lab.good_adapter, length=LENGTH, controls=0, tokens=1000, mode=mode, cache=tmp_path)
+    text = documents(20, seed=9)
+    whole, same, narrow = (
+        evaluate(replace(request, dtype=dtype), lab.teacher, lab.student, text)
+        for dtype in ("auto", "float32", "bfloat16")
+    )
+    assert whole.dtypes == same.dtypes == dict.fromkeys(("teacher", "student"), "float32")
+    assert (whole.student, whole.adapted) == (same.student, same.adapted)
+    assert narrow.dtypes == dict.fromkeys(("teacher", "student"), "bfloat16")
+    assert narrow.student.kl != whole.student.kl
+    assert narrow.student.kl == pytest.approx(whole.student.kl, rel=0.02)
+    assert narrow.as_dict()["dtypes"] == narrow.dtypes
+    with pytest.raises(UsageError, match="expected auto, float32 or bfloat16"):
+        replace(request, dtype="float8")
 
 
 def test_a_random_adapter_is_called_harmful(lab: Lab) -> None:

@@ -17,6 +17,7 @@ from moe_svd_distill.algebra.figures import (
 )
 from moe_svd_distill.evaluation.result import Evaluation, effect_of
 from moe_svd_distill.evaluation.uncertainty import Bootstrap, GapClosed
+from moe_svd_distill.files.typed import as_json
 
 
 def _measurement(kl: float, entropy: float, noise: float, rng: np.random.Generator, documents: int = 40) -> Measurement:
@@ -85,7 +86,7 @@ def test_intervals_hold_the_truth_and_narrow_with_documents(rng: np.random.Gener
 
 def test_not_a_number_becomes_nothing_in_json() -> None:
     one = np.array([3.0])
-    fields = Measurement(one, one, one, one).figures.as_dict()
+    fields = as_json(Measurement(one, one, one, one).figures)
     assert fields["kl_error"] is None
     assert fields["kl"] == 1.0
 
@@ -115,7 +116,10 @@ def test_little_text_is_not_called_no_effect(rng: np.random.Generator) -> None:
     assert effect_of(little, _shifted(little, -0.02, -0.02, 0.05, rng)) == "unproven"
     assert effect_of(much, _shifted(much, 0.0, 0.0, 0.05, rng)) == "none"
     figures, gap = little.figures, GapClosed(1.0, 1.0)
-    words = Evaluation("unproven", figures, figures, figures, gap, (), None, 320, 64, "documents", 1.0, {}).verdict
+    words = Evaluation(
+        effect="unproven", teacher=figures, student=figures, adapted=figures, gap_closed=gap, controls=(),
+        temperature_control=None, vocabulary=320, sequence_length=64, seconds=1.0, places={},
+    ).verdict  # fmt: skip
     assert words.startswith("Not proven on so little text")
     assert "harm" not in words.lower()
 

@@ -13,9 +13,9 @@ from moe_svd_distill.calibration.paired import PairedText
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.evaluation import guard
 from moe_svd_distill.evaluation.loading import load_model
-from moe_svd_distill.evaluation.scale_search import Evaluate, search_scale
+from moe_svd_distill.evaluation.scale_search import Evaluate, ScaleDecision, search_scale
 from moe_svd_distill.pipeline.pair import open_pair
-from moe_svd_distill.pipeline.scale import ScaleDecision, decide_scale
+from moe_svd_distill.pipeline.scale import decide_scale
 from tests.support.language import Lab
 
 GROUPS, ONE = ("attention", "experts", "head"), ("all",)
@@ -63,7 +63,7 @@ def test_the_best_scale_is_found_and_confirmed() -> None:
     assert search.accepted
     assert all(scale == pytest.approx(0.6, abs=0.05) for scale in search.scales.values())
     (kept,) = [trial for trial in search.trials if trial.scales == search.scales]
-    assert kept.kl.fall == pytest.approx(0.3, abs=0.02)
+    assert kept.kl_fall == pytest.approx(0.3, abs=0.02)
     assert len(calls) <= 16
     assert len(calls) == len(search.trials)
     assert "on text that nothing was fitted on, KL falls by 29.8% (" in search.decision
@@ -89,11 +89,11 @@ def test_between_the_best_and_one_that_is_not_proven_there_may_be_a_better() -> 
 
     search = search_scale(_as_one(spoilt), ONE, global_scales=(0.25, 0.5, 1.0))
     whole = next(trial for trial in search.trials if trial.scales["all"] == 1.0)
-    assert not whole.kl.falls(guard.ERRORS)
+    assert whole.kl_fall < guard.ERRORS * whole.kl_fall_error
     assert [call["head"] for call in calls[:4]] == [0.0, 1.0, 0.5, 0.25]
     assert 0.5 < calls[4]["head"] < 1.0
     assert search.accepted
-    assert search.scales == max(search.trials, key=lambda trial: trial.kl.fall).scales
+    assert search.scales == max(search.trials, key=lambda trial: trial.kl_fall).scales
 
 
 def test_each_group_gets_its_own_scale() -> None:
@@ -171,7 +171,7 @@ def test_a_gain_at_small_scales_is_kept_where_the_whole_adapter_harms() -> None:
     evaluate, _ = _landscape(dict.fromkeys(GROUPS, 0.3), dict.fromkeys(GROUPS, 0.03), noise=0.002)
     search = search_scale(_as_one(evaluate), ONE)
     whole = next(trial for trial in search.trials if set(trial.scales.values()) == {1.0})
-    assert whole.kl.fall < 0
+    assert whole.kl_fall < 0
     assert search.accepted
     assert set(search.scales.values()) < {0.25, *np.round(np.arange(0.25, 0.5, 0.001), 3)}
 
@@ -191,16 +191,16 @@ def _on_models(lab: Lab, adapter: Path, folder: Path) -> ScaleDecision:
 
 def test_a_good_adapter_is_kept_whole(lab: Lab, tmp_path: Path) -> None:
     decision = _on_models(lab, lab.good_adapter, tmp_path)
-    assert decision.transferred
+    assert decision.accepted
     assert decision.scales == dict.fromkeys(("attention", "mlp", "head"), 1.0)
 
 
 def test_a_random_adapter_is_scaled_to_nothing(lab: Lab, tmp_path: Path) -> None:
     decision = _on_models(lab, lab.random_adapter, tmp_path)
-    assert decision.transferred is False
+    assert not decision.accepted
     assert decision.scales == dict.fromkeys(("attention", "mlp", "head"), 0.0)
     assert decision.kind in ("harm", "none")
-    assert decision.text.startswith("Nothing was transferred: ")
+    assert decision.decision.startswith("Nothing was transferred: ")
 
 
 @pytest.mark.parametrize("at", [0.0, 1.0])

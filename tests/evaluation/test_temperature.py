@@ -11,7 +11,8 @@ import torch
 
 from moe_svd_distill.evaluation.evaluate import evaluate_student
 from moe_svd_distill.evaluation.from_states import compare
-from moe_svd_distill.evaluation.sources import ResidentStudent, measure, record_teacher
+from moe_svd_distill.evaluation.sources import measure, record_teacher
+from moe_svd_distill.evaluation.student import ResidentStudent
 from moe_svd_distill.evaluation.temperature import HIGHEST, TemperatureCurve, TemperatureReader
 from tests.support.language import Lab, llama, qwen3_moe
 

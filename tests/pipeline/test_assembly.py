@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from moe_svd_distill.errors import BadDataError
+from moe_svd_distill.evaluation.scale_search import ScaleDecision
 from moe_svd_distill.execution.parts import PartContent, write_part
 from moe_svd_distill.execution.publish import OutputFolder
 from moe_svd_distill.pipeline.assembly import AdapterChange, stage_adapter
 from moe_svd_distill.pipeline.pair import open_pair
-from moe_svd_distill.pipeline.scale import ScaleDecision
 from tests.support.models import saved
 from tests.support.pairs import recipe_for
 

@@ -14,10 +14,13 @@ from moe_svd_distill.calibration.documents import Document
 from moe_svd_distill.errors import MissingInputError, UsageError
 from moe_svd_distill.evaluation import benchmarks, evaluate
 from moe_svd_distill.evaluation.code import benchmark
+from moe_svd_distill.evaluation.request import BenchmarkRequest, EvaluationRequest
+from moe_svd_distill.evaluation.scale_search import ScaleDecision
 from moe_svd_distill.files.names import EVALUATION_FILE
-from moe_svd_distill.pipeline.evaluate import BenchmarkRequest, EvaluationRequest, evaluate_adapter, held_out
+from moe_svd_distill.files.typed import as_json, read_as
+from moe_svd_distill.pipeline.evaluate import evaluate as evaluate_adapter
+from moe_svd_distill.pipeline.evaluate import held_out
 from moe_svd_distill.report.figures import text_note
-from moe_svd_distill.report.record import EvaluationRecord, SearchRecord, read_as
 from tests.support.models import saved
 from tests.support.problems import GREEN, WRONG, write_problems
 
@@ -47,9 +50,10 @@ def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def _evaluate(folder: Path, texts: bool, request: BenchmarkRequest | None) -> dict[str, Any]:
     student = str(folder.parent / "student")
     named = (folder.parent / "text.txt",) if texts else ()
-    result = evaluate_adapter(EvaluationRequest(folder, student, student, named, request))
-    assert json.loads((folder / EVALUATION_FILE).read_text()) == json.loads(json.dumps(result.evaluation))
-    return result.evaluation
+    result = evaluate_adapter(folder, named, teacher=student, student=student, benchmarks=request)
+    content = dict(result.evaluation.content)
+    assert json.loads((folder / EVALUATION_FILE).read_text()) == json.loads(json.dumps(content))
+    return content
 
 
 def test_text_and_benchmarks_do_not_overwrite_one_another(adapter: Path) -> None:
@@ -122,7 +126,7 @@ def test_vocabulary_is_what_is_asked_for_or_what_the_run_had(
     if recorded:
         (adapter / "run.json").write_text(json.dumps({"recipe": {"vocabulary": recorded}}))
     student = str(adapter.parent / "student")
-    evaluate_adapter(EvaluationRequest(adapter, student, student, (adapter.parent / "text.txt",), vocabulary=asked))
+    evaluate_adapter(adapter, [adapter.parent / "text.txt"], teacher=student, student=student, vocabulary=asked)
     assert told["vocabulary"] == expected
 
 
@@ -135,25 +139,26 @@ SAME = Document("same", _text("same"), group="a")
 COPY = Document("copy", _text("used", 50) + " and the end", group="b")
 OTHER = Document("other", _text("other"), group="b")
 USES = {"used_documents": [USED.digest], "used_groups": [USED.group_digest]}
-SEARCH = read_as(SearchRecord, USES)
+SEARCH = read_as(ScaleDecision, USES)
 
 
 def test_documents_their_groups_and_what_repeats_them_are_left_out_and_counted() -> None:
-    found = held_out([USED, SAME, COPY, OTHER], SEARCH, [USED])
-    assert found.documents == (OTHER,)
-    assert (found.used, found.of_used_groups, found.repeated, found.apart) == (1, 1, 1, True)
+    left, out = held_out([USED, SAME, COPY, OTHER], SEARCH, [USED])
+    assert left == (OTHER,)
+    assert (out.documents_used, out.documents_of_used_groups, out.documents_repeated) == (1, 1, 1)
+    assert out.groups_apart
 
 
 def test_without_the_text_it_was_made_of_repetitions_are_not_known() -> None:
-    found = held_out([USED, SAME, COPY, OTHER], SEARCH, [])
-    assert found.documents == (COPY, OTHER)
-    assert found.as_dict()["documents_repeated"] is None
+    left, out = held_out([USED, SAME, COPY, OTHER], SEARCH, [])
+    assert left == (COPY, OTHER)
+    assert as_json(out)["documents_repeated"] is None
 
 
 def test_where_nothing_else_is_left_other_documents_of_the_same_sources_are_read() -> None:
-    found = held_out([USED, SAME], SEARCH, [USED])
-    assert found.documents == (SAME,)
-    assert (found.used, found.of_used_groups, found.apart) == (1, 0, False)
+    left, out = held_out([USED, SAME], SEARCH, [USED])
+    assert left == (SAME,)
+    assert (out.documents_used, out.documents_of_used_groups, out.groups_apart) == (1, 0, False)
 
 
 LINES = "".join(f"line {n}: " + " ".join(f"w{n}x{k}" for k in range(8)) + "\n" for n in range(30))
@@ -172,25 +177,25 @@ LINES = "".join(f"line {n}: " + " ".join(f"w{n}x{k}" for k in range(8)) + "\n" f
 )
 def test_text_that_differs_little_from_what_was_used_is_left_out_and_counted(changed: str) -> None:
     used = Document("calibration", LINES)
-    search = read_as(SearchRecord, {"used_documents": list(used.digests), "used_groups": [used.group_digest]})
+    search = read_as(ScaleDecision, {"used_documents": list(used.digests), "used_groups": [used.group_digest]})
     for others in ([], [OTHER], [OTHER, SAME]):
-        found = held_out([*others, Document("changed", changed)], search, [used])
-        assert found.documents == tuple(others)
-        assert found.used + (found.repeated or 0) == 1
-        assert found.of_used_groups == 0
+        left, out = held_out([*others, Document("changed", changed)], search, [used])
+        assert left == tuple(others)
+        assert out.documents_used + (out.documents_repeated or 0) == 1
+        assert out.documents_of_used_groups == 0
 
 
 def test_a_short_text_that_differs_in_punctuation_is_left_out_too() -> None:
     used = Document("calibration", "The cat sat on the mat.")
-    search = read_as(SearchRecord, {"used_documents": list(used.digests), "used_groups": [used.group_digest]})
-    found = held_out([Document("a", "the cat sat\non the mat"), Document("b", "the cat sat")], search, [used])
-    assert ([document.source for document in found.documents], found.repeated) == (["b"], 1)
+    search = read_as(ScaleDecision, {"used_documents": list(used.digests), "used_groups": [used.group_digest]})
+    left, out = held_out([Document("a", "the cat sat\non the mat"), Document("b", "the cat sat")], search, [used])
+    assert ([document.source for document in left], out.documents_repeated) == (["b"], 1)
 
 
 def test_white_space_is_noticed_without_the_calibration_text() -> None:
-    search = read_as(SearchRecord, {"used_documents": list(Document("calibration", LINES).digests)})
-    found = held_out([Document("changed", LINES.replace("\n", "\r\n").rstrip()), OTHER], search, [])
-    assert (found.documents, found.used, found.repeated) == ((OTHER,), 1, None)
+    search = read_as(ScaleDecision, {"used_documents": list(Document("calibration", LINES).digests)})
+    left, out = held_out([Document("changed", LINES.replace("\n", "\r\n").rstrip()), OTHER], search, [])
+    assert (left, out.documents_used, out.documents_repeated) == ((OTHER,), 1, None)
 
 
 def test_the_calibration_text_is_found_again_from_the_record(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,16 +217,16 @@ def test_the_calibration_text_is_found_again_from_the_record(adapter: Path, monk
     content = {"recipe": {"calibration": calibration}, "scale_search": {"used_documents": used}}
     (adapter / "run.json").write_text(json.dumps(content))
     student = str(folder / "student")
-    result = evaluate_adapter(EvaluationRequest(adapter, student, student, (folder / "text.jsonl",)))
+    result = evaluate_adapter(adapter, [folder / "text.jsonl"], teacher=student, student=student)
     assert [document.text for document in told[0]] == [SAME.text]
     assert [document.text for document in told[1]] == [LINES, OTHER.text]
-    assert result.evaluation["held_out"]["documents_repeated"] == 1
-    assert result.evaluation["held_out"]["read"]["documents"] == 2
+    assert result.evaluation.held_out.documents_repeated == 1
+    assert result.evaluation.held_out.read["documents"] == 2
 
 
 def test_an_adapter_without_a_record_and_text_that_is_all_used() -> None:
-    assert held_out([USED, OTHER], read_as(SearchRecord, {}), []).documents == (USED, OTHER)
-    assert held_out([USED], SEARCH, []).documents == ()
+    assert held_out([USED, OTHER], read_as(ScaleDecision, {}), [])[0] == (USED, OTHER)
+    assert held_out([USED], SEARCH, [])[0] == ()
 
 
 @pytest.mark.parametrize("same", [False, True])
@@ -230,7 +235,7 @@ def test_the_verdict_and_the_note_say_it(tmp_path: Path, monkeypatch: pytest.Mon
 
     def measured(asked: Any, teacher: Any, student: Any, documents: Any, *_: Any) -> Any:
         told.extend(documents)
-        return SimpleNamespace(as_dict=lambda: {"verdict": "It helps.", "student": {"tokens": 7}})
+        return SimpleNamespace(as_dict=lambda: {"verdict": "It helps.", "adapted": {"tokens": 7}})
 
     monkeypatch.setattr(evaluate, "evaluate", measured)
     student = str(saved("llama", tmp_path / "student"))
@@ -240,10 +245,10 @@ def test_the_verdict_and_the_note_say_it(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "adapter").mkdir()
     record = {"recipe": {"text_group": "site"}, "scale_search": USES}
     (tmp_path / "adapter" / "run.json").write_text(json.dumps(record))
-    request = EvaluationRequest(tmp_path / "adapter", student, student, (tmp_path / "text.jsonl",))
-    figures = evaluate_adapter(request).evaluation
+    text = str(tmp_path / "text.jsonl")
+    evaluation = evaluate_adapter(str(tmp_path / "adapter"), [text], teacher=student, student=student).evaluation
     assert [document.text for document in told] == [SAME.text if same else OTHER.text]
-    assert figures["held_out"]["groups_apart"] != same
-    assert ("larger than on other sources" in figures["verdict"]) == same
+    assert evaluation.held_out.groups_apart != same
+    assert ("larger than on other sources" in evaluation.verdict) == same
     expected = "of the sources it was made on" if same else "1 documents left out that it was made on, 1 of the same"
-    assert expected in text_note(read_as(EvaluationRecord, figures))
+    assert expected in text_note(evaluation)

@@ -17,8 +17,9 @@ from moe_svd_distill.adapter.verify import check_loads, verify
 from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.cli.main import program
 from moe_svd_distill.errors import BadDataError, UsageError
+from moe_svd_distill.evaluation.request import BenchmarkRequest
 from moe_svd_distill.pipeline.distill import distill, load_adapter
-from moe_svd_distill.pipeline.evaluate import BenchmarkRequest, EvaluationRequest, evaluate_adapter
+from moe_svd_distill.pipeline.evaluate import evaluate
 from moe_svd_distill.pipeline.pair import open_pair
 from moe_svd_distill.pipeline.texts import read_run_text
 from tests.support.heads import TEXT, TRAINED, student_with_tokenizer, teacher_with_other_head, trained_tokenizer
@@ -118,14 +119,12 @@ def test_what_else_takes_a_gguf_student(models: dict[str, Path], finished: tuple
         assert not any("other weights" in warning for warning in found.warnings)
         assert any("other weights" in warning for warning in verify(out, other).warnings)
     assert not any("other weights" in warning for warning in verify(out, models["student"]).warnings), "its original"
-    request = EvaluationRequest(out, texts=(TEXT,), tokens=2000)
-    figures = evaluate_adapter(request).evaluation
-    again = evaluate_adapter(
-        EvaluationRequest(
-            out, str(models["teacher_file"]), str(models["student_file"]), (TEXT,), tokens=2000, mode="streamed"
-        )
-    ).evaluation
-    assert again["student"]["kl"] == pytest.approx(figures["student"]["kl"], rel=1e-3)
+    found = evaluate(out, [TEXT], tokens=2000).evaluation.on_text
+    teacher, student = (str(models[name]) for name in ("teacher_file", "student_file"))
+    again = evaluate(out, [TEXT], teacher=teacher, student=student, tokens=2000, mode="streamed").evaluation.on_text
+    assert found is not None
+    assert again is not None
+    assert again.student.kl == pytest.approx(found.student.kl, rel=1e-3)
     for arguments in (
         ["inspect", str(models["student_file"])],
         ["inspect", str(models["teacher_file"]), str(models["student_file"])],
@@ -174,9 +173,8 @@ def test_the_harness_is_refused(
     models: dict[str, Path], finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("moe_svd_distill.evaluation.benchmarks.version", lambda name: "0.4.13")
-    request = EvaluationRequest(finished[0], benchmarks=BenchmarkRequest(("task",)))
     with pytest.raises(UsageError, match="is a GGUF file"):
-        evaluate_adapter(request)
+        evaluate(finished[0], benchmarks=BenchmarkRequest(("task",)))
 
 
 def test_a_damaged_student_is_refused_before_anything_is_written(models: dict[str, Path], tmp_path: Path) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moe_svd_distill.cli.main import main
 from moe_svd_distill.errors import BadDataError, CannotWriteError, MissingInputError
+from moe_svd_distill.files.typed import read_as
 from moe_svd_distill.pipeline import reproduce as module
 from moe_svd_distill.pipeline.distill import distill
-from moe_svd_distill.pipeline.evaluate import EvaluatedAdapter, EvaluationRequest
+from moe_svd_distill.pipeline.evaluate import EvaluatedAdapter
 from moe_svd_distill.pipeline.reproduce import Compared, reproduce
+from moe_svd_distill.report.record import EvaluationRecord
 from tests.support.models import saved
 from tests.support.pairs import recipe_for
 from tests.support.run_records import figures
@@ -91,6 +94,8 @@ def test_another_model_is_refused_before_any_work(out: Path, tmp_path: Path, mon
         (None, 1.0, False),
         (0.0, 0.0, True),
         (True, False, False),
+        (float("nan"), float("nan"), True),
+        (float("nan"), 1.0, False),
     ],
 )
 def test_figures_are_the_same_within_a_hundredth(before: object, now: object, same: bool) -> None:
@@ -108,17 +113,17 @@ def test_held_out_figures_are_measured_again_where_the_text_is_still_there(
     earlier = {"adapter_sha256": "ab" * 32, "effect": "helps", "adapted": figures(0.3, 4.2), "texts": [str(text)]}
     earlier["asked"] = {"tokens": 1024, "seed": 3, "controls": 0}
     (first / "evaluation.json").write_text(json.dumps(earlier))
-    asked: list[EvaluationRequest] = []
+    asked: list[dict[str, Any]] = []
 
-    def measured(request: EvaluationRequest) -> EvaluatedAdapter:
-        asked.append(request)
-        return EvaluatedAdapter({"effect": "helps", "adapted": figures(0.4, 4.2)}, None)
+    def measured(folder: Path, texts: Any, **options: Any) -> EvaluatedAdapter:
+        asked.append(options)
+        return EvaluatedAdapter(read_as(EvaluationRecord, {"effect": "helps", "adapted": figures(0.4, 4.2)}), None)
 
-    monkeypatch.setattr(module, "evaluate_adapter", measured)
+    monkeypatch.setattr(module, "evaluate", measured)
     found = reproduce(first, tmp_path / "again")
     assert found.reproduced is not there
     if there:
-        assert (asked[0].tokens, asked[0].seed, asked[0].controls) == (1024, 3, 0)
+        assert asked[0].items() >= {"tokens": 1024, "seed": 3, "controls": 0}.items()
         assert [each.name for each in found.figures if not each.same] == ["held out: kl"]
     else:
         assert "text.txt is not there" in found.notes[0]

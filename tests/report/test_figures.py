@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from moe_svd_distill.files.typed import read_as
 from moe_svd_distill.report.card import adapter_card
 from moe_svd_distill.report.figures import figure_rows
 from moe_svd_distill.report.html import html_report
-from moe_svd_distill.report.record import EvaluationRecord, read_as
+from moe_svd_distill.report.record import EvaluationRecord
 from tests.support.run_records import benchmarks, evaluation, figures, record, temperature_control
 
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from moe_svd_distill.evaluation.scale_search import ScaleDecision
+from moe_svd_distill.files.typed import read_as
 from moe_svd_distill.report import pictures
-from moe_svd_distill.report.record import EvaluationRecord, FitRecord, SearchRecord, TrainingRecord, read_as
+from moe_svd_distill.report.record import EvaluationRecord, FitRecord, TrainingRecord
 from tests.support.pages import BLUE, GREEN, GREY, ORANGE, RED, share
 from tests.support.run_records import content, evaluation, refinement
 
@@ -39,9 +41,9 @@ def test_colours_can_be_told_from_a_light_and_a_dark_page(
 
 def test_the_scale_curve_needs_something_tried() -> None:
     search = content()["scale_search"]
-    assert pictures.scale_picture(read_as(SearchRecord, {})) is None
-    assert pictures.scale_picture(read_as(SearchRecord, {"trials": search["trials"][:1]})) is None
-    drawn = pictures.scale_picture(read_as(SearchRecord, search), kind="png")
+    assert pictures.scale_picture(read_as(ScaleDecision, {})) is None
+    assert pictures.scale_picture(read_as(ScaleDecision, {"trials": search["trials"][:1]})) is None
+    drawn = pictures.scale_picture(read_as(ScaleDecision, search), kind="png")
     assert share(drawn, RED) > 1e-4  # the note that the curve leaves the picture
 
 

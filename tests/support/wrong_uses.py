@@ -111,6 +111,8 @@ WRONG_USES = tuple(
         ("evaluate finished", 2, "--text"),
         ("evaluate finished --text text.txt --tokens 5", 2, "512"),
         ("evaluate finished --text text.txt --mode sideways", 2, "streamed"),
+        ("evaluate finished --text text.txt --tokens few", 2, "512"),
+        ("evaluate finished --text text.txt --dtype float8", 2, "bfloat16"),
         ("evaluate finished --benchmark-limit 3", 2, "--benchmark"),
         ("evaluate finished --benchmark humaneval", 2, "--run-generated-code"),
         ("verify none", 66, "none"),

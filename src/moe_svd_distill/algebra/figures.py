@@ -5,8 +5,8 @@ Everything is in nats per predicted token. Standard errors and intervals treat d
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,14 +47,12 @@ class Figures:
     kl_interval: Interval | None = None
     cross_entropy_interval: Interval | None = None
 
+    derived: ClassVar[tuple[str, ...]] = ("perplexity",)
+
     @property
     def perplexity(self) -> float:
         """exp(cross-entropy)."""
         return float(np.exp(self.cross_entropy))
-
-    def as_dict(self) -> dict[str, object]:
-        """Plain values for JSON."""
-        return {**plain(self), "perplexity": self.perplexity}
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,15 +100,6 @@ class Measurement:
         return Measurement(
             self.kl[documents], self.cross_entropy[documents], self.agreement[documents], self.tokens[documents]
         )
-
-
-def plain(record: Any) -> dict[str, object]:
-    """A dataclass as JSON values; what is not a number becomes None."""
-
-    def finite(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        return {name: None if isinstance(value, float) and not np.isfinite(value) else value for name, value in pairs}
-
-    return asdict(record, dict_factory=finite)
 
 
 def mean_and_error(sums: FloatArray, counts: FloatArray) -> tuple[float, float]:

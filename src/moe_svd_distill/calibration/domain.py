@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Real
@@ -35,6 +36,8 @@ class DomainDistance:
     within: float
     different: bool
     tokens: int
+
+    derived: ClassVar[tuple[str, ...]] = ("ratio",)
 
     @property
     def ratio(self) -> float:

@@ -170,7 +170,9 @@ def _run(words: list[str], as_json: bool, debug: bool) -> int:
 
 
 def _of_click(error: click.ClickException) -> str:
-    """What click found wrong, and the help of the command that was meant."""
+    """What click found wrong, and the help of the command that was meant; of a value, in the words of a recipe's."""
+    if isinstance(error, click.BadParameter) and not isinstance(error, click.MissingParameter) and error.param:
+        return f"the command line: {error.param.opts[0]}: {error.message.rstrip('.')}. Correct that value."
     message = error.format_message()
     message += "" if message.endswith((".", "?", ")")) else "."
     if not isinstance(error, click.UsageError) or "Did you mean" in message:

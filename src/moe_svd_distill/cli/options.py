@@ -16,6 +16,23 @@ if TYPE_CHECKING:
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+class Word(click.Choice[str]):
+    """One of several words."""
+
+    def get_invalid_choice_message(self, value: object, ctx: click.Context | None) -> str:
+        return f"expected {', '.join(self.choices[:-1])} or {self.choices[-1]}, found {value!r}"
+
+
+class Number(click.IntRange):
+    """A whole number from the least that makes sense on."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            self.fail(f"expected a whole number (at least {self.min}), found {value}", param, ctx)
+
+
 @dataclass(frozen=True)
 class Shown:
     """How a command tells what it does.

@@ -11,7 +11,6 @@ import gc
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,62 +19,13 @@ import numpy as np
 
 from moe_svd_distill.adapter.verify import check_loads
 from moe_svd_distill.errors import BadDataError, MissingInputError, UsageError, reason_of
-from moe_svd_distill.evaluation.loading import default_dtype, require_memory
+from moe_svd_distill.evaluation.loading import default_dtype, dtype_name, require_memory
 from moe_svd_distill.evaluation.request import BenchmarkRequest, EvaluationRequest, Progress
+from moe_svd_distill.evaluation.result import Benchmarks, Score
 
 EXTRA = "moe-svd-distill[benchmarks]"
 OLDEST = (0, 4, 10)  # older ones ask transformers for AutoModelForVision2Seq, which version 5 does not have
 _BATCH = 8
-
-
-@dataclass(frozen=True)
-class Score:
-    """One metric of one task.
-
-    Attributes:
-        task: Name of the task.
-        metric: Name of the metric.
-        filter: What the harness did to the answers before scoring them; `none` where nothing.
-        higher_is_better: Which way is up; None where the task does not say.
-        examples: Examples that were scored; None for a group of tasks.
-        student: The untouched student's.
-        student_error: Its standard error as the harness gives it; None where it gives none.
-        adapted: With the adapter.
-        adapted_error: The same.
-        change: adapted − student.
-        change_error: Standard error of the change, paired over examples; None where the metric is no mean of examples.
-    """
-
-    task: str
-    metric: str
-    filter: str
-    higher_is_better: bool | None
-    examples: int | None
-    student: float
-    student_error: float | None
-    adapted: float
-    adapted_error: float | None
-    change: float
-    change_error: float | None
-
-
-@dataclass(frozen=True)
-class Benchmarks:
-    """What the harness found.
-
-    Attributes:
-        scores: Every metric of every task that was asked for.
-        tasks: Task to its version and number of examples in the prompt.
-        limit: Examples of each task at most; None for all. Scores under a limit are not comparable with published ones.
-        dtype: Type the models were loaded in.
-        harness: Version of lm-eval.
-    """
-
-    scores: tuple[Score, ...]
-    tasks: Mapping[str, Mapping[str, Any]]
-    limit: int | None
-    dtype: str
-    harness: str
 
 
 def run_benchmarks(
@@ -97,12 +47,13 @@ def run_benchmarks(
     asked, device = request.benchmarks, request.device
     if asked is None or not asked.harness:
         raise UsageError("no benchmark is named", "Give --benchmark TASK")
-    if asked.include_path is not None and not asked.include_path.is_dir():
+    if asked.include_path is not None and not Path(asked.include_path).is_dir():
         raise MissingInputError(f"{asked.include_path} is not a folder", "Give the folder that holds the task files")
     # The harness takes PEFT's word for it, and PEFT drops keys that it does not recognise.
     check_loads(request.adapter, student_folder)
-    dtype = str(default_dtype(device)).removeprefix("torch.")
-    require_memory(Path(student_folder), device, default_dtype(device))
+    torch_dtype = request.torch_dtype or default_dtype(device)
+    dtype = dtype_name(torch_dtype)
+    require_memory(Path(student_folder), device, torch_dtype)
     with _quiet_output():
         manager = _task_manager(asked)
         results = []

@@ -19,17 +19,11 @@ from moe_svd_distill.calibration.paired import PairedText, PairTokenizers
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.evaluation.continuations import Continuations
 from moe_svd_distill.evaluation.from_states import Reader, TeacherRecord, compare
-from moe_svd_distill.evaluation.loading import load_model, residency_of
+from moe_svd_distill.evaluation.loading import dtype_name, load_model, residency_of
 from moe_svd_distill.evaluation.request import EvaluationRequest, Progress
 from moe_svd_distill.evaluation.result import Control, Evaluation, effect_of
-from moe_svd_distill.evaluation.sources import (
-    PredictingRows,
-    ResidentStudent,
-    StreamedStudent,
-    Student,
-    resident_records,
-    streamed_records,
-)
+from moe_svd_distill.evaluation.sources import PredictingRows, resident_records, streamed_records
+from moe_svd_distill.evaluation.student import ResidentStudent, StreamedStudent, Student
 from moe_svd_distill.evaluation.temperature import TemperatureCurve, TemperatureReader, temperature_control
 from moe_svd_distill.evaluation.uncertainty import Bootstrap, gap_between
 
@@ -62,13 +56,13 @@ def evaluate(
         BadDataError: There is no text, PEFT would not load the adapter whole, or figures are not finite.
         UsageError: A model is asked to be resident and does not fit.
     """
-    start, device, seed = time.monotonic(), request.device, request.seed
+    start, device, dtype, seed = time.monotonic(), request.device, request.torch_dtype, request.seed
     tokenizers = PairTokenizers(teacher_folder, student_folder, request.vocabulary or "equal")
     texts = _texts(request, tokenizers, documents, calibration)
     read = [text.student for text in texts]
     check_loads(request.adapter, student_folder)
     of_teacher, of_student = (
-        residency_of(Path(folder), device, request.mode) for folder in (teacher_folder, student_folder)
+        residency_of(Path(folder), device, request.mode, dtype) for folder in (teacher_folder, student_folder)
     )
     written = Continuations.of(texts[0].student, student_folder)
     with ExitStack() as stack:
@@ -80,25 +74,28 @@ def evaluate(
                 nonlocal written
                 written = written.by("teacher", teacher, teacher_folder)
 
-            records = resident_records(teacher_folder, texts, device, on_progress, write)
+            records = resident_records(teacher_folder, texts, device, on_progress, write, dtype)
         else:
             written = written.without("teacher", STREAMED)
-            records = streamed_records(teacher_folder, texts, request.cache_folder, device, on_progress)
+            records = streamed_records(teacher_folder, texts, request.cache_folder, device, on_progress, dtype)
         kept = [record.hidden.states.path for record in records[:1] if isinstance(record.hidden, PredictingRows)]
         source: Student
         if of_student == "resident":
-            source = ResidentStudent(load_model(student_folder, device))
+            source = ResidentStudent(load_model(student_folder, device, dtype))
         else:
-            source = stack.enter_context(StreamedStudent(student_folder, read, request.cache_folder, device=device))
+            streamed = StreamedStudent(student_folder, read, request.cache_folder, device=device, dtype=dtype)
+            source = stack.enter_context(streamed)
         result = evaluate_student(
             source, records, request.adapter, seed=seed, controls=controls, on_progress=on_progress
         )
         kept += source.kept
+        dtypes = {"teacher": dtype_name(records[0].hidden.dtype), "student": dtype_name(source.dtype)}
         written = _student_writes(written, source, student_folder, request.adapter)
     return replace(
         result,
         domain=domain_distance(read[1], read[0], seed=seed) if len(read) > 1 else None,
         places={"teacher": of_teacher, "student": of_student},
+        dtypes=dtypes,
         kept_states=tuple(map(str, kept)),
         continuations=written,
         seconds=time.monotonic() - start,

@@ -49,6 +49,10 @@ class Hidden(Protocol):
     def shape(self) -> Any:
         """(n, length-1, d)."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computed in."""
+
     def __getitem__(self, rows: Any, /) -> Tensor:
         """The states of some rows, (rows, length-1, d)."""
 

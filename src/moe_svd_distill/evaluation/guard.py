@@ -10,7 +10,6 @@ documents or more (docs/decisions/0024, measured).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,6 +39,20 @@ def errors_of(tries: int) -> float:
     from scipy.special import ndtr, ndtri
 
     return float(-ndtri(ndtr(-ERRORS) / tries))
+
+
+@dataclass(frozen=True)
+class TrialFigures:
+    """A setting's figures and what fell beside the untouched student, in nats per token, with errors over documents."""
+
+    scales: Mapping[str, float]
+    kl: float
+    cross_entropy: float
+    kl_fall: float
+    kl_fall_error: float
+    cross_entropy_fall: float
+    cross_entropy_fall_error: float
+    documents: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,19 +89,20 @@ class Trial:
         """The same of cross-entropy."""
         return cross_entropy_change(self.after, self.before)
 
-    def as_dict(self) -> dict[str, object]:
-        """Its figures and what fell, in nats per token, for JSON; what is not a number becomes None."""
+    @property
+    def figures(self) -> TrialFigures:
+        """What is kept of it."""
         tokens = self.after.tokens.sum()
-        figures = {
-            "kl": float(self.after.kl.sum() / tokens),
-            "cross_entropy": float(self.after.cross_entropy.sum() / tokens),
-            "kl_fall": self.kl.fall,
-            "kl_fall_error": self.kl.error,
-            "cross_entropy_fall": self.cross_entropy.fall,
-            "cross_entropy_fall_error": self.cross_entropy.error,
-        }
-        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-        return {"scales": dict(self.scales), **finite, "documents": self.kl.documents}
+        return TrialFigures(
+            scales=self.scales,
+            kl=float(self.after.kl.sum() / tokens),
+            cross_entropy=float(self.after.cross_entropy.sum() / tokens),
+            kl_fall=self.kl.fall,
+            kl_fall_error=self.kl.error,
+            cross_entropy_fall=self.cross_entropy.fall,
+            cross_entropy_fall_error=self.cross_entropy.error,
+            documents=self.kl.documents,
+        )
 
     def counts(self, tries: int = 1) -> bool:
         """Whether it is proven to help: KL falls, not certainly by too little, and cross-entropy with it."""

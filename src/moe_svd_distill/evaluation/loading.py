@@ -140,21 +140,21 @@ def require_memory(folder: Path, device: str, dtype: torch.dtype) -> None:
     needed, available = _needed_bytes(folder, dtype), available_bytes(device)
     if needed > available:
         raise UsageError(
-            f"{folder} takes {needed / 2**30:.1f} GiB as {str(dtype).removeprefix('torch.')} and {device} has "
+            f"{folder} takes {needed / 2**30:.1f} GiB as {dtype_name(dtype)} and {device} has "
             f"{available / 2**30:.1f} GiB free",
             "Free some memory, or take a machine with more; `evaluate --mode streamed` needs less",
         )
 
 
-def fits(folder: Path, device: str) -> bool:
+def fits(folder: Path, device: str, dtype: torch.dtype | None = None) -> bool:
     """Whether `load_model` would find enough free memory on the device."""
-    return _needed_bytes(folder, default_dtype(device)) <= available_bytes(device)
+    return _needed_bytes(folder, dtype or default_dtype(device)) <= available_bytes(device)
 
 
-def residency_of(folder: Path, device: str, mode: Mode) -> Residency:
+def residency_of(folder: Path, device: str, mode: Mode, dtype: torch.dtype | None = None) -> Residency:
     """Decide for one model: as asked, or resident where the free memory of the device is enough."""
     if mode == "auto":
-        return "resident" if fits(folder, device) else "streamed"
+        return "resident" if fits(folder, device, dtype) else "streamed"
     return mode
 
 
@@ -163,6 +163,11 @@ def default_dtype(device: str) -> torch.dtype:
     import torch
 
     return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As recipes and options name it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def fastest_dtype(device: str) -> torch.dtype:

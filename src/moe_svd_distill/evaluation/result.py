@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
-import numpy as np
-
-from moe_svd_distill.algebra.figures import Figures, Interval, Measurement, plain
+from moe_svd_distill.algebra.figures import Figures, Interval, Measurement
 from moe_svd_distill.calibration.domain import DomainDistance
 from moe_svd_distill.evaluation.continuations import Continuations
 from moe_svd_distill.evaluation.loading import Residency
-from moe_svd_distill.evaluation.temperature import TemperatureControl
 from moe_svd_distill.evaluation.uncertainty import GapClosed, cross_entropy_change, kl_change, mean_gap
+from moe_svd_distill.files.typed import as_json
 
 Effect: TypeAlias = Literal["helps", "recalibrates", "mixed", "harms", "none", "unproven"]
 
@@ -27,6 +26,31 @@ class Control:
     seed: int
     figures: Figures
     gap_closed: GapClosed
+
+
+@dataclass(frozen=True)
+class TemperatureControl:
+    """The untouched student with its logits divided by one temperature, which was fitted on other text.
+
+    Attributes:
+        temperature: T of the lowest KL on the text it was fitted on.
+        fitted_on: `calibration text`, or `half of the text`: then the rest is about the other half.
+        at_edge: Whether T stands at the end of the range that was searched.
+        student: The untouched student on the documents measured here.
+        figures: The student at temperature T on them.
+        gap_closed: What the temperature closes there.
+        adapter_gap_closed: What the adapter closes on the same documents.
+        adapter_ahead: By how much KL is lower with the adapter than with the temperature, in nats per token; 95 %.
+    """
+
+    temperature: float
+    fitted_on: str
+    at_edge: bool
+    student: Figures
+    figures: Figures
+    gap_closed: GapClosed
+    adapter_gap_closed: GapClosed
+    adapter_ahead: Interval | None
 
 
 @dataclass(frozen=True)
@@ -58,7 +82,7 @@ class Aligned:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Everything measured on one held-out text.
 
@@ -75,6 +99,7 @@ class Evaluation:
         unit: What the standard errors treat as independent: documents or sequences.
         seconds: Wall time.
         places: Where the states of each model came from.
+        dtypes: What each computed in; heads and figures are float32.
         kept_states: Files of streamed states that stay for the next evaluation on the same text.
         domain: How far the text is from the calibration text; None where that is not known.
         continuations: How the models go on with a little of the text.
@@ -90,13 +115,16 @@ class Evaluation:
     temperature_control: TemperatureControl | None
     vocabulary: int
     sequence_length: int
-    unit: str
+    unit: str = "documents"
     seconds: float
-    places: dict[str, Residency]
+    places: Mapping[str, Residency]
+    dtypes: Mapping[str, str] = field(default_factory=dict)
     domain: DomainDistance | None = None
     kept_states: tuple[str, ...] = ()
     continuations: Continuations = field(default_factory=Continuations)
     aligned: Aligned | None = None
+
+    derived: ClassVar[tuple[str, ...]] = ("control_gap_closed",)
 
     @property
     def control_gap_closed(self) -> GapClosed | None:
@@ -112,19 +140,57 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, object]:
         """Plain values for JSON."""
-        control, temperature = self.control_gap_closed, self.temperature_control
-        return {
-            "effect": self.effect,
-            "verdict": self.verdict,
-            **plain(self),
-            "teacher": self.teacher.as_dict(),
-            "student": self.student.as_dict(),
-            "adapted": self.adapted.as_dict(),
-            "controls": [{**plain(control), "figures": control.figures.as_dict()} for control in self.controls],
-            "control_gap_closed": None if control is None else plain(control),
-            "temperature_control": None if temperature is None else temperature.as_dict(),
-            "domain": None if self.domain is None else {**plain(self.domain), "ratio": _finite(self.domain.ratio)},
-        }
+        return {"effect": self.effect, "verdict": self.verdict, **as_json(self)}
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one task.
+
+    Attributes:
+        task: Name of the task.
+        metric: Name of the metric.
+        filter: What the harness did to the answers before scoring them; `none` where nothing.
+        higher_is_better: Which way is up; None where the task does not say.
+        examples: Examples that were scored; None for a group of tasks.
+        student: The untouched student's.
+        student_error: Its standard error as the harness gives it; None where it gives none.
+        adapted: With the adapter.
+        adapted_error: The same.
+        change: adapted − student.
+        change_error: Standard error of the change, paired over examples; None where the metric is no mean of examples.
+    """
+
+    task: str
+    metric: str
+    filter: str
+    higher_is_better: bool | None
+    examples: int | None
+    student: float
+    student_error: float | None
+    adapted: float
+    adapted_error: float | None
+    change: float
+    change_error: float | None
+
+
+@dataclass(frozen=True)
+class Benchmarks:
+    """What the harness found.
+
+    Attributes:
+        scores: Every metric of every task that was asked for.
+        tasks: Task to its version and number of examples in the prompt.
+        limit: Examples of each task at most; None for all. Scores under a limit are not comparable with published ones.
+        dtype: Type the models were loaded in.
+        harness: Version of lm-eval.
+    """
+
+    scores: tuple[Score, ...]
+    tasks: Mapping[str, Mapping[str, object]]
+    limit: int | None
+    dtype: str
+    harness: str
 
 
 def effect_of(
@@ -196,7 +262,3 @@ def _sentence(found: Evaluation) -> str:
 def _percent(gap: GapClosed | None) -> str:
     """Of the KL gap."""
     return "an unknown share" if gap is None or gap.kl is None else f"{gap.kl:.1f} %"
-
-
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None

@@ -7,15 +7,16 @@ What is not proven is scaled to nothing, in words that say whether it harms, doe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
 
-from moe_svd_distill.algebra.figures import Measurement, plain
+from moe_svd_distill.algebra.figures import Measurement
 from moe_svd_distill.errors import BadDataError
-from moe_svd_distill.evaluation.guard import ERRORS, Kind, Trial, kept_sentence, kind_of, refusal
+from moe_svd_distill.evaluation.guard import ERRORS, Kind, Trial, TrialFigures, kept_sentence, kind_of, refusal
 from moe_svd_distill.evaluation.uncertainty import kl_change
+from moe_svd_distill.files.typed import as_json
 
 Evaluate: TypeAlias = Callable[[Mapping[str, float]], Measurement]
 """Measures the student at one scale per group; must be the untouched student at 0."""
@@ -26,31 +27,44 @@ _ALONE = 0.5
 
 
 @dataclass(frozen=True)
-class ScaleSearch:
-    """What the search found.
+class ScaleDecision:
+    """How much of an adapter is kept, and what that rests on.
 
     Attributes:
-        scales: Scale of each group; all 0 when nothing is to be kept.
-        kind: Whether the adapter is kept, and if not, whether it harms, has no effect that counts, or is not proven.
+        scales: Group to the factor on its deltas; all 0 when nothing is to be kept.
+        kind: Whether the adapter is kept, and if not, whether it harms, has no effect that counts, or is not proven;
+            None where nothing was measured.
         decision: One or two sentences for the user.
         trials: Everything tried, in order; the first is the untouched student.
         tokens_needed: Search text that would settle what is not proven; None where that is no question of text.
+        used_documents: Digests of the documents the adapter was made on, which an evaluation leaves out.
+        used_groups: Their sources.
+        beside: What else run.json says of it.
     """
 
     scales: Mapping[str, float]
-    kind: Kind
+    kind: Kind | None
     decision: str
-    trials: tuple[Trial, ...]
+    trials: tuple[TrialFigures, ...] = ()
     tokens_needed: int | None = None
+    used_documents: tuple[str, ...] = ()
+    used_groups: tuple[str, ...] = ()
+    beside: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def accepted(self) -> bool:
-        """Whether anything is kept."""
+        """Whether anything is kept, proven to help."""
         return self.kind == "kept"
 
+    @property
+    def details(self) -> dict[str, object]:
+        """What was tried, for run.json; nothing where nothing was."""
+        tried = {"trials": list(map(as_json, self.trials)), "tokens_needed": self.tokens_needed} if self.trials else {}
+        return {**tried, **self.beside}
+
     def as_dict(self) -> dict[str, object]:
-        """Plain values for JSON."""
-        return plain(replace(self, trials=())) | {"trials": [trial.as_dict() for trial in self.trials]}
+        """For run.json, without what the adapter was made on."""
+        return {**self.details, "scales": dict(self.scales), "kind": self.kind, "decision": self.decision}
 
 
 def search_scale(
@@ -58,7 +72,7 @@ def search_scale(
     groups: Sequence[str],
     *,
     global_scales: Sequence[float] = GLOBAL_SCALES,
-) -> ScaleSearch:
+) -> ScaleDecision:
     """Search one scale for the whole adapter, then one for each group, and accept only what is proven.
 
     Args:
@@ -81,7 +95,7 @@ class _Search:
         self.known[(0.0,) * len(self.groups)] = Trial(self.nothing, self.untouched, self.untouched)
         self.best: Trial | None = None
 
-    def run(self, global_scales: Sequence[float]) -> ScaleSearch:
+    def run(self, global_scales: Sequence[float]) -> ScaleDecision:
         self.search_globally(global_scales)
         if len(self.groups) > 1:
             if self.best is None:
@@ -181,14 +195,14 @@ class _Search:
         change = kl_change(self.tried(scales).after, self.tried(changed).after)
         return change.falls(1.0) and change.fall > _SMALLEST_STEP * change.before
 
-    def verdict(self) -> ScaleSearch:
-        trials = tuple(self.known.values())
+    def verdict(self) -> ScaleDecision:
+        trials = tuple(trial.figures for trial in self.known.values())
         if self.best is not None:
-            return ScaleSearch(self.best.scales, "kept", kept_sentence(self.best), trials)
+            return ScaleDecision(self.best.scales, "kept", kept_sentence(self.best), trials)
         tried = list(self.known.values())[1:]
         kind = kind_of(tried)
         decision, needed = refusal(kind, tried, int(self.untouched.tokens.sum()))
-        return ScaleSearch(self.nothing, kind, decision, trials, needed)
+        return ScaleDecision(self.nothing, kind, decision, trials, needed)
 
 
 def _lowest(points: Sequence[float], heights: Sequence[float]) -> float:

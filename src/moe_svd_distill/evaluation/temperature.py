@@ -18,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe_svd_distill.algebra.figures import Figures, FloatArray, Interval, Measurement, halves, plain
+from moe_svd_distill.algebra.figures import FloatArray, Measurement, halves
 from moe_svd_distill.calibration.tokenizer import IntArray
-from moe_svd_distill.evaluation.uncertainty import Bootstrap, GapClosed, gap_between
+from moe_svd_distill.evaluation.result import TemperatureControl
+from moe_svd_distill.evaluation.uncertainty import Bootstrap, gap_between
 
 LOWEST, HIGHEST = 0.25, 4.0  # temperatures to search between
 _EDGE = 1.01  # times either end of the range: as good as at it
@@ -70,35 +71,6 @@ class TemperatureCurve:
             options={"xatol": 1e-5},
         )
         return float(np.exp(-found.x))
-
-
-@dataclass(frozen=True)
-class TemperatureControl:
-    """The untouched student with its logits divided by one temperature, which was fitted on other text.
-
-    Attributes:
-        temperature: T of the lowest KL on the text it was fitted on.
-        fitted_on: `calibration text`, or `half of the text`: then the rest is about the other half.
-        at_edge: Whether T stands at the end of the range that was searched.
-        student: The untouched student on the documents measured here.
-        figures: The student at temperature T on them.
-        gap_closed: What the temperature closes there.
-        adapter_gap_closed: What the adapter closes on the same documents.
-        adapter_ahead: By how much KL is lower with the adapter than with the temperature, in nats per token; 95 %.
-    """
-
-    temperature: float
-    fitted_on: str
-    at_edge: bool
-    student: Figures
-    figures: Figures
-    gap_closed: GapClosed
-    adapter_gap_closed: GapClosed
-    adapter_ahead: Interval | None
-
-    def as_dict(self) -> dict[str, object]:
-        """Plain values for JSON."""
-        return {**plain(self), "student": self.student.as_dict(), "figures": self.figures.as_dict()}
 
 
 class TemperatureReader:

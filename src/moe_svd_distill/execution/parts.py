@@ -39,7 +39,7 @@ class PartContent:
     """
 
     tensors: dict[str, torch.Tensor]
-    record: dict[str, Any]
+    record: Mapping[str, Any]
 
 
 def part_path(folder: Path, key: str) -> Path:

@@ -15,6 +15,7 @@ from moe_svd_distill.adapter.naming import whole_key
 from moe_svd_distill.adapter.peft_model import modules_of
 from moe_svd_distill.architecture.matrices import Kind
 from moe_svd_distill.errors import UsageError
+from moe_svd_distill.evaluation.scale_search import ScaleDecision
 from moe_svd_distill.execution.parts import PartContent, Parts, write_part
 from moe_svd_distill.execution.planned import Planned, write_tensors
 from moe_svd_distill.execution.publish import OutputFolder
@@ -22,7 +23,6 @@ from moe_svd_distill.files.header import read_header
 from moe_svd_distill.files.names import ADAPTER_FILE, CONFIGURATION_FILE
 from moe_svd_distill.files.writing import write_json
 from moe_svd_distill.pipeline.pair import Model, ModelPair
-from moe_svd_distill.pipeline.scale import ScaleDecision
 from moe_svd_distill.recipe import Recipe
 from moe_svd_distill.streaming import group_of
 

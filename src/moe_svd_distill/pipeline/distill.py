@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moe_svd_distill.adapter.verify import check_loads
 from moe_svd_distill.errors import BadDataError, NothingToTransferError
+from moe_svd_distill.evaluation.scale_search import ScaleDecision
 from moe_svd_distill.execution.events import Listener, Noted, StageReached, UnitsPlanned
 from moe_svd_distill.execution.publish import OutputFolder
 from moe_svd_distill.execution.supervisor import ExecutionSummary, Settings, execute
@@ -27,7 +28,7 @@ from moe_svd_distill.pipeline.record import (
     make_record,
     unit_records,
 )
-from moe_svd_distill.pipeline.scale import ScaleDecision, decide_scale, not_searched
+from moe_svd_distill.pipeline.scale import KEPT_WHOLE, decide_scale, not_searched
 from moe_svd_distill.pipeline.schedule import TrainingSchedule, schedule_calibrated, schedule_refined
 from moe_svd_distill.pipeline.stage import StageInput, StageResult
 from moe_svd_distill.pipeline.text_stage import distil_on_text
@@ -101,7 +102,7 @@ class _Run:
         """Run the stages and publish the adapter."""
         if earlier := self.output.resumable():
             self.note(f"resuming from {self.recipe.output}: {earlier}; what fits this recipe is used again")
-        summary, change = None, AdapterChange((), ScaleDecision.keep())
+        summary, change = None, AdapterChange((), KEPT_WHOLE)
         if plan is not None:
             summary = self.project_weights(plan)
             change = replace(change, parts=[summary.parts[unit.key] for unit in plan.units])

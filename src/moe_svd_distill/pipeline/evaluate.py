@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 from moe_svd_distill.adapter.adapter_file import read_json, sha256_of
 from moe_svd_distill.errors import UsageError
 from moe_svd_distill.evaluation.code.problems import ProblemSet, load_problems
-from moe_svd_distill.evaluation.request import BenchmarkRequest, EvaluationRequest, Progress
+from moe_svd_distill.evaluation.request import BenchmarkRequest, EvaluationOptions, EvaluationRequest, Progress
 from moe_svd_distill.files.names import (
     ADAPTER_FILE,
     CARD_FILE,
     EVALUATION_FILE,
     REPORT_FILE,
 )
+from moe_svd_distill.files.typed import as_json, read_as
 from moe_svd_distill.files.writing import write_json, write_text
 from moe_svd_distill.pipeline.pair import open_model, open_pair
 from moe_svd_distill.pipeline.placement import devices_here
@@ -25,16 +26,15 @@ from moe_svd_distill.pipeline.texts import longest_sequence
 from moe_svd_distill.recipe import text_sources
 from moe_svd_distill.report.card import adapter_card
 from moe_svd_distill.report.html import html_report
-from moe_svd_distill.report.record import RecipeRecord, RunRecord, SearchRecord
+from moe_svd_distill.report.record import EvaluationRecord, LeftOut, RecipeRecord, RunRecord
 
 if TYPE_CHECKING:
     from moe_svd_distill.calibration.documents import Document
     from moe_svd_distill.calibration.paired import VocabularyMode
-
-__all__ = ["BenchmarkRequest", "EvaluatedAdapter", "EvaluationRequest", "evaluate", "evaluate_adapter", "held_out"]
+    from moe_svd_distill.evaluation.scale_search import ScaleDecision
 
 MOSTLY = 0.5
-ASKED = ("tokens", "length", "seed", "controls", "vocabulary")
+ASKED = ("tokens", "length", "seed", "controls", "vocabulary", "dtype")
 """Of a request, what its figures depend on beside the adapter, the models and the text."""
 SAME_SOURCES = (
     "The text is of the sources the adapter was made on, so the gain shown may be larger than on other sources: name "
@@ -46,14 +46,19 @@ SAME_SOURCES = (
 class EvaluatedAdapter:
     """The figures of an adapter and where its report lies."""
 
-    evaluation: dict[str, Any]
+    evaluation: EvaluationRecord
     report: Path | None
 
     def __repr__(self) -> str:
-        return f"EvaluatedAdapter({self.evaluation.get('verdict', 'benchmarks alone')!r})"
+        return f"EvaluatedAdapter({self.evaluation.verdict or 'benchmarks alone'!r})"
 
 
-def evaluate_adapter(request: EvaluationRequest, on_progress: Progress | None = None) -> EvaluatedAdapter:
+def evaluate(
+    adapter: Path | str,
+    texts: Iterable[Path | str] = (),
+    on_progress: Progress | None = None,
+    **options: Unpack[EvaluationOptions],
+) -> EvaluatedAdapter:
     """Measure teacher, untouched student, adapter and controls on text, and run benchmarks.
 
     Documents the adapter was made on are left out, and what mostly repeats them, and so are others of the same sources,
@@ -61,9 +66,16 @@ def evaluate_adapter(request: EvaluationRequest, on_progress: Progress | None = 
     README.md and report.html where the folder holds the record of a run. Text or benchmarks alone leave the figures
     that an earlier evaluation of the same adapter has of the other.
 
+    Args:
+        adapter: Its folder.
+        texts: Held-out text: files and folders.
+        on_progress: Told how it goes.
+        options: Further fields of an `EvaluationRequest`, such as ``tokens``, ``dtype`` and ``benchmarks``.
+
     Raises:
         DistillError: One of its kinds, each with its exit code.
     """
+    request = EvaluationRequest(Path(adapter), texts=tuple(map(Path, texts)), **options)
     folder, benchmarks = request.adapter, request.benchmarks
     if not request.texts and not benchmarks:
         raise UsageError("no text to evaluate on", "Give --text FILE")
@@ -83,66 +95,23 @@ def evaluate_adapter(request: EvaluationRequest, on_progress: Progress | None = 
         figures["benchmarks"] = _benchmarks(request, on_progress)
     if problems:
         found = _code_benchmarks(request, problems, on_progress)
-        figures["code_benchmarks"] = {**figures.get("code_benchmarks", {}), **found}
+        earlier = figures.get("code_benchmarks")
+        figures["code_benchmarks"] = {**earlier, **found} if isinstance(earlier, Mapping) else found
     figures["adapter_sha256"] = digest
     write_json(folder / EVALUATION_FILE, figures)
+    evaluation = read_as(EvaluationRecord, figures)
     if not record.content:
-        return EvaluatedAdapter(figures, None)
-    complete = RunRecord.of(record.content, figures)
+        return EvaluatedAdapter(evaluation, None)
+    complete = replace(record, evaluation=evaluation)
     write_text(folder / CARD_FILE, adapter_card(complete))
     write_text(folder / REPORT_FILE, html_report(complete))
-    return EvaluatedAdapter(figures, folder / REPORT_FILE)
+    return EvaluatedAdapter(evaluation, folder / REPORT_FILE)
 
 
-def evaluate(
-    adapter: Path | str, texts: Iterable[Path | str] = (), on_progress: Progress | None = None, **asked: Any
-) -> EvaluatedAdapter:
-    """Measure an adapter as `evaluate_adapter` does.
-
-    Args:
-        adapter: Its folder.
-        texts: Held-out text: files and folders.
-        on_progress: Told how it goes.
-        asked: Further fields of an `EvaluationRequest`, such as ``tokens`` and ``benchmarks``.
-
-    Raises:
-        DistillError: As `evaluate_adapter`.
-    """
-    return evaluate_adapter(EvaluationRequest(Path(adapter), texts=tuple(map(Path, texts)), **asked), on_progress)
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """A text without what an adapter has seen.
-
-    Attributes:
-        documents: What is left.
-        used: Documents left out because the adapter was made on them.
-        of_used_groups: Others left out because they are of the same sources.
-        repeated: Others left out because most of their words stand in what the adapter was made on, in blocks of 30
-            words (about 50 tokens) without regard to case, punctuation and white space; None if that is not known,
-            because that text is not here.
-        apart: Whether documents of the same sources could be left out; if nothing else is left, they stay.
-    """
-
-    documents: tuple[Document, ...]
-    used: int
-    of_used_groups: int = 0
-    repeated: int | None = None
-    apart: bool = True
-
-    def as_dict(self) -> dict[str, object]:
-        """For evaluation.json."""
-        return {
-            "documents_used": self.used,
-            "documents_of_used_groups": self.of_used_groups,
-            "documents_repeated": self.repeated,
-            "groups_apart": self.apart,
-        }
-
-
-def held_out(documents: Sequence[Document], search: SearchRecord, calibration: Sequence[Document]) -> HeldOut:
-    """Leave out of a text what an adapter was made on.
+def held_out(
+    documents: Sequence[Document], search: ScaleDecision, calibration: Sequence[Document]
+) -> tuple[tuple[Document, ...], LeftOut]:
+    """Leave out of a text what an adapter was made on; what is left, and what was left out.
 
     Args:
         documents: The text.
@@ -156,13 +125,13 @@ def held_out(documents: Sequence[Document], search: SearchRecord, calibration: S
     seen = [document for document in calibration if document.identity in used or document.digest in used]
     new = _not_repeated(fresh, seen) if seen else fresh
     others = without_groups(new, set(search.used_groups))
-    return HeldOut(
-        documents=others or new,
-        used=len(documents) - len(fresh),
-        of_used_groups=len(new) - len(others) if others else 0,
-        repeated=len(fresh) - len(new) if seen else None,
-        apart=bool(others) or not new,
+    left_out = LeftOut(
+        documents_used=len(documents) - len(fresh),
+        documents_of_used_groups=len(new) - len(others) if others else 0,
+        documents_repeated=len(fresh) - len(new) if seen else None,
+        groups_apart=bool(others) or not new,
     )
+    return others or new, left_out
 
 
 def _not_repeated(documents: Sequence[Document], seen: Sequence[Document]) -> tuple[Document, ...]:
@@ -189,7 +158,7 @@ def _problems(request: BenchmarkRequest) -> tuple[ProblemSet, ...]:
     return tuple(load_problems(name, request.limit) for name in request.code)
 
 
-def _kept(folder: Path, digest: str | None, texts: bool, harness: bool) -> Mapping[str, Any]:
+def _kept(folder: Path, digest: str | None, texts: bool, harness: bool) -> Mapping[str, object]:
     """What an earlier evaluation of the same bytes found and this one does not find anew."""
     earlier = read_json(folder / EVALUATION_FILE) if (folder / EVALUATION_FILE).is_file() else {}
     if digest is None or earlier.get("adapter_sha256") != digest:
@@ -202,12 +171,12 @@ def _kept(folder: Path, digest: str | None, texts: bool, harness: bool) -> Mappi
 
 def _text_figures(request: EvaluationRequest, record: RunRecord, on_progress: Progress | None) -> dict[str, object]:
     from moe_svd_distill.calibration.reading import enough_characters, read_text
-    from moe_svd_distill.evaluation.evaluate import evaluate
+    from moe_svd_distill.evaluation.evaluate import evaluate as evaluate_on_text
 
     recipe = record.recipe
     calibration = _calibration(recipe)
     read = read_text(request.texts, group_field=recipe.text_group, limit_characters=enough_characters(request.tokens))
-    chosen = held_out(read.documents, record.scale_search, calibration)
+    chosen, left_out = held_out(read.documents, record.scale_search, calibration)
     asked: VocabularyMode = "shared" if recipe.vocabulary == "shared" else "equal"
     assert request.teacher
     assert request.student
@@ -216,13 +185,12 @@ def _text_figures(request: EvaluationRequest, record: RunRecord, on_progress: Pr
         settled = replace(request, length=length, vocabulary=request.vocabulary or asked)
         folders = pair.teacher.checkpoint.folder, pair.student.checkpoint.folder
         told = _reading(on_progress) if on_progress else None
-        result = evaluate(settled, *folders, chosen.documents, calibration, told)
-        notes = [*read.notes, *pair.tokenizer_notes]
-    found = {**chosen.as_dict(), "read": read.counts, "notes": notes}
+        result = evaluate_on_text(settled, *folders, chosen, calibration, told)
+        found = replace(left_out, read=read.counts, notes=(*read.notes, *pair.tokenizer_notes))
     asked_again = {name: getattr(request, name) for name in ASKED}
-    figures = result.as_dict() | {"texts": [str(path) for path in request.texts], "held_out": found}
+    figures = result.as_dict() | {"texts": [str(path) for path in request.texts], "held_out": as_json(found)}
     figures["asked"] = asked_again
-    if not chosen.apart:
+    if not found.groups_apart:
         figures["verdict"] = f"{figures['verdict']} {SAME_SOURCES}"
     return figures
 
@@ -256,7 +224,7 @@ def _benchmarks(request: EvaluationRequest, on_progress: Progress | None) -> dic
             f"the harness loads its models itself, and {request.student} is a GGUF file",
             "Give --student the checkpoint that the file was made from",
         )
-    return asdict(run_benchmarks(request, checkpoint.folder, on_progress))
+    return as_json(run_benchmarks(request, checkpoint.folder, on_progress))
 
 
 def _code_benchmarks(
@@ -274,4 +242,4 @@ def _code_benchmarks(
 
     teacher = local(request.teacher) if request.benchmarks and request.benchmarks.teacher else None
     results = [run_code_benchmark(request, each, local(request.student), teacher, on_progress) for each in problems]
-    return {result.name: asdict(result) for result in results}
+    return {result.name: as_json(result) for result in results}

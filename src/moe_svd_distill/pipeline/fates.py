@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moe_svd_distill.pairing.plan import Plan
 from moe_svd_distill.pipeline.pair import Model
@@ -12,7 +12,7 @@ from moe_svd_distill.pipeline.pair import Model
 if TYPE_CHECKING:
     from moe_svd_distill.pipeline.stage import StageResult
     from moe_svd_distill.training.lora_pairs import Pair
-    from moe_svd_distill.transfer.factors import TensorFacts
+    from moe_svd_distill.transfer.facts import TensorFacts, UnitFacts
 
 NOT_TRAINED = "the refined stage trains the matrices of the layers and the head alone"
 HEAD_STANDS_STILL = (
@@ -22,12 +22,9 @@ NOT_PAIRED = "the weights stage does not know what it means"
 NOT_FITTED = "the calibrated stage changes the head and the last layers alone"
 
 
-def tensor_records(units: Iterable[Mapping[str, Any]]) -> list[TensorFacts]:
+def tensor_records(units: Iterable[UnitFacts]) -> list[TensorFacts]:
     """The record of every student tensor, each with its layer."""
-    tensors: list[tuple[TensorFacts, int | None]] = [
-        (tensor, unit["layer"]) for unit in units for tensor in unit["tensors"]
-    ]
-    return [{**tensor, "layer": layer} for tensor, layer in tensors]
+    return [{**tensor, "layer": unit["layer"]} for unit in units for tensor in unit["tensors"]]
 
 
 def is_nothing(tensors: Iterable[TensorFacts]) -> bool:
@@ -52,7 +49,7 @@ def summarise(tensors: Iterable[TensorFacts]) -> Mapping[str, Mapping[str, objec
 def fates(
     student: Model,
     plan: Plan | None,
-    units: Iterable[Mapping[str, Any]],
+    units: Iterable[UnitFacts],
     results: Mapping[str, StageResult],
     whole: bool,
 ) -> list[TensorFacts]:

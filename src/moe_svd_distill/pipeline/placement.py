@@ -16,6 +16,7 @@ from moe_svd_distill.evaluation.loading import available_bytes, model_bytes
 from moe_svd_distill.execution.supervisor import Settings
 from moe_svd_distill.pipeline.trained_matrices import tokens_at_once, trained_numbers, trained_shapes
 from moe_svd_distill.training.head import LOGIT_BYTES
+from moe_svd_distill.training.settings import Placement
 
 if TYPE_CHECKING:
     from moe_svd_distill.pipeline.pair import ModelPair
@@ -29,33 +30,6 @@ _KEPT_FOR_THE_WAY_BACK = 2  # times what goes into and out of the matrices of th
 _LOGITS_AT_ONCE = 5  # of both models, with what becomes of them
 _FLOAT = 4
 LIBRARIES_BYTES = 450 << 20  # of a process that has loaded torch and transformers
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where a student is trained.
-
-    Attributes:
-        resident: Whether it is in memory, or one layer of it at a time.
-        devices: One for each process.
-        threads: CPU threads of each process.
-        dtype: Type to compute in.
-        reason: Why, in words.
-        memory_bytes: That a process would take in memory.
-    """
-
-    resident: bool
-    devices: tuple[str, ...]
-    threads: int
-    dtype: str
-    reason: str
-    memory_bytes: int
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The type."""
-        found: torch.dtype = getattr(torch, self.dtype)
-        return found
 
 
 @dataclass(frozen=True)

@@ -211,7 +211,7 @@ def _made_from(task: TensorTask, unit: UnitOfWork) -> str:
     return f"{len(unit.teacher_experts[0].tensors)} experts of {layers}"
 
 
-def _preset(recipe: Recipe) -> dict[str, Any] | None:
+def _preset(recipe: Recipe) -> Mapping[str, object] | None:
     """The preset's name, what it supplies, and what is given otherwise in place of it."""
     if recipe.preset is None:
         return None

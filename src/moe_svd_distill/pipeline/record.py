@@ -9,27 +9,30 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from moe_svd_distill.adapter.adapter_file import read_json
 from moe_svd_distill.errors import MissingInputError, UsageError
 from moe_svd_distill.execution.parts import read_record
 from moe_svd_distill.execution.supervisor import ExecutionSummary
 from moe_svd_distill.files.names import CARD_FILE, CONFIGURATION_FILE, RECORD_FILE
+from moe_svd_distill.files.typed import as_json
 from moe_svd_distill.pairing.plan import Plan
 from moe_svd_distill.pipeline.assembly import head_is_whole
 from moe_svd_distill.pipeline.fates import fates, summarise
 from moe_svd_distill.pipeline.pair import Model, ModelPair
 from moe_svd_distill.pipeline.placement import available_cores, execution_settings
-from moe_svd_distill.pipeline.scale import ScaleDecision, combined_decision
+from moe_svd_distill.pipeline.scale import combined_decision
 from moe_svd_distill.pipeline.texts import RunText
 from moe_svd_distill.pipeline.units import NUMERIC_LIBRARIES, PROJECT
 from moe_svd_distill.recipe import Recipe
-from moe_svd_distill.report.record import RunRecord
+from moe_svd_distill.report.record import ModelRecord, RunRecord
 
 if TYPE_CHECKING:
+    from moe_svd_distill.evaluation.scale_search import ScaleDecision
     from moe_svd_distill.pipeline.method import Stages
     from moe_svd_distill.pipeline.stage import StageResult
+    from moe_svd_distill.transfer.facts import UnitFacts
 
 SCHEMA = 1
 
@@ -93,9 +96,9 @@ def base_model(folder: Path | str, given: str | None = None) -> str:
     return str(base)
 
 
-def unit_records(plan: Plan, execution: ExecutionSummary) -> list[Mapping[str, Any]]:
+def unit_records(plan: Plan, execution: ExecutionSummary) -> list[UnitFacts]:
     """The record of every unit, in the plan's order, from the headers of its part."""
-    return [read_record(execution.parts[unit.key]) for unit in plan.units]
+    return [cast("UnitFacts", read_record(execution.parts[unit.key])) for unit in plan.units]
 
 
 def make_record(
@@ -121,8 +124,8 @@ def make_record(
     tensors = fates(pair.student, plan, units, results, head_is_whole(recipe, pair))
     return {
         "schema": SCHEMA,
-        "teacher": _model(pair.teacher),
-        "student": _model(pair.student),
+        "teacher": as_json(_model(pair.teacher)),
+        "student": as_json(_model(pair.student)),
         "recipe": recipe.model_dump(mode="json"),
         "method": "+".join(stages.names),
         "method_choice": stages.as_dict(),
@@ -173,7 +176,7 @@ def facts_of_text(
     return {
         "calibration": {**(text.record() if text else {}), **(calibrated.record if calibrated else {})},
         **({"refinement": refined.record} if refined else {}),
-        "transferred": scale.transferred,
+        "transferred": None if scale.kind is None else scale.accepted,
         "scale_search": {**scale.as_dict(), **used},
     }
 
@@ -201,20 +204,20 @@ def _executed(execution: ExecutionSummary) -> dict[str, object]:
     }
 
 
-def _model(model: Model) -> dict[str, object]:
+def _model(model: Model) -> ModelRecord:
     geometry = model.layout.geometry
-    return {
-        "source": model.checkpoint.source,
-        "family": model.layout.model_type,
-        "fingerprint": model.checkpoint.fingerprint(),
-        "bytes": model.checkpoint.total_bytes,
-        "layers": geometry.layers,
-        "hidden": geometry.hidden,
-        "experts": geometry.experts,
-        "vocabulary": geometry.vocabulary,
-        "license": _licence(model.checkpoint.folder / CARD_FILE),
-        "notes": list(model.checkpoint.notes),
-    }
+    return ModelRecord(
+        source=model.checkpoint.source,
+        family=model.layout.model_type,
+        fingerprint=model.checkpoint.fingerprint(),
+        bytes=model.checkpoint.total_bytes,
+        layers=geometry.layers,
+        hidden=geometry.hidden,
+        experts=geometry.experts,
+        vocabulary=geometry.vocabulary,
+        license=_licence(model.checkpoint.folder / CARD_FILE),
+        notes=tuple(model.checkpoint.notes),
+    )
 
 
 def _licence(card: Path) -> str | None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar, cast
 
 from moe_svd_distill.adapter.adapter_file import read_json
 from moe_svd_distill.errors import BadDataError, CannotWriteError, MissingInputError
-from moe_svd_distill.evaluation.request import EvaluationRequest
+from moe_svd_distill.evaluation.request import EvaluationOptions
 from moe_svd_distill.execution.events import Listener
 from moe_svd_distill.files.names import EVALUATION_FILE
 from moe_svd_distill.pipeline.distill import Adapter, distill, load_adapter
-from moe_svd_distill.pipeline.evaluate import ASKED, evaluate_adapter
+from moe_svd_distill.pipeline.evaluate import ASKED, evaluate
 from moe_svd_distill.pipeline.pair import open_model
 from moe_svd_distill.recipe import Recipe, parse_recipe
 
@@ -25,14 +26,18 @@ class Compared:
     """One value before and now."""
 
     name: str
-    before: Any
-    now: Any
+    before: object
+    now: object
+
+    derived: ClassVar[tuple[str, ...]] = ("same",)
 
     @property
     def same(self) -> bool:
-        """Equal; figures within a hundredth."""
-        numbers = isinstance(self.before, int | float) and isinstance(self.now, int | float)
-        return self.before == self.now or (numbers and abs(self.now - self.before) <= TOLERANCE * abs(self.before))
+        """Equal; figures within a hundredth, or both not a number."""
+        before, now = self.before, self.now
+        if before == now or not (isinstance(before, int | float) and isinstance(now, int | float)):
+            return before == now
+        return abs(now - before) <= TOLERANCE * abs(before) or (math.isnan(before) and math.isnan(now))
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ def reproduce(
     )
 
 
-def _recipe(first: Adapter, output: Path, named: Mapping[str, Any]) -> Recipe:
+def _recipe(first: Adapter, output: Path, named: Mapping[str, object]) -> Recipe:
     recipe = first.record.content.get("recipe")
     if not isinstance(recipe, Mapping):
         raise MissingInputError(
@@ -131,17 +136,17 @@ def _refuse_other(role: str, source: str, recorded: str | None) -> None:
         checkpoint.close()
 
 
-def _environment(adapter: Adapter) -> dict[str, Any]:
+def _environment(adapter: Adapter) -> Mapping[str, object]:
     content = adapter.record.content
     execution = content.get("execution") or {}
     chosen = {key: execution.get(key) for key in ("workers", "devices", "threads_per_worker")}
     return {**adapter.record.versions, **chosen, **(execution.get("machine") or {})}
 
 
-def _figures(adapter: Adapter) -> dict[str, Any]:
+def _figures(adapter: Adapter) -> Mapping[str, object]:
     """What a run has measured and decided."""
     record = adapter.record
-    found: dict[str, Any] = {"method": record.method, "transferred": record.transferred}
+    found: dict[str, object] = {"method": record.method, "transferred": record.transferred}
     found |= {f"matrices {fate}": count for fate, count in record.fates.items()}
     found |= {f"scale of {group}": scale for group, scale in record.scale_search.scales.items()}
     for trial in record.scale_search.trials:
@@ -154,7 +159,7 @@ def _figures(adapter: Adapter) -> dict[str, Any]:
     return found
 
 
-def _compared(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Compared]:
+def _compared(before: Mapping[str, object], now: Mapping[str, object]) -> Iterator[Compared]:
     for name in dict.fromkeys((*before, *now)):
         yield Compared(name, before.get(name), now.get(name))
 
@@ -162,7 +167,7 @@ def _compared(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Com
 def _held_out(first: Adapter, second: Adapter, recipe: Recipe) -> tuple[list[Compared], list[str]]:
     """The new adapter on the text that the first was evaluated on; or why not."""
     earlier = first.record.evaluation
-    if earlier is None or earlier.adapted is None:
+    if earlier is None or earlier.on_text is None:
         return [], ["the adapter was not evaluated on held-out text, so nothing is compared there"]
     asked = read_json(first.folder / EVALUATION_FILE).get("asked")
     gone = [text for text in earlier.texts if not Path(text).exists()]
@@ -170,11 +175,12 @@ def _held_out(first: Adapter, second: Adapter, recipe: Recipe) -> tuple[list[Com
         reason = f"{gone[0]} is not there" if gone else "evaluation.json does not say how it was asked for"
         return [], [f"held-out figures are not compared: {reason}"]
     again = {key: value for key, value in asked.items() if key in ASKED}
-    texts = tuple(map(Path, earlier.texts))
-    figures = evaluate_adapter(
-        EvaluationRequest(second.folder, recipe.teacher, recipe.student, texts, **again)
-    ).evaluation
-    found = [Compared("held out: effect", earlier.effect, figures["effect"])]
-    for field in ("kl", "cross_entropy"):
-        found.append(Compared(f"held out: {field}", getattr(earlier.adapted, field), figures["adapted"][field]))
-    return found, []
+    again = {"teacher": recipe.teacher, "student": recipe.student, **again}
+    now = evaluate(second.folder, earlier.texts, **cast("EvaluationOptions", again)).evaluation
+    assert now.on_text
+    before, after = earlier.on_text.adapted, now.on_text.adapted
+    return [
+        Compared("held out: effect", earlier.effect, now.effect),
+        Compared("held out: kl", before.kl, after.kl),
+        Compared("held out: cross_entropy", before.cross_entropy, after.cross_entropy),
+    ], []

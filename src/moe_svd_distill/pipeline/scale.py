@@ -3,60 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
+from moe_svd_distill.evaluation.scale_search import ScaleDecision
 from moe_svd_distill.streaming import GROUPS, group_of
 
 if TYPE_CHECKING:
     from moe_svd_distill.algebra.figures import Measurement
     from moe_svd_distill.calibration.paired import PairedText
     from moe_svd_distill.evaluation.guard import Kind
-    from moe_svd_distill.evaluation.scale_search import ScaleSearch
     from moe_svd_distill.pipeline.pair import ModelPair
     from moe_svd_distill.pipeline.stage import StageResult
 
 Report = Callable[[float], None]
 
 
-@dataclass(frozen=True)
-class ScaleDecision:
-    """What the search decided.
-
-    Attributes:
-        scales: Group to the factor on its deltas.
-        kind: Whether the adapter is kept, and if not, why; None where nothing was measured.
-        text: The decision in a sentence or two for people.
-        details: Everything that was tried, for the record.
-    """
-
-    scales: Mapping[str, float]
-    kind: Kind | None
-    text: str
-    details: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def keep(cls) -> ScaleDecision:
-        """No change of scale."""
-        return cls(dict.fromkeys(GROUPS, 1.0), None, "")
-
-    @classmethod
-    def of(cls, search: ScaleSearch, text: str = "", **details: Any) -> ScaleDecision:
-        """What a search found, with more to say before it and to write down beside it."""
-        found = search.as_dict()
-        known = {name: value for name, value in found.items() if name not in ("scales", "kind", "decision")}
-        return cls({**search.scales}, search.kind, text + search.decision, known | details)
-
-    @property
-    def transferred(self) -> bool | None:
-        """Whether the adapter is proven to help on calibration text; None where nothing was measured."""
-        return None if self.kind is None else self.kind == "kept"
-
-    def as_dict(self) -> dict[str, object]:
-        """For run.json."""
-        return {**self.details, "scales": dict(self.scales), "kind": self.kind, "decision": self.text}
+KEPT_WHOLE = ScaleDecision(dict.fromkeys(GROUPS, 1.0), None, "")
+"""No change of scale."""
 
 
 def not_searched(reason: str) -> ScaleDecision:
@@ -71,20 +37,20 @@ def combined_decision(
     """What the searches of the stages say together."""
     if refined is not None:
         before = combined_decision(weights, fitted)
-        started = {"start": dict(before.details)} if before.details else {}
-        return ScaleDecision.of(refined.search, "Trained: ", **started)
+        started = {"start": before.details} if before.details else {}
+        return replace(refined.search, decision=f"Trained: {refined.search.decision}", beside=started)
     if fitted is None:
-        return weights or ScaleDecision.keep()
-    search, own = fitted.search, ScaleDecision.of(fitted.search)
+        return weights or KEPT_WHOLE
+    search = fitted.search
     if weights is None:
-        return own
-    text = f"Weights: {weights.text} Calibrated head, on top: {search.decision}"
+        return search
+    text = f"Weights: {weights.decision} Calibrated head, on top: {search.decision}"
     scales = {**weights.scales} | ({"head": 1.0} if search.accepted else {})
-    details = {"weights": weights.as_dict(), "calibrated": own.as_dict()}
-    return ScaleDecision(scales, _of_both(weights.kind, search.kind), text, details)
+    both = {"weights": weights.as_dict(), "calibrated": search.as_dict()}
+    return ScaleDecision(scales, _of_both(weights.kind, search.kind), text, beside=both)
 
 
-def _of_both(weights: Kind | None, fit: Kind) -> Kind:
+def _of_both(weights: Kind | None, fit: Kind | None) -> Kind:
     """Something is kept if one of the two is; what is not proven may still be."""
     kinds: tuple[Kind, ...] = ("kept", "unproven", "harm", "none")
     return next(kind for kind in kinds if kind in (weights, fit))
@@ -136,4 +102,4 @@ def decide_scale(
             return measured
 
         found = search_scale(at, groups)
-    return ScaleDecision.of(found, tokens=text.student.tokens)
+    return replace(found, beside={"tokens": text.student.tokens})

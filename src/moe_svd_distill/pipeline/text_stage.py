@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_svd_distill.algebra.figures import Measurement
-from moe_svd_distill.evaluation.scale_search import ScaleSearch, search_scale
+from moe_svd_distill.evaluation.scale_search import ScaleDecision, search_scale
 from moe_svd_distill.files.names import CACHE_FOLDER, CURVE_FILE
 from moe_svd_distill.files.writing import write_json
 from moe_svd_distill.pipeline.assembly import asked_head_rank
@@ -173,7 +173,7 @@ class _TextStage:
         left = torch.nn.functional.pad(scale * left, (0, lacking))
         return left.to("cpu", dtype), torch.nn.functional.pad(right, (0, 0, 0, lacking)).to("cpu", dtype)
 
-    def search_scale(self, trainee: StudentInTraining, moving: MovingHead | None) -> ScaleSearch:
+    def search_scale(self, trainee: StudentInTraining, moving: MovingHead | None) -> ScaleDecision:
         """How much of it all to keep; nothing is a valid answer."""
         schedule, places, head = self.schedule, predicting_places(self.given.text.search), trainee.head
         text = search_text(self.given.text, schedule.beginning, self.passes).open(self.placement.torch_dtype)

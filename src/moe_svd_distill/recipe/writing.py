@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -31,7 +31,7 @@ def recipe_schema() -> dict[str, Any]:
     return Recipe.model_json_schema()
 
 
-def _lines(section: Section, values: dict[str, Any], without: Collection[str] = ()) -> Iterator[str]:
+def _lines(section: Section, values: Mapping[str, Any], without: Collection[str] = ()) -> Iterator[str]:
     for key, field in type(section).model_fields.items():
         inner, taken = getattr(section, key), allowed(field)
         own = isinstance(inner, Section)
@@ -45,10 +45,10 @@ def _lines(section: Section, values: dict[str, Any], without: Collection[str] = 
             yield from (f"# {line}" if key in without else line for line in written)
 
 
-def supplied_values(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+def supplied_values(recipe: Recipe) -> tuple[Mapping[str, object], Mapping[str, object]]:
     """What the recipe has of its preset, and what was given otherwise in place of it."""
-    taken: dict[str, Any] = {}
-    otherwise: dict[str, Any] = {}
+    taken: dict[str, object] = {}
+    otherwise: dict[str, object] = {}
     for key, value in (PRESETS[recipe.preset] if recipe.preset else {}).items():
         found = getattr(recipe, key)
         (taken if found == value else otherwise)[key] = found

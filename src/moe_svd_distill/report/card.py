@@ -112,7 +112,7 @@ def _done(record: RunRecord) -> Iterator[str]:
             f"{recipe.depth_map or 'as recorded'}, {recipe.interpolation} interpolation)."
         )
     lines += _projections(record)
-    if recipe.expert_clusters and any(unit.experts for unit in record.units):
+    if recipe.expert_clusters and any(unit.get("experts") for unit in record.units):
         lines.append(
             f"- Experts: fingerprints ({recipe.expert_fingerprint}), k-means into clusters "
             f"({recipe.expert_clusters}), {recipe.expert_assignment} assignment to the student's experts, "

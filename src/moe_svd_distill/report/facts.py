@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -11,8 +12,11 @@ from typing import Literal, TypeAlias
 
 from moe_svd_distill.report.figures import number
 from moe_svd_distill.report.record import RunRecord, TrainingRecord
+from moe_svd_distill.transfer.facts import TensorFacts
 
 Side: TypeAlias = Literal["teacher", "student"]
+Shown: TypeAlias = Literal["relative_delta", "residual", "matched_similarity"]
+"""Fields of a tensor that are drawn."""
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 ENDS = "ends"
@@ -70,8 +74,8 @@ def nothing_kept(record: RunRecord) -> str | None:
 
 def fate_counts(record: RunRecord) -> list[tuple[str, int]]:
     """Why tensors were left as they are, most frequent first."""
-    kept = (tensor for tensor in record.tensors if tensor.fate != "lora")
-    return Counter(tensor.reason or "no reason recorded" for tensor in kept).most_common()
+    kept = (tensor for tensor in record.tensors if not _changed(tensor))
+    return Counter(tensor.get("reason") or "no reason recorded" for tensor in kept).most_common()
 
 
 def unused_counts(record: RunRecord) -> list[tuple[str, int, str]]:
@@ -83,22 +87,21 @@ def unused_counts(record: RunRecord) -> list[tuple[str, int, str]]:
 
 def lora_count(record: RunRecord) -> int:
     """Tensors that carry a delta."""
-    return sum(tensor.fate == "lora" for tensor in record.tensors)
+    return sum(map(_changed, record.tensors))
 
 
 def ranks(record: RunRecord) -> dict[str, tuple[int, int]]:
     """Lowest and highest rank of body and head."""
     found: dict[str, list[int]] = {}
     for tensor in record.tensors:
-        if tensor.fate == "lora" and tensor.rank:
-            found.setdefault("head" if tensor.role == "head" else "body", []).append(tensor.rank)
+        if _changed(tensor) and (rank := tensor.get("rank")):
+            found.setdefault("head" if tensor.get("role") == "head" else "body", []).append(rank)
     return {part: (min(values), max(values)) for part, values in sorted(found.items())}
 
 
 def serving_rank(record: RunRecord) -> int:
     """The highest rank a server meets; gate and up of experts are one module there and their ranks add up."""
-    found = (tensor.rank * (2 if tensor.role.startswith("experts.") else 1) for tensor in record.tensors if tensor.rank)
-    return max(found, default=0)
+    return max((tensor.get("rank", 0) * _modules(tensor) for tensor in record.tensors), default=0)
 
 
 def vllm_rank(record: RunRecord) -> int | None:
@@ -106,19 +109,18 @@ def vllm_rank(record: RunRecord) -> int | None:
     return next((rank for rank in VLLM_RANKS if rank >= serving_rank(record)), None)
 
 
-def grid(record: RunRecord, field: str) -> Grid | None:
+def grid(record: RunRecord, field: Shown) -> Grid | None:
     """Mean of a field over the tensors of each role in each layer; None if no tensor has it."""
     cells: dict[tuple[str, str], list[float]] = {}
-    changed = [tensor for tensor in record.tensors if tensor.fate == "lora"]
-    for tensor in changed:
-        value = getattr(tensor, field)
-        if value is not None:
-            cells.setdefault((tensor.role, ENDS if tensor.layer is None else str(tensor.layer)), []).append(value)
+    changed = [(tensor.get("role", "?"), _layer(tensor), tensor) for tensor in record.tensors if _changed(tensor)]
+    for role, layer, tensor in changed:
+        if field in tensor:
+            cells.setdefault((role, ENDS if layer is None else str(layer)), []).append(tensor[field])
     if not cells:
         return None
-    layers = [str(layer) for layer in sorted({tensor.layer for tensor in changed if tensor.layer is not None})]
-    columns = (*layers, ENDS) if any(tensor.layer is None for tensor in changed) else tuple(layers)
-    roles = tuple(dict.fromkeys(tensor.role for tensor in changed))
+    layers = [str(layer) for layer in sorted({layer for _, layer, _ in changed if layer is not None})]
+    columns = (*layers, ENDS) if any(layer is None for _, layer, _ in changed) else tuple(layers)
+    roles = tuple(dict.fromkeys(role for role, _, _ in changed))
     return Grid(roles, columns, tuple(tuple(_mean(cells.get((role, column))) for column in columns) for role in roles))
 
 
@@ -154,26 +156,28 @@ def _trained(training: TrainingRecord) -> str:
     steps, last = training.steps, training.curve[-1] if training.curve else None
     reached, seen = (last.step, last.tokens) if last else (None, None)
     text = f"Trained on {training.trained_on_tokens:,} tokens"
-    if training.epochs:
-        text += f", {training.epochs:g} times over"
+    if training.settings and math.isfinite(training.settings.epochs):
+        text += f", {training.settings.epochs:g} times over"
     if steps:
         text += f", in {steps:,} steps" if reached in (None, steps) else f", in {reached:,} of {steps:,} steps"
     if steps and reached and seen:  # a step takes whole sequences, which may be fewer tokens than the settings say
         text += f" of {seen // reached:,} tokens"
     if training.training_seconds:
         text += f", for {training.training_seconds:,.0f} seconds"
-    if training.devices:
-        named = [f"{n} × {device}" if n > 1 else device for device, n in Counter(training.devices).items()]
-        text += f", {'in memory' if training.resident else 'one layer in memory at a time'}, on {', '.join(named)}"
+    where = training.placement
+    if where and where.devices:
+        named = [f"{n} × {device}" if n > 1 else device for device, n in Counter(where.devices).items()]
+        text += f", {'in memory' if where.resident else 'one layer in memory at a time'}, on {', '.join(named)}"
     return f"{text}; {_ENDED.get(training.ended, training.ended)}." if training.ended else f"{text}."
 
 
 def _rate(training: TrainingRecord) -> str:
-    if not training.rate or not training.rate_trials:
+    if not training.settings or not training.rate_trials:
         return ""
+    rate = training.settings.rate
     began = "where training began" if training.rate_tried_from_start else "with the untouched student"
     trials = len(training.rate_trials)
-    return f"The learning rate, {training.rate:.2g}, was the best of {trials} in short trials that began {began}."
+    return f"The learning rate, {rate:.2g}, was the best of {trials} in short trials that began {began}."
 
 
 def _kept(training: TrainingRecord) -> str:
@@ -183,7 +187,22 @@ def _kept(training: TrainingRecord) -> str:
     before, after = number(training.curve[0].kl), number(kept.kl)
     if training.best == 0:
         return f"KL on calibration text was {before} before and never lower, so nothing of the training was kept."
-    return f"KL on calibration text fell from {before} to {after} at step {kept.step or 0:,}, which was kept."
+    return f"KL on calibration text fell from {before} to {after} at step {kept.step:,}, which was kept."
+
+
+def _changed(tensor: TensorFacts) -> bool:
+    return tensor.get("fate") == "lora"
+
+
+def _layer(tensor: TensorFacts) -> int | None:
+    """Its decoder layer; None for what lies around them."""
+    layer = tensor.get("layer")
+    return layer if isinstance(layer, int) else None
+
+
+def _modules(tensor: TensorFacts) -> int:
+    """How many times over a server counts its rank."""
+    return 2 if tensor.get("role", "").startswith("experts.") else 1
 
 
 def _mean(values: Sequence[float] | None) -> float | None:

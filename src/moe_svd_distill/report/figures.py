@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from moe_svd_distill.algebra.figures import Interval
+from moe_svd_distill.algebra.figures import Figures, Interval
+from moe_svd_distill.evaluation.code.result import CodeBenchmark
 from moe_svd_distill.evaluation.uncertainty import GapClosed
-from moe_svd_distill.report.record import CodeRecord, EvaluationRecord, FiguresRecord
+from moe_svd_distill.report.record import EvaluationRecord
 
 FIGURE_COLUMNS = (
     "",
@@ -34,28 +36,30 @@ class Cell(NamedTuple):
 
 def figure_rows(evaluation: EvaluationRecord | None) -> list[tuple[Cell, ...]]:
     """The table of figures: untouched student, adapter, controls, teacher; who was measured, then the columns."""
-    if evaluation is None or evaluation.student is None:
+    found = evaluation.on_text if evaluation else None
+    if found is None:
         return []
     rows = [
-        _figure_row("student", evaluation.student),
-        _figure_row("with this adapter", evaluation.adapted, evaluation.gap_closed),
+        _figure_row("student", found.student),
+        _figure_row("with this adapter", found.adapted, found.gap_closed),
     ]
-    for control in evaluation.controls:
-        rows.append(_figure_row(f"random, seed {_known(control.seed)}", control.figures, control.gap_closed))
-    temperature = evaluation.temperature_control
+    for control in found.controls:
+        rows.append(_figure_row(f"random, seed {control.seed}", control.figures, control.gap_closed))
+    temperature = found.temperature_control
     if temperature:
         name = f"temperature {number(temperature.temperature, 3)}"
         rows.append(_figure_row(name, temperature.figures, temperature.gap_closed))
-    return [*rows, _figure_row("teacher", evaluation.teacher)]
+    return [*rows, _figure_row("teacher", found.teacher)]
 
 
 def text_note(evaluation: EvaluationRecord | None) -> str:
     """On what the figures were measured."""
-    if evaluation is None or evaluation.student is None:
+    found = evaluation.on_text if evaluation else None
+    if evaluation is None or found is None:
         return ""
-    student, temperature = evaluation.student, evaluation.temperature_control
+    student, temperature, left_out = found.student, found.temperature_control, evaluation.held_out
     texts = ", ".join(Path(text).name for text in evaluation.texts)
-    controls = ["random: a random change of the adapter's size"] if evaluation.controls else []
+    controls = ["random: a random change of the adapter's size"] if found.controls else []
     if temperature:
         controls.append(
             "temperature: one temperature on the student's logits alone, fitted on "
@@ -63,22 +67,19 @@ def text_note(evaluation: EvaluationRecord | None) -> str:
         )
     parts = [
         f"{student.tokens:,} predicted tokens of held-out text{f' ({texts})' if texts else ''}",
-        f"sequences of {evaluation.sequence_length} tokens" if evaluation.sequence_length else "",
-        f"± is one standard error over {_known(student.documents)} {evaluation.unit}",
+        f"sequences of {found.sequence_length} tokens" if found.sequence_length else "",
+        f"± is one standard error over {student.documents} {found.unit}",
     ]
-    used, of_groups, repeated = (
-        evaluation.documents_used or 0,
-        evaluation.documents_of_used_groups or 0,
-        evaluation.documents_repeated,
-    )
-    if used or of_groups or repeated:
+    if left_out.anything:
+        repeated = left_out.documents_repeated
         parts.append(
-            f"{used} documents left out that it was made on, {of_groups} of the same sources, "
+            f"{left_out.documents_used} documents left out that it was made on, "
+            f"{left_out.documents_of_used_groups} of the same sources, "
             f"{'an unknown number' if repeated is None else repeated} that mostly repeat them"
         )
-    if evaluation.groups_apart is False:
+    if not left_out.groups_apart:
         parts.append("of the sources it was made on")
-    if evaluation.other_domain:
+    if found.domain is not None and found.domain.different:
         parts.append("calibrated on text of another domain")
     measured = ", ".join(part for part in parts if part)
     ends = ("intervals and whiskers are 95 %", "KL and cross-entropy in nats per token")
@@ -96,16 +97,16 @@ def benchmark_rows(evaluation: EvaluationRecord | None) -> list[tuple[Cell, ...]
             _with_error(score.adapted, score.adapted_error),
             _with_error(score.change, score.change_error, "+"),
         )
-        for score in evaluation.scores
+        for score in (evaluation.benchmarks.scores if evaluation.benchmarks else ())
     ]
     code: list[tuple[Cell, ...]] = [
         (
             Cell(f"{name}, pass@1"),
-            Cell(number(found.student)),
-            Cell(number(found.adapted)),
+            Cell(number(found.student.pass_at_1)),
+            Cell(number(found.adapted.pass_at_1)),
             Cell(
-                "–" if found.change is None else f"{found.change:+.4f}",
-                "" if found.low is None or found.high is None else f"{found.low:+.4f} … {found.high:+.4f}",
+                number(found.change.change, sign="+"),
+                f"{found.change.low:+.4f} … {found.change.high:+.4f}" if math.isfinite(found.change.low) else "",
             ),
         )
         for name, found in evaluation.code_benchmarks.items()
@@ -123,27 +124,30 @@ def benchmark_notes(evaluation: EvaluationRecord | None) -> list[str]:
     """How the benchmarks were run, or that none was."""
     if evaluation is None:
         return []
-    if not evaluation.scores and not evaluation.code_benchmarks:
+    found = evaluation.benchmarks
+    scored = found is not None and found.scores
+    if not scored and not evaluation.code_benchmarks:
         return [NO_TASKS]
     harness = []
-    if evaluation.scores:
-        limit = f", at most {evaluation.score_limit} examples of each task" if evaluation.score_limit else ""
+    if found is not None and scored:
+        limit = f", at most {found.limit} examples of each task" if found.limit else ""
         harness = [
-            f"By lm-evaluation-harness {_known(evaluation.harness)} in {_known(evaluation.score_dtype)}{limit}; ± is "
+            f"By lm-evaluation-harness {found.harness} in {found.dtype}{limit}; ± is "
             "one standard error, that of the change paired over examples."
         ]
     return harness + [code_note(found) for found in evaluation.code_benchmarks.values()]
 
 
-def code_note(found: CodeRecord) -> str:
+def code_note(found: CodeBenchmark) -> str:
     """How programming problems were completed and run, and what became of those that failed."""
-    network = "no network" if found.without_network else "the network within reach"
-    files = "their own folder" if found.files_guarded else "whatever their user may change"
+    network = "no network" if found.guards.network else "the network within reach"
+    files = "their own folder" if found.guards.files else "whatever their user may change"
+    p_value = number(found.change.p_value, 3)
     parts = [
-        f"{found.name}: {_known(found.problems)} problems of {found.source}, one greedy completion each of the plain "
-        f"prompt in {_known(found.dtype)}, at most {_known(found.token_limit)} tokens",
-        "" if found.teacher is None else f"the teacher passes {number(found.teacher)}",
-        f"{len(found.gained)} problems gained and {len(found.lost)} lost, McNemar's exact p {number(found.p_value, 3)}",
+        f"{found.name}: {found.problems} problems of {found.source}, one greedy completion each of the plain "
+        f"prompt in {found.settings.dtype}, at most {found.settings.limit} tokens",
+        "" if found.teacher is None else f"the teacher passes {number(found.teacher.pass_at_1)}",
+        f"{len(found.gained)} problems gained and {len(found.lost)} lost, McNemar's exact p {p_value}",
         "the interval is 95 %, exact and paired over problems",
         _failures(found),
         f"programs had {network} and could change {files}",
@@ -151,33 +155,32 @@ def code_note(found: CodeRecord) -> str:
     return "; ".join(part for part in parts if part) + "."
 
 
-def number(value: float | None, digits: int = 4) -> str:
+def number(value: float, digits: int = 4, sign: str = "") -> str:
     """A number to show, or a dash."""
-    return "–" if value is None else f"{value:.{digits}f}"
+    return f"{value:{sign}.{digits}f}" if math.isfinite(value) else "–"
 
 
-def _failures(found: CodeRecord) -> str:
-    if not found.reasons:
+def _failures(found: CodeBenchmark) -> str:
+    adapted = found.adapted
+    if not adapted.reasons:
         return ""
-    common = sorted(found.reasons.items(), key=lambda item: (-item[1], item[0]))[:_ERRORS_SHOWN]
+    common = sorted(adapted.reasons.items(), key=lambda item: (-item[1], item[0]))[:_ERRORS_SHOWN]
     named = ", ".join(f"{reason} {count}" for reason, count in common)
-    return f"the adapted student's failures are mostly {named}, and {_known(found.unfinished)} met the limit"
+    return f"the adapted student's failures are mostly {named}, and {adapted.unfinished} met the limit"
 
 
-def _figure_row(name: str, figures: FiguresRecord | None, gap: GapClosed | None = None) -> tuple[Cell, ...]:
+def _figure_row(name: str, figures: Figures, gap: GapClosed | None = None) -> tuple[Cell, ...]:
     gaps = (
         (Cell(""), Cell(""))
         if gap is None
         else (_percent(gap.kl, gap.kl_interval), _percent(gap.cross_entropy, gap.cross_entropy_interval))
     )
-    if figures is None:
-        return (Cell(name), Cell("–"), Cell("–"), *gaps, Cell("–"), Cell("–"))
     return (
         Cell(name),
         _with_interval(figures.kl, figures.kl_error, figures.kl_interval),
         _with_interval(figures.cross_entropy, figures.cross_entropy_error, figures.cross_entropy_interval),
         *gaps,
-        Cell("–" if figures.top1_agreement is None else f"{figures.top1_agreement:.1%}"),
+        Cell(f"{figures.top1_agreement:.1%}" if math.isfinite(figures.top1_agreement) else "–"),
         Cell(number(figures.perplexity, 2)),
     )
 
@@ -188,17 +191,12 @@ def _percent(value: float | None, interval: Interval | None) -> Cell:
     )
 
 
-def _with_interval(value: float | None, error: float | None, interval: Interval | None) -> Cell:
+def _with_interval(value: float, error: float, interval: Interval | None) -> Cell:
     if interval and interval.high:
         return Cell(number(value), f"{interval.low:.3f} … {interval.high:.3f}")
     return _with_error(value, error)
 
 
-def _with_error(value: float | None, error: float | None, sign: str = "") -> Cell:
-    if value is None:
-        return Cell("–")
-    return Cell(f"{value:{sign}.4f}", f"± {error:.4f}" if error is not None and error > 0 else "")
-
-
-def _known(value: Any) -> Any:
-    return "?" if value is None else value
+def _with_error(value: float, error: float | None, sign: str = "") -> Cell:
+    known = math.isfinite(value) and error is not None and error > 0
+    return Cell(number(value, sign=sign), f"± {error:.4f}" if known else "")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
+from moe_svd_distill.evaluation.guard import TrialFigures
 from moe_svd_distill.report import facts, figures
 from moe_svd_distill.report.figures import Cell, number
-from moe_svd_distill.report.record import EvaluationRecord, ModelRecord, RunRecord, TrialRecord
+from moe_svd_distill.report.record import EvaluationRecord, ModelRecord, RunRecord
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _TRIAL_COLUMNS = ("scale", "KL", "falls by", "cross-entropy", "falls by")
@@ -48,8 +50,8 @@ def html_report(record: RunRecord) -> str:
         benchmarks=figures.benchmark_rows(evaluation),
         benchmark_notes=figures.benchmark_notes(evaluation),
         continuations=_continuations(evaluation),
-        not_written=evaluation.continuations.skipped if evaluation and evaluation.continuations else {},
-        notes=evaluation.notes if evaluation else (),
+        not_written=evaluation.on_text.continuations.skipped if evaluation and evaluation.on_text else {},
+        notes=evaluation.held_out.notes if evaluation else (),
         training=facts.training_note(record),
         decision=record.scale_search.decision,
         trial_columns=_TRIAL_COLUMNS,
@@ -71,9 +73,9 @@ def html_report(record: RunRecord) -> str:
 
 def _continuations(evaluation: EvaluationRecord | None) -> list[tuple[str, list[tuple[str, str]]]]:
     """Each passage with who wrote what behind it."""
-    written = evaluation.continuations if evaluation else None
-    if written is None:
+    if evaluation is None or evaluation.on_text is None:
         return []
+    written = evaluation.on_text.continuations
     return [
         (
             prompt,
@@ -136,12 +138,12 @@ def _tone(record: RunRecord) -> str:
     return "bad" if facts.nothing_kept(record) == "harm" else "neutral"
 
 
-def _trial(trial: TrialRecord) -> tuple[Cell, ...]:
+def _trial(trial: TrialFigures) -> tuple[Cell, ...]:
     scales = trial.scales
     same = len(set(scales.values())) == 1
     named = "all " + f"{next(iter(scales.values())):g}" if same else ", ".join(f"{g} {s:g}" for g, s in scales.items())
     falls = ((trial.kl_fall, trial.kl_fall_error), (trial.cross_entropy_fall, trial.cross_entropy_fall_error))
-    kl, entropy = (Cell(number(fall), "" if error is None else f"± {error:.4f}") for fall, error in falls)
+    kl, entropy = (Cell(number(fall), f"± {error:.4f}" if math.isfinite(error) else "") for fall, error in falls)
     return Cell(named), Cell(number(trial.kl)), kl, Cell(number(trial.cross_entropy)), entropy
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,13 +84,14 @@ def _results(evaluation: EvaluationRecord) -> Iterator[EvalResult]:
     kind = "text-generation"
     texts = ", ".join(Path(text).name for text in evaluation.texts)
     named = f"held-out text{f' ({texts})' if texts else ''}"
+    adapted = evaluation.on_text.adapted if evaluation.on_text else None
     for field, (metric, words) in _METRICS.items():
-        if evaluation.adapted and (value := getattr(evaluation.adapted, field)) is not None:
+        if adapted and math.isfinite(value := getattr(adapted, field)):
             yield EvalResult(kind, "held-out-text", named, metric, round(value, 6), metric_name=words)
-    for score in evaluation.scores:
-        if score.adapted is not None:
+    for score in evaluation.benchmarks.scores if evaluation.benchmarks else ():
+        if math.isfinite(score.adapted):
             yield EvalResult(kind, score.task, score.task, score.metric, score.adapted)
     for name, found in evaluation.code_benchmarks.items():
-        if found.adapted is not None:
+        if math.isfinite(found.adapted.pass_at_1):
             own = "openai/openai_humaneval" if name == "humaneval" else "programming-problems"
-            yield EvalResult(kind, own, Path(name).name, "pass@1", found.adapted)
+            yield EvalResult(kind, own, Path(name).name, "pass@1", found.adapted.pass_at_1)

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from io import BytesIO
 from typing import Any
 
+from moe_svd_distill.evaluation.scale_search import ScaleDecision
 from moe_svd_distill.report.facts import Grid
-from moe_svd_distill.report.record import EvaluationRecord, FitRecord, SearchRecord, TrainingRecord
+from moe_svd_distill.report.record import EvaluationRecord, FitRecord, TrainingRecord
 
 _GREY, _BLUE, _ORANGE, _GREEN, _RED = "#7d8590", "#1f6feb", "#cf7c18", "#2da44e", "#cf222e"
 _INK, _FAINT = "#010203", (0.5, 0.5, 0.5, 0.25)
@@ -38,19 +39,20 @@ def figures_picture(evaluation: EvaluationRecord | None, kind: str = "svg") -> b
 
     None without figures.
     """
-    if evaluation is None or evaluation.teacher is None or evaluation.teacher.cross_entropy is None:
+    found = evaluation.on_text if evaluation else None
+    if found is None or not math.isfinite(found.teacher.cross_entropy):
         return None
-    measured = [("student", evaluation.student, _GREY), ("adapter", evaluation.adapted, _BLUE)]
-    measured += [(f"random {each.seed}", each.figures, _ORANGE) for each in evaluation.controls]
+    measured = [("student", found.student, _GREY), ("adapter", found.adapted, _BLUE)]
+    measured += [(f"random {each.seed}", each.figures, _ORANGE) for each in found.controls]
     rows = [
-        (name, colour, (found.kl, _whisker(found.kl_error)), (found.cross_entropy, _whisker(found.cross_entropy_error)))
-        for name, found, colour in measured
-        if found is not None and found.kl is not None and found.cross_entropy is not None
+        (name, colour, (each.kl, _whisker(each.kl_error)), (each.cross_entropy, _whisker(each.cross_entropy_error)))
+        for name, each, colour in measured
+        if math.isfinite(each.kl) and math.isfinite(each.cross_entropy)
     ]
     if len(rows) < len(measured):
         return None
     names, colours, kl, entropy = zip(*rows, strict=True)
-    teacher, places = evaluation.teacher.cross_entropy, list(range(len(rows)))[::-1]
+    teacher, places = found.teacher.cross_entropy, list(range(len(rows)))[::-1]
     with _figure(_WIDTH, 1.5 + 0.4 * len(rows)) as figure:
         upper, lower = figure.subplots(2, 1)
         values, errors = zip(*kl, strict=True)
@@ -72,7 +74,7 @@ def figures_picture(evaluation: EvaluationRecord | None, kind: str = "svg") -> b
         return _file(figure, kind)
 
 
-def scale_picture(search: SearchRecord, kind: str = "svg") -> bytes | None:
+def scale_picture(search: ScaleDecision, kind: str = "svg") -> bytes | None:
     """How far KL and cross-entropy fall as the whole adapter is turned up; None if that was not tried."""
     alike = [trial for trial in search.trials if len(set(trial.scales.values())) == 1]
     points = sorted(((next(iter(trial.scales.values())), trial) for trial in alike), key=lambda point: point[0])
@@ -86,7 +88,9 @@ def scale_picture(search: SearchRecord, kind: str = "svg") -> bytes | None:
         kl = [(trial.kl_fall, trial.kl_fall_error) for _, trial in points]
         entropy = [(trial.cross_entropy_fall, trial.cross_entropy_fall_error) for _, trial in points]
         for found, colour, name in ((kl, _BLUE, "KL"), (entropy, _ORANGE, "cross-entropy")):
-            falls, errors = [fall for fall, _ in found], [3 * (error or 0) for _, error in found]
+            falls, errors = zip(
+                *((fall, 3 * error if math.isfinite(error) else 0.0) for fall, error in found), strict=True
+            )
             axes.errorbar(scales, falls, yerr=errors, fmt="o-", color=colour, capsize=3, markersize=4, label=name)
         axes.set(title="What falls when the adapter is turned up", xlabel="scale of the whole adapter")
         axes.set_ylabel("fall, nats per token\n(above 0 is better)")
@@ -110,7 +114,8 @@ def curve_picture(training: TrainingRecord | None, kind: str = "svg") -> bytes |
     points = [point for point in training.curve if _finite(point.kl)] if training else []
     if training is None or len(points) < 2:
         return None
-    alike = training.divergence in (None, "forward") and not training.cross_entropy_share
+    how = training.settings
+    alike = how is None or (how.divergence == "forward" and not how.cross_entropy_share)
     with _figure(_WIDTH, 2.9) as figure:
         axes = figure.subplots()
         tokens, kl = zip(*((point.tokens, point.kl) for point in points), strict=True)
@@ -246,9 +251,9 @@ def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _whisker(error: float | None) -> float:
+def _whisker(error: float) -> float:
     """Half of a 95 % interval."""
-    return 1.96 * (error or 0.0)
+    return 1.96 * error if math.isfinite(error) else 0.0
 
 
 @contextmanager

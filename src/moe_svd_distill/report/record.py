@@ -1,40 +1,45 @@
-"""What run.json and evaluation.json hold, as far as anything reads it: typed, and without what is not known here.
+"""What run.json and evaluation.json hold: typed, in the classes that write it, as far as anything reads it.
 
-The files may be older than this code or damaged: keys that are not known are passed over, and what is missing is None
-or empty, in the classes of other rooms too.
+The files may be older than this code or damaged (see `files.typed`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from moe_svd_distill.adapter.adapter_file import read_json
-from moe_svd_distill.algebra.figures import Interval
-from moe_svd_distill.evaluation.uncertainty import GapClosed
+from moe_svd_distill.evaluation.code.result import CodeBenchmark
+from moe_svd_distill.evaluation.result import Benchmarks, Effect, Evaluation
+from moe_svd_distill.evaluation.scale_search import ScaleDecision
 from moe_svd_distill.files.names import EVALUATION_FILE, RECORD_FILE
+from moe_svd_distill.files.typed import at, read_as
 from moe_svd_distill.files.writing import write_json
-from moe_svd_distill.report.typed import at
-from moe_svd_distill.report.typed import read_as as read_as
+from moe_svd_distill.training.progress import Point
+from moe_svd_distill.training.settings import Placement, TrainingSettings
+from moe_svd_distill.training.trials import Trial
+from moe_svd_distill.transfer.facts import TensorFacts, UnitFacts
 
 _FILES = (RECORD_FILE, EVALUATION_FILE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecord:
-    """Teacher or student: sizes as its configuration has them, 0 or None for none; its licence as its card has it."""
+    """Teacher or student: sizes as its configuration has them, 0 for none; its licence as its card has it."""
 
-    source: str = ""
-    family: str | None
+    source: str
+    family: str
     fingerprint: str | None
-    bytes: int | None
-    layers: int | None
-    hidden: int | None
-    experts: int | None
-    vocabulary: int | None
+    bytes: int
+    layers: int
+    hidden: int
+    experts: int
+    vocabulary: int
     license: str | None
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,213 +63,114 @@ class RecipeRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TensorRecord:
-    """What became of one student tensor.
+class FitRecord:
+    """How the calibrated stage went.
 
     Attributes:
-        layer: None for embeddings and head.
-        fate: ``lora`` or ``kept``.
-        reason: Why it was kept.
-        relative_delta: ‖ΔW‖ / ‖W‖ of the student.
-        residual: ‖ΔW − BA‖ / ‖ΔW‖.
-        matched_similarity: Of neurons, heads or experts that were matched.
+        fitted_on_places: Places of the text that it was fitted on.
+        kl_by_pass: KL on other text, before the first pass and after each.
+        best_pass: The one that was kept.
+        step_size: The head's, as it was at the end.
+        last_layers: How many were fitted with the head.
     """
 
-    name: str = "?"
-    role: str = "?"
-    layer: int | None
-    fate: str | None
-    reason: str | None
-    rank: int | None
-    relative_delta: float | None
-    residual: float | None
-    matched_similarity: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnitRecord:
-    """One unit of the weights stage: how experts were clustered, and counts by tensor of what could not be used."""
-
-    experts: Mapping[str, Any]
-    replaced_by_zero: Mapping[str, int]
-    norm_channels_not_folded: Mapping[str, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrialRecord:
-    """One setting of the scale search: its figures and what fell, in nats per token, with errors over documents."""
-
-    scales: Mapping[str, float]
-    kl: float
-    cross_entropy: float
-    kl_fall: float
-    kl_fall_error: float
-    cross_entropy_fall: float
-    cross_entropy_fall_error: float
-    documents: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchRecord:
-    """The scale search.
-
-    Attributes:
-        kind: ``kept``, or why nothing was kept; None where nothing was measured.
-        used_documents: Digests of the documents the adapter was made on, which an evaluation leaves out.
-        used_groups: Their sources.
-    """
-
-    decision: str = ""
-    kind: str | None
-    scales: Mapping[str, float]
-    trials: tuple[TrialRecord, ...]
-    used_documents: tuple[str, ...]
-    used_groups: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CurvePoint:
-    """A point of the training curve; loss is None at the beginning."""
-
-    step: int | None
-    tokens: int | None
-    loss: float | None
-    kl: float | None
+    fitted_on_places: int
+    copies_reason: str
+    kl_by_pass: tuple[float, ...]
+    best_pass: int | None
+    ended: str
+    halvings: int
+    passes_resumed: int
+    passes_rejected: tuple[str, ...]
+    step_size: float
+    last_layers: int
+    last_layers_reason: str
+    last_layers_step_size: float | None
+    last_layers_matrices: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRecord:
-    """How the refined stage trained; `best` is the place in the curve of what was kept."""
+    """How the refined stage trained; what of it is measured in bytes and seconds is as in `TrainingReport`.
 
-    trained_on_tokens: int = 0
-    steps: int | None
-    training_seconds: float | None
-    ended: str = ""
-    curve: tuple[CurvePoint, ...]
+    Attributes:
+        best: The place in the curve of what was kept.
+        matrices: How many were trained.
+        start_pairs: How many of these the start had changed.
+    """
+
+    curve: tuple[Point, ...]
     best: int | None
-    epochs: float | None = at("settings.epochs")
-    rate: float | None = at("settings.rate")
-    divergence: str | None = at("settings.divergence")
-    cross_entropy_share: float | None = at("settings.cross_entropy_share")
-    rate_trials: tuple[Any, ...]
-    rate_tried_from_start: bool = False
-    resident: bool | None = at("placement.resident")
-    devices: tuple[str, ...] = at("placement.devices")
+    steps: int
+    ended: str
+    training_seconds: float = 0.0
+    resumed_at_step: int
+    bytes_read: int
+    seconds_reading: float
+    seconds_waiting: float
+    peak_anonymous_bytes: int
+    peak_device_bytes: int
+    saves_rejected: tuple[str, ...]
+    settings: TrainingSettings | None
+    rate_trials: tuple[Trial, ...]
+    rate_tried_from_start: bool
+    placement: Placement | None
+    matrices: int
+    head: str
+    trained_on_tokens: int = 0
+    start_pairs: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitRecord:
-    """How the calibrated stage went: KL on other text before the first pass and after each; which was kept."""
+class LeftOut:
+    """What of a text was left out because the adapter was made on it, and what was found when it was read.
 
-    kl_by_pass: tuple[float, ...]
-    best_pass: int | None
-    fitted_on_places: int | None
-    ended: str = ""
+    Attributes:
+        documents_used: Documents the adapter was made on.
+        documents_of_used_groups: Others of the same sources.
+        documents_repeated: Others of which most words stand in what the adapter was made on, in blocks of 30 words
+            (about 50 tokens) without regard to case, punctuation and white space; None if that is not known, because
+            that text is not here.
+        groups_apart: Whether documents of the same sources could be left out; if nothing else is left, they stay.
+        read: Counts of what was read.
+        notes: What people should know of the text.
+    """
 
+    documents_used: int
+    documents_of_used_groups: int
+    documents_repeated: int | None
+    groups_apart: bool = True
+    read: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
-@dataclass(frozen=True, kw_only=True)
-class FiguresRecord:
-    """The figures of one model: `Figures` as JSON, where what is not finite is None."""
-
-    kl: float | None
-    kl_error: float | None
-    kl_interval: Interval | None
-    cross_entropy: float | None
-    cross_entropy_error: float | None
-    cross_entropy_interval: Interval | None
-    perplexity: float | None
-    top1_agreement: float | None
-    tokens: int = 0
-    documents: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ControlRecord:
-    """A control: a random delta, which has a seed, or a temperature, fitted on some of the text."""
-
-    seed: int | None
-    temperature: float | None
-    fitted_on: str = "?"
-    figures: FiguresRecord | None
-    gap_closed: GapClosed | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreRecord:
-    """One metric of one task of the lm-evaluation-harness; the error of the change is paired over examples."""
-
-    task: str = "?"
-    metric: str = "?"
-    filter: str = "none"
-    student: float | None
-    student_error: float | None
-    adapted: float | None
-    adapted_error: float | None
-    change: float | None
-    change_error: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class CodeRecord:
-    """Programming problems: shares that pass, and how the adapted student's programs failed."""
-
-    name: str = "?"
-    source: str = "?"
-    problems: int | None
-    gained: tuple[str, ...]
-    lost: tuple[str, ...]
-    student: float | None = at("student.pass_at_1")
-    adapted: float | None = at("adapted.pass_at_1")
-    teacher: float | None = at("teacher.pass_at_1")
-    reasons: Mapping[str, int] = at("adapted.reasons")
-    unfinished: int | None = at("adapted.unfinished")
-    change: float | None = at("change.change")
-    low: float | None = at("change.low")
-    high: float | None = at("change.high")
-    p_value: float | None = at("change.p_value")
-    dtype: str | None = at("settings.dtype")
-    token_limit: int | None = at("settings.limit")
-    without_network: bool | None = at("guards.network")
-    files_guarded: bool | None = at("guards.files")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ContinuationsRecord:
-    """How the models went on with passages of the text: who wrote to one text for each; who did not, and why."""
-
-    prompts: tuple[str, ...]
-    texts: Mapping[str, tuple[str, ...]]
-    skipped: Mapping[str, str]
-    new_tokens: int = 0
+    @property
+    def anything(self) -> bool:
+        """Whether something was left out."""
+        return bool(self.documents_used or self.documents_of_used_groups or self.documents_repeated)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRecord:
-    """What `evaluate` found: figures, benchmarks, or both."""
+    """What `evaluate` found, as evaluation.json holds it: figures on text, benchmarks, or both.
 
-    effect: str | None
-    verdict: str | None
-    student: FiguresRecord | None
-    adapted: FiguresRecord | None
-    teacher: FiguresRecord | None
-    gap_closed: GapClosed | None
-    controls: tuple[ControlRecord, ...]
-    temperature_control: ControlRecord | None
-    sequence_length: int | None
-    unit: str = "documents"
+    Attributes:
+        content: All of evaluation.json.
+        verdict: Empty where no text was read.
+        texts: Files and folders.
+    """
+
+    content: Mapping[str, Any] = at("")
+    effect: Effect | None
+    verdict: str
     texts: tuple[str, ...]
-    documents_used: int | None = at("held_out.documents_used")
-    documents_of_used_groups: int | None = at("held_out.documents_of_used_groups")
-    documents_repeated: int | None = at("held_out.documents_repeated")
-    groups_apart: bool | None = at("held_out.groups_apart")
-    other_domain: bool | None = at("domain.different")
-    scores: tuple[ScoreRecord, ...] = at("benchmarks.scores")
-    score_limit: int | None = at("benchmarks.limit")
-    score_dtype: str | None = at("benchmarks.dtype")
-    harness: str | None = at("benchmarks.harness")
-    code_benchmarks: Mapping[str, CodeRecord]
-    continuations: ContinuationsRecord | None
-    notes: tuple[str, ...] = at("held_out.notes")
+    held_out: LeftOut
+    benchmarks: Benchmarks | None
+    code_benchmarks: Mapping[str, CodeBenchmark]
+
+    @cached_property
+    def on_text(self) -> Evaluation | None:
+        """What was measured on text; None where nothing was."""
+        return read_as(Evaluation, self.content) if self.content.get("adapted") else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +182,7 @@ class RunRecord:
         transferred: Whether anything was; None where no calibration text was given, so that nobody knows.
         depth_map: Student layer, and the teacher layers it is set against with their weights.
         base_model: What adapter_config.json names.
-        calibration: Of the calibrated stage; empty without one.
+        calibration: Of the calibrated stage; of other runs without passes.
         refinement: None without a refined stage.
         evaluation: None before `evaluate`, which keeps it in evaluation.json.
     """
@@ -284,7 +190,7 @@ class RunRecord:
     content: Mapping[str, Any] = at("")
     teacher: ModelRecord
     student: ModelRecord
-    base_model: str = ""
+    base_model: str
     recipe: RecipeRecord
     method: str | None
     depth_map: tuple[Any, ...]
@@ -293,11 +199,11 @@ class RunRecord:
     projections: Mapping[str, int] = at("summary.projections")
     projection_fallbacks: Mapping[str, str] = at("summary.projection_fallbacks")
     alignments: Mapping[str, int] = at("summary.alignments")
-    tensors: tuple[TensorRecord, ...]
-    units: tuple[UnitRecord, ...]
+    tensors: tuple[TensorFacts, ...]
+    units: tuple[UnitFacts, ...]
     ignored_student_tensors: Mapping[str, str]
     unused_teacher_tensors: Mapping[str, str]
-    scale_search: SearchRecord
+    scale_search: ScaleDecision
     calibration: FitRecord | None
     refinement: TrainingRecord | None
     evaluation: EvaluationRecord | None

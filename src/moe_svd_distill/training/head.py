@@ -11,15 +11,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from moe_svd_distill.algebra.divergence import divergence_and_gradient, kl_divergence
+from moe_svd_distill.algebra.divergence import divergence_and_gradient
 from moe_svd_distill.algebra.whitening import Whitening
 from moe_svd_distill.streaming import Head
+from moe_svd_distill.training.measuring import StatePairs, summed_kl
 from moe_svd_distill.training.settings import TrainingSettings
 from moe_svd_distill.training.text import Batch
 
 LOGIT_BYTES = 128 << 20
 """Of the logits that are computed at once."""
-_MEASURED = 1024  # places
 
 
 class TrainedHead:
@@ -70,7 +70,6 @@ class TrainedHead:
         """The head as it is now."""
         return replace(self._student, weight=self._weights @ self._metric.inverse)
 
-    @torch.no_grad()
     def divergence(self, states: Tensor, batch: Batch) -> Tensor:
         """Forward KL of the head as it is now from the teacher, summed over the places, in nats; float64.
 
@@ -78,12 +77,7 @@ class TrainedHead:
             states: The student's final states at the places of the batch, (b, d).
             batch: With the teacher's states.
         """
-        head, total = self.head(), torch.zeros((), dtype=torch.float64, device=states.device)
-        for begin in range(0, len(states), _MEASURED):
-            part = slice(begin, begin + _MEASURED)
-            wanted, found = self._teacher.logits(batch.teacher[part]), head.logits(states[part])
-            total += kl_divergence(wanted, found).double().sum()
-        return total
+        return summed_kl(StatePairs.in_step(states, batch.teacher), self.head(), self._teacher)
 
     @torch.no_grad()
     def accumulate_gradients(self, states: Tensor, batch: Batch, places: int) -> Tensor:

@@ -67,6 +67,12 @@ class StatePairs:
     student_position: IntArray
     teacher_position: IntArray
 
+    @classmethod
+    def in_step(cls, student: Tensor, teacher: Tensor) -> StatePairs:
+        """Each of the student's states beside the teacher's of the same number."""
+        every = np.arange(len(student))
+        return cls(student, teacher, every, every)
+
     def __len__(self) -> int:
         return len(self.student_position)
 
@@ -99,12 +105,18 @@ def measure_states(pairs: StatePairs, places: ComparedTokens, student: Head, tea
     return measure_tokens(chunks(), places.unit)
 
 
-def mean_kl(pairs: StatePairs, student: Head, teacher: Head) -> float:
-    """Mean KL(teacher ‖ student) over the common tokens, in nats per place."""
-    total = 0.0
+@torch.no_grad()
+def summed_kl(pairs: StatePairs, student: Head, teacher: Head) -> Tensor:
+    """KL(teacher ‖ student) over the common tokens, summed over the places, in nats; float64."""
+    total = torch.zeros((), dtype=torch.float64, device=student.weight.device)
     for wanted, found in _logits(pairs, student, teacher):
-        total += float(kl_divergence(wanted, found).double().sum())
-    return total / len(pairs)
+        total += kl_divergence(wanted, found).double().sum()
+    return total
+
+
+def mean_kl(pairs: StatePairs, student: Head, teacher: Head) -> float:
+    """The same in nats per place."""
+    return float(summed_kl(pairs, student, teacher)) / len(pairs)
 
 
 @torch.no_grad()

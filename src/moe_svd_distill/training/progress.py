@@ -8,9 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.execution.parts import (
     PartContent,
@@ -21,6 +19,9 @@ from moe_svd_distill.execution.parts import (
     reject_part,
     write_part,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _TURNS = 2
 _DIVERGED = 3.0  # times the KL before training, on the checking text; large rates raise it at first, without harm

@@ -1,10 +1,13 @@
-"""How a student is trained."""
+"""How a student is trained, and where."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    import torch
 
 OptimiserName: TypeAlias = Literal["muon", "adamw"]
 HeadTraining: TypeAlias = Literal["whole", "fixed"]
@@ -78,3 +81,32 @@ class TrainingSettings:
         """Share of the largest rate at step 1 … steps."""
         rising = max(1, math.ceil(self.warm_up * steps))
         return min(1.0, step / rising) * (1 - (step - 1) / steps)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a student is trained.
+
+    Attributes:
+        resident: Whether it is in memory, or one layer of it at a time.
+        devices: One for each process.
+        threads: CPU threads of each process.
+        dtype: Type to compute in.
+        reason: Why, in words.
+        memory_bytes: That a process would take in memory.
+    """
+
+    resident: bool
+    devices: tuple[str, ...]
+    threads: int
+    dtype: str
+    reason: str
+    memory_bytes: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The type."""
+        import torch
+
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found

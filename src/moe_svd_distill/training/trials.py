@@ -10,9 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from moe_svd_distill.training.loop import Training
 from moe_svd_distill.training.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from moe_svd_distill.training.loop import Training
 
 MULTIPLES = (0.5, 1.0, 2.0)
 POLISHING = (0.125, 0.25, 0.5)

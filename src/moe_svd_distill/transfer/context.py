@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,7 +21,8 @@ from moe_svd_distill.algebra.sparsity import keep_largest
 from moe_svd_distill.errors import IncompatiblePairError
 from moe_svd_distill.pairing.unit import TensorTask, UnitOfWork
 from moe_svd_distill.roles import ROLES, Geometry
-from moe_svd_distill.transfer.factors import Delta, TensorFacts
+from moe_svd_distill.transfer.factors import Delta
+from moe_svd_distill.transfer.facts import TensorFacts, UnitFacts
 from moe_svd_distill.transfer.reader import TensorReader
 from moe_svd_distill.transfer.settings import TransferSettings
 
@@ -60,7 +61,7 @@ class UnitContext:
     teacher: Geometry
     student: Geometry
     residual_map: Tensor | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: UnitFacts = field(default_factory=lambda: UnitFacts())
     report: Callable[[float], None] = field(default=lambda fraction: None)
 
     @property

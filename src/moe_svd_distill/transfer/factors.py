@@ -8,47 +8,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import torch
 
 from moe_svd_distill.algebra.dtypes import matmul_dtype
 from moe_svd_distill.algebra.low_rank import LowRank, batched_truncated_svd, rank_for_energy, truncated_svd
+from moe_svd_distill.transfer.facts import TensorFacts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_svd_distill.pairing.unit import TensorTask
     from moe_svd_distill.transfer.settings import TransferSettings
-
-
-class TensorFacts(TypedDict, total=False):
-    """What run.json says of a tensor: who it is, what became of it and how."""
-
-    name: str
-    role: str
-    shape: list[int]
-    expert: int
-    layer: int | str | None
-    fate: str
-    reason: str
-    stage: str
-    format: str
-    rank: int
-    sources: list[list[str | float]]
-    teacher_experts: list[list[float]]
-    projection: str
-    projection_fallback: str
-    alignment: str
-    matched_similarity: float
-    permutation: list[int] | dict[str, list[int]]
-    norm: str
-    kept_entries: float
-    delta_norm: float
-    relative_delta: float
-    residual: float
-    energy: float
-    factorisation: str
 
 
 @dataclass(frozen=True)

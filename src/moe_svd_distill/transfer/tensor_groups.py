@@ -23,13 +23,13 @@ from moe_svd_distill.transfer.context import CORRESPONDENCE, UnitContext, by_rol
 from moe_svd_distill.transfer.expert_matching import Members, group_experts
 from moe_svd_distill.transfer.factors import (
     Delta,
-    TensorFacts,
     TensorOutcome,
     changed,
     factorise,
     factorise_group,
     kept,
 )
+from moe_svd_distill.transfer.facts import TensorFacts
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -11,6 +11,7 @@ from moe_svd_distill.pairing.unit import TensorTask, UnitOfWork
 from moe_svd_distill.roles import Geometry
 from moe_svd_distill.transfer.context import UnitContext, residual_map
 from moe_svd_distill.transfer.factors import TensorOutcome, cut_to_energy, kept
+from moe_svd_distill.transfer.facts import UnitFacts
 from moe_svd_distill.transfer.reader import NonFiniteTensorError, TensorReader
 from moe_svd_distill.transfer.settings import TransferSettings
 from moe_svd_distill.transfer.tensor_groups import (
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from moe_svd_distill.checkpoints import Checkpoint
 
 Group = Callable[[tuple[TensorTask, ...], UnitContext], list[TensorOutcome]]
-Produced: TypeAlias = tuple[dict[str, torch.Tensor], dict[str, Any]]
+Produced: TypeAlias = tuple[dict[str, torch.Tensor], UnitFacts]
 
 
 def transfer_unit(
@@ -102,7 +103,7 @@ def _result(outcomes: list[TensorOutcome], context: UnitContext) -> Produced:
             tensors[f"{outcome.name}#A"] = outcome.right.to(dtype).cpu().contiguous()
             tensors[f"{outcome.name}#B"] = outcome.left.to(dtype).cpu().contiguous()
     unit = context.unit
-    record: dict[str, Any] = {
+    record: UnitFacts = {
         "label": unit.label,
         "layer": unit.layer,
         "teacher_layers": [list(pair) for pair in unit.teacher_layers],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from moe_svd_distill.cli.options import Shown, json_option, shown_options
+from moe_svd_distill.cli.options import Shown, Word, json_option, shown_options
 
 student_option = click.option("--student", help="Folder or hub id of the student; default: the one the adapter names.")
 
@@ -78,7 +78,7 @@ def merge_command(folder: Path, output: Path, student: str | None, shown: Shown)
 @click.option(
     "--format",
     "layout",
-    type=click.Choice(["peft", "plain", "fused", "gguf"]),
+    type=Word(["peft", "plain", "fused", "gguf"]),
     default="peft",
     show_default=True,
     help="peft: for PEFT on transformers 5. plain: stored names alone, for vLLM, SGLang and transformers 4. "

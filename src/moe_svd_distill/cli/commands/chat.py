@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moe_svd_distill.cli.options import json_option
+from moe_svd_distill.cli.options import Number, json_option
 
 if TYPE_CHECKING:
     from moe_svd_distill.pipeline.chat import Speaker
@@ -22,7 +22,7 @@ _NAMES: dict[Speaker, str] = {"student": "student", "adapted": "with the adapter
 @click.option("--student", help="Folder or hub id of the student; default: the one the adapter was made for.")
 @click.option("--untouched", is_flag=True, help="The student without the adapter.")
 @click.option("--side-by-side", is_flag=True, help="The student without the adapter and with it.")
-@click.option("--tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Of an answer, at most.")
+@click.option("--tokens", type=Number(min=1), default=256, show_default=True, help="Of an answer, at most.")
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),

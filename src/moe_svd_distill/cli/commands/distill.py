@@ -67,14 +67,14 @@ def demo_command(output: Path, pairs: tuple[str, ...], shown: Shown) -> None:
 
     Example: moe-svd-distill demo --pair sibling
     """
-    from moe_svd_distill.cli.commands.evaluate import show as show_figures
+    from moe_svd_distill.cli.evaluation import show as show_figures
     from moe_svd_distill.cli.progress import Monitor
     from moe_svd_distill.cli.screen import print_json, print_line, print_next
-    from moe_svd_distill.pipeline.evaluate import EvaluationRequest, evaluate_adapter
+    from moe_svd_distill.pipeline.evaluate import evaluate
     from moe_svd_distill.pipeline.lab import lab_pair
     from moe_svd_distill.recipe import parse_recipe
 
-    results: dict[str, Any] = {}
+    results: dict[str, object] = {}
     chosen = {name: lab_pair(name) for name in pairs or DEMO_PAIRS}
     for name, pair in chosen.items():
         started = time.monotonic()
@@ -84,12 +84,11 @@ def demo_command(output: Path, pairs: tuple[str, ...], shown: Shown) -> None:
             print_line(f"\n{name}: {pair.description}")
         with Monitor(shown) as monitor:
             adapter = _distill(recipe, monitor, force=True)
-            request = EvaluationRequest(adapter.folder, texts=(pair.heldout,), tokens=DEMO_EVALUATION_TOKENS)
-            evaluated = evaluate_adapter(request, monitor.on_count)
+            evaluated = evaluate(adapter.folder, [pair.heldout], monitor.on_count, tokens=DEMO_EVALUATION_TOKENS)
         decision, seconds = adapter.record.scale_search.decision, round(time.monotonic() - started, 1)
         results[name] = {
             "decision": decision,
-            "evaluation": evaluated.evaluation,
+            "evaluation": evaluated.evaluation.content,
             "report": str(evaluated.report),
             "seconds": seconds,
         }
@@ -157,9 +156,9 @@ def _show(adapter: Adapter, everything: bool) -> None:
     for name, reason in record.projection_fallbacks.items():
         print_line(f"{name}: {reason}")
     for unit in record.units:
-        for name, count in unit.replaced_by_zero.items():
+        for name, count in unit.get("replaced_by_zero", {}).items():
             print_line(f"{name}: {count} NaN or Inf taken as zero")
-        for name, count in unit.norm_channels_not_folded.items():
+        for name, count in unit.get("norm_channels_not_folded", {}).items():
             print_line(f"{name}: {count} channels whose norm gain is near zero keep the student's gain")
     if everything:
         print_line(f"sha256 {adapter.sha256}")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from moe_svd_distill.cli.options import json_option
+
+if TYPE_CHECKING:
+    from moe_svd_distill.pairing.lineage import MethodChoice, Probe, Relatedness
 
 
 @click.command("inspect", short_help="Show what a model is, or how two are related.")
@@ -44,6 +47,8 @@ def inspect_command(model: str, student: str | None, as_json: bool) -> None:
 
 def _show_pair(teacher: str, student: str, as_json: bool) -> None:
     from moe_svd_distill.cli.screen import print_json, print_next, print_table
+    from moe_svd_distill.files.typed import read_as
+    from moe_svd_distill.pairing.lineage import MethodChoice, Relatedness
     from moe_svd_distill.pipeline.inspect import inspect
 
     facts = inspect(teacher, student)
@@ -56,43 +61,43 @@ def _show_pair(teacher: str, student: str, as_json: bool) -> None:
         if key != "model"
     ]
     print_table("sizes", ("", "teacher", "student"), rows)
-    show_relatedness(facts["relatedness"])
+    show_relatedness(read_as(Relatedness, facts["relatedness"]))
     for given, choice in facts["method"].items():
-        show_choice(f"method auto {given.replace('_', ' ')}", choice)
+        show_choice(f"method auto {given.replace('_', ' ')}", read_as(MethodChoice, choice))
     print_next("init", teacher, student, note="to be saved as recipe.yaml")
 
 
-def show_relatedness(relatedness: dict[str, Any]) -> None:
+def show_relatedness(found: Relatedness) -> None:
     """Print the verdict, its grounds, and for each kind of tensor the most telling measurement."""
     from moe_svd_distill.cli.screen import print_facts, print_line, print_table
 
-    vocabulary = relatedness["vocabulary"]
-    differences = [f"{item['name']} {item['teacher']} → {item['student']}" for item in relatedness["differences"]]
+    vocabulary = found.vocabulary
+    differences = [f"{size.name} {size.teacher} → {size.student}" for size in found.differences]
     rows = [
-        ("lineage", relatedness["lineage"]),
-        ("family", "the same" if relatedness["same_family"] else " → ".join(relatedness["families"])),
-        ("shape", "the same" if relatedness["same_shape"] else "different"),
+        ("lineage", found.lineage),
+        ("family", "the same" if found.same_family else " → ".join(found.families)),
+        ("shape", "the same" if found.same_shape else "different"),
         ("sizes that differ", ", ".join(differences) or "none"),
-        ("vocabulary", f"{vocabulary['kind']}, {vocabulary['shared']:,} numbers mean the same token"),
+        ("vocabulary", f"{vocabulary.kind}, {vocabulary.shared:,} numbers mean the same token"),
     ]
     print_facts("how the models are related", rows)
-    best: dict[str, dict[str, Any]] = {}
-    for probe in relatedness["probes"]:
-        if probe["role"] not in best or probe["deviations"] > best[probe["role"]]["deviations"]:
-            best[probe["role"]] = probe
+    best: dict[str, Probe] = {}
+    for probe in found.probes:
+        if probe.role not in best or probe.deviations > best[probe.role].deviations:
+            best[probe.role] = probe
     if best:
         columns = ("weights that are most alike", "compared", "cosine", "by chance", "deviations")
         print_table("lineage by weights", columns, [_row(probe) for probe in best.values()])
-    print_line(f"lineage: {relatedness['lineage']}: {relatedness['reason']}")
-    for line in (*vocabulary["reasons"], *relatedness["skipped"]):
+    print_line(f"lineage: {found.lineage}: {found.reason}")
+    for line in (*vocabulary.reasons, *found.skipped):
         print_line(f"note: {line}")
 
 
-def show_choice(title: str, choice: dict[str, Any]) -> None:
+def show_choice(title: str, choice: MethodChoice) -> None:
     """Print the stages and why."""
     from moe_svd_distill.cli.screen import print_line
 
-    print_line(f"{title}: {' + '.join(choice['stages']) or 'nothing'}: {choice['reason']}")
+    print_line(f"{title}: {' + '.join(choice.stages) or 'nothing'}: {choice.reason}")
 
 
 def _in_words(key: str) -> str:
@@ -103,6 +108,5 @@ def _figure(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _row(probe: dict[str, Any]) -> tuple[str, ...]:
-    figures = (f"{probe['cosine']:.3f}", f"{probe['chance']:.3f}", f"{probe['deviations']:+.1f}")
-    return (probe["role"], probe["comparison"], *figures)
+def _row(probe: Probe) -> tuple[str, ...]:
+    return (probe.role, probe.comparison, f"{probe.cosine:.3f}", f"{probe.chance:.3f}", f"{probe.deviations:+.1f}")

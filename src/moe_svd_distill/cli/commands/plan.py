@@ -12,6 +12,7 @@ from moe_svd_distill.cli.options import Shown, read_recipe, recipe_options, show
 
 if TYPE_CHECKING:
     from moe_svd_distill.pipeline.plan import Plan
+    from moe_svd_distill.recipe import Recipe
 
 
 @click.command("plan", short_help="Show what a recipe would do.")
@@ -38,19 +39,20 @@ def show_plan(plan: Plan, shown: Shown) -> None:
     """Print a plan."""
     from moe_svd_distill.cli.commands.inspect import show_choice, show_relatedness
     from moe_svd_distill.cli.screen import grouped, print_facts, print_json, print_line, print_table
+    from moe_svd_distill.pipeline.method import automatic_choice
 
     outlook = plan.as_dict()
     if shown.as_json:
         print_json(outlook)
         return
-    if outlook["preset"]:
-        _show_preset(outlook["preset"])
-    show_relatedness(outlook["relatedness"])
-    show_choice("method auto", outlook["method"]["auto"])
-    stages = outlook["method"]["stages"]
+    if plan.recipe.preset:
+        _show_preset(plan.recipe)
+    relatedness, stages = plan.stages.relatedness, plan.stages.names
+    show_relatedness(relatedness)
+    show_choice("method auto", automatic_choice(plan.recipe, relatedness))
     print_line(f"stages of this recipe: {' and '.join(stages) or 'none'}")
-    if outlook["method"]["start"]:
-        print_line(f"training begins with the adapter in {outlook['method']['start']}")
+    if plan.stages.start:
+        print_line(f"training begins with the adapter in {plan.stages.start}")
     if "weights" in stages:
         print_table("weights stage: depth", ("student layer", "teacher layers"), outlook["depth"])
         print_table("weights stage: matrices", ("role", "changed", "kept", "rank"), outlook["roles"])
@@ -91,12 +93,14 @@ def _show_next() -> None:
     print_next("distill", *words[words.index("plan" if "plan" in words else "distill") + 1 :])
 
 
-def _show_preset(preset: dict[str, Any]) -> None:
+def _show_preset(recipe: Recipe) -> None:
     from moe_svd_distill.cli.screen import print_line
+    from moe_svd_distill.recipe import supplied_values
 
-    words = [f"{key} {value}" for key, value in preset["supplied"].items()]
-    words += [f"{key} {value} (given otherwise)" for key, value in preset["given_otherwise"].items()]
-    print_line(f"preset {preset['name']}: {', '.join(words)}")
+    supplied, otherwise = supplied_values(recipe)
+    words = [f"{key} {value}" for key, value in supplied.items()]
+    words += [f"{key} {value} (given otherwise)" for key, value in otherwise.items()]
+    print_line(f"preset {recipe.preset}: {', '.join(words)}")
 
 
 _PARTS = {"fit": "to train on", "check": "to choose passes and ranks by", "search": "to search the scale on"}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from moe_svd_distill.cli.options import Word
+
 
 @click.command("init", short_help="Write a recipe.")
 @click.argument("teacher")
@@ -34,7 +36,7 @@ def schema_command() -> None:
 
 
 @click.command("completion", short_help="Print a shell's completion script.")
-@click.argument("shell", metavar="SHELL", type=click.Choice(["bash", "zsh", "fish"]))
+@click.argument("shell", metavar="SHELL", type=Word(["bash", "zsh", "fish"]))
 def completion_command(shell: str) -> None:
     """Print the script that completes commands and options in SHELL: bash, zsh or fish.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -39,19 +38,17 @@ def command(
     from moe_svd_distill.cli.progress import Monitor
     from moe_svd_distill.cli.screen import print_facts, print_json, print_line
     from moe_svd_distill.errors import BadDataError
-    from moe_svd_distill.pipeline.reproduce import Compared, reproduce
+    from moe_svd_distill.files.typed import as_json
+    from moe_svd_distill.pipeline.reproduce import reproduce
 
     with Monitor(shown) as monitor:
         found = reproduce(folder, output, monitor.on_event, teacher=teacher, student=student, calibration=calibration)
     different = [each for each in found.figures if not each.same]
 
-    def row(each: Compared) -> dict[str, Any]:
-        return {"name": each.name, "before": each.before, "now": each.now, "same": each.same}
-
     if shown.as_json:
-        listed = {"figures": list(map(row, found.figures)), "environment": list(map(row, found.environment))}
+        listed = {"figures": list(map(as_json, found.figures)), "environment": list(map(as_json, found.environment))}
         facts = {"output": str(found.folder), "reproduced": found.reproduced, "same_bytes": found.sha256.same}
-        print_json({**facts, "sha256": row(found.sha256), **listed, "notes": list(found.notes)})
+        print_json({**facts, "sha256": as_json(found.sha256), **listed, "notes": list(found.notes)})
     else:
         for title, rows in (("What differs of the environment", found.environment), ("What differs", different)):
             print_facts(title, [(each.name, f"{each.before} → {each.now}") for each in rows])

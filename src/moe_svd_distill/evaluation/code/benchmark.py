@@ -7,68 +7,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.adapter.adapter_file import sha256_of
 from moe_svd_distill.adapter.verify import check_loads
 from moe_svd_distill.calibration.tokenizer import auto_tokenizer
-from moe_svd_distill.evaluation.code.paired import PairedChange, paired_change
+from moe_svd_distill.evaluation.code.paired import paired_change
 from moe_svd_distill.evaluation.code.problems import ProblemSet
-from moe_svd_distill.evaluation.code.sandbox import Guards, Limits, guards, run_program
-from moe_svd_distill.evaluation.code.writing import CompletionFile, Continuation, WritingSettings, complete
-from moe_svd_distill.evaluation.loading import fastest_dtype, load_model
+from moe_svd_distill.evaluation.code.result import CodeBenchmark, Solved, WritingSettings
+from moe_svd_distill.evaluation.code.sandbox import Limits, guards, run_program
+from moe_svd_distill.evaluation.code.writing import CompletionFile, Continuation, complete
+from moe_svd_distill.evaluation.loading import dtype_name, fastest_dtype, load_model
 from moe_svd_distill.evaluation.request import EvaluationRequest, Progress
 from moe_svd_distill.files.names import ADAPTER_FILE
 
-
-@dataclass(frozen=True)
-class Solved:
-    """What one model makes of the problems.
-
-    Attributes:
-        pass_at_1: Share of problems whose one completion passes the tests.
-        passed: Their names.
-        reasons: How often the others ended with which error.
-        unfinished: Completions that met the limit of tokens.
-    """
-
-    pass_at_1: float
-    passed: tuple[str, ...]
-    reasons: Mapping[str, int]
-    unfinished: int
-
-
-@dataclass(frozen=True)
-class CodeBenchmark:
-    """The result of one set of problems.
-
-    Attributes:
-        name: `humaneval`, or `humaneval:` and the file's name.
-        source: Package and version, or the file's name.
-        problems: How many.
-        student: Untouched.
-        adapted: With the adapter as PEFT loads it, unmerged.
-        teacher: None where it was not asked for.
-        gained: Problems that only the adapted student passes.
-        lost: Problems that only the untouched student passes.
-        change: With the exact paired interval.
-        settings: How completions were written: `limit`, `batch`, `dtype`, `device`.
-        limits: What each program might use.
-        guards: What else held for the programs.
-    """
-
-    name: str
-    source: str
-    problems: int
-    student: Solved
-    adapted: Solved
-    teacher: Solved | None
-    gained: tuple[str, ...]
-    lost: tuple[str, ...]
-    change: PairedChange
-    settings: WritingSettings
-    limits: Limits
-    guards: Guards
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -108,15 +62,16 @@ def run_code_benchmark(
     """
     assert request.benchmarks
     adapter_folder, device = request.adapter, request.device
+    dtype = request.torch_dtype or fastest_dtype(device)
     check_loads(adapter_folder, student.folder)
     settings = WritingSettings(
         limit=request.benchmarks.new_tokens,
         batch=request.benchmarks.batch,
-        dtype=str(fastest_dtype(device)).removeprefix("torch."),
+        dtype=dtype_name(dtype),
         device=device.partition(":")[0],
     )
     run = _Run(problems, settings, request.cache_folder, on_progress)
-    loaded = _Loaded(student.folder, device)
+    loaded = _Loaded(student.folder, device, dtype)
     before = run.solve("student", student, None, lambda: loaded.untouched)
     after = run.solve(
         "adapted", student, sha256_of(adapter_folder / ADAPTER_FILE), lambda: loaded.adapted(adapter_folder)
@@ -125,7 +80,7 @@ def run_code_benchmark(
     if teacher:
         del loaded  # its memory is the teacher's
         gc.collect()
-        above = run.solve("teacher", teacher, None, lambda: _Loaded(teacher.folder, device).untouched)
+        above = run.solve("teacher", teacher, None, lambda: _Loaded(teacher.folder, device, dtype).untouched)
     names = [problem.task_id for problem in problems.problems]
     gained = tuple(name for name in names if name in after.passed and name not in before.passed)
     lost = tuple(name for name in names if name in before.passed and name not in after.passed)
@@ -148,12 +103,12 @@ def run_code_benchmark(
 class _Loaded:
     """A model, loaded when it is first asked for; an adapter goes around its layers in place."""
 
-    def __init__(self, folder: Path, device: str) -> None:
-        self._folder, self._device = folder, device
+    def __init__(self, folder: Path, device: str, dtype: torch.dtype) -> None:
+        self._folder, self._device, self._dtype = folder, device, dtype
 
     @cached_property
     def untouched(self) -> Any:
-        return load_model(self._folder, self._device, fastest_dtype(self._device))
+        return load_model(self._folder, self._device, self._dtype)
 
     def adapted(self, adapter_folder: Path) -> Any:
         from moe_svd_distill.evaluation.loading import AdaptedStudent

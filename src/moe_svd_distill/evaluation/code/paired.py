@@ -9,7 +9,6 @@ problems as given, as an interval of the share of gains among them would (decisi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -17,29 +16,14 @@ from numpy.typing import NDArray
 from scipy.special import gammaln, xlogy
 from scipy.stats import binomtest
 
+from moe_svd_distill.evaluation.code.result import PairedChange
+
 FloatArray: TypeAlias = NDArray[np.float64]
 
 CONFIDENCE = 0.95
 _NUISANCE = 100  # shares of lost problems that are tried for each difference
 _TOLERANCE = 1e-4
 _EQUAL = 1e-9  # outcomes whose statistics differ by rounding only are as extreme as one another
-
-
-@dataclass(frozen=True)
-class PairedChange:
-    """A change of a share of problems.
-
-    Attributes:
-        change: (gained − lost) / problems.
-        low: Lower end of its 95 % interval.
-        high: Upper end.
-        p_value: McNemar's exact test, two-sided.
-    """
-
-    change: float
-    low: float
-    high: float
-    p_value: float
 
 
 def paired_change(problems: int, gained: int, lost: int) -> PairedChange:

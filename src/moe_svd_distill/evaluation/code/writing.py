@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moe_svd_distill.errors import BadDataError, UsageError, reason_of
 from moe_svd_distill.evaluation.code.problems import ProblemSet, by_length
+from moe_svd_distill.evaluation.code.result import WritingSettings
 from moe_svd_distill.files.writing import make_folder, write_text
 
 STOPS = ("\nclass ", "\ndef ", "\n#", "\n@", "\nif ", "\nprint(", "\nassert ", "\n```")
@@ -147,23 +148,6 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
         named = getattr(settings, "eos_token_id", None)
         ends.update(named if isinstance(named, list | tuple) else () if named is None else (named,))
     return frozenset(ends)
-
-
-@dataclass(frozen=True)
-class WritingSettings:
-    """How completions are written.
-
-    Attributes:
-        limit: New tokens at most.
-        batch: Problems at a time.
-        dtype: Of the model.
-        device: Its type: `cpu` or `cuda`.
-    """
-
-    limit: int
-    batch: int
-    dtype: str
-    device: str
 
 
 @dataclass(frozen=True)
