@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from moe_svd_distill.checkpoints.checkpoint import Checkpoint
 from moe_svd_distill.checkpoints.configuration import read_config
-from moe_svd_distill.checkpoints.hub import fetch_headers, fetch_small, fetch_weights, parse_hub_id, redact
+from moe_svd_distill.checkpoints.hub import (
+    HUB,
+    fetch_headers,
+    fetch_small,
+    fetch_weights,
+    parse_hub_id,
+    redact,
+    say_once,
+)
 from moe_svd_distill.checkpoints.llama_cpp.folder import file_behind
-from moe_svd_distill.checkpoints.notes import say_once
 from moe_svd_distill.checkpoints.quantisation.claims import USE_PLAIN, declared_quantisation
 from moe_svd_distill.checkpoints.remote.folder import keep
-from moe_svd_distill.checkpoints.remote.source import HUB, is_address
+from moe_svd_distill.checkpoints.remote.source import is_address
 from moe_svd_distill.checkpoints.shards import GGUF
 from moe_svd_distill.checkpoints.survey import raise_faults, survey
 from moe_svd_distill.errors import BadDataError, MissingInputError, RemoteError, UsageError, shown
@@ -101,13 +109,13 @@ def _from_hub(source: str, token: str | None, as_stored: bool, headers_only: boo
         found = survey(
             snapshot.folder,
             snapshot.names,
-            lambda files: fetch_headers(model, snapshot, files, token),
+            partial(fetch_headers, snapshot),
             as_stored=as_stored,
             source=source,
         )
         raise_faults(found.faults)
         return Checkpoint(snapshot.folder, source, known=found, as_stored=as_stored)
-    fetch_weights(model, snapshot, token)
+    fetch_weights(snapshot)
     return Checkpoint(snapshot.folder, source, as_stored=as_stored)
 
 

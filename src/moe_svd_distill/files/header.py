@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,12 +104,26 @@ def header_of(raw: bytes, path: Path, file_bytes: int) -> Header:
 
 def raw_header(descriptor: int, path: Path, file_bytes: int) -> bytes:
     """The bytes of the header with its length in front, after checking that this length is possible."""
-    prefix = read_at(descriptor, path, 0, min(PREFIX_BYTES, file_bytes))
-    length = header_length(prefix, path, file_bytes)
-    return prefix + read_at(descriptor, path, PREFIX_BYTES, length)
+
+    def read(begin: int, end: int) -> tuple[bytes, int]:
+        return read_at(descriptor, path, begin, min(end, file_bytes) - begin), file_bytes
+
+    return fetched_header(read, path)[0]
 
 
-def header_length(prefix: bytes, path: Path, file_bytes: int) -> int:
+def fetched_header(read: Callable[[int, int], tuple[bytes, int]], path: Path) -> tuple[bytes, int]:
+    """The bytes of a header with its length in front, and the size of the file, which may lie elsewhere.
+
+    Args:
+        read: Gives the bytes from one offset to another, as far as the file has them, and its size.
+        path: What the file is called in messages.
+    """
+    prefix, file_bytes = read(0, PREFIX_BYTES)
+    end = PREFIX_BYTES + _header_length(prefix, path, file_bytes)
+    return prefix + (read(PREFIX_BYTES, end)[0] if end > PREFIX_BYTES else b""), file_bytes
+
+
+def _header_length(prefix: bytes, path: Path, file_bytes: int) -> int:
     """The length of the header, checked against the file's size and the format's limit."""
     if len(prefix) < PREFIX_BYTES:
         raise _bad(path, f"is not a safetensors file: found {len(prefix)} bytes, expected at least {PREFIX_BYTES}")

@@ -15,12 +15,12 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from moe_svd_distill.checkpoints.hub import CONNECTIONS, SMALL_FILES, raw_header_of
-from moe_svd_distill.checkpoints.remote.source import HubSource, Source, open_source
+from moe_svd_distill.checkpoints.hub import CONNECTIONS, SMALL_FILES, Snapshot
+from moe_svd_distill.checkpoints.remote.source import Source, open_source
 from moe_svd_distill.checkpoints.remote.tensors import FetchedTensors
 from moe_svd_distill.checkpoints.shards import find_layout
 from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError, shown
-from moe_svd_distill.files.header import Header, TensorInfo, header_of
+from moe_svd_distill.files.header import Header, TensorInfo, fetched_header, header_of
 from moe_svd_distill.files.reading import json_object, read_at, read_small, relative_name
 from moe_svd_distill.files.writing import durable_file, make_folder, write_json
 
@@ -146,11 +146,11 @@ def keep(address: str, room: int | None) -> Path:
     folder = _place(source)
     known = RemoteFolder.of(folder)
     if known is None:
-        if isinstance(source, HubSource) and source.snapshot.unreachable is not None:
-            raise source.snapshot.unreachable
+        if isinstance(source, Snapshot) and source.unreachable is not None:
+            raise source.unreachable
         known = _made(folder, source, room)
-    elif isinstance(source, HubSource):
-        source.snapshot.say_if_cached()
+    elif isinstance(source, Snapshot):
+        source.say_if_cached()
     if room not in (None, known.room):
         _write_record(replace(known, room=room))
     return folder
@@ -160,7 +160,7 @@ def _place(source: Source) -> Path:
     from huggingface_hub.constants import HF_HOME
 
     name = re.sub(r"[^A-Za-z0-9._-]+", "--", source.address.partition("@")[0].replace("://", "--"))
-    kind = _HUB if isinstance(source, HubSource) else _STORE
+    kind = _HUB if isinstance(source, Snapshot) else _STORE
     return Path(HF_HOME).absolute() / "moe-svd-distill" / name / kind / source.revision
 
 
@@ -176,7 +176,7 @@ def _made(folder: Path, source: Source, room: int | None) -> RemoteFolder:
             )
 
     def header(name: str) -> int:
-        raw, size = raw_header_of(partial(source.read, name), folder / name)
+        raw, size = fetched_header(partial(source.read, name), folder / name)
         _write(folder / _HEADERS / name, raw)
         return size
 

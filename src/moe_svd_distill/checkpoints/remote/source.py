@@ -6,11 +6,9 @@ import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
-from moe_svd_distill.checkpoints.hub import HubModel, Snapshot, fetch_range, fetch_small, parse_hub_id, redact
+from moe_svd_distill.checkpoints.hub import HUB, Snapshot, fetch_small, parse_hub_id, redact
 from moe_svd_distill.errors import (
     BadDataError,
     DistillError,
@@ -22,7 +20,6 @@ from moe_svd_distill.errors import (
 )
 from moe_svd_distill.files.reading import FETCH_AGAIN, MAX_JSON_BYTES
 
-HUB = "hf"
 _ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+]*)://(?P<place>.+)", re.ASCII)
 _LOCAL = ("file", "local")
 
@@ -54,37 +51,6 @@ class Source(Protocol):
             MissingInputError: The file is not there.
         """
         ...
-
-
-@dataclass(frozen=True)
-class HubSource:
-    """A model on the hub, at one commit."""
-
-    model: HubModel
-    snapshot: Snapshot
-
-    @property
-    def address(self) -> str:
-        """As the user gave it."""
-        return f"{HUB}://{self.model}"
-
-    @property
-    def revision(self) -> str:
-        """The commit."""
-        return self.snapshot.commit
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All of its files."""
-        return self.snapshot.names
-
-    def small_file(self, name: str) -> bytes:
-        """From the hub's cache, where it was fetched to."""
-        return (self.snapshot.folder / name).read_bytes()
-
-    def read(self, name: str, begin: int, end: int) -> tuple[bytes, int]:
-        """A part of a file, asked for again where the hub is busy or the connection ends early."""
-        return fetch_range(self.model, self.snapshot.commit, name, None, begin, end)
 
 
 class StoreSource:
@@ -168,8 +134,8 @@ def open_source(address: str, revision: str | None = None) -> Source:
             f"{shown(address)} is not a possible name of a hub model", f"Give {HUB}://organisation/name@revision"
         )
     if revision is not None:
-        return HubSource(model, Snapshot(Path(), revision))
-    return HubSource(model, fetch_small(model, None))
+        return Snapshot(model, revision)
+    return fetch_small(model, None)
 
 
 def _file_system(address: str) -> tuple[Any, str]:
