@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_svd_distill.adapter.adapter_file import adapter_header, read_json, read_tensor, shapes_of
-from moe_svd_distill.adapter.configuration import rank_and_scale
+from moe_svd_distill.adapter.configuration import names_in, rank_and_scale
 from moe_svd_distill.adapter.keys import Factors, expert_factors, fused_rank, of_matrix
 from moe_svd_distill.adapter.naming import PairShape, pair_shapes, whole_key, whole_modules
 from moe_svd_distill.adapter.peft_model import lora_targets, read_configuration, wrap_student
@@ -83,7 +82,7 @@ class LowRankPairs(Mapping[str, LowRankPair]):
             BadDataError: The header is damaged, its tensors are not whole pairs, or the student has no such matrix.
         """
         self.header = adapter_header(folder)
-        self.configuration: Mapping[str, Any] = read_json(Path(folder) / CONFIGURATION_FILE) if configured else {}
+        self.configuration: Mapping[str, object] = read_json(Path(folder) / CONFIGURATION_FILE) if configured else {}
         self._folder, self._architecture = Path(folder), architecture
         shapes = shapes_of(self.header)
         self._places = self._locate(pair_shapes(shapes))
@@ -255,7 +254,7 @@ class LowRankPairs(Mapping[str, LowRankPair]):
             raise _unlike(name, found, expected)
 
     def _rank_and_scale(self, parameter: str) -> tuple[int, float]:
-        named = self.configuration.get("target_parameters") or ()
+        named = names_in(self.configuration, "target_parameters")
         as_parameter = any(parameter == entry or parameter.endswith(f".{entry}") for entry in named)
         return rank_and_scale(self.configuration, parameter if as_parameter else parameter.rpartition(".")[0])
 

@@ -24,7 +24,7 @@ from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.files.names import CONFIGURATION_FILE
 
 NAME = "default"
-_ACTION = "Make adapter_config.json again with adapter-config, or write the adapter again"
+MAKE_AGAIN = "Make adapter_config.json again with adapter-config, or write the adapter again"
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,11 +68,11 @@ def read_configuration(folder: Path) -> Any:
     path = folder / CONFIGURATION_FILE
     fields = read_json(path)
     if fields.get("peft_type") != "LORA":
-        raise BadDataError(f"{path}: peft_type is {fields.get('peft_type')!r}, expected 'LORA'", _ACTION)
+        raise BadDataError(f"{path}: peft_type is {fields.get('peft_type')!r}, expected 'LORA'", MAKE_AGAIN)
     try:
         return PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:
-        raise BadDataError(f"{path}: not a configuration that PEFT reads: {error}", _ACTION) from error
+        raise BadDataError(f"{path}: not a configuration that PEFT reads: {error}", MAKE_AGAIN) from error
 
 
 def wrap(model: Any, configuration: Any) -> Any:
@@ -91,7 +91,7 @@ def wrap(model: Any, configuration: Any) -> Any:
         with torch.device("meta"), _settled_warnings():
             return PeftModel(model, copy.deepcopy(configuration), adapter_name=NAME, low_cpu_mem_usage=True)
     except Exception as error:
-        raise BadDataError(f"PEFT cannot load the adapter: {first_line(error)}", _ACTION) from error
+        raise BadDataError(f"PEFT cannot load the adapter: {first_line(error)}", MAKE_AGAIN) from error
 
 
 def wrap_student(architecture: Architecture, configuration: Any, dtype: torch.dtype | None = None) -> Any:
@@ -107,7 +107,7 @@ def hold_values(wrapped: Any) -> None:
         base._parameters[attribute] = nn.Parameter(torch.empty(0), requires_grad=False)
 
 
-def modules_of(architecture: Architecture, configuration: Mapping[str, Any]) -> dict[str, str]:
+def modules_of(architecture: Architecture, configuration: Mapping[str, object]) -> dict[str, str]:
     """Parameter to what PEFT calls it, for a configuration of an adapter.
 
     Raises:
@@ -135,7 +135,7 @@ def load(wrapped: Any, tensors: Mapping[str, Tensor]) -> Any:
         with _settled_warnings():
             return set_peft_model_state_dict(wrapped, dict(tensors), adapter_name=NAME, low_cpu_mem_usage=True)
     except Exception as error:
-        raise BadDataError(f"PEFT cannot load the adapter: {first_line(error)}", _ACTION) from error
+        raise BadDataError(f"PEFT cannot load the adapter: {first_line(error)}", MAKE_AGAIN) from error
 
 
 def lora_targets(wrapped: Any) -> Iterator[LoraTarget]:

@@ -12,8 +12,7 @@ import torch
 from moe_svd_distill.architecture.matrices import LayerMatrices, Matrix, find_matrices
 from moe_svd_distill.architecture.skeleton import EMBEDDING, HEAD, ParameterSlot, Skeleton, build_skeleton
 from moe_svd_distill.architecture.stored import CheckpointMap
-from moe_svd_distill.checkpoints import Checkpoint
-from moe_svd_distill.checkpoints.tied import refuse_other_head
+from moe_svd_distill.checkpoints import Checkpoint, refuse_other_head
 from moe_svd_distill.errors import IncompatiblePairError
 
 

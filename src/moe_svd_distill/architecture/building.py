@@ -15,7 +15,7 @@ _REPORT = "Report the architecture to the project"
 _NOT_OF_THE_MODEL = frozenset({"auto_map", "quantization_config", "compression_config"})
 
 
-def parse_config(config: Mapping[str, Any], source: str) -> Any:
+def parse_config(config: Mapping[str, object], source: str) -> Any:
     """A config.json as transformers understands it; code that it names is never run.
 
     Raises:

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from moe_svd_distill.checkpoints.checkpoint import Checkpoint
-from moe_svd_distill.checkpoints.configuration import read_config
+from moe_svd_distill.checkpoints.configuration import USE_PLAIN, declared_quantisation, read_config
 from moe_svd_distill.checkpoints.hub import (
     HUB,
     fetch_headers,
@@ -17,13 +17,14 @@ from moe_svd_distill.checkpoints.hub import (
     say_once,
 )
 from moe_svd_distill.checkpoints.llama_cpp.folder import file_behind
-from moe_svd_distill.checkpoints.quantisation.claims import USE_PLAIN, declared_quantisation
 from moe_svd_distill.checkpoints.remote.folder import keep
 from moe_svd_distill.checkpoints.remote.source import is_address
 from moe_svd_distill.checkpoints.shards import GGUF
 from moe_svd_distill.checkpoints.survey import raise_faults, survey
 from moe_svd_distill.errors import BadDataError, MissingInputError, RemoteError, UsageError, shown
 from moe_svd_distill.files.reading import explain
+
+_BLOCK_ROWS = 4096
 
 
 def open_checkpoint(
@@ -138,3 +139,27 @@ def require_plain_files(checkpoint: Checkpoint) -> None:
         )
     if checkpoint.quantisation is not None:
         raise BadDataError(f"{checkpoint.title} is quantised ({checkpoint.quantisation})", USE_PLAIN)
+
+
+def refuse_other_head(checkpoint: Checkpoint, head: str, embedding: str) -> None:
+    """Refuse a model that ties its head to its embeddings, which are stored under these names, if the two differ.
+
+    transformers 5 takes the stored head, vLLM and earlier versions take the embeddings: whatever was made for the one
+    would be wrong with the other.
+
+    Raises:
+        BadDataError: The two differ.
+    """
+    import torch
+
+    shapes = checkpoint[head].shape, checkpoint[embedding].shape
+    same = shapes[0] == shapes[1] and all(
+        torch.equal(*(checkpoint.read_rows(name, begin, begin + _BLOCK_ROWS).float() for name in (head, embedding)))
+        for begin in range(0, shapes[0][0], _BLOCK_ROWS)
+    )
+    if not same:
+        raise BadDataError(
+            f"{checkpoint.title} ties its head to its embeddings, but {shown(head)} and {shown(embedding)} differ in "
+            "its files: transformers 5 takes the head, other programs the embeddings",
+            "Set tie_word_embeddings to false in config.json if the head is meant, else remove the head from the files",
+        )

@@ -70,6 +70,7 @@ class Header:
     """One weights file: its tensors in the order of their data, its size, and the digest of its header.
 
     Attributes:
+        metadata: Name to text; in a GGUF file to what `Value` says.
         size: Bytes before the data.
     """
 
@@ -77,7 +78,7 @@ class Header:
     file_bytes: int
     digest: str
     tensors: dict[str, TensorInfo]
-    metadata: Mapping[str, str]
+    metadata: Mapping[str, Any]
     size: int
 
     @property
@@ -174,13 +175,13 @@ def encode_header(slots: Iterable[Slot], metadata: Mapping[str, str]) -> bytes:
     """The bytes of the file up to the first tensor. More than one metadata key is refused: readers may reorder them."""
     if len(metadata) > 1:
         raise ValueError("more than one metadata key makes the library rewrite the file differently each time")
-    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    table: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     for slot in slots:
         table[slot.name] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": [slot.begin, slot.end]}
     return packed_header(table)
 
 
-def packed_header(content: Mapping[str, Any], *, copied: bool = False) -> bytes:
+def packed_header(content: Mapping[str, object], *, copied: bool = False) -> bytes:
     """A header as JSON with its length in front, padded to eight bytes as the library does.
 
     Args:

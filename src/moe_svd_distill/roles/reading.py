@@ -32,7 +32,7 @@ NUMBER = re.compile(r"(?P<list>(?:[^.]+\.)*?[^.]+)\.(?P<layer>\d+)\.(?P<below>.+
 _FETCH = "Download the model again, or repair config.json"
 
 
-def read_layout(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> ModelLayout:
+def read_layout(config: Mapping[str, object], shapes: Mapping[str, Shape]) -> ModelLayout:
     """Give every tensor its meaning, or the reason why it has none.
 
     Args:
@@ -46,7 +46,7 @@ def read_layout(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Model
 
 
 class _Reading:
-    def __init__(self, config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> None:
+    def __init__(self, config: Mapping[str, object], shapes: Mapping[str, Shape]) -> None:
         self.config, self.text, self.shapes = config, text_config(config), shapes
         self.meanings: dict[str, Meaning] = {}
         self.ignored: dict[str, str] = {}
@@ -280,6 +280,6 @@ def _words(shape: Shape) -> str:
     return "×".join(map(str, shape))
 
 
-def _activation(text: Mapping[str, Any]) -> str:
+def _activation(text: Mapping[str, object]) -> str:
     name = str(text.get("hidden_activation") or text.get("hidden_act") or "")
     return f"{name} clamped at {limit}" if name and (limit := text.get("swiglu_limit")) else name

@@ -6,11 +6,11 @@ and of what it has the widths of heads and experts, sliding windows and every sc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from moe_svd_distill.checkpoints.llama_cpp.header import ANOTHER, Settings
 from moe_svd_distill.checkpoints.llama_cpp.rotary import rotary_parameters
-from moe_svd_distill.checkpoints.llama_cpp.settings import ANOTHER, Settings
 from moe_svd_distill.errors import BadDataError, IncompatiblePairError, shown
 
 _ALWAYS = {
@@ -28,7 +28,7 @@ _EXPERTS = {"expert_count": "num_experts", "expert_used_count": "num_experts_per
 _TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
 
 
-def config_of(settings: Settings, factors: Sequence[float] | None) -> dict[str, Any]:
+def config_of(settings: Settings, factors: Sequence[float] | None) -> dict[str, object]:
     """The configuration, of the class for text alone where there are two.
 
     Args:
@@ -50,13 +50,13 @@ def config_of(settings: Settings, factors: Sequence[float] | None) -> dict[str, 
         raise BadDataError(f"{settings.source} has no tensor token_embd.weight: it is no language model", ANOTHER)
     config: dict[str, Any] = {name: settings.need(key) for key, name in _ALWAYS.items()}
     config |= {name: value for key, name in _IF_THERE.items() if (value := settings.find(key)) is not None}
-    config["num_hidden_layers"] = settings.need("block_count") - (settings.find("nextn_predict_layers") or 0)
+    config["num_hidden_layers"] = settings.layers
     config["vocab_size"] = embedding.shape[0]
     config["tie_word_embeddings"] = settings.one_table or "output.weight" not in settings.tensors
     for key, name in _TOKENS.items():
         config[name] = settings.metadata.get(f"tokenizer.ggml.{key}")
-    config |= _ARCHITECTURES[settings.architecture](settings, config)
-    rotary = rotary_parameters(settings, _head_dim(config)["head_dim"], factors)
+    config |= _ARCHITECTURES[settings.architecture](settings)
+    rotary = rotary_parameters(settings, config.get("head_dim") or settings.head_dim, factors)
     if config["model_type"] == "gemma3_text":
         near = settings.find("rope.freq_base_swa") or 10_000.0
         config["rope_parameters"] = {
@@ -68,7 +68,7 @@ def config_of(settings: Settings, factors: Sequence[float] | None) -> dict[str, 
     return config
 
 
-def _llama(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
+def _llama(settings: Settings) -> dict[str, object]:
     """Llama, Mistral and Mixtral, which llama.cpp does not tell apart."""
     if settings.find("expert_count"):
         experts = settings.need("expert_count"), settings.need("expert_used_count")
@@ -85,33 +85,33 @@ def _llama(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
     return _typed("llama", "Llama") | biases
 
 
-def _qwen2(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
+def _qwen2(settings: Settings) -> dict[str, object]:
     return _typed("qwen2", "Qwen2") | {"use_sliding_window": False}
 
 
-def _qwen2_moe(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
+def _qwen2_moe(settings: Settings) -> dict[str, object]:
     shared = {"shared_expert_intermediate_size": settings.need("expert_shared_feed_forward_length")}
     return _typed("qwen2_moe", "Qwen2Moe") | _experts(settings) | shared | {"norm_topk_prob": False}
 
 
-def _qwen3(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
-    return _typed("qwen3", "Qwen3") | _head_dim(config) | {"use_sliding_window": False}
+def _qwen3(settings: Settings) -> dict[str, object]:
+    return _typed("qwen3", "Qwen3") | {"head_dim": settings.head_dim} | {"use_sliding_window": False}
 
 
-def _qwen3_moe(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
-    own = _experts(settings) | _head_dim(config)
+def _qwen3_moe(settings: Settings) -> dict[str, object]:
+    own = _experts(settings) | {"head_dim": settings.head_dim}
     return _typed("qwen3_moe", "Qwen3Moe") | own | {"norm_topk_prob": True}  # llama.cpp always norms them
 
 
-def _gemma3(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
-    head, layers = _head_dim(config), config["num_hidden_layers"]
+def _gemma3(settings: Settings) -> dict[str, object]:
     # Not in the file; llama.cpp tells the model of 27 billion parameters by its 62 layers.
-    scalar = config["hidden_size"] // config["num_attention_heads"] if layers == 62 else head["head_dim"]
+    width, heads = settings.need("embedding_length"), settings.need("attention.head_count")
+    scalar = width // heads if settings.layers == 62 else settings.head_dim
     window, cap = settings.find("attention.sliding_window"), settings.find("final_logit_softcapping")
-    layout = {"sliding_window": window} if window else {"layer_types": ["full_attention"] * layers}
+    layout = {"sliding_window": window} if window else {"layer_types": ["full_attention"] * settings.layers}
     return (
         _typed("gemma3_text", "Gemma3")
-        | head
+        | {"head_dim": settings.head_dim}
         | layout
         | {
             "query_pre_attn_scalar": scalar,
@@ -120,10 +120,10 @@ def _gemma3(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _gpt_oss(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
+def _gpt_oss(settings: Settings) -> dict[str, object]:
     return (
         _typed("gpt_oss", "GptOss")
-        | _head_dim(config)
+        | {"head_dim": settings.head_dim}
         | {
             "num_local_experts": settings.need("expert_count"),
             "num_experts_per_tok": settings.need("expert_used_count"),
@@ -133,7 +133,7 @@ def _gpt_oss(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _deepseek(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
+def _deepseek(settings: Settings) -> dict[str, object]:
     """The second and the third version: the latter's routers use the sigmoid."""
     third = settings.find("expert_gating_func") == 2
     rotary = settings.need("rope.dimension_count")
@@ -144,7 +144,7 @@ def _deepseek(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
     if third and groups is None:  # older files do not say
         groups, used = (8, 4) if experts == 256 else (1, 1)
     own = {
-        "num_key_value_heads": config["num_attention_heads"],  # the file's number is that of the latent
+        "num_key_value_heads": settings.need("attention.head_count"),  # the file's number is that of the latent
         "head_dim": rotary,
         "q_lora_rank": settings.find("attention.q_lora_rank"),
         "kv_lora_rank": settings.need("attention.kv_lora_rank"),
@@ -170,7 +170,7 @@ def _deepseek(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-_ARCHITECTURES: dict[str, Callable[[Settings, Mapping[str, Any]], dict[str, Any]]] = {
+_ARCHITECTURES: dict[str, Callable[[Settings], dict[str, object]]] = {
     "llama": _llama,
     "qwen2": _qwen2,
     "qwen2moe": _qwen2_moe,
@@ -182,15 +182,11 @@ _ARCHITECTURES: dict[str, Callable[[Settings, Mapping[str, Any]], dict[str, Any]
 }
 
 
-def _typed(model_type: str, name: str) -> dict[str, Any]:
+def _typed(model_type: str, name: str) -> dict[str, object]:
     return {"model_type": model_type, "architectures": [f"{name}ForCausalLM"]}
 
 
-def _head_dim(config: Mapping[str, Any]) -> dict[str, int]:
-    return {"head_dim": config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]}
-
-
-def _experts(settings: Settings) -> dict[str, Any]:
+def _experts(settings: Settings) -> dict[str, object]:
     found = {name: settings.need(key) for key, name in _EXPERTS.items()}
     found["moe_intermediate_size"] = settings.need("expert_feed_forward_length")
     return found

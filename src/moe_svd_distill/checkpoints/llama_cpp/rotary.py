@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
-from moe_svd_distill.checkpoints.llama_cpp.settings import ANOTHER, Settings
+from moe_svd_distill.checkpoints.llama_cpp.header import ANOTHER, Settings
 from moe_svd_distill.errors import BadDataError, shown
 
 _LOW, _HIGH = 1.0, 4.0
@@ -14,7 +13,7 @@ _ORIGINALS = (8192, *(1 << power for power in range(10, 19)))
 _SAME = 1e-3
 
 
-def rotary_parameters(settings: Settings, dimensions: int, factors: Sequence[float] | None) -> dict[str, Any]:
+def rotary_parameters(settings: Settings, dimensions: int, factors: Sequence[float] | None) -> dict[str, object]:
     """The `rope_parameters` of the configuration.
 
     Args:
@@ -46,7 +45,7 @@ def rotary_parameters(settings: Settings, dimensions: int, factors: Sequence[flo
     return base | _yarn(settings)
 
 
-def _yarn(settings: Settings) -> dict[str, Any]:
+def _yarn(settings: Settings) -> dict[str, object]:
     found = {
         "rope_type": "yarn",
         "factor": settings.need("rope.scaling.factor"),
@@ -64,7 +63,7 @@ def _yarn(settings: Settings) -> dict[str, Any]:
     return found | ({"truncate": False} if settings.architecture == "gpt-oss" else {})
 
 
-def _by_wavelength(settings: Settings, factors: Sequence[float], theta: float) -> dict[str, Any]:
+def _by_wavelength(settings: Settings, factors: Sequence[float], theta: float) -> dict[str, object]:
     """Llama 3's scaling, told by the factors that it makes; which context it was for shows in them."""
     factor = max(factors)
     lengths = [2 * math.pi * theta ** (place / len(factors)) for place in range(len(factors))]

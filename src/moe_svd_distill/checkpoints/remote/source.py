@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -71,7 +71,7 @@ class StoreSource:
         self.address = redact(address, None)
         self._files, self._root = _file_system(address)
         with _store_errors(self.address):
-            found: dict[str, Any] = self._files.find(self._root, detail=True)
+            found: dict[str, dict[str, Any]] = self._files.find(self._root, detail=True)
         if not found:
             raise MissingInputError(f"there is no file at {shown(self.address)}", "Check the address")
         begin = len(self._root.rstrip("/")) + 1
@@ -171,7 +171,7 @@ def _store_errors(address: str) -> Iterator[None]:
         ) from error
 
 
-def _digest_of(details: dict[str, Any]) -> str:
+def _digest_of(details: Mapping[str, Mapping[str, object]]) -> str:
     """Of the names, sizes and whatever the store says changes with the contents."""
     known = ("ETag", "etag", "md5Hash", "crc32c", "LastModified", "updated", "mtime", "created")
     lines = [
