@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 from moe_svd_distill.adapter.keys import AdapterKeys, Target
-from moe_svd_distill.adapter.peft_model import MAKE_AGAIN
+from moe_svd_distill.adapter.peft_model import MAKE_AGAIN, lora_config
 from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.errors import BadDataError
 
@@ -88,11 +88,8 @@ def build_configuration(
 
 def peft_configuration(targets: Sequence[Target], rank_of: Callable[[str], int]) -> Any:
     """The configuration of some parameters as PEFT's object, with every name in full, from the ranks of matrices."""
-    from peft import LoraConfig
-
     named = _configuration(targets, {target.parameter: target.rank(rank_of) for target in targets}, "")
-    fields: dict[str, object] = {name: value for name, value in named.items() if name != "peft_type"}
-    return LoraConfig(**{**fields, "target_parameters": named["target_parameters"] or None})
+    return lora_config({**named, "target_parameters": named["target_parameters"] or None})
 
 
 def plain_configuration(

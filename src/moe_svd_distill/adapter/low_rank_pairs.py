@@ -13,7 +13,7 @@ from moe_svd_distill.adapter.adapter_file import adapter_header, read_json, read
 from moe_svd_distill.adapter.configuration import names_in, rank_and_scale
 from moe_svd_distill.adapter.keys import Factors, expert_factors, fused_rank, of_matrix
 from moe_svd_distill.adapter.naming import PairShape, pair_shapes, whole_key, whole_modules
-from moe_svd_distill.adapter.peft_model import lora_targets, read_configuration, wrap_student
+from moe_svd_distill.adapter.peft_model import lora_config, lora_targets, read_configuration, wrap_student
 from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.architecture.matrices import Matrix
 from moe_svd_distill.errors import BadDataError
@@ -219,8 +219,6 @@ class LowRankPairs(Mapping[str, LowRankPair]):
 
     def _parameters_by_module(self, strangers: Mapping[str, PairShape]) -> dict[str, str]:
         """What PEFT calls the parameters of pairs that are not named after a stored tensor, to the parameters."""
-        from peft import LoraConfig
-
         if not strangers:
             return {}
         if self.configuration:
@@ -229,7 +227,7 @@ class LowRankPairs(Mapping[str, LowRankPair]):
             modules, parameters = self._likely(strangers)
             if not modules and not parameters:
                 return {}
-            configuration = LoraConfig(r=1, target_modules=modules, target_parameters=parameters or None)
+            configuration = lora_config({"r": 1, "target_modules": modules, "target_parameters": parameters or None})
         wrapped = wrap_student(self._architecture, configuration)
         return {target.module: target.parameter for target in lora_targets(wrapped)}
 

@@ -179,7 +179,7 @@ def changed_tensors(architecture: Architecture, pairs: LowRankPairs) -> dict[str
     sources = (source for sources in architecture.stored.of_part.values() for source in sources)
     for source in sources if by_parameter else ():
         matrices = [matrix for slot in source.slots for matrix in by_parameter.get(slot.name, ())]
-        for _, name in source.hub_names if matrices else ():
+        for name in source.hub_names if matrices else ():
             if source.pieces:
                 own = [matrix for matrix in matrices if not matrix.stored or matrix.name == name]
                 in_experts[name] = partial(_merged_experts, pairs, own, name)

@@ -75,6 +75,13 @@ def read_configuration(folder: Path) -> Any:
         raise BadDataError(f"{path}: not a configuration that PEFT reads: {error}", MAKE_AGAIN) from error
 
 
+def lora_config(fields: Mapping[str, object]) -> Any:
+    """The content of an adapter_config.json as PEFT's object."""
+    from peft import LoraConfig
+
+    return LoraConfig(**{name: value for name, value in fields.items() if name != "peft_type"})
+
+
 def wrap(model: Any, configuration: Any) -> Any:
     """The model as PEFT wraps it, changed in place; its factors have no memory.
 
@@ -113,10 +120,7 @@ def modules_of(architecture: Architecture, configuration: Mapping[str, object]) 
     Raises:
         BadDataError: PEFT refuses the configuration.
     """
-    from peft import LoraConfig
-
-    fields = {name: value for name, value in configuration.items() if name != "peft_type"}
-    wrapped = wrap_student(architecture, LoraConfig(**fields))
+    wrapped = wrap_student(architecture, lora_config(configuration))
     return {target.parameter: target.module for target in lora_targets(wrapped)}
 
 

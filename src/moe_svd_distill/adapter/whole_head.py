@@ -30,13 +30,10 @@ class WholeChange:
 
     Attributes:
         relative: ``‖W' - W‖ / ‖W‖``.
-        rounding: The expected norm of the rounding of W' to its stored dtype, as a share of ``‖W' - W‖``; None where
-            nothing changes.
         note: What a reader should know, or nothing.
     """
 
     relative: float
-    rounding: float | None
     note: str = ""
 
 
@@ -101,7 +98,7 @@ def change_of_head(pairs: LowRankPairs, architecture: Architecture) -> WholeChan
     name = architecture.head
     change, size = change_norm(new, base), norm_of_blocks(base[rows] for rows in row_blocks(*base.shape))
     if not change:
-        return WholeChange(0.0, None, f"{name} is saved whole and is the student's own: it changes nothing")
+        return WholeChange(0.0, f"{name} is saved whole and is the student's own: it changes nothing")
     rounding = rounding_norm(new, SIGNIFICANT_BITS[dtype]) / change
     note = ""
     if rounding > _MUCH:
@@ -109,7 +106,7 @@ def change_of_head(pairs: LowRankPairs, architecture: Architecture) -> WholeChan
             f"{name} is saved whole in {dtype} and differs from the student's by {change / size:.2%} of its norm: "
             f"rounding alone makes about {rounding:.0%} of that; a LoRA pair would keep the change"
         )
-    return WholeChange(change / size if size else math.inf, rounding, note)
+    return WholeChange(change / size if size else math.inf, note)
 
 
 def rounding_norm(values: torch.Tensor, bits: int) -> float:

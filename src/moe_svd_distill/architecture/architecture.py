@@ -105,7 +105,7 @@ class Architecture:
             BadDataError: It does.
         """
         for source in self.stored.of_part[HEAD] if self.tied else ():
-            for _, name in source.hub_names:
+            for name in source.hub_names:
                 if name != self.embedding and self.checkpoint.is_readable:
                     refuse_other_head(self.checkpoint, name, self.embedding)
 
@@ -120,5 +120,5 @@ class Architecture:
 
     def _stored_name(self, slot: ParameterSlot) -> str:
         sources = [source for source in self.stored.of_part[slot.part] if slot in source.slots]
-        names = [name for source in sources for _, name in source.hub_names]
+        names = [name for source in sources for name in source.hub_names]
         return names[0] if len(names) == 1 else slot.name

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from moe_svd_distill.checkpoints.identity import differs, fingerprint
+from moe_svd_distill.checkpoints.identity import GGUF_SCHEME, SCHEME, fingerprint
 from moe_svd_distill.checkpoints.quantisation.coded import Scaled
 from moe_svd_distill.checkpoints.remote.folder import RemoteFolder
 from moe_svd_distill.checkpoints.shards import GGUF
@@ -41,12 +41,9 @@ class Checkpoint(Mapping[str, TensorInfo]):
         role: Teacher or student, once that is known.
     """
 
-    def __init__(
-        self, place: Path, source: str | None = None, *, known: Survey | None = None, as_stored: bool = False
-    ) -> None:
+    def __init__(self, place: Path, source: str | None = None, *, known: Survey | None = None) -> None:
         """Open nothing yet: a model's folder or a GGUF file, what the user called it, and its headers if known."""
         self._place = place.absolute()
-        self._as_stored = as_stored
         self.role = ""
         self.source = str(place) if source is None else source
         self._survey = known
@@ -224,7 +221,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     def look_again(self) -> Survey:
         """What the headers say now, with all that is wrong with them."""
-        return self._storage.survey(self.source, as_stored=self._as_stored)
+        return self._storage.survey(self.source)
 
     def cache_key(self) -> str:
         """A digest that changes when any byte of the model may have: names what is computed from it and kept.
@@ -238,8 +235,9 @@ class Checkpoint(Mapping[str, TensorInfo]):
         return fingerprint(self.stored, self._storage.extracts, gguf=self.is_gguf)
 
     def is_other_than(self, recorded: str | None) -> bool:
-        """Whether a recorded fingerprint says that it was taken of other weights."""
-        return differs(recorded, self.stored, self._storage.extracts, gguf=self.is_gguf)
+        """Whether a recorded fingerprint is of other weights; an older one, or one of other files, does not say it."""
+        scheme = GGUF_SCHEME if self.is_gguf else SCHEME
+        return recorded is not None and recorded.startswith(scheme) and recorded != self.fingerprint()
 
     def close(self) -> None:
         """Close the files; tensors that were read stay valid, and a later read opens the files again."""
@@ -254,8 +252,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         self.close()
 
     def __reduce__(self) -> tuple[object, ...]:
-        expected = {name: (header.file_bytes, header.digest) for name, header in self._sound().headers.items()}
-        return _sent, (self._place, self.source, self.role, self._as_stored, expected)
+        return _sent, (self._place, self.source, self.role, _state_of(self._sound().headers))
 
     def is_plain(self, name: str) -> bool:
         """Whether a weight is stored as the numbers it is read as."""
@@ -276,14 +273,19 @@ class Checkpoint(Mapping[str, TensorInfo]):
         """In another process: the files have to be the same as where this checkpoint came from."""
         if self._expected is None:
             return
-        found = {name: (header.file_bytes, header.digest) for name, header in headers.items()}
+        found = _state_of(headers)
         for name in sorted(self._expected.keys() | found.keys()):
             if self._expected.get(name) != found.get(name):
                 raise changed(self._storage.directory / name)
 
 
-def _sent(place: Path, source: str, role: str, as_stored: bool, expected: Mapping[str, tuple[int, str]]) -> Checkpoint:
+def _state_of(headers: Mapping[str, Header]) -> dict[str, tuple[int, str]]:
+    """Of each file its size and the digest of its header."""
+    return {name: (header.file_bytes, header.digest) for name, header in headers.items()}
+
+
+def _sent(place: Path, source: str, role: str, expected: Mapping[str, tuple[int, str]]) -> Checkpoint:
     """A checkpoint that came from another process."""
-    checkpoint = Checkpoint(place, source, as_stored=as_stored)
+    checkpoint = Checkpoint(place, source)
     checkpoint.role, checkpoint._expected = role, expected
     return checkpoint

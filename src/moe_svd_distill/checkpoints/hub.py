@@ -66,7 +66,6 @@ class Snapshot:
         folder: Where its small files are.
         sizes: All its files on the hub to their bytes.
         unreachable: Why the hub could not be asked, where it could not; the cache then holds all that there is.
-        token: The hub's access token, where it is not the one that the user is logged in with.
     """
 
     model: HubModel
@@ -74,7 +73,6 @@ class Snapshot:
     folder: Path = Path()
     sizes: Mapping[str, int] = field(default_factory=dict)
     unreachable: RemoteError | None = None
-    token: str | None = field(default=None, repr=False)
 
     def say_if_cached(self) -> None:
         """Say that the hub was not asked, and which commit of its cache is read."""
@@ -128,10 +126,10 @@ class Snapshot:
         )
 
         url = hf_hub_url(self.model.repo, name, revision=self.revision)
-        headers = build_hf_headers(token=self.token)
+        headers = build_hf_headers()
         headers |= {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
         with (
-            hub_errors(self.model, self.token),
+            hub_errors(self.model),
             http_stream_backoff("GET", url, headers=headers, follow_redirects=True) as response,
         ):
             hf_raise_for_status(response)
@@ -169,34 +167,32 @@ def parse_hub_id(text: str) -> HubModel | None:
     return HubModel(match["repo"], match["revision"] or DEFAULT_REVISION)
 
 
-def fetch_small(model: HubModel, token: str | None) -> Snapshot:
+def fetch_small(model: HubModel) -> Snapshot:
     """Fetch configuration, index and tokenizer. If the hub is out of reach, the cache serves."""
     from huggingface_hub import HfApi, snapshot_download
 
     def files_at(revision: str) -> tuple[str, dict[str, int]]:
-        info = HfApi(token=token).model_info(model.repo, revision=revision, files_metadata=True)
+        info = HfApi().model_info(model.repo, revision=revision, files_metadata=True)
         return str(info.sha), {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
 
     try:
-        with hub_errors(model, token):
+        with hub_errors(model):
             commit, sizes = files_at(model.revision)
             patterns = [glob.escape(name) for name in sizes if SMALL_FILES.fullmatch(name)]
             # By branch and not by commit: the cache then remembers, for a run without the network, what the branch was.
-            folder = Path(
-                snapshot_download(model.repo, revision=model.revision, token=token, allow_patterns=patterns or NOTHING)
-            )
+            folder = Path(snapshot_download(model.repo, revision=model.revision, allow_patterns=patterns or NOTHING))
             if folder.name != commit:  # the branch moved between the two questions
                 commit, sizes = files_at(folder.name)
     except RemoteError as unreachable:
-        return _cached(model, unreachable, token)
-    return Snapshot(model, commit, folder, sizes, token=token)
+        return _cached(model, unreachable)
+    return Snapshot(model, commit, folder, sizes)
 
 
 def fetch_weights(snapshot: Snapshot) -> None:
     """Fetch the weights files beside the small ones: those that the index names, and no other formats or copies."""
     from huggingface_hub import snapshot_download
 
-    model, token = snapshot.model, snapshot.token
+    model = snapshot.model
     layout = find_layout(snapshot.folder, snapshot.names)
     absent = [name for name in layout.files if name not in snapshot.names]
     gone = [
@@ -210,11 +206,11 @@ def fetch_weights(snapshot: Snapshot) -> None:
             f"Make room, point HF_HOME to another disk, or read it by range: {snapshot.address}",
         )
     patterns = [glob.escape(name) for name in layout.files]
-    with hub_errors(model, token):
-        snapshot_download(model.repo, revision=snapshot.revision, token=token, allow_patterns=patterns)
+    with hub_errors(model):
+        snapshot_download(model.repo, revision=snapshot.revision, allow_patterns=patterns)
 
 
-def _cached(model: HubModel, unreachable: RemoteError, token: str | None) -> Snapshot:
+def _cached(model: HubModel, unreachable: RemoteError) -> Snapshot:
     """The snapshot that an earlier run has left in the cache, or the reason why the hub could not be asked."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -222,7 +218,7 @@ def _cached(model: HubModel, unreachable: RemoteError, token: str | None) -> Sna
     if not isinstance(found, str):
         raise unreachable
     folder = Path(found).parent
-    return Snapshot(model, folder.name, folder, unreachable=unreachable, token=token)
+    return Snapshot(model, folder.name, folder, unreachable=unreachable)
 
 
 def fetch_headers(snapshot: Snapshot, files: Sequence[str]) -> dict[str, Header | DistillError]:
@@ -243,7 +239,7 @@ def fetch_headers(snapshot: Snapshot, files: Sequence[str]) -> dict[str, Header 
 
 
 @contextmanager
-def hub_errors(model: object, token: str | None) -> Iterator[None]:
+def hub_errors(model: object, token: str | None = None) -> Iterator[None]:
     """Translate whatever the hub's library raises."""
     try:
         yield
@@ -253,7 +249,7 @@ def hub_errors(model: object, token: str | None) -> Iterator[None]:
         raise translate(error, str(model), token) from error
 
 
-def redact(text: str, token: str | None) -> str:
+def redact(text: str, token: str | None = None) -> str:
     """The text without anything that looks like a secret."""
     return TOKEN.sub("***", text.replace(token, "***") if token else text)
 

@@ -21,20 +21,13 @@ from moe_svd_distill.checkpoints.remote.folder import keep
 from moe_svd_distill.checkpoints.remote.source import is_address
 from moe_svd_distill.checkpoints.shards import GGUF
 from moe_svd_distill.checkpoints.survey import raise_faults, survey
-from moe_svd_distill.errors import BadDataError, MissingInputError, RemoteError, UsageError, shown
+from moe_svd_distill.errors import BadDataError, MissingInputError, UsageError, shown
 from moe_svd_distill.files.reading import explain
 
 _BLOCK_ROWS = 4096
 
 
-def open_checkpoint(
-    model: str | Path,
-    *,
-    token: str | None = None,
-    as_stored: bool = False,
-    headers_only: bool = False,
-    remote_bytes: int | None = None,
-) -> Checkpoint:
+def open_checkpoint(model: str | Path, *, headers_only: bool = False, remote_bytes: int | None = None) -> Checkpoint:
     """Open a model: a folder, a GGUF file (the first of several), a hub id or an address.
 
     An address (``hf://organisation/name``, ``s3://bucket/folder``) is read by range: tensors are fetched when they are
@@ -47,21 +40,16 @@ def open_checkpoint(
 
     Args:
         model: What the user typed.
-        token: The hub's access token; by default the one that the user is logged in with.
-        as_stored: Show quantised weights as the codes and companions that they are stored as, for looking at them.
         headers_only: Of a hub model, fetch the small files and the headers only. Tensors cannot be read then.
         remote_bytes: What fetched tensors of an address may take on the disk; None for what was said before, or all.
     """
     source = str(model)
     if is_address(source):
         place: Path | None = keep(source, remote_bytes)
-        source = redact(source.removeprefix(f"{HUB}://"), token)
+        source = redact(source.removeprefix(f"{HUB}://"))
     else:
         place = _local_place(model)
-    if place:
-        checkpoint = Checkpoint(place, source, as_stored=as_stored)
-    else:
-        checkpoint = _from_hub(source, token, as_stored, headers_only)
+    checkpoint = Checkpoint(place, source) if place else _from_hub(source, headers_only)
     checkpoint.check()
     for note in checkpoint.notes:
         say_once(f"{source}: {note}")
@@ -93,41 +81,28 @@ def _local_place(model: str | Path) -> Path | None:
     return None
 
 
-def _from_hub(source: str, token: str | None, as_stored: bool, headers_only: bool) -> Checkpoint:
+def _from_hub(source: str, headers_only: bool) -> Checkpoint:
     """The model in the hub's cache: all of it, or the small files with the headers of the weights."""
     model = parse_hub_id(source)
     if model is None:
         what = f"{shown(source)} is neither a folder nor the name of a hub model"
         raise MissingInputError(what, "Give the folder of a model, or organisation/name@revision")
-    snapshot = fetch_small(model, token)
-    if not as_stored:
-        declared_quantisation(read_config(snapshot.folder), source)  # refused before anything large is downloaded
+    snapshot = fetch_small(model)
+    declared_quantisation(read_config(snapshot.folder), source)  # refused before anything large is downloaded
     if snapshot.unreachable is not None:
-        checkpoint = _from_cache(snapshot.folder, source, snapshot.unreachable, as_stored)
+        checkpoint = Checkpoint(snapshot.folder, source)
+        try:
+            checkpoint.check()
+        except MissingInputError as incomplete:  # the network is what is missing
+            raise snapshot.unreachable from incomplete
         snapshot.say_if_cached()
         return checkpoint
     if headers_only:
-        found = survey(
-            snapshot.folder,
-            snapshot.names,
-            partial(fetch_headers, snapshot),
-            as_stored=as_stored,
-            source=source,
-        )
+        found = survey(snapshot.folder, snapshot.names, partial(fetch_headers, snapshot), source=source)
         raise_faults(found.faults)
-        return Checkpoint(snapshot.folder, source, known=found, as_stored=as_stored)
+        return Checkpoint(snapshot.folder, source, known=found)
     fetch_weights(snapshot)
-    return Checkpoint(snapshot.folder, source, as_stored=as_stored)
-
-
-def _from_cache(folder: Path, source: str, unreachable: RemoteError, as_stored: bool) -> Checkpoint:
-    """What an earlier run has downloaded, if it is complete; if not, the network is what is missing."""
-    checkpoint = Checkpoint(folder, source, as_stored=as_stored)
-    try:
-        checkpoint.check()
-    except MissingInputError as incomplete:
-        raise unreachable from incomplete
-    return checkpoint
+    return Checkpoint(snapshot.folder, source)
 
 
 def require_plain_files(checkpoint: Checkpoint) -> None:

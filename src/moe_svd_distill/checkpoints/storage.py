@@ -37,9 +37,9 @@ class Storage:
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.RLock()
 
-    def survey(self, source: str, *, as_stored: bool) -> Survey:
+    def survey(self, source: str) -> Survey:
         """What the headers say now, with all that is wrong with them; `source` is what the model is called."""
-        return survey(self._place, as_stored=as_stored, source=source)
+        return survey(self._place, source=source)
 
     def model_folder(self, found: Survey) -> Path:
         """Where configuration and tokenizer lie.
@@ -117,11 +117,11 @@ class GgufFiles(Storage):
         """Nothing is opened yet."""
         super().__init__(file, file.parent)
 
-    def survey(self, source: str, *, as_stored: bool) -> Survey:
+    def survey(self, source: str) -> Survey:
         """As `Storage`."""
         from moe_svd_distill.checkpoints.llama_cpp.survey import survey_gguf
 
-        return survey_gguf(self._place, source, as_stored=as_stored)
+        return survey_gguf(self._place, source)
 
     def model_folder(self, found: Survey) -> Path:
         """As `Storage`: made, and gone with the process."""

@@ -61,7 +61,6 @@ def survey(
     headers_of: Callable[[Sequence[str]], Mapping[str, Header | DistillError]] | None = None,
     *,
     small_tensor: ReadBytes | None = None,
-    as_stored: bool = False,
     source: str | None = None,
 ) -> Survey:
     """Read the configuration, the index and every header; gather the faults instead of stopping at the first.
@@ -71,7 +70,6 @@ def survey(
         names: All files of the model, where they are not all in the folder.
         headers_of: How to read the headers, where the weights files are not in the folder.
         small_tensor: How to read the beginning of a tensor that says how others are stored, where they are not.
-        as_stored: Leave quantised weights as the codes and companions that they are stored as.
         source: What the model is called in messages.
     """
     result = Survey()
@@ -102,7 +100,7 @@ def survey(
     result.faults += _compare_with_index(layout, result.headers, stored, folder)
     result.faults += _wrapped(stored)
     result.weights = Weights.as_stored(stored)
-    if not as_stored and not result.faults:
+    if not result.faults:
         read_bytes = _limited(small_tensor or _small_tensor)
         result.weights = read_weights(stored, result.config, source or str(folder), read_bytes)
         result.faults += result.weights.faults

@@ -36,13 +36,12 @@ _ROUNDING = 0.4
 """Two roundings of one table differ by less, even to two bits; two tables by more than one."""
 
 
-def survey_gguf(first: Path, source: str, *, as_stored: bool = False) -> Survey:
+def survey_gguf(first: Path, source: str) -> Survey:
     """Read every header; gather the faults instead of stopping at the first.
 
     Args:
         first: The file, or the first one of several.
         source: What the model is called in messages.
-        as_stored: Show llama.cpp's own tensors.
     """
     result = Survey()
     if fault := package_fault(f"{source} is a GGUF file"):
@@ -63,10 +62,9 @@ def survey_gguf(first: Path, source: str, *, as_stored: bool = False) -> Survey:
     try:
         result.config, unread = _config(source, metadata, stored)
         result.origin = origin_of(metadata)
-        if not as_stored:
-            result.weights = weights_of(stored, result.config)
-            result.weights.set_aside |= unread
-            result.faults += result.weights.faults
+        result.weights = weights_of(stored, result.config)
+        result.weights.set_aside |= unread
+        result.faults += result.weights.faults
     except DistillError as fault:
         result.faults.append(fault)
     return result

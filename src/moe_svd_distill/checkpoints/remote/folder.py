@@ -102,21 +102,20 @@ class RemoteFolder(Storage):
         }
         write_json(self.directory / MARKER, record)
 
-    def survey(self, source: str, *, as_stored: bool) -> Survey:
+    def survey(self, source: str) -> Survey:
         """As `Storage`: of the headers that were fetched when the model was opened first."""
         return survey(
             self.directory,
             self.names,
             lambda files: {name: self._header(name) for name in files},
             small_tensor=lambda info, count: self._extract(info, 0, count),
-            as_stored=as_stored,
             source=source,
         )
 
     def cache_key(self, headers: Mapping[str, Header]) -> str:
         """As `Storage`: of the address, the revision, and the headers."""
         named = (self.address, self.revision, *(header.digest for header in headers.values()))
-        return digest_of([*(name.encode() for name in named), *self._configuration()])
+        return digest_of("pieces 1", [*(name.encode() for name in named), *self._configuration()])
 
     def is_readable(self, tensors: Iterable[TensorInfo]) -> bool:
         """As `Storage`."""

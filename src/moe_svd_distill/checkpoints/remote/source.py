@@ -68,7 +68,7 @@ class StoreSource:
             RemoteError: The store cannot be reached or refuses.
             BadDataError: The files are others than those of the revision.
         """
-        self.address = redact(address, None)
+        self.address = redact(address)
         self._files, self._root = _file_system(address)
         with _store_errors(self.address):
             found: dict[str, dict[str, Any]] = self._files.find(self._root, detail=True)
@@ -135,7 +135,7 @@ def open_source(address: str, revision: str | None = None) -> Source:
         )
     if revision is not None:
         return Snapshot(model, revision)
-    return fetch_small(model, None)
+    return fetch_small(model)
 
 
 def _file_system(address: str) -> tuple[Any, str]:
@@ -152,7 +152,7 @@ def _file_system(address: str) -> tuple[Any, str]:
             "Install moe-svd-distill with the extra 'stores', or the package named",
         ) from error
     except ValueError as error:
-        raise UsageError(f"{shown(redact(address, None))} cannot be read ({error})", "Give hf:// or s3://") from error
+        raise UsageError(f"{shown(redact(address))} cannot be read ({error})", "Give hf:// or s3://") from error
 
 
 @contextmanager
@@ -166,7 +166,7 @@ def _store_errors(address: str) -> Iterator[None]:
         raise MissingInputError(f"there is no model at {shown(address)}", "Check the address") from error
     except Exception as error:
         raise RemoteError(
-            f"{shown(address)} cannot be read ({type(error).__name__}: {redact(reason_of(error), None)[:200]})",
+            f"{shown(address)} cannot be read ({type(error).__name__}: {redact(reason_of(error))[:200]})",
             "Check the network and the store's credentials, or give a local folder",
         ) from error
 
