@@ -155,11 +155,7 @@ def refuse_incomplete(target: Target, ranks: Mapping[str, int]) -> None:
 
 
 def check_options(fields: Mapping[str, object], whole: Collection[str]) -> None:
-    """Refuse what an adapter_config.json asks for beyond plain pairs, as far as that shows without the student.
-
-    Args:
-        fields: Its content.
-        whole: The modules that the adapter's file holds whole.
+    """Refuse what an adapter_config.json asks for beyond plain pairs and the modules that the file holds whole.
 
     Raises:
         BadDataError: An option is not supported, or ``modules_to_save`` names something else.

@@ -27,12 +27,7 @@ _EMBEDDING, _, _HEAD = OUTSIDE
 
 
 def write_gguf_adapter(pairs: LowRankPairs, architecture: Architecture, file: Path) -> int:
-    """Write an adapter for llama.cpp, one tensor in memory at a time.
-
-    Args:
-        pairs: The adapter, with one pair or none for each of a parameter's matrices (`LowRankPairs.refuse_partial`).
-        architecture: Of the student it is for.
-        file: Where to.
+    """Write an adapter for llama.cpp, one tensor in memory at a time; it has no partial pairs (`refuse_partial`).
 
     Returns:
         How many tensors the file has: two for each tensor of llama.cpp that is changed.

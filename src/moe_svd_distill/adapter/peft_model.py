@@ -83,11 +83,7 @@ def lora_config(fields: Mapping[str, object]) -> Any:
 
 
 def wrap(model: Any, configuration: Any) -> Any:
-    """The model as PEFT wraps it, changed in place; its factors have no memory.
-
-    Args:
-        model: On the meta device.
-        configuration: A ``PeftConfig``; PEFT rewrites the copy it is given.
+    """A model on the meta device as PEFT wraps it, changed in place; its factors have no memory.
 
     Raises:
         BadDataError: PEFT refuses the configuration.

@@ -41,12 +41,7 @@ def named_student(configuration: Mapping[str, object]) -> Path | None:
 
 
 def notes_on_student(folder: Path, student: Checkpoint | Path | None) -> tuple[str, ...]:
-    """What to say where a run's record names other weights than these as its student.
-
-    Args:
-        folder: The adapter's.
-        student: The student, or its folder, which may hold nothing but a configuration.
-    """
+    """What to say where run.json names other weights as the student; what is given may be a folder without weights."""
     record = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else {}
     made_for = record.get("student")
     recorded = made_for.get("fingerprint") if isinstance(made_for, dict) else None

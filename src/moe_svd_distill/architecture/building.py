@@ -46,11 +46,7 @@ def _plain(value: Any) -> Any:
 
 
 def model_class(parsed: Any, *, text_only: bool = False) -> Any:
-    """The class that a checkpoint says it is: what its users load, and what names its tensors.
-
-    Args:
-        parsed: Its configuration.
-        text_only: The class for its text alone instead.
+    """The class that a checkpoint says it is (what its users load, and names its tensors), or that for its text alone.
 
     Raises:
         IncompatiblePairError: transformers has no such class for it.

@@ -68,11 +68,7 @@ class TensorSource:
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     def restore(self, made: Mapping[str, Tensor], names: Any) -> dict[str, Tensor]:
-        """The stored tensors that `convert` makes these from: the same values in the checkpoint's arrangement.
-
-        Args:
-            made: Name in memory to values, for every slot.
-            names: As for `convert`.
+        """The stored tensors that `convert` makes these of: the values of every slot in the checkpoint's arrangement.
 
         Raises:
             BadDataError: transformers' operation cannot be undone.

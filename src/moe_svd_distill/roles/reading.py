@@ -33,11 +33,7 @@ _FETCH = "Download the model again, or repair config.json"
 
 
 def read_layout(config: Mapping[str, object], shapes: Mapping[str, Shape]) -> ModelLayout:
-    """Give every tensor its meaning, or the reason why it has none.
-
-    Args:
-        config: The parsed config.json.
-        shapes: Hub name to shape.
+    """Give every tensor (hub name to shape) its meaning, or the reason why it has none.
 
     Raises:
         BadDataError: A tensor is missing or a size contradicts config.json; all faults in one line.

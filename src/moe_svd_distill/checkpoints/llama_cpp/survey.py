@@ -37,12 +37,7 @@ _ROUNDING = 0.4
 
 
 def survey_gguf(first: Path, source: str) -> Survey:
-    """Read every header; gather the faults instead of stopping at the first.
-
-    Args:
-        first: The file, or the first one of several.
-        source: What the model is called in messages.
-    """
+    """Read every header, from the first file on; gather the faults instead of stopping at the first."""
     result = Survey()
     if fault := package_fault(f"{source} is a GGUF file"):
         result.faults.append(fault)

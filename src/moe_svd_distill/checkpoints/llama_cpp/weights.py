@@ -24,12 +24,7 @@ _USE_ANOTHER = "Give a file of another type, or the model's safetensors"
 
 
 def weights_of(stored: Mapping[str, TensorInfo], config: Mapping[str, object]) -> Weights:
-    """The weights that the tensors make up, with all that is wrong with them.
-
-    Args:
-        stored: The tensors under llama.cpp's names, experts of a layer in one.
-        config: The model's config.json.
-    """
+    """The weights that tensors under llama.cpp's names make up, with all that is wrong with them."""
     weights = Weights(stored)
     reading = _Reading(weights, config)
     for info in stored.values():

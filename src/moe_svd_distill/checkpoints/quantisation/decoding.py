@@ -30,27 +30,29 @@ Parts = Mapping[Part, Tensor]
 
 
 def dequantise(coded: Coded, parts: Parts, rows: slice, device: str | torch.device) -> Tensor:
-    """Rows of a weight, in its dtype, on a device; the codes go to that device and become numbers there.
+    """Rows of a weight, in its dtype, on a device; the codes (but llama.cpp's) go there and become numbers there.
 
     Raises:
         BadDataError: An index among the parts points outside.
     """
     coding = coded.coding
-    if isinstance(coding, Ggml):
-        from moe_svd_distill.checkpoints.llama_cpp.numbers import dequantise_ggml
-
-        return dequantise_ggml(coded, coding, parts, rows, device)
     begin, end, _ = rows.indices(coded.info.shape[0])
     dtype = torch_dtype(coded.info.dtype)
     out = torch.empty((max(0, end - begin), *coded.info.shape[1:]), dtype=dtype, device=device)
-    if out.numel() and not out.is_meta:
-        parts = {part: tensor.to(device) for part, tensor in parts.items()}
-        if isinstance(coding, Codebook):
-            _decode_codebook(coding, parts, out, begin)
-        elif isinstance(coding, InputMajor):
-            _decode_input_major(coding, parts, out, begin, coded)
-        else:
-            _decode_scaled(coding, parts, out, begin, coded)
+    if out.is_meta or not out.numel():
+        return out
+    if isinstance(coding, Ggml):
+        from moe_svd_distill.checkpoints.llama_cpp.numbers import decode_ggml
+
+        decode_ggml(coding, parts, out, begin, coded)
+        return out
+    parts = {part: tensor.to(device) for part, tensor in parts.items()}
+    if isinstance(coding, Codebook):
+        _decode_codebook(coding, parts, out, begin)
+    elif isinstance(coding, InputMajor):
+        _decode_input_major(coding, parts, out, begin, coded)
+    else:
+        _decode_scaled(coding, parts, out, begin, coded)
     return out
 
 
