@@ -150,7 +150,14 @@ def test_a_plain_configuration_has_last_names_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"r": 4}, {"r": 0, "lora_alpha": 1}, {"r": 4, "lora_alpha": 4, "rank_pattern": {"(": 3}}]
+    "fields",
+    [
+        {},
+        {"r": 4},
+        {"r": 0, "lora_alpha": 1},
+        {"r": 4, "lora_alpha": 4, "rank_pattern": {"(": 3}},
+        {"r": 4, "lora_alpha": 4, "rank_pattern": [3]},
+    ],
 )
 def test_no_usable_rank_is_an_error(fields: dict[str, Any]) -> None:
     with pytest.raises(BadDataError, match="no usable rank"):

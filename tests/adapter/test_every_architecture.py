@@ -100,7 +100,7 @@ def write(name: str, folder: Path, **changes: Any) -> Every:
 def test_what_is_left_out_has_its_reason(make: Callable[[str], Every], name: str) -> None:
     keys, architecture = make(name).keys, make(name).keys.architecture
     sources = (source for layer in range(architecture.layers) for source in architecture.stored.of_part[layer])
-    stored = {hub_name for source in sources for _, hub_name in source.hub_names}
+    stored = {hub_name for source in sources for hub_name in source.hub_names}
     carried = {matrix_name for target in keys.targets.values() for matrix_name in target.names}
     assert {*architecture.by_name, architecture.head, architecture.embedding} <= carried | set(keys.left_out)
     converted = {hub_name for hub_name in stored for matrix in carried if matrix.startswith(f"{hub_name}[")}
@@ -119,7 +119,7 @@ def made_by_an_operation(architecture: Architecture, carried: set[str]) -> set[s
     sources = (source for layer in range(architecture.layers) for source in architecture.stored.of_part[layer])
     inside = {matrix.split("[")[0] for matrix in carried}
     made = [source for source in sources if not source.pieces and inside & {slot.name for slot in source.slots}]
-    return {hub_name for source in made for _, hub_name in source.hub_names}
+    return {hub_name for source in made for hub_name in source.hub_names}
 
 
 @pytest.mark.parametrize("name", every_type())

@@ -157,6 +157,7 @@ OPTIONS = [
     {"trainable_token_indices": [1]},
     {"modules_to_save": ["lm_head"]},
     {"modules_to_save": "lm_head"},
+    {"modules_to_save": 5},
 ]
 
 

@@ -60,7 +60,7 @@ def fill(skeleton: Skeleton, stored: CheckpointMap, checkpoint: Checkpoint) -> N
     for sources in stored.of_part.values():
         for source in sources:
             if not source.pieces:
-                made = source.convert((checkpoint.read(name) for _, name in source.hub_names), stored.names)
+                made = source.convert((checkpoint.read(name) for name in source.hub_names), stored.names)
                 for slot in source.slots:
                     slot.fill(made[slot.name].to(slot.dtype))
                 continue

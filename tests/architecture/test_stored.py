@@ -35,7 +35,7 @@ def test_every_parameter_has_the_values_that_transformers_gives_it(case: Case) -
 
 def test_every_stored_tensor_is_used_once_or_named(case: Case) -> None:
     """What is unused belongs to no layer; only parameters that are tied take the same tensor."""
-    taken = [name for part in case.stored.of_part.values() for source in part for _, name in source.hub_names]
+    taken = [name for part in case.stored.of_part.values() for source in part for name in source.hub_names]
     assert {*taken, *case.stored.unused} == set(case.checkpoint)
     assert not {*taken} & {*case.stored.unused}
     tied = getattr(case.resident, "all_tied_weights_keys", None) or {}

@@ -40,12 +40,13 @@ def ask(url: str, home: Path, *models: str, headers_only: bool = False, offline:
     environment = os.environ | {
         "HF_ENDPOINT": url,
         "HF_HOME": str(home),
+        "HF_TOKEN": SECRET,
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_OFFLINE": "1" if offline else "0",
         "NO_PROXY": "127.0.0.1",
     }
-    questions = json.dumps([{"model": model, "token": SECRET, "headers_only": headers_only} for model in models])
+    questions = json.dumps([{"model": model, "headers_only": headers_only} for model in models])
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], input=questions, env=environment, capture_output=True, text=True, check=False
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +45,6 @@ def test_a_method_that_is_not_known_is_refused_by_name(tmp_path: Path, config: d
     assert words in error.what
     assert error.action == "Give the bf16 checkpoint"
     assert error.exit_code == 65
-    assert len(open_checkpoint(tmp_path, as_stored=True)) == len(tiny_tensors())
 
 
 @pytest.mark.parametrize("declared", [None, {"quant_method": "awq", "bits": 4}])
@@ -141,14 +139,6 @@ def test_a_quantised_model_looks_like_a_plain_one(folder: Path) -> None:
     assert checkpoint[UP].bytes == 16 * 8 + 2 * 2 * 4
     assert checkpoint.quantisation == "fp8: float8 in blocks of 8×4"
     assert checkpoint.companions[f"{UP}_scale_inv"] == UP
-
-
-def test_as_stored(folder: Path) -> None:
-    checkpoint = open_checkpoint(folder, as_stored=True)
-    assert sorted(checkpoint) == sorted(mixed())
-    assert checkpoint.read(UP).dtype == torch.float8_e4m3fn
-    again = pickle.loads(pickle.dumps(checkpoint))  # noqa: S301
-    assert sorted(again) == sorted(mixed())
 
 
 def test_rows_of_a_plain_tensor(folder: Path) -> None:

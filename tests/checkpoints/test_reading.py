@@ -17,8 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint, tensors
+from moe_svd_distill.checkpoints.storage import Storage
 from moe_svd_distill.errors import BadDataError, MissingInputError
 from moe_svd_distill.files.dtypes import TORCH_NAMES
+from moe_svd_distill.files.header import read_header
 from tests.checkpoints.builders import entry, safetensors_bytes, sparse_model, tiny_tensors, write_model
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -43,9 +45,9 @@ def test_every_dtype(tmp_path: Path, dtype: str) -> None:
     raw = torch.randint(0, 2, (4, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     saved = {"a": raw.view(getattr(torch, dtype)), "scalar": raw.view(getattr(torch, dtype))[0, 0].clone()}
     write_model(tmp_path, tensors=saved)
-    opened = open_checkpoint(tmp_path, as_stored=True)
-    for name, tensor in load_file(tmp_path / "model.safetensors").items():
-        read = opened.read(name)
+    header = read_header(tmp_path / "model.safetensors")
+    for name, tensor in load_file(header.file).items():
+        read = Storage(tmp_path).view(header.tensors[name], {"model.safetensors": header})
         assert read.dtype == tensor.dtype == saved[name].dtype
         assert read.shape == tensor.shape
         assert torch.equal(read.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))

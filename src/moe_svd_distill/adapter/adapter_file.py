@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moe_svd_distill.adapter.naming import parse_key
 from moe_svd_distill.checkpoints import TensorInfo
@@ -45,7 +45,7 @@ def shapes_of(header: Header) -> dict[str, tuple[int, ...]]:
     return {name: info.shape for name, info in header.tensors.items()}
 
 
-def read_json(path: Path) -> Mapping[str, Any]:
+def read_json(path: Path) -> Mapping[str, object]:
     """A JSON object from an adapter's folder; errors as of `adapter_header`."""
     try:
         return json_object(read_small(path), str(path), unique_keys=False)

@@ -12,8 +12,21 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 from moe_svd_distill.adapter.keys import AdapterKeys, Target
+from moe_svd_distill.adapter.peft_model import MAKE_AGAIN, lora_config
 from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.errors import BadDataError
+
+_UNSUPPORTED = {
+    "use_dora": (False, None),
+    "lora_bias": (False, None),
+    "bias": ("none", None),
+    "fan_in_fan_out": (False, None),
+    "ensure_weight_tying": (False, None),
+    "exclude_modules": (None, []),
+    "layers_to_transform": (None, []),
+    "layer_replication": (None, []),
+    "trainable_token_indices": (None, [], {}),
+}
 
 
 class AdapterConfiguration(TypedDict):
@@ -75,11 +88,8 @@ def build_configuration(
 
 def peft_configuration(targets: Sequence[Target], rank_of: Callable[[str], int]) -> Any:
     """The configuration of some parameters as PEFT's object, with every name in full, from the ranks of matrices."""
-    from peft import LoraConfig
-
     named = _configuration(targets, {target.parameter: target.rank(rank_of) for target in targets}, "")
-    fields: dict[str, Any] = {name: value for name, value in named.items() if name != "peft_type"}
-    return LoraConfig(**{**fields, "target_parameters": named["target_parameters"] or None})
+    return lora_config({**named, "target_parameters": named["target_parameters"] or None})
 
 
 def plain_configuration(
@@ -144,6 +154,39 @@ def refuse_incomplete(target: Target, ranks: Mapping[str, int]) -> None:
             )
 
 
+def check_options(fields: Mapping[str, object], whole: Collection[str]) -> None:
+    """Refuse what an adapter_config.json asks for beyond plain pairs and the modules that the file holds whole.
+
+    Raises:
+        BadDataError: An option is not supported, or ``modules_to_save`` names something else.
+    """
+    for option, plain in _UNSUPPORTED.items():
+        if fields.get(option, plain[0]) not in plain:
+            raise BadDataError(
+                f"adapter_config.json: {option} is {fields[option]!r}, expected {plain[0]!r}", MAKE_AGAIN
+            )
+    named = names_in(fields, "modules_to_save")
+    matched = {(module, entry) for module in whole for entry in named if module.endswith(entry)}
+    if {module for module, _ in matched} != set(whole) or {entry for _, entry in matched} != set(named):
+        raise BadDataError(
+            f"adapter_config.json: modules_to_save is {fields.get('modules_to_save')!r}, expected "
+            f"{[module.rpartition('.')[2] for module in whole] or None}",
+            MAKE_AGAIN,
+        )
+
+
+def names_in(fields: Mapping[str, object], key: str) -> list[str]:
+    """The names in a list of adapter_config.json; none where it has no such list.
+
+    Raises:
+        BadDataError: Something else is there.
+    """
+    found = fields.get(key) or []
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise BadDataError(f"adapter_config.json: {key} is {found!r}, expected a list of names", MAKE_AGAIN)
+    return found
+
+
 def short_names(wanted: Collection[str], every: Iterable[str], least: int = 1) -> list[str]:
     """The fewest and shortest endings that name exactly the wanted ones, in their order.
 
@@ -166,17 +209,18 @@ def short_names(wanted: Collection[str], every: Iterable[str], least: int = 1) -
     return list(chosen)
 
 
-def rank_and_scale(configuration: Mapping[str, Any], name: str) -> tuple[int, float]:
+def rank_and_scale(configuration: Mapping[str, object], name: str) -> tuple[int, float]:
     """Rank and scale that PEFT gives a module or parameter: the first pattern that matches the end of its name counts.
 
     Raises:
         BadDataError: There is no usable rank and alpha.
     """
+    fields: Mapping[str, Any] = configuration
     try:
-        rank = int(_matching(configuration.get("rank_pattern"), name, configuration["r"]))
-        alpha = float(_matching(configuration.get("alpha_pattern"), name, configuration["lora_alpha"]))
-        return rank, alpha / (rank**0.5 if configuration.get("use_rslora") else rank)
-    except (KeyError, ValueError, TypeError, ZeroDivisionError, re.error) as error:
+        rank = int(_matching(fields.get("rank_pattern"), name, fields["r"]))
+        alpha = float(_matching(fields.get("alpha_pattern"), name, fields["lora_alpha"]))
+        return rank, alpha / (rank**0.5 if fields.get("use_rslora") else rank)
+    except (AttributeError, KeyError, ValueError, TypeError, ZeroDivisionError, re.error) as error:
         raise BadDataError(
             f"adapter_config.json: no usable rank and alpha for {name}: {error!r}",
             "Make adapter_config.json again with adapter-config",
@@ -226,7 +270,7 @@ def _patterns(ranks: Mapping[str, int], rank: int) -> dict[str, int]:
     return dict(sorted(patterns.items()))
 
 
-def _matching(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+def _matching(patterns: Any, name: str, default: Any) -> Any:
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from moe_svd_distill.adapter.adapter_file import read_json, shapes_of
-from moe_svd_distill.adapter.configuration import AdapterConfiguration, build_configuration, plain_configuration
+from moe_svd_distill.adapter.configuration import (
+    AdapterConfiguration,
+    build_configuration,
+    check_options,
+    plain_configuration,
+)
 from moe_svd_distill.adapter.gguf_file import write_gguf_adapter
 from moe_svd_distill.adapter.keys import AdapterKeys, planned_tensors
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
-from moe_svd_distill.adapter.made_for import notes_on_student
 from moe_svd_distill.adapter.naming import whole_key, whole_modules
 from moe_svd_distill.adapter.peft_model import modules_of
 from moe_svd_distill.adapter.settling import settle_keys
-from moe_svd_distill.adapter.verify import check_loads, check_options
-from moe_svd_distill.adapter.whole_head import student_of
+from moe_svd_distill.adapter.student import notes_on_student, student_of
+from moe_svd_distill.adapter.verify import check_loads
 from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.architecture.matrices import Kind
 from moe_svd_distill.checkpoints import Checkpoint
@@ -114,7 +117,7 @@ def _for_llama_cpp(source: Path, target: Path, pairs: LowRankPairs, architecture
     return ExportReport(target, tensors, None, "", (*notes_on_student(source, architecture.checkpoint), use))
 
 
-def served(configuration: Mapping[str, Any], keys: AdapterKeys, pairs: LowRankPairs, layout: str) -> tuple[str, ...]:
+def served(configuration: AdapterConfiguration, keys: AdapterKeys, pairs: LowRankPairs, layout: str) -> tuple[str, ...]:
     """What programs that serve adapters need or refuse, from their sources (docs/head-formats.md)."""
     ranks = [configuration["r"], *configuration["rank_pattern"].values()]
     allowed = next((rank for rank in VLLM_RANKS if rank >= max(ranks)), None)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,12 +27,7 @@ _EMBEDDING, _, _HEAD = OUTSIDE
 
 
 def write_gguf_adapter(pairs: LowRankPairs, architecture: Architecture, file: Path) -> int:
-    """Write an adapter for llama.cpp, one tensor in memory at a time.
-
-    Args:
-        pairs: The adapter, with one pair or none for each of a parameter's matrices (`LowRankPairs.refuse_partial`).
-        architecture: Of the student it is for.
-        file: Where to.
+    """Write an adapter for llama.cpp, one tensor in memory at a time; it has no partial pairs (`refuse_partial`).
 
     Returns:
         How many tensors the file has: two for each tensor of llama.cpp that is changed.
@@ -59,7 +53,7 @@ def write_gguf_adapter(pairs: LowRankPairs, architecture: Architecture, file: Pa
     ((alpha, _),) = Counter(map(pairs.rank, pairs)).most_common(1)
     planned: dict[str, Planned] = {}
     for tensor, members in _by_tensor(naming, pairs, architecture).items():
-        planned |= _planned_pair(tensor, _stack(members, pairs, architecture, alpha))
+        planned |= _planned_pair(tensor, members, pairs, architecture, alpha)
     writer = gguf.GGUFWriter(file, naming.architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -106,57 +100,37 @@ def _by_tensor(
     return found
 
 
-@dataclass(frozen=True)
-class _Stack:
-    """The pairs that make the pair of one tensor: those of all experts, or a single one.
-
-    Attributes:
-        pairs: The adapter.
-        matrices: Their names; experts in their order.
-        place: Of the first of them.
-        factors: What B of each is multiplied by.
-        heads: In how many heads the rows of B are turned; 0 for not at all.
-    """
-
-    pairs: LowRankPairs
-    matrices: tuple[str, ...]
-    place: Place
-    factors: tuple[float, ...]
-    heads: int
-
-    def left(self) -> Tensor:
-        """B, (out, rank), or (experts, out, rank)."""
-        return self._stacked([self._left(*pair) for pair in zip(self.matrices, self.factors, strict=True)])
-
-    def right(self) -> Tensor:
-        """A, (rank, in), or (experts, rank, in)."""
-        return self._stacked([self.pairs[matrix].right for matrix in self.matrices])
-
-    def _left(self, matrix: str, factor: float) -> Tensor:
-        rows = self.pairs[matrix].left[self.place.rows]
-        if any(factor != 1 for factor in self.factors):
-            rows = factor * rows.float()
-        return _turned(rows, self.heads) if self.heads else rows
-
-    def _stacked(self, made: list[Tensor]) -> Tensor:
-        return made[0] if self.place.expert is None else torch.stack(made)
-
-
-def _stack(
-    members: Mapping[int | None, tuple[str, Place]], pairs: LowRankPairs, architecture: Architecture, alpha: int
-) -> _Stack:
-    """The pairs of a tensor's matrices, in the order of the experts."""
-    matrices = tuple(members[expert][0] for expert in sorted(members, key=lambda expert: expert or 0))
+def _planned_pair(
+    tensor: str,
+    members: Mapping[int | None, tuple[str, Place]],
+    pairs: LowRankPairs,
+    architecture: Architecture,
+    alpha: int,
+) -> dict[str, Planned]:
+    """The pair of one tensor, from those of all experts in their order, or a single one."""
+    matrices = [members[expert][0] for expert in sorted(members, key=lambda expert: expert or 0)]
     place = next(iter(members.values()))[1]
-    factors = tuple(pairs.scale(matrix) * pairs.rank(matrix) / alpha for matrix in matrices)
+    factors = [pairs.scale(matrix) * pairs.rank(matrix) / alpha for matrix in matrices]
     heads = getattr(architecture.config.get_text_config(), place.heads) if place.heads else 0
-    return _Stack(pairs, matrices, place, factors, heads)
 
+    def one_left(matrix: str, factor: float) -> Tensor:
+        rows = pairs[matrix].left[place.rows]
+        if any(factor != 1 for factor in factors):
+            rows = factor * rows.float()
+        return _turned(rows, heads) if heads else rows
 
-def _planned_pair(tensor: str, stack: _Stack) -> dict[str, Planned]:
-    a, b = stack.right, stack.left
+    def stacked(made: list[Tensor]) -> Tensor:
+        return made[0] if place.expert is None else torch.stack(made)
+
+    def right() -> Tensor:  # A, (rank, in), or (experts, rank, in)
+        return stacked([pairs[matrix].right for matrix in matrices])
+
+    def left() -> Tensor:  # B, (out, rank), or (experts, out, rank)
+        return stacked([one_left(*pair) for pair in zip(matrices, factors, strict=True)])
+
+    a, b = right, left
     if tensor == _EMBEDDING:  # a row of A is looked up for each token, and B makes a hidden state of it
-        a, b = stack.left, lambda: stack.right().T
+        a, b = left, lambda: right().T
     return {f"{tensor}.lora_{side}": _planned(make) for side, make in (("a", a), ("b", b))}
 
 

@@ -197,12 +197,7 @@ def fused_rank(matrices: Sequence[Matrix], rank_of: Callable[[str], int]) -> int
 
 
 def fuse(matrices: Sequence[Matrix], factors_of: Callable[[str], Factors]) -> Factors:
-    """The pair of a parameter from those of all matrices in it.
-
-    Args:
-        matrices: Every matrix of the parameter.
-        factors_of: Matrix name to ``(B, A)``; those of all experts have the same ranks.
-    """
+    """The pair of a parameter from those of all matrices in it, which have the same ranks for all experts."""
     if matrices[0].piece.index is None:
         return factors_of(matrices[0].name)
     shape = matrices[0].slot.shape

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_svd_distill.adapter.adapter_file import adapter_header, read_json, read_tensor, shapes_of
-from moe_svd_distill.adapter.configuration import rank_and_scale
+from moe_svd_distill.adapter.configuration import names_in, rank_and_scale
 from moe_svd_distill.adapter.keys import Factors, expert_factors, fused_rank, of_matrix
 from moe_svd_distill.adapter.naming import PairShape, pair_shapes, whole_key, whole_modules
-from moe_svd_distill.adapter.peft_model import lora_targets, read_configuration, wrap_student
+from moe_svd_distill.adapter.peft_model import lora_config, lora_targets, read_configuration, wrap_student
 from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.architecture.matrices import Matrix
 from moe_svd_distill.errors import BadDataError
@@ -83,7 +82,7 @@ class LowRankPairs(Mapping[str, LowRankPair]):
             BadDataError: The header is damaged, its tensors are not whole pairs, or the student has no such matrix.
         """
         self.header = adapter_header(folder)
-        self.configuration: Mapping[str, Any] = read_json(Path(folder) / CONFIGURATION_FILE) if configured else {}
+        self.configuration: Mapping[str, object] = read_json(Path(folder) / CONFIGURATION_FILE) if configured else {}
         self._folder, self._architecture = Path(folder), architecture
         shapes = shapes_of(self.header)
         self._places = self._locate(pair_shapes(shapes))
@@ -220,8 +219,6 @@ class LowRankPairs(Mapping[str, LowRankPair]):
 
     def _parameters_by_module(self, strangers: Mapping[str, PairShape]) -> dict[str, str]:
         """What PEFT calls the parameters of pairs that are not named after a stored tensor, to the parameters."""
-        from peft import LoraConfig
-
         if not strangers:
             return {}
         if self.configuration:
@@ -230,7 +227,7 @@ class LowRankPairs(Mapping[str, LowRankPair]):
             modules, parameters = self._likely(strangers)
             if not modules and not parameters:
                 return {}
-            configuration = LoraConfig(r=1, target_modules=modules, target_parameters=parameters or None)
+            configuration = lora_config({"r": 1, "target_modules": modules, "target_parameters": parameters or None})
         wrapped = wrap_student(self._architecture, configuration)
         return {target.module: target.parameter for target in lora_targets(wrapped)}
 
@@ -255,7 +252,7 @@ class LowRankPairs(Mapping[str, LowRankPair]):
             raise _unlike(name, found, expected)
 
     def _rank_and_scale(self, parameter: str) -> tuple[int, float]:
-        named = self.configuration.get("target_parameters") or ()
+        named = names_in(self.configuration, "target_parameters")
         as_parameter = any(parameter == entry or parameter.endswith(f".{entry}") for entry in named)
         return rank_and_scale(self.configuration, parameter if as_parameter else parameter.rpartition(".")[0])
 

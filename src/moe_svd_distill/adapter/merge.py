@@ -8,12 +8,14 @@ that was tied to the embeddings, it becomes a tensor of its own and the merged c
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +23,10 @@ from torch import Tensor
 from moe_svd_distill.adapter.adapter_file import read_json
 from moe_svd_distill.adapter.keys import Factors
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
-from moe_svd_distill.adapter.made_for import notes_on_student
-from moe_svd_distill.adapter.rewriting import Addition, copy_companions, rewrite
+from moe_svd_distill.adapter.rewriting import copy_companions, rewrite
+from moe_svd_distill.adapter.student import notes_on_student, student_of
 from moe_svd_distill.adapter.verify import check_loads
-from moe_svd_distill.adapter.whole_head import base_head, refuse_codes, replaced_blocks, row_blocks, student_of
+from moe_svd_distill.adapter.whole_head import base_head, refuse_codes, replaced_blocks, row_blocks
 from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.architecture.matrices import Matrix
 from moe_svd_distill.architecture.stored import TensorSource
@@ -32,6 +34,7 @@ from moe_svd_distill.checkpoints import Checkpoint, TensorInfo, require_plain_fi
 from moe_svd_distill.checkpoints.configuration import CONFIG
 from moe_svd_distill.checkpoints.shards import INDEX
 from moe_svd_distill.errors import BadDataError, CannotWriteError
+from moe_svd_distill.files.dtypes import BYTES_PER_ELEMENT, torch_dtype
 from moe_svd_distill.files.header import read_header
 from moe_svd_distill.files.names import CARD_FILE, CONFIGURATION_FILE
 from moe_svd_distill.files.reading import json_object, locate, read_small
@@ -97,8 +100,8 @@ def merge(
     if pairs.head is not None:
         base_head(architecture)
     changes = changed_tensors(architecture, pairs)
-    addition = _added_head(pairs, architecture)
-    target, total = Path(output).absolute(), checkpoint.total_bytes + (addition.bytes if addition else 0)
+    added = _added_head(pairs, architecture)
+    target, total = Path(output).absolute(), checkpoint.total_bytes + (added.bytes if added else 0)
     _check_space(target, total)
     done = 0
 
@@ -108,6 +111,8 @@ def merge(
         on_progress(done, total)
 
     def change(info: TensorInfo) -> Iterator[Tensor] | None:
+        if info is added:
+            return replaced_blocks(pairs.read_head(), torch_dtype(info.dtype), info.name)
         return changes[info.name](checkpoint.read(info.name)) if info.name in changes else None
 
     files = sorted({info.file for info in checkpoint.values()})
@@ -115,12 +120,12 @@ def merge(
         for file in files:
             place = folder / file.relative_to(checkpoint.folder)
             place.parent.mkdir(parents=True, exist_ok=True)
-            rewrite(read_header(file), place, change, advance, addition)
+            rewrite(read_header(file), place, change, advance, added)
         untied = architecture.tied and pairs.head is not None
-        changed = _untied_files(checkpoint, addition) if untied else {}
+        changed = _untied_files(checkpoint, added) if untied else {}
         changed |= {CARD_FILE: card.encode()} if card else {}
         companions, left_out = copy_companions(checkpoint.folder, folder, set(files), changed)
-    merged, copied = len(changes) + (addition is not None), len(checkpoint) - len(changes)
+    merged, copied = len(changes) + (added is not None), len(checkpoint) - len(changes)
     return MergeReport(target, merged, copied, len(files), total, companions, left_out, untied, warnings)
 
 
@@ -174,7 +179,7 @@ def changed_tensors(architecture: Architecture, pairs: LowRankPairs) -> dict[str
     sources = (source for sources in architecture.stored.of_part.values() for source in sources)
     for source in sources if by_parameter else ():
         matrices = [matrix for slot in source.slots for matrix in by_parameter.get(slot.name, ())]
-        for _, name in source.hub_names if matrices else ():
+        for name in source.hub_names if matrices else ():
             if source.pieces:
                 own = [matrix for matrix in matrices if not matrix.stored or matrix.name == name]
                 in_experts[name] = partial(_merged_experts, pairs, own, name)
@@ -229,20 +234,20 @@ def _finite(merged: Tensor, name: str) -> Tensor:
     return merged
 
 
-def _added_head(pairs: LowRankPairs, architecture: Architecture) -> Addition | None:
-    """The head saved whole, to be added to the weights file of the embeddings in their dtype.
+def _added_head(pairs: LowRankPairs, architecture: Architecture) -> TensorInfo | None:
+    """The head saved whole, to be added behind the other tensors of the embeddings' file in their dtype.
 
     None where nothing is saved whole, or where the student has the tensor already.
     """
     checkpoint, name = architecture.checkpoint, architecture.head
     if pairs.head is None or name in checkpoint:
         return None
-    info, head = checkpoint[architecture.embedding], pairs.read_head()
-    blocks = replaced_blocks(head, checkpoint.read(architecture.embedding).dtype, name)
-    return Addition(info.file, name, info.dtype, (head.shape[0], head.shape[1]), blocks)
+    beside, shape = checkpoint[architecture.embedding], pairs.header.tensors[pairs.head].shape
+    size = math.prod(shape) * BYTES_PER_ELEMENT[beside.dtype]
+    return TensorInfo(name, shape, beside.dtype, size, beside.file, beside.file.stat().st_size)
 
 
-def _untied_files(checkpoint: Checkpoint, addition: Addition | None) -> dict[str, bytes]:
+def _untied_files(checkpoint: Checkpoint, added: TensorInfo | None) -> dict[str, bytes]:
     """The files beside the weights that change when a tied student gets a head of its own, by name.
 
     Loaders take the head from the embeddings while config.json ties the two, whatever else is in the weights files. So
@@ -252,13 +257,13 @@ def _untied_files(checkpoint: Checkpoint, addition: Addition | None) -> dict[str
     if isinstance(text := config.get("text_config"), dict) and "tie_word_embeddings" in text:
         config["text_config"] = text | {"tie_word_embeddings": False}
     changed = {CONFIG: json_text(config | {"tie_word_embeddings": False}).encode()}
-    if addition is not None and (checkpoint.folder / INDEX).exists():
-        index = json_object(read_small(locate(checkpoint.folder, INDEX)), INDEX, unique_keys=True)
-        index["weight_map"][addition.name] = addition.file.relative_to(checkpoint.folder).as_posix()
+    if added is not None and (checkpoint.folder / INDEX).exists():
+        index: dict[str, Any] = json_object(read_small(locate(checkpoint.folder, INDEX)), INDEX, unique_keys=True)
+        index["weight_map"][added.name] = added.file.relative_to(checkpoint.folder).as_posix()
         metadata = index.get("metadata")
         if isinstance(metadata, dict) and isinstance(size := metadata.get("total_size"), int):
-            metadata["total_size"] = size + addition.bytes
+            metadata["total_size"] = size + added.bytes
         if isinstance(metadata, dict) and isinstance(count := metadata.get("total_parameters"), int):
-            metadata["total_parameters"] = count + addition.shape[0] * addition.shape[1]
+            metadata["total_parameters"] = count + math.prod(added.shape)
         changed[INDEX] = json_text(index).encode()
     return changed

@@ -24,7 +24,7 @@ from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.files.names import CONFIGURATION_FILE
 
 NAME = "default"
-_ACTION = "Make adapter_config.json again with adapter-config, or write the adapter again"
+MAKE_AGAIN = "Make adapter_config.json again with adapter-config, or write the adapter again"
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,19 +68,22 @@ def read_configuration(folder: Path) -> Any:
     path = folder / CONFIGURATION_FILE
     fields = read_json(path)
     if fields.get("peft_type") != "LORA":
-        raise BadDataError(f"{path}: peft_type is {fields.get('peft_type')!r}, expected 'LORA'", _ACTION)
+        raise BadDataError(f"{path}: peft_type is {fields.get('peft_type')!r}, expected 'LORA'", MAKE_AGAIN)
     try:
         return PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:
-        raise BadDataError(f"{path}: not a configuration that PEFT reads: {error}", _ACTION) from error
+        raise BadDataError(f"{path}: not a configuration that PEFT reads: {error}", MAKE_AGAIN) from error
+
+
+def lora_config(fields: Mapping[str, object]) -> Any:
+    """The content of an adapter_config.json as PEFT's object."""
+    from peft import LoraConfig
+
+    return LoraConfig(**{name: value for name, value in fields.items() if name != "peft_type"})
 
 
 def wrap(model: Any, configuration: Any) -> Any:
-    """The model as PEFT wraps it, changed in place; its factors have no memory.
-
-    Args:
-        model: On the meta device.
-        configuration: A ``PeftConfig``; PEFT rewrites the copy it is given.
+    """A model on the meta device as PEFT wraps it, changed in place; its factors have no memory.
 
     Raises:
         BadDataError: PEFT refuses the configuration.
@@ -91,7 +94,7 @@ def wrap(model: Any, configuration: Any) -> Any:
         with torch.device("meta"), _settled_warnings():
             return PeftModel(model, copy.deepcopy(configuration), adapter_name=NAME, low_cpu_mem_usage=True)
     except Exception as error:
-        raise BadDataError(f"PEFT cannot load the adapter: {first_line(error)}", _ACTION) from error
+        raise BadDataError(f"PEFT cannot load the adapter: {first_line(error)}", MAKE_AGAIN) from error
 
 
 def wrap_student(architecture: Architecture, configuration: Any, dtype: torch.dtype | None = None) -> Any:
@@ -107,16 +110,13 @@ def hold_values(wrapped: Any) -> None:
         base._parameters[attribute] = nn.Parameter(torch.empty(0), requires_grad=False)
 
 
-def modules_of(architecture: Architecture, configuration: Mapping[str, Any]) -> dict[str, str]:
+def modules_of(architecture: Architecture, configuration: Mapping[str, object]) -> dict[str, str]:
     """Parameter to what PEFT calls it, for a configuration of an adapter.
 
     Raises:
         BadDataError: PEFT refuses the configuration.
     """
-    from peft import LoraConfig
-
-    fields = {name: value for name, value in configuration.items() if name != "peft_type"}
-    wrapped = wrap_student(architecture, LoraConfig(**fields))
+    wrapped = wrap_student(architecture, lora_config(configuration))
     return {target.parameter: target.module for target in lora_targets(wrapped)}
 
 
@@ -135,7 +135,7 @@ def load(wrapped: Any, tensors: Mapping[str, Tensor]) -> Any:
         with _settled_warnings():
             return set_peft_model_state_dict(wrapped, dict(tensors), adapter_name=NAME, low_cpu_mem_usage=True)
     except Exception as error:
-        raise BadDataError(f"PEFT cannot load the adapter: {first_line(error)}", _ACTION) from error
+        raise BadDataError(f"PEFT cannot load the adapter: {first_line(error)}", MAKE_AGAIN) from error
 
 
 def lora_targets(wrapped: Any) -> Iterator[LoraTarget]:

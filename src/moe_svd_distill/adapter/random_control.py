@@ -15,7 +15,8 @@ from moe_svd_distill.adapter.adapter_file import read_json, sha256_of
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs, norm_of_pair
 from moe_svd_distill.adapter.naming import parse_key
 from moe_svd_distill.adapter.rewriting import rewrite
-from moe_svd_distill.adapter.whole_head import base_head, change_norm, norm_of_blocks, row_blocks, student_of
+from moe_svd_distill.adapter.student import student_of
+from moe_svd_distill.adapter.whole_head import base_head, change_norm, norm_of_blocks, row_blocks
 from moe_svd_distill.architecture.architecture import Architecture
 from moe_svd_distill.checkpoints import Checkpoint, TensorInfo
 from moe_svd_distill.errors import BadDataError

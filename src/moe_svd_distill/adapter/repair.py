@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from moe_svd_distill.adapter.adapter_file import adapter_header, shapes_of
 from moe_svd_distill.adapter.configuration import (
@@ -115,7 +114,7 @@ def repair_keys(file: Path | str, output: Path | str) -> dict[str, str]:
     with opened(source.file) as descriptor:
         old = raw_header(descriptor, source.file, source.file_bytes)
         with durable_file(target) as stream:
-            content: dict[str, Any] = json.loads(old[PREFIX_BYTES:])  # other names, the same offsets
+            content: dict[str, object] = json.loads(old[PREFIX_BYTES:])  # other names, the same offsets
             stream.write(packed_header({renamed.get(key, key): entry for key, entry in content.items()}, copied=True))
             for piece in read_pieces(descriptor, source.file, len(old), source.file_bytes):
                 stream.write(piece)

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moe_svd_distill.checkpoints import TensorInfo
-from moe_svd_distill.files.dtypes import BYTES_PER_ELEMENT, tensor_bytes
+from moe_svd_distill.files.dtypes import tensor_bytes
 from moe_svd_distill.files.header import PREFIX_BYTES, Header, packed_header, raw_header
 from moe_svd_distill.files.reading import locate, opened, read_pieces
 from moe_svd_distill.files.writing import Sink, durable_file
@@ -31,34 +30,12 @@ _OTHER_WEIGHTS = frozenset(
 Change = Callable[[TensorInfo], "Iterator[torch.Tensor] | None"]
 
 
-@dataclass(frozen=True)
-class Addition:
-    """A tensor that the copy has and the source has not.
-
-    Attributes:
-        file: The source.
-        dtype: As a header names it.
-        blocks: Its values in consecutive blocks of rows, in its own dtype.
-    """
-
-    file: Path
-    name: str
-    dtype: str
-    shape: tuple[int, int]
-    blocks: Iterator[torch.Tensor]
-
-    @property
-    def bytes(self) -> int:
-        """The size of its data."""
-        return self.shape[0] * self.shape[1] * BYTES_PER_ELEMENT[self.dtype]
-
-
 def rewrite(
     source: Header,
     output: Path,
     change: Change,
     on_bytes: Callable[[int], None] = lambda _: None,
-    addition: Addition | None = None,
+    added: TensorInfo | None = None,
 ) -> None:
     """Write the copy.
 
@@ -67,7 +44,7 @@ def rewrite(
         output: The new file; it appears whole or not at all.
         change: For a tensor, None to copy its bytes, or its new value in consecutive blocks of rows, in its own dtype.
         on_bytes: Told the size of each piece that was written.
-        addition: A tensor to write behind the others, if this is the file to add it to.
+        added: A tensor that the copy has behind the others and the source has not, if this is the file to add it to.
 
     Raises:
         CannotWriteError: The disk is full or refuses.
@@ -76,41 +53,37 @@ def rewrite(
     """
     with opened(source.file) as descriptor, durable_file(output) as stream:
         header = raw_header(descriptor, source.file, source.file_bytes)
-        addition = addition if addition is not None and addition.file == source.file else None
-        stream.write(header if addition is None else _with_entry(header, addition))
-        for info in source.tensors.values():
+        news = [added] if added is not None and added.file == source.file else []
+        stream.write(_with_entry(header, news[0]) if news else header)
+        for info in (*source.tensors.values(), *news):
             blocks = change(info)
             stored = read_pieces(descriptor, source.file, info.offset, info.offset + info.bytes)
-            _write(stream, info.name, info.bytes, stored if blocks is None else map(tensor_bytes, blocks), on_bytes)
-        if addition is not None:
-            _write(stream, addition.name, addition.bytes, map(tensor_bytes, addition.blocks), on_bytes)
+            _write(stream, info, stored if blocks is None else map(tensor_bytes, blocks), on_bytes)
 
 
-def _with_entry(header: bytes, addition: Addition) -> bytes:
-    content: dict[str, Any] = json.loads(header[PREFIX_BYTES:])
-    end = max((entry["data_offsets"][1] for name, entry in content.items() if name != "__metadata__"), default=0)
-    content[addition.name] = {
-        "dtype": addition.dtype,
-        "shape": list(addition.shape),
-        "data_offsets": [end, end + addition.bytes],
+def _with_entry(header: bytes, added: TensorInfo) -> bytes:
+    content: dict[str, object] = json.loads(header[PREFIX_BYTES:])
+    begin = added.offset - len(header)
+    content[added.name] = {
+        "dtype": added.dtype,
+        "shape": list(added.shape),
+        "data_offsets": [begin, begin + added.bytes],
     }
     return packed_header(content, copied=True)
 
 
-def _write(
-    stream: Sink, name: str, expected: int, pieces: Iterator[memoryview], on_bytes: Callable[[int], None]
-) -> None:
+def _write(stream: Sink, info: TensorInfo, pieces: Iterator[memoryview], on_bytes: Callable[[int], None]) -> None:
     written = 0
     for piece in pieces:
         stream.write(piece)
         written += len(piece)
         on_bytes(len(piece))
-    if written != expected:
-        raise ValueError(f"{name}: {written} bytes were made, expected {expected}")
+    if written != info.bytes:
+        raise ValueError(f"{info.name}: {written} bytes were made, expected {info.bytes}")
 
 
 def copy_companions(
-    source: Path, output: Path, weights: Collection[Path], changed: Mapping[str, bytes] | None = None
+    source: Path, output: Path, weights: Collection[Path], changed: Mapping[str, bytes]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Copy all files of a model but its weights.
 
@@ -140,11 +113,11 @@ def copy_companions(
             continue
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         with locate(source, name.as_posix()).open("rb") as stream, durable_file(output / name) as copy:
-            content = (changed or {}).get(name.as_posix())
+            content = changed.get(name.as_posix())
             for block in iter(partial(stream.read, _BLOCK_BYTES), b"") if content is None else (content,):
                 copy.write(block)
         copied.append(name.as_posix())
-    for added in (changed or {}).keys() - set(copied):
+    for added in changed.keys() - set(copied):
         with durable_file(output / added) as copy:
-            copy.write((changed or {})[added])
+            copy.write(changed[added])
     return tuple(copied), tuple(left_out)

@@ -8,10 +8,10 @@ tensors of the header's shapes: no weight is read and the check of a 100-billion
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -22,29 +22,24 @@ from moe_svd_distill.adapter.adapter_file import (
     sha256_of,
     shapes_of,
 )
-from moe_svd_distill.adapter.configuration import pair_of_tied, rank_and_scale
+from moe_svd_distill.adapter.configuration import check_options, pair_of_tied, rank_and_scale
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
-from moe_svd_distill.adapter.made_for import notes_on_student
 from moe_svd_distill.adapter.naming import pair_shapes, whole_modules
-from moe_svd_distill.adapter.peft_model import NAME, load, lora_targets, read_configuration, replaced_modules, wrap
-from moe_svd_distill.adapter.whole_head import WholeChange, change_of_head, named_student, student_of
+from moe_svd_distill.adapter.peft_model import (
+    MAKE_AGAIN,
+    NAME,
+    load,
+    lora_targets,
+    read_configuration,
+    replaced_modules,
+    wrap,
+)
+from moe_svd_distill.adapter.student import named_student, notes_on_student, student_of
+from moe_svd_distill.adapter.whole_head import WholeChange, change_of_head
 from moe_svd_distill.architecture.building import build_on_meta, parse_config
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.errors import BadDataError, MissingInputError, NothingToTransferError, UsageError
 from moe_svd_distill.files.names import ADAPTER_FILE, CONFIGURATION_FILE, RECORD_FILE
-
-_ACTION = "Make adapter_config.json again with adapter-config, or write the adapter again"
-_UNSUPPORTED = {
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
-    "bias": ("none", None),
-    "fan_in_fan_out": (False, None),
-    "ensure_weight_tying": (False, None),
-    "exclude_modules": (None, []),
-    "layers_to_transform": (None, []),
-    "layer_replication": (None, []),
-    "trainable_token_indices": (None, [], {}),
-}
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,7 @@ class LoadReport:
 
 
 def check_loads(
-    adapter_folder: Path | str, student: Mapping[str, Any] | Path | str, *, text_only: bool = False
+    adapter_folder: Path | str, student: Mapping[str, object] | Path | str, *, text_only: bool = False
 ) -> LoadReport:
     """Load an adapter by PEFT's own path and refuse it unless every key and every module found its partner.
 
@@ -92,7 +87,7 @@ def check_loads(
     configuration = read_configuration(folder)
     check_options(fields, whole)
     if isinstance(student, Mapping):
-        config: Mapping[str, Any] = dict(student)
+        config: Mapping[str, object] = dict(student)
         source = "the student"
     else:
         if not (Path(student) / "config.json").is_file():
@@ -108,7 +103,7 @@ def check_loads(
     if set(replaced := replaced_modules(wrapped)) != set(whole):
         found = ", ".join(replaced) or "no module"
         raise BadDataError(
-            f"PEFT replaces {found} whole (modules_to_save), expected {', '.join(whole) or 'none'}", _ACTION
+            f"PEFT replaces {found} whole (modules_to_save), expected {', '.join(whole) or 'none'}", MAKE_AGAIN
         )
     result = load(wrapped, {key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
     if unexpected := tuple(result.unexpected_keys):
@@ -119,32 +114,9 @@ def check_loads(
     return LoadReport(len(shapes), len(scales), scales, missing, unexpected, replaced)
 
 
-def check_options(fields: Mapping[str, Any], whole: Collection[str]) -> None:
-    """Refuse what an adapter_config.json asks for beyond plain pairs, as far as that shows without the student.
-
-    Args:
-        fields: Its content.
-        whole: The modules that the adapter's file holds whole.
-
-    Raises:
-        BadDataError: An option is not supported, or ``modules_to_save`` names something else.
-    """
-    for option, plain in _UNSUPPORTED.items():
-        if fields.get(option, plain[0]) not in plain:
-            raise BadDataError(f"adapter_config.json: {option} is {fields[option]!r}, expected {plain[0]!r}", _ACTION)
-    named = fields.get("modules_to_save") or []
-    matched = {(module, entry) for module in whole for entry in named if module.endswith(entry)}
-    if {module for module, _ in matched} != set(whole) or {entry for _, entry in matched} != set(named):
-        raise BadDataError(
-            f"adapter_config.json: modules_to_save is {fields.get('modules_to_save')!r}, expected "
-            f"{[module.rpartition('.')[2] for module in whole] or None}",
-            _ACTION,
-        )
-
-
 def _refuse(what: str, keys: tuple[str, ...], why: str) -> None:
     more = f" and {len(keys) - 1} more keys" if len(keys) > 1 else ""
-    raise BadDataError(f"{what} {keys[0]}{more}: {why}", _ACTION)
+    raise BadDataError(f"{what} {keys[0]}{more}: {why}", MAKE_AGAIN)
 
 
 def _embedding_and_head(model: Any) -> set[str]:
@@ -247,7 +219,7 @@ def verify(folder: Path | str, student: Checkpoint | Path | str | None = None) -
 
 
 def _change_of_head(
-    folder: Path, student: Checkpoint | Path | str | None, configuration: Mapping[str, Any]
+    folder: Path, student: Checkpoint | Path | str | None, configuration: Mapping[str, object]
 ) -> WholeChange | None:
     """What a head saved whole changes; None where the student's own is not at hand."""
     try:
@@ -257,10 +229,11 @@ def _change_of_head(
     return change_of_head(LowRankPairs(folder, architecture), architecture)
 
 
-def _intended_scale(record: Mapping[str, Any], configuration: Mapping[str, Any]) -> float:
+def _intended_scale(record: Mapping[str, object], configuration: Mapping[str, object]) -> float:
     """The scale the tool itself writes: 1, or what follows from an alpha that the recipe asked for."""
-    alpha = (record.get("recipe") or {}).get("alpha")
-    return 1.0 if alpha is None else float(alpha) / float(configuration["r"])
+    recipe, rank = record.get("recipe"), cast("float", configuration["r"])
+    alpha = recipe.get("alpha") if isinstance(recipe, Mapping) else None
+    return 1.0 if alpha is None else float(alpha) / float(rank)
 
 
 def _common_scale(scales: Mapping[str, float], intended: float | None) -> float:
@@ -278,7 +251,7 @@ def _common_scale(scales: Mapping[str, float], intended: float | None) -> float:
 
 
 def _check_effect(
-    pairs: int, zero: tuple[str, ...], record: Mapping[str, Any], whole: tuple[str, ...], change: WholeChange | None
+    pairs: int, zero: tuple[str, ...], record: Mapping[str, object], whole: tuple[str, ...], change: WholeChange | None
 ) -> bool:
     """Whether the adapter changes the student; an adapter that does not must have declared it.
 

@@ -7,17 +7,15 @@ exists only beside the student's ``W``. So whatever scales, compares or replaces
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.architecture.architecture import Architecture
-from moe_svd_distill.checkpoints import Checkpoint, TensorInfo, open_checkpoint
-from moe_svd_distill.errors import BadDataError, UsageError
+from moe_svd_distill.checkpoints import TensorInfo
+from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.files.dtypes import FLOATS
 
 BLOCK_ELEMENTS = 1024 * 1024  # 4 MiB in fp32: the allocator hands such blocks out again, larger ones are mapped anew
@@ -32,13 +30,10 @@ class WholeChange:
 
     Attributes:
         relative: ``‖W' - W‖ / ‖W‖``.
-        rounding: The expected norm of the rounding of W' to its stored dtype, as a share of ``‖W' - W‖``; None where
-            nothing changes.
         note: What a reader should know, or nothing.
     """
 
     relative: float
-    rounding: float | None
     note: str = ""
 
 
@@ -46,32 +41,6 @@ def row_blocks(rows: int, columns: int) -> Iterator[slice]:
     """Consecutive stretches of rows, small enough that arithmetic in a wider dtype needs no second copy of a matrix."""
     step = max(1, BLOCK_ELEMENTS // columns)
     return (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
-
-
-def student_of(student: Checkpoint | Path | str | None, configuration: Mapping[str, Any], purpose: str) -> Architecture:
-    """The student an adapter is for: the one given, else the base model of its configuration if that lies here.
-
-    Args:
-        student: What the caller was given.
-        configuration: The content of adapter_config.json.
-        purpose: What the student is needed for, in the words of an error.
-
-    Raises:
-        UsageError: There is none at hand.
-        BadDataError: It ties its head to its embeddings and stores another one.
-    """
-    student = named_student(configuration) if student is None else student
-    if student is None:
-        raise UsageError(f"{purpose} needs the student, and none is at hand", "Give the student")
-    found = Architecture(student if isinstance(student, Checkpoint) else open_checkpoint(student))
-    found.refuse_other_head()
-    return found
-
-
-def named_student(configuration: Mapping[str, Any]) -> Path | None:
-    """The base model that an adapter_config.json names, if that is a folder here."""
-    named = configuration.get("base_model_name_or_path")
-    return Path(named) if isinstance(named, str) and named and (Path(named) / "config.json").is_file() else None
 
 
 def base_head(architecture: Architecture) -> torch.Tensor:
@@ -129,7 +98,7 @@ def change_of_head(pairs: LowRankPairs, architecture: Architecture) -> WholeChan
     name = architecture.head
     change, size = change_norm(new, base), norm_of_blocks(base[rows] for rows in row_blocks(*base.shape))
     if not change:
-        return WholeChange(0.0, None, f"{name} is saved whole and is the student's own: it changes nothing")
+        return WholeChange(0.0, f"{name} is saved whole and is the student's own: it changes nothing")
     rounding = rounding_norm(new, SIGNIFICANT_BITS[dtype]) / change
     note = ""
     if rounding > _MUCH:
@@ -137,7 +106,7 @@ def change_of_head(pairs: LowRankPairs, architecture: Architecture) -> WholeChan
             f"{name} is saved whole in {dtype} and differs from the student's by {change / size:.2%} of its norm: "
             f"rounding alone makes about {rounding:.0%} of that; a LoRA pair would keep the change"
         )
-    return WholeChange(change / size if size else math.inf, rounding, note)
+    return WholeChange(change / size if size else math.inf, note)
 
 
 def rounding_norm(values: torch.Tensor, bits: int) -> float:

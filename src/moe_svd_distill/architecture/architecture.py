@@ -12,8 +12,7 @@ import torch
 from moe_svd_distill.architecture.matrices import LayerMatrices, Matrix, find_matrices
 from moe_svd_distill.architecture.skeleton import EMBEDDING, HEAD, ParameterSlot, Skeleton, build_skeleton
 from moe_svd_distill.architecture.stored import CheckpointMap
-from moe_svd_distill.checkpoints import Checkpoint
-from moe_svd_distill.checkpoints.tied import refuse_other_head
+from moe_svd_distill.checkpoints import Checkpoint, refuse_other_head
 from moe_svd_distill.errors import IncompatiblePairError
 
 
@@ -106,7 +105,7 @@ class Architecture:
             BadDataError: It does.
         """
         for source in self.stored.of_part[HEAD] if self.tied else ():
-            for _, name in source.hub_names:
+            for name in source.hub_names:
                 if name != self.embedding and self.checkpoint.is_readable:
                     refuse_other_head(self.checkpoint, name, self.embedding)
 
@@ -121,5 +120,5 @@ class Architecture:
 
     def _stored_name(self, slot: ParameterSlot) -> str:
         sources = [source for source in self.stored.of_part[slot.part] if slot in source.slots]
-        names = [name for source in sources for _, name in source.hub_names]
+        names = [name for source in sources for name in source.hub_names]
         return names[0] if len(names) == 1 else slot.name

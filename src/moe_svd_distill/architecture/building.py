@@ -15,7 +15,7 @@ _REPORT = "Report the architecture to the project"
 _NOT_OF_THE_MODEL = frozenset({"auto_map", "quantization_config", "compression_config"})
 
 
-def parse_config(config: Mapping[str, Any], source: str) -> Any:
+def parse_config(config: Mapping[str, object], source: str) -> Any:
     """A config.json as transformers understands it; code that it names is never run.
 
     Raises:
@@ -46,11 +46,7 @@ def _plain(value: Any) -> Any:
 
 
 def model_class(parsed: Any, *, text_only: bool = False) -> Any:
-    """The class that a checkpoint says it is: what its users load, and what names its tensors.
-
-    Args:
-        parsed: Its configuration.
-        text_only: The class for its text alone instead.
+    """The class that a checkpoint says it is (what its users load, and names its tensors), or that for its text alone.
 
     Raises:
         IncompatiblePairError: transformers has no such class for it.

@@ -111,17 +111,17 @@ def find_matrices(skeleton: Skeleton, stored: CheckpointMap) -> LayerMatrices:
     """All matrices of the decoder layers, layer after layer."""
     hidden = skeleton.model.config.get_text_config().hidden_size
     layers = range(len(skeleton.originals))
-    owners = Counter(name for layer in layers for source in stored.of_part[layer] for _, name in source.hub_names)
+    owners = Counter(name for layer in layers for source in stored.of_part[layer] for name in source.hub_names)
     of_layer: dict[int, tuple[Matrix, ...]] = {}
     left_out: dict[str, str] = {}
     for layer in layers:
         found: list[Matrix] = []
         for source in stored.of_part[layer]:
-            shared = any(owners[name] > 1 for _, name in source.hub_names)
+            shared = any(owners[name] > 1 for name in source.hub_names)
             for slot in source.slots:
                 kind, reason = (None, "shared by several layers") if shared else _kind(slot)
                 if kind is None:
-                    left_out |= {name: reason for _, name in source.hub_names}
+                    left_out |= dict.fromkeys(source.hub_names, reason)
                 else:
                     transposed = kind is Kind.EXPERT and _is_transposed(slot.module, hidden)
                     found += _matrices(kind, layer, slot, source, transposed)
@@ -171,7 +171,7 @@ def _matrices(kind: Kind, layer: int, slot: ParameterSlot, source: TensorSource,
             yield Matrix(piece.hub_name, kind, layer, slot, piece, transposed)
         return
     # What is stored otherwise than as matrices is named after the tensor that holds it.
-    name = source.hub_names[0][1] if len(source.hub_names) == 1 and len(source.slots) == 1 else slot.name
+    name = next(iter(source.hub_names)) if len(source.hub_names) == 1 and len(source.slots) == 1 else slot.name
     if len(slot.shape) == 2:
         yield Matrix(name, kind, layer, slot, StoredSlice(name), stored=False)
         return

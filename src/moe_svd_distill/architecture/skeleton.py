@@ -133,7 +133,7 @@ class Skeleton:
 
 
 def build_skeleton(
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     source: str,
     dtype: torch.dtype,
     kind: str,
@@ -218,7 +218,7 @@ def _rebuild_buffers(skeleton: Skeleton, source: str) -> None:
             raise BadDataError(f"transformers does not compute the buffer {path}.{name} of {source}", _REPORT)
 
 
-def layer_count(config: Mapping[str, Any], source: str) -> int:
+def layer_count(config: Mapping[str, object], source: str) -> int:
     """Decoder layers of a model.
 
     Raises:

@@ -47,14 +47,14 @@ class TensorSource:
 
     Attributes:
         slots: What is made.
-        hub_names: Stored tensors it takes, with the pattern each was found by.
+        hub_names: Stored tensors it takes, in order, each with the pattern that `converter` finds it by.
         pieces: How to copy them in; empty where `converter` does it.
         converter: transformers' operation.
         first_name: The name that transformers gives the result first.
     """
 
     slots: tuple[ParameterSlot, ...]
-    hub_names: tuple[tuple[str, str], ...]
+    hub_names: Mapping[str, str]
     pieces: tuple[StoredSlice, ...] = ()
     converter: Any = None
     first_name: str = ""
@@ -62,17 +62,13 @@ class TensorSource:
     def convert(self, tensors: Iterable[Tensor], names: Any) -> dict[str, Tensor]:
         """Let transformers make the slots' tensors, by name, from the stored ones in the order of `hub_names`."""
         converter = copy.deepcopy(self.converter)
-        for (pattern, hub_name), tensor in zip(self.hub_names, tensors, strict=True):
+        for (hub_name, pattern), tensor in zip(self.hub_names.items(), tensors, strict=True):
             converter.add_tensor(self.first_name, hub_name, pattern, tensor)
         made = converter.convert(self.first_name, model=names, config=names.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     def restore(self, made: Mapping[str, Tensor], names: Any) -> dict[str, Tensor]:
-        """The stored tensors that `convert` makes these from: the same values in the checkpoint's arrangement.
-
-        Args:
-            made: Name in memory to values, for every slot.
-            names: As for `convert`.
+        """The stored tensors that `convert` makes these of: the values of every slot in the checkpoint's arrangement.
 
         Raises:
             BadDataError: transformers' operation cannot be undone.
@@ -82,7 +78,7 @@ class TensorSource:
             pattern: [made[slot.name]] for pattern, slot in zip(reverse.source_patterns, self.slots, strict=False)
         }
         order = {pattern: place for place, pattern in enumerate(self.converter.source_patterns)}
-        hub_names = [name for _, name in sorted(self.hub_names, key=lambda taken: order.get(taken[0], 0))]
+        hub_names = sorted(self.hub_names, key=lambda name: order.get(self.hub_names[name], 0))
         try:
             for operation in reverse.operations:
                 tensors = operation.convert(
@@ -95,7 +91,7 @@ class TensorSource:
                 )
             found = [value[0] if isinstance(value, list) else value for value in tensors.values()]
             stored = dict(zip(hub_names, found, strict=True))
-            again = self.convert((stored[name] for _, name in self.hub_names), names)
+            again = self.convert((stored[name] for name in self.hub_names), names)
         except Exception as error:
             raise BadDataError(
                 f"transformers cannot undo how it makes {self.first_name}: {reason_of(error)}",
@@ -127,12 +123,11 @@ class CheckpointMap:
         )
         self.of_part: dict[Part, list[TensorSource]] = defaultdict(list)
         unused: list[str] = []
-        sources = self._sources(unused)
         filled: dict[str, TensorSource] = {}
-        for source in sources:
+        for source in self._sources(unused):
             part = self._only_part(source)
             if part == OUTSIDE:
-                unused += [name for _, name in source.hub_names]
+                unused += source.hub_names
                 continue
             self.of_part[part].append(source)
             filled |= {slot.name: source for slot in source.slots}
@@ -141,7 +136,7 @@ class CheckpointMap:
 
     def bytes_of(self, part: Part) -> int:
         """Stored bytes of a part."""
-        return sum(self.checkpoint[name].bytes for source in self.of_part[part] for _, name in source.hub_names)
+        return sum(self.checkpoint[name].bytes for source in self.of_part[part] for name in source.hub_names)
 
     def decoder_bytes(self) -> int:
         """Stored bytes of everything between token ids and final hidden states."""
@@ -149,13 +144,13 @@ class CheckpointMap:
 
     def _sources(self, unused: list[str]) -> list[TensorSource]:
         ignored = _ignored(self.skeleton.model)
-        gathered: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
+        gathered: dict[str, tuple[Any, dict[str, str]]] = {}
         for hub_name, name, pattern, converter in in_memory(self.skeleton, self.checkpoint):
             if name not in self.skeleton.slots:
                 self._refuse_left_over(hub_name, name, ignored)
                 unused.append(hub_name)
                 continue
-            gathered.setdefault(name, (converter, []))[1].append((pattern, hub_name))
+            gathered.setdefault(name, (converter, {}))[1][hub_name] = pattern
         return [self._source(name, converter, taken) for name, (converter, taken) in gathered.items()]
 
     def _refuse_left_over(self, hub_name: str, name: str, ignored: re.Pattern[str]) -> None:
@@ -164,48 +159,46 @@ class CheckpointMap:
         inside = isinstance(part, int) and part < len(self.skeleton.originals)
         known = any(RECOMPUTED.fullmatch(each) or ignored.search(each) for each in (hub_name, name))
         if inside and not known and name not in self.skeleton.recomputed:
-            kind = type(self.skeleton.model).__name__
-            raise BadDataError(f"{self.checkpoint.title}: tensor {hub_name} has no place in {kind}", _FETCH)
+            raise self._bad(f"tensor {hub_name} has no place in {type(self.skeleton.model).__name__}")
 
-    def _source(self, name: str, converter: Any, taken: list[tuple[str, str]]) -> TensorSource:
+    def _source(self, name: str, converter: Any, taken: Mapping[str, str]) -> TensorSource:
         slot = self.skeleton.slots[name]
-        infos = [self.checkpoint[hub_name] for _, hub_name in taken]
+        infos, first = [self.checkpoint[hub_name] for hub_name in taken], next(iter(taken))
         if converter is None:
             if len(taken) > 1:
-                both = " and ".join(hub_name for _, hub_name in taken[:2])
-                raise BadDataError(f"{self.checkpoint.title}: {both} are both {name} in memory", _FETCH)
+                both = " and ".join(list(taken)[:2])
+                raise self._bad(f"{both} are both {name} in memory")
             self._check_shape(name, infos[0].shape, slot.shape)
-            return TensorSource((slot,), tuple(taken), (StoredSlice(taken[0][1]),))
+            return TensorSource((slot,), taken, (StoredSlice(first),))
         pieces = _pieces(converter, taken, infos, slot.shape)
         if pieces is not None:
-            return TensorSource((slot,), tuple(taken), pieces)
+            return TensorSource((slot,), taken, pieces)
         if missing := _missing_expert(converter, taken, slot.shape):
-            raise BadDataError(f"{self.checkpoint.title}: {missing} is missing, {name} needs it", _FETCH)
-        trial = TensorSource((), tuple(taken), converter=converter, first_name=name)
+            raise self._bad(f"{missing} is missing, {name} needs it")
+        trial = TensorSource((), taken, converter=converter, first_name=name)
         try:
             made = trial.convert((torch.empty(info.shape, device="meta") for info in infos), self.names)
         except Exception as error:
-            raise BadDataError(
-                f"{self.checkpoint.title}: transformers cannot make {name} from {taken[0][1]}: {reason_of(error)}",
-                _FETCH,
-            ) from error
+            raise self._bad(f"transformers cannot make {name} from {first}: {reason_of(error)}") from error
         for made_name, tensor in made.items():
             if made_name not in self.skeleton.slots:
-                raise BadDataError(f"{self.checkpoint.title}: {made_name} has no place in the model", _FETCH)
+                raise self._bad(f"{made_name} has no place in the model")
             self._check_shape(made_name, tuple(tensor.shape), self.skeleton.slots[made_name].shape)
         targets = tuple(self.skeleton.slots[made_name] for made_name in made)
-        return TensorSource(targets, tuple(taken), converter=converter, first_name=name)
+        return TensorSource(targets, taken, converter=converter, first_name=name)
 
     def _check_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
         if tuple(found) != expected:
             sizes = ["×".join(map(str, shape)) for shape in (found, expected)]
-            raise BadDataError(f"{self.checkpoint.title}: {name} is {sizes[0]}, the config needs {sizes[1]}", _FETCH)
+            raise self._bad(f"{name} is {sizes[0]}, the config needs {sizes[1]}")
+
+    def _bad(self, what: str) -> BadDataError:
+        return BadDataError(f"{self.checkpoint.title}: {what}", _FETCH)
 
     def _only_part(self, source: TensorSource) -> Part:
         parts = {slot.part for slot in source.slots}
         if len(parts) > 1:
-            name = source.hub_names[0][1]
-            raise BadDataError(f"{self.checkpoint.title}: {name} holds weights of several layers", _FETCH)
+            raise self._bad(f"{next(iter(source.hub_names))} holds weights of several layers")
         return parts.pop()
 
     def _fill_tied(self, filled: Mapping[str, TensorSource]) -> None:
@@ -218,10 +211,10 @@ class CheckpointMap:
             partners = [root, *(target for target, source in tied.items() if source == root)]
             partner = next((other for other in partners if other in filled), None) if name in {root, *tied} else None
             if partner is None:
-                raise BadDataError(f"{self.checkpoint.title}: {name} is missing", _FETCH)
+                raise self._bad(f"{name} is missing")
             source = filled[partner]
             if not source.pieces:
-                raise BadDataError(f"{self.checkpoint.title}: {name} is tied to a converted tensor", _FETCH)
+                raise self._bad(f"{name} is tied to a converted tensor")
             self.of_part[slot.part].append(TensorSource((slot,), source.hub_names, source.pieces))
 
 
@@ -254,7 +247,7 @@ def _ignored(model: Any) -> re.Pattern[str]:
 
 
 def _pieces(
-    converter: Any, taken: list[tuple[str, str]], infos: list[TensorInfo], shape: tuple[int, ...]
+    converter: Any, taken: Mapping[str, str], infos: list[TensorInfo], shape: tuple[int, ...]
 ) -> tuple[StoredSlice, ...] | None:
     """How to copy experts stored one by one into their fused tensor, if that is all the operation does."""
     from transformers.core_model_loading import Concatenate, MergeModulelist
@@ -269,24 +262,20 @@ def _pieces(
         dim = operations[1].dim - 1
     else:
         return None
-    experts: dict[str, list[tuple[str, TensorInfo]]] = {pattern: [] for pattern in patterns}
-    for (pattern, hub_name), info in zip(taken, infos, strict=True):
-        experts[pattern].append((hub_name, info))
-    pieces = []
-    begin = 0
+    experts: dict[str, dict[str, TensorInfo]] = {pattern: {} for pattern in patterns}
+    for (hub_name, pattern), info in zip(taken.items(), infos, strict=True):
+        experts[pattern][hub_name] = info
+    pieces, begin = [], 0
     for pattern in patterns:
-        if len(experts[pattern]) != shape[0]:
+        sizes = {tuple(info.shape) for info in experts[pattern].values()}
+        if len(experts[pattern]) != shape[0] or len(sizes) != 1:
             return None
-        sizes = {tuple(info.shape) for _, info in experts[pattern]}
-        if len(sizes) != 1:
-            return None
-        size = sizes.pop()
+        size, numbered = sizes.pop(), enumerate(experts[pattern])
         if dim is None:
-            pieces += [StoredSlice(hub_name, index) for index, (hub_name, _) in enumerate(experts[pattern])]
+            pieces += [StoredSlice(hub_name, index) for index, hub_name in numbered]
             complete = size == shape[1:]
         else:
-            entries = enumerate(experts[pattern])
-            pieces += [StoredSlice(hub_name, index, dim, begin, size[dim]) for index, (hub_name, _) in entries]
+            pieces += [StoredSlice(hub_name, index, dim, begin, size[dim]) for index, hub_name in numbered]
             begin += size[dim]
             complete = (*size[:dim], *size[dim + 1 :]) == (*shape[1 : dim + 1], *shape[dim + 2 :])
         if not complete:
@@ -294,13 +283,13 @@ def _pieces(
     return tuple(pieces) if dim is None or begin == shape[dim + 1] else None
 
 
-def _missing_expert(converter: Any, taken: list[tuple[str, str]], shape: tuple[int, ...]) -> str | None:
+def _missing_expert(converter: Any, taken: Iterable[str], shape: tuple[int, ...]) -> str | None:
     """The name of an expert's tensor that is not there, where experts are gathered into one tensor."""
     from transformers.core_model_loading import MergeModulelist
 
     if not converter.operations or type(converter.operations[0]) is not MergeModulelist:
         return None
-    numbered = [re.fullmatch(r"(.*\.)(\d+)(\..*)", hub_name) for _, hub_name in taken]
+    numbered = [re.fullmatch(r"(.*\.)(\d+)(\..*)", hub_name) for hub_name in taken]
     found = {(match[1], int(match[2]), match[3]) for match in numbered if match}
     ends = sorted({(begin, end) for begin, _, end in found})
     expected = ((begin, number, end) for begin, end in ends for number in range(shape[0]))

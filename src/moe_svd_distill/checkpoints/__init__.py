@@ -5,7 +5,7 @@ read.
 """
 
 from moe_svd_distill.checkpoints.checkpoint import Checkpoint
-from moe_svd_distill.checkpoints.opening import open_checkpoint, require_plain_files
+from moe_svd_distill.checkpoints.opening import open_checkpoint, refuse_other_head, require_plain_files
 from moe_svd_distill.files.header import TensorInfo
 
-__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint", "require_plain_files"]
+__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint", "refuse_other_head", "require_plain_files"]

@@ -8,11 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from moe_svd_distill.checkpoints.identity import differs, fingerprint
+from moe_svd_distill.checkpoints.identity import GGUF_SCHEME, SCHEME, fingerprint
 from moe_svd_distill.checkpoints.quantisation.coded import Scaled
-from moe_svd_distill.checkpoints.storage import Storage, changed, storage_at
+from moe_svd_distill.checkpoints.remote.folder import RemoteFolder
+from moe_svd_distill.checkpoints.shards import GGUF
+from moe_svd_distill.checkpoints.storage import GgufFiles, Storage, changed
 from moe_svd_distill.checkpoints.survey import Survey, raise_faults
 from moe_svd_distill.errors import BadDataError, shown
 from moe_svd_distill.files.header import Header, TensorInfo
@@ -39,16 +41,13 @@ class Checkpoint(Mapping[str, TensorInfo]):
         role: Teacher or student, once that is known.
     """
 
-    def __init__(
-        self, place: Path, source: str | None = None, *, known: Survey | None = None, as_stored: bool = False
-    ) -> None:
+    def __init__(self, place: Path, source: str | None = None, *, known: Survey | None = None) -> None:
         """Open nothing yet: a model's folder or a GGUF file, what the user called it, and its headers if known."""
         self._place = place.absolute()
-        self._as_stored = as_stored
         self.role = ""
         self.source = str(place) if source is None else source
         self._survey = known
-        self._expected: dict[str, tuple[int, str]] | None = None
+        self._expected: Mapping[str, tuple[int, str]] | None = None
         self._lock = threading.RLock()
 
     def check(self) -> None:
@@ -56,7 +55,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         self._sound()
 
     @property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Mapping[str, object]:
         """The model's ``config.json``."""
         return self._sound().config
 
@@ -67,7 +66,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         Raises:
             BadDataError: No tokenizer can be made of the file.
         """
-        return self._storage.folder(self._sound())
+        return self._storage.model_folder(self._sound())
 
     @property
     def tokenizer_notes(self) -> tuple[str, ...]:
@@ -81,7 +80,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
     @property
     def notes(self) -> tuple[str, ...]:
         """Where the configuration says something else of the weights than they show, and they count."""
-        return self._sound().view.notes
+        return tuple(self._sound().weights.notes)
 
     @property
     def is_gguf(self) -> bool:
@@ -100,7 +99,9 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     @cached_property
     def _storage(self) -> Storage:
-        return storage_at(self._place)
+        if self._place.suffix.lower() == GGUF:
+            return GgufFiles(self._place)
+        return RemoteFolder.of(self._place) or Storage(self._place)
 
     @property
     def origin(self) -> tuple[str, str] | None:
@@ -121,22 +122,22 @@ class Checkpoint(Mapping[str, TensorInfo]):
     @property
     def quantisation(self) -> str | None:
         """Method and codings of a quantised model in words, such as ``fp8: float8 in blocks of 128×128``."""
-        return self._sound().view.quantisation
+        return self._sound().weights.quantisation
 
     @property
     def stored(self) -> Mapping[str, TensorInfo]:
         """The tensors as they are in the files: of a quantised model, codes and companions."""
-        return self._sound().stored
+        return self._sound().weights.stored
 
     @property
     def companions(self) -> Mapping[str, str]:
         """Name of a stored tensor to that of the weight it is a part of, where the names differ."""
-        return self._sound().view.companions
+        return self._sound().weights.companions
 
     @property
     def set_aside(self) -> Mapping[str, str]:
         """Name of a stored tensor that is no part of any weight to the reason why none needs it."""
-        return self._sound().view.set_aside
+        return self._sound().weights.set_aside
 
     @property
     def total_bytes(self) -> int:
@@ -144,13 +145,13 @@ class Checkpoint(Mapping[str, TensorInfo]):
         return sum(info.bytes for info in self.stored.values())
 
     def __getitem__(self, name: str) -> TensorInfo:
-        return self._sound().view.tensors[name]
+        return self._sound().weights.tensors[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._sound().view.tensors)
+        return iter(self._sound().weights.tensors)
 
     def __len__(self) -> int:
-        return len(self._sound().view.tensors)
+        return len(self._sound().weights.tensors)
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.source!r})"
@@ -170,11 +171,11 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     def read_rows(self, name: str, begin: int, end: int | None, *, device: str | torch.device = "cpu") -> torch.Tensor:
         """``read(name)[begin:end]``, along the first dimension; of a quantised weight only those are dequantised."""
-        info = self._sound().view.tensors.get(name)
+        info = self._sound().weights.tensors.get(name)
         if info is None:
             raise BadDataError(f"{self.title} has no tensor {shown(name)}", "Check the names with `inspect`")
         rows = slice(begin, end)
-        coded = self._sound().view.coded.get(name)
+        coded = self._sound().weights.coded.get(name)
         if coded is None:
             tensor = self._stored_view(info)
             tensor = tensor[rows] if tensor.ndim and rows != slice(0, None) else tensor
@@ -194,7 +195,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
             end: Row after the last one; None for all.
             transposed: Whether the rows are those of the transpose.
         """
-        coded = self._sound().view.coded.get(name)
+        coded = self._sound().weights.coded.get(name)
         if coded is None or not isinstance(coded.coding, Scaled) or coded.coding.transposed != transposed:
             matrix = self.read_rows(name, index, index + 1)[0]
             return (matrix.mT if transposed else matrix)[begin:end]
@@ -213,14 +214,14 @@ class Checkpoint(Mapping[str, TensorInfo]):
         Raises:
             RemoteError: They cannot be fetched.
         """
-        coded, stored = self._sound().view.coded, self._sound().stored
+        coded, stored = self._sound().weights.coded, self._sound().weights.stored
         self._storage.prefetch(
             part for name in names for part in (coded[name].parts.values() if name in coded else [stored[name]])
         )
 
     def look_again(self) -> Survey:
         """What the headers say now, with all that is wrong with them."""
-        return self._storage.survey(self.source, as_stored=self._as_stored)
+        return self._storage.survey(self.source)
 
     def cache_key(self) -> str:
         """A digest that changes when any byte of the model may have: names what is computed from it and kept.
@@ -234,8 +235,9 @@ class Checkpoint(Mapping[str, TensorInfo]):
         return fingerprint(self.stored, self._storage.extracts, gguf=self.is_gguf)
 
     def is_other_than(self, recorded: str | None) -> bool:
-        """Whether a recorded fingerprint says that it was taken of other weights."""
-        return differs(recorded, self.stored, self._storage.extracts, gguf=self.is_gguf)
+        """Whether a recorded fingerprint is of other weights; an older one, or one of other files, does not say it."""
+        scheme = GGUF_SCHEME if self.is_gguf else SCHEME
+        return recorded is not None and recorded.startswith(scheme) and recorded != self.fingerprint()
 
     def close(self) -> None:
         """Close the files; tensors that were read stay valid, and a later read opens the files again."""
@@ -249,25 +251,12 @@ class Checkpoint(Mapping[str, TensorInfo]):
     ) -> None:
         self.close()
 
-    def __getstate__(self) -> dict[str, Any]:
-        headers = self._sound().headers
-        expected = {name: (header.file_bytes, header.digest) for name, header in headers.items()}
-        return {
-            "place": self._place,
-            "source": self.source,
-            "role": self.role,
-            "expected": expected,
-            "as_stored": self._as_stored,
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        Checkpoint.__init__(self, state["place"], state["source"], as_stored=state["as_stored"])
-        self.role = state["role"]
-        self._expected = state["expected"]
+    def __reduce__(self) -> tuple[object, ...]:
+        return _sent, (self._place, self.source, self.role, _state_of(self._sound().headers))
 
     def is_plain(self, name: str) -> bool:
         """Whether a weight is stored as the numbers it is read as."""
-        return name not in self._sound().view.coded
+        return name not in self._sound().weights.coded
 
     def _sound(self) -> Survey:
         """The headers, read once, or the error that names all that is wrong with them."""
@@ -284,7 +273,19 @@ class Checkpoint(Mapping[str, TensorInfo]):
         """In another process: the files have to be the same as where this checkpoint came from."""
         if self._expected is None:
             return
-        found = {name: (header.file_bytes, header.digest) for name, header in headers.items()}
+        found = _state_of(headers)
         for name in sorted(self._expected.keys() | found.keys()):
             if self._expected.get(name) != found.get(name):
                 raise changed(self._storage.directory / name)
+
+
+def _state_of(headers: Mapping[str, Header]) -> dict[str, tuple[int, str]]:
+    """Of each file its size and the digest of its header."""
+    return {name: (header.file_bytes, header.digest) for name, header in headers.items()}
+
+
+def _sent(place: Path, source: str, role: str, expected: Mapping[str, tuple[int, str]]) -> Checkpoint:
+    """A checkpoint that came from another process."""
+    checkpoint = Checkpoint(place, source)
+    checkpoint.role, checkpoint._expected = role, expected
+    return checkpoint

@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import errno
 import glob
+import logging
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 
 from moe_svd_distill.checkpoints.configuration import CONFIG
-from moe_svd_distill.checkpoints.notes import say_once
 from moe_svd_distill.checkpoints.shards import find_layout
 from moe_svd_distill.checkpoints.survey import raise_faults
 from moe_svd_distill.errors import CannotWriteError, DistillError, MissingInputError, RemoteError, reason_of, shown
-from moe_svd_distill.files.header import PREFIX_BYTES, Header, header_length, header_of
+from moe_svd_distill.files.header import Header, fetched_header, header_of
 from moe_svd_distill.files.writing import explain_writing
 
+HUB = "hf"  # the scheme of an address that is read by range
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
 SMALL_FILES = re.compile(r"[^/]*\.json|tokenizer[^/]*|[^/]*\.model|[^/]*\.txt|([^/.][^/]*/)*[^/]*\.jinja")
 DEFAULT_REVISION = "main"
@@ -40,6 +42,7 @@ TOKEN = re.compile(r"hf_[A-Za-z0-9]{4,}|(?<=Bearer )\S+|(?<=://)[^/@\s]+(?=@)")
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 MAX_CAUSES = 8
 MAKE_ROOM = "Make room, or point HF_HOME to another disk"
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,25 +58,105 @@ class HubModel:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A model's small files in the local cache, its commit, and all its files on the hub with their sizes.
+    """A model on the hub at one commit, its small files in the local cache; a `Source` of the rest.
 
-    Where the hub could not be asked, ``unreachable`` says why; the cache then holds all that there is.
+    Attributes:
+        model: As the user names it.
+        revision: The commit.
+        folder: Where its small files are.
+        sizes: All its files on the hub to their bytes.
+        unreachable: Why the hub could not be asked, where it could not; the cache then holds all that there is.
     """
 
-    folder: Path
-    commit: str
+    model: HubModel
+    revision: str
+    folder: Path = Path()
     sizes: Mapping[str, int] = field(default_factory=dict)
     unreachable: RemoteError | None = None
 
     def say_if_cached(self) -> None:
         """Say that the hub was not asked, and which commit of its cache is read."""
         if self.unreachable is not None:
-            say_once(f"{self.unreachable.what}; commit {self.commit} of its cache is read")
+            say_once(f"{self.unreachable.what}; commit {self.revision} of its cache is read")
+
+    @property
+    def address(self) -> str:
+        """As the user gives it to have it read by range."""
+        return f"{HUB}://{self.model}"
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of all files, sorted."""
         return tuple(sorted(self.sizes))
+
+    def small_file(self, name: str) -> bytes:
+        """A whole file, from the hub's cache."""
+        return (self.folder / name).read_bytes()
+
+    def read(self, name: str, begin: int, end: int) -> tuple[bytes, int]:
+        """The bytes from ``begin`` to ``end`` of a file, as far as it has them, and the file's size.
+
+        Where the hub is busy it is asked again, later each time; where a connection ends early, for the rest.
+
+        Raises:
+            RemoteError: It cannot be reached, refuses, or does not send parts of files.
+            MissingInputError: The file is not there.
+        """
+        body, size, tries = bytearray(), end, 0
+        while not body or len(body) < min(end, size) - begin:
+            already = len(body)
+            size, cut = self._append(body, name, begin + already, end)
+            if cut is None and len(body) == min(end, size) - begin:
+                break
+            tries = tries + 1 if len(body) - already < PROGRESS else 0
+            if tries == TRIES or len(body) > min(end, size) - begin:
+                expected = min(end, size) - begin
+                what = f"the hub sent {len(body)} bytes of {shown(name)} of {self.model} (expected {expected})"
+                raise RemoteError(what, "Try again later") from cut
+            time.sleep(tries * SECONDS_BETWEEN)
+        return bytes(body), size
+
+    def _append(self, body: bytearray, name: str, begin: int, end: int) -> tuple[int, Exception | None]:
+        """Append what comes of a range; the file's size, and what ended the connection early."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]
+            build_hf_headers,
+            hf_raise_for_status,
+            http_stream_backoff,
+        )
+
+        url = hf_hub_url(self.model.repo, name, revision=self.revision)
+        headers = build_hf_headers()
+        headers |= {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
+        with (
+            hub_errors(self.model),
+            http_stream_backoff("GET", url, headers=headers, follow_redirects=True) as response,
+        ):
+            hf_raise_for_status(response)
+            found = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+            if response.status_code != 206 or found is None or int(found[1]) != begin:
+                # A server that does not know ranges would send the whole file: leave before it does.
+                raise RemoteError(
+                    f"the hub does not send a part of {shown(name)} of {self.model} (status {response.status_code})",
+                    "Download the model and give its folder",
+                )
+            size = int(found[3])
+            left = min(end, size) - begin
+            try:
+                for piece in response.iter_bytes():
+                    body += piece
+                    left -= len(piece)
+                    if left < 0:
+                        break
+            except Exception as cut:  # of whichever library the hub's own stands on
+                return size, cut
+        return size, None
+
+
+@cache
+def say_once(line: str) -> None:
+    """Log a line about a model that whoever opens it should read, the first time that it is said in this process."""
+    _LOG.warning("note: %s", line)
 
 
 def parse_hub_id(text: str) -> HubModel | None:
@@ -84,53 +167,47 @@ def parse_hub_id(text: str) -> HubModel | None:
     return HubModel(match["repo"], match["revision"] or DEFAULT_REVISION)
 
 
-def fetch_small(model: HubModel, token: str | None) -> Snapshot:
+def fetch_small(model: HubModel) -> Snapshot:
     """Fetch configuration, index and tokenizer. If the hub is out of reach, the cache serves."""
     from huggingface_hub import HfApi, snapshot_download
 
     def files_at(revision: str) -> tuple[str, dict[str, int]]:
-        info = HfApi(token=token).model_info(model.repo, revision=revision, files_metadata=True)
+        info = HfApi().model_info(model.repo, revision=revision, files_metadata=True)
         return str(info.sha), {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
 
     try:
-        with hub_errors(model, token):
+        with hub_errors(model):
             commit, sizes = files_at(model.revision)
             patterns = [glob.escape(name) for name in sizes if SMALL_FILES.fullmatch(name)]
             # By branch and not by commit: the cache then remembers, for a run without the network, what the branch was.
-            folder = Path(
-                snapshot_download(model.repo, revision=model.revision, token=token, allow_patterns=patterns or NOTHING)
-            )
+            folder = Path(snapshot_download(model.repo, revision=model.revision, allow_patterns=patterns or NOTHING))
             if folder.name != commit:  # the branch moved between the two questions
                 commit, sizes = files_at(folder.name)
     except RemoteError as unreachable:
         return _cached(model, unreachable)
-    return Snapshot(folder, commit, sizes)
+    return Snapshot(model, commit, folder, sizes)
 
 
-def fetch_weights(model: HubModel, snapshot: Snapshot, token: str | None) -> None:
+def fetch_weights(snapshot: Snapshot) -> None:
     """Fetch the weights files beside the small ones: those that the index names, and no other formats or copies."""
     from huggingface_hub import snapshot_download
 
+    model = snapshot.model
     layout = find_layout(snapshot.folder, snapshot.names)
     absent = [name for name in layout.files if name not in snapshot.names]
     gone = [
         MissingInputError(f"the weights file {shown(name)} of {model} is missing", ASK_THE_OWNER) for name in absent
     ]
     raise_faults([*layout.faults, *gone])
-    _refuse_without_room(model, snapshot, layout.files)
-    patterns = [glob.escape(name) for name in layout.files]
-    with hub_errors(model, token):
-        snapshot_download(model.repo, revision=snapshot.commit, token=token, allow_patterns=patterns)
-
-
-def _refuse_without_room(model: HubModel, snapshot: Snapshot, files: Sequence[str]) -> None:
-    needed = sum(snapshot.sizes[name] for name in files if not (snapshot.folder / name).exists())
-    free = shutil.disk_usage(snapshot.folder).free
-    if needed > free:
+    needed = sum(snapshot.sizes[name] for name in layout.files if not (snapshot.folder / name).exists())
+    if needed > (free := shutil.disk_usage(snapshot.folder).free):
         raise CannotWriteError(
             f"{model} takes {needed / 1e9:,.1f} GB and the disk of the hub's cache has {free / 1e9:,.1f} GB free",
-            "Make room, point HF_HOME to another disk, or read it by range: hf://" + str(model),
+            f"Make room, point HF_HOME to another disk, or read it by range: {snapshot.address}",
         )
+    patterns = [glob.escape(name) for name in layout.files]
+    with hub_errors(model):
+        snapshot_download(model.repo, revision=snapshot.revision, allow_patterns=patterns)
 
 
 def _cached(model: HubModel, unreachable: RemoteError) -> Snapshot:
@@ -141,109 +218,28 @@ def _cached(model: HubModel, unreachable: RemoteError) -> Snapshot:
     if not isinstance(found, str):
         raise unreachable
     folder = Path(found).parent
-    return Snapshot(folder, folder.name, unreachable=unreachable)
+    return Snapshot(model, folder.name, folder, unreachable=unreachable)
 
 
-def fetch_headers(
-    model: HubModel, snapshot: Snapshot, files: Iterable[str], token: str | None
-) -> dict[str, Header | DistillError]:
+def fetch_headers(snapshot: Snapshot, files: Sequence[str]) -> dict[str, Header | DistillError]:
     """Each file's header, or what is wrong with it. A hub that cannot be reached is raised at once."""
 
     def one(name: str) -> Header | DistillError:
+        path = snapshot.folder / name
         try:
-            return _fetch_header(model, snapshot, name, token)
+            raw, size = fetched_header(partial(snapshot.read, name), path)
+            return header_of(raw, path, size)
         except RemoteError:
             raise
         except DistillError as fault:
             return fault
 
-    names = list(files)
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        return dict(zip(names, pool.map(one, names), strict=True))
-
-
-def _fetch_header(model: HubModel, snapshot: Snapshot, name: str, token: str | None) -> Header:
-    path = snapshot.folder / name
-    raw, size = raw_header_of(lambda begin, end: fetch_range(model, snapshot.commit, name, token, begin, end), path)
-    return header_of(raw, path, size)
-
-
-def raw_header_of(read: Callable[[int, int], tuple[bytes, int]], path: Path) -> tuple[bytes, int]:
-    """The bytes of a remote file's header, and the file's size.
-
-    Args:
-        read: Gives the bytes from one offset to another, as far as the file has them, and its size.
-        path: What the file is called in messages.
-    """
-    prefix, file_bytes = read(0, PREFIX_BYTES)
-    end = PREFIX_BYTES + header_length(prefix, path, file_bytes)
-    return prefix + (read(PREFIX_BYTES, end)[0] if end > PREFIX_BYTES else b""), file_bytes
-
-
-def fetch_range(model: HubModel, commit: str, name: str, token: str | None, begin: int, end: int) -> tuple[bytes, int]:
-    """The bytes from ``begin`` to ``end`` of a remote file, as far as it has them, and the file's size.
-
-    Where the hub is busy it is asked again, later each time; where a connection ends early, for the rest.
-
-    Raises:
-        RemoteError: It cannot be reached, refuses, or does not send parts of files.
-        MissingInputError: The file is not there.
-    """
-    body, size, tries = bytearray(), end, 0
-    while not body or len(body) < min(end, size) - begin:
-        already = len(body)
-        size, cut = _append_range(body, model, commit, name, token, begin + already, end)
-        if cut is None and len(body) == min(end, size) - begin:
-            break
-        tries = tries + 1 if len(body) - already < PROGRESS else 0
-        if tries == TRIES or len(body) > min(end, size) - begin:
-            what = f"the hub sent {len(body)} bytes of {shown(name)} of {model} (expected {min(end, size) - begin})"
-            raise RemoteError(what, "Try again later") from cut
-        time.sleep(tries * SECONDS_BETWEEN)
-    return bytes(body), size
-
-
-def _append_range(
-    body: bytearray, model: HubModel, commit: str, name: str, token: str | None, begin: int, end: int
-) -> tuple[int, Exception | None]:
-    """Append what comes of a range; the file's size, and what ended the connection early."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]
-        build_hf_headers,
-        hf_raise_for_status,
-        http_stream_backoff,
-    )
-
-    url = hf_hub_url(model.repo, name, revision=commit)
-    headers = build_hf_headers(token=token)
-    headers |= {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
-    with (
-        hub_errors(model, token),
-        http_stream_backoff("GET", url, headers=headers, follow_redirects=True) as response,
-    ):
-        hf_raise_for_status(response)
-        found = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-        if response.status_code != 206 or found is None or int(found[1]) != begin:
-            # A server that does not know ranges would send the whole file: leave before it does.
-            raise RemoteError(
-                f"the hub does not send a part of {shown(name)} of {model} (status {response.status_code})",
-                "Download the model and give its folder",
-            )
-        size = int(found[3])
-        left = min(end, size) - begin
-        try:
-            for piece in response.iter_bytes():
-                body += piece
-                left -= len(piece)
-                if left < 0:
-                    break
-        except Exception as cut:  # of whichever library the hub's own stands on
-            return size, cut
-    return size, None
+        return dict(zip(files, pool.map(one, files), strict=True))
 
 
 @contextmanager
-def hub_errors(model: object, token: str | None) -> Iterator[None]:
+def hub_errors(model: object, token: str | None = None) -> Iterator[None]:
     """Translate whatever the hub's library raises."""
     try:
         yield
@@ -253,7 +249,7 @@ def hub_errors(model: object, token: str | None) -> Iterator[None]:
         raise translate(error, str(model), token) from error
 
 
-def redact(text: str, token: str | None) -> str:
+def redact(text: str, token: str | None = None) -> str:
     """The text without anything that looks like a secret."""
     return TOKEN.sub("***", text.replace(token, "***") if token else text)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TypeAlias
 
@@ -42,23 +43,24 @@ def cache_key(headers: Mapping[str, Header], paths: Mapping[str, Path], small: I
         paths: Where they are, by name.
         small: Content of other files that count.
     """
-    digest = _Digest("checkpoint key 3\n")
-    for content in small:
-        digest.add(content)
-    for name, header in sorted(headers.items()):
-        path = paths[name]
-        with opened(path) as descriptor:
-            state = os.fstat(descriptor)
-            digest.add(name.encode())
-            digest.add(hashlib.sha256(read_at(descriptor, path, 0, min(header.size, state.st_size))).digest())
-            blob = path.resolve()
-            if state.st_size <= WHOLE_BYTES:
-                digest.add(read_at(descriptor, path, 0, state.st_size))
-            elif blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
-                digest.add(blob.name.encode())
-            else:
-                digest.add(f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}".encode())
-    return digest.hexdigest()
+
+    def pieces() -> Iterator[bytes]:
+        yield from small
+        for name, header in sorted(headers.items()):
+            path = paths[name]
+            with opened(path) as descriptor:
+                state = os.fstat(descriptor)
+                yield name.encode()
+                yield hashlib.sha256(read_at(descriptor, path, 0, min(header.size, state.st_size))).digest()
+                blob = path.resolve()
+                if state.st_size <= WHOLE_BYTES:
+                    yield read_at(descriptor, path, 0, state.st_size)
+                elif blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
+                    yield blob.name.encode()
+                else:
+                    yield f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}".encode()
+
+    return digest_of("checkpoint key 3", pieces())
 
 
 def fingerprint(stored: Mapping[str, TensorInfo], read: Read, *, gguf: bool) -> str:
@@ -72,13 +74,10 @@ def fingerprint(stored: Mapping[str, TensorInfo], read: Read, *, gguf: bool) -> 
         read: Gives bytes of tensors.
         gguf: Whether those are GGUF files, where the same weights have other names and types.
     """
-    digest = _Digest("weights 1\n")
     names = sorted(stored)
-    for name in names:
-        digest.add(f"{name} {stored[name].dtype} {stored[name].shape}".encode())
-    for piece in read([_middle_of(stored[name]) for name in names[:: -(-len(names) // SAMPLED_TENSORS) or 1]]):
-        digest.add(piece)
-    return (GGUF_SCHEME if gguf else SCHEME) + digest.hexdigest()
+    table = (f"{name} {stored[name].dtype} {stored[name].shape}".encode() for name in names)
+    sample = read([_middle_of(stored[name]) for name in names[:: -(-len(names) // SAMPLED_TENSORS) or 1]])
+    return (GGUF_SCHEME if gguf else SCHEME) + digest_of("weights 1", chain(table, sample))
 
 
 def _middle_of(info: TensorInfo) -> Extract:
@@ -86,32 +85,10 @@ def _middle_of(info: TensorInfo) -> Extract:
     return info, (info.bytes - count) // 2, count
 
 
-def differs(recorded: str | None, stored: Mapping[str, TensorInfo], read: Read, *, gguf: bool) -> bool:
-    """Whether a recorded fingerprint says that it is of other weights; an older one, or of other files, says nothing.
-
-    The arguments are those of `fingerprint`.
-    """
-    scheme = GGUF_SCHEME if gguf else SCHEME
-    return recorded is not None and recorded.startswith(scheme) and recorded != fingerprint(stored, read, gguf=gguf)
-
-
-def digest_of(pieces: Iterable[bytes]) -> str:
-    """A digest of these pieces in this order."""
-    digest = _Digest("pieces 1\n")
+def digest_of(kind: str, pieces: Iterable[bytes]) -> str:
+    """A digest of these pieces in this order, which no other division into pieces has, nor another kind."""
+    digest = hashlib.sha256(f"{kind}\n".encode())
     for piece in pieces:
-        digest.add(piece)
+        digest.update(len(piece).to_bytes(8, "little"))
+        digest.update(piece)
     return digest.hexdigest()
-
-
-class _Digest:
-    """A digest of pieces that no other division into pieces has."""
-
-    def __init__(self, kind: str) -> None:
-        self._digest = hashlib.sha256(kind.encode())
-
-    def add(self, piece: bytes) -> None:
-        self._digest.update(len(piece).to_bytes(8, "little"))
-        self._digest.update(piece)
-
-    def hexdigest(self) -> str:
-        return self._digest.hexdigest()

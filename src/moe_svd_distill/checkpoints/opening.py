@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from moe_svd_distill.checkpoints.checkpoint import Checkpoint
-from moe_svd_distill.checkpoints.configuration import read_config
-from moe_svd_distill.checkpoints.hub import fetch_headers, fetch_small, fetch_weights, parse_hub_id, redact
+from moe_svd_distill.checkpoints.configuration import USE_PLAIN, declared_quantisation, read_config
+from moe_svd_distill.checkpoints.hub import (
+    HUB,
+    fetch_headers,
+    fetch_small,
+    fetch_weights,
+    parse_hub_id,
+    redact,
+    say_once,
+)
 from moe_svd_distill.checkpoints.llama_cpp.folder import file_behind
-from moe_svd_distill.checkpoints.notes import say_once
-from moe_svd_distill.checkpoints.quantisation.claims import USE_PLAIN, declared_quantisation
 from moe_svd_distill.checkpoints.remote.folder import keep
-from moe_svd_distill.checkpoints.remote.source import HUB, is_address
+from moe_svd_distill.checkpoints.remote.source import is_address
 from moe_svd_distill.checkpoints.shards import GGUF
 from moe_svd_distill.checkpoints.survey import raise_faults, survey
-from moe_svd_distill.errors import BadDataError, MissingInputError, RemoteError, UsageError, shown
+from moe_svd_distill.errors import BadDataError, MissingInputError, UsageError, shown
 from moe_svd_distill.files.reading import explain
 
+_BLOCK_ROWS = 4096
 
-def open_checkpoint(
-    model: str | Path,
-    *,
-    token: str | None = None,
-    as_stored: bool = False,
-    headers_only: bool = False,
-    remote_bytes: int | None = None,
-) -> Checkpoint:
+
+def open_checkpoint(model: str | Path, *, headers_only: bool = False, remote_bytes: int | None = None) -> Checkpoint:
     """Open a model: a folder, a GGUF file (the first of several), a hub id or an address.
 
     An address (``hf://organisation/name``, ``s3://bucket/folder``) is read by range: tensors are fetched when they are
@@ -38,21 +40,16 @@ def open_checkpoint(
 
     Args:
         model: What the user typed.
-        token: The hub's access token; by default the one that the user is logged in with.
-        as_stored: Show quantised weights as the codes and companions that they are stored as, for looking at them.
         headers_only: Of a hub model, fetch the small files and the headers only. Tensors cannot be read then.
         remote_bytes: What fetched tensors of an address may take on the disk; None for what was said before, or all.
     """
     source = str(model)
     if is_address(source):
         place: Path | None = keep(source, remote_bytes)
-        source = redact(source.removeprefix(f"{HUB}://"), token)
+        source = redact(source.removeprefix(f"{HUB}://"))
     else:
         place = _local_place(model)
-    if place:
-        checkpoint = Checkpoint(place, source, as_stored=as_stored)
-    else:
-        checkpoint = _from_hub(source, token, as_stored, headers_only)
+    checkpoint = Checkpoint(place, source) if place else _from_hub(source, headers_only)
     checkpoint.check()
     for note in checkpoint.notes:
         say_once(f"{source}: {note}")
@@ -84,41 +81,28 @@ def _local_place(model: str | Path) -> Path | None:
     return None
 
 
-def _from_hub(source: str, token: str | None, as_stored: bool, headers_only: bool) -> Checkpoint:
+def _from_hub(source: str, headers_only: bool) -> Checkpoint:
     """The model in the hub's cache: all of it, or the small files with the headers of the weights."""
     model = parse_hub_id(source)
     if model is None:
         what = f"{shown(source)} is neither a folder nor the name of a hub model"
         raise MissingInputError(what, "Give the folder of a model, or organisation/name@revision")
-    snapshot = fetch_small(model, token)
-    if not as_stored:
-        declared_quantisation(read_config(snapshot.folder), source)  # refused before anything large is downloaded
+    snapshot = fetch_small(model)
+    declared_quantisation(read_config(snapshot.folder), source)  # refused before anything large is downloaded
     if snapshot.unreachable is not None:
-        checkpoint = _from_cache(snapshot.folder, source, snapshot.unreachable, as_stored)
+        checkpoint = Checkpoint(snapshot.folder, source)
+        try:
+            checkpoint.check()
+        except MissingInputError as incomplete:  # the network is what is missing
+            raise snapshot.unreachable from incomplete
         snapshot.say_if_cached()
         return checkpoint
     if headers_only:
-        found = survey(
-            snapshot.folder,
-            snapshot.names,
-            lambda files: fetch_headers(model, snapshot, files, token),
-            as_stored=as_stored,
-            source=source,
-        )
+        found = survey(snapshot.folder, snapshot.names, partial(fetch_headers, snapshot), source=source)
         raise_faults(found.faults)
-        return Checkpoint(snapshot.folder, source, known=found, as_stored=as_stored)
-    fetch_weights(model, snapshot, token)
-    return Checkpoint(snapshot.folder, source, as_stored=as_stored)
-
-
-def _from_cache(folder: Path, source: str, unreachable: RemoteError, as_stored: bool) -> Checkpoint:
-    """What an earlier run has downloaded, if it is complete; if not, the network is what is missing."""
-    checkpoint = Checkpoint(folder, source, as_stored=as_stored)
-    try:
-        checkpoint.check()
-    except MissingInputError as incomplete:
-        raise unreachable from incomplete
-    return checkpoint
+        return Checkpoint(snapshot.folder, source, known=found)
+    fetch_weights(snapshot)
+    return Checkpoint(snapshot.folder, source)
 
 
 def require_plain_files(checkpoint: Checkpoint) -> None:
@@ -130,3 +114,27 @@ def require_plain_files(checkpoint: Checkpoint) -> None:
         )
     if checkpoint.quantisation is not None:
         raise BadDataError(f"{checkpoint.title} is quantised ({checkpoint.quantisation})", USE_PLAIN)
+
+
+def refuse_other_head(checkpoint: Checkpoint, head: str, embedding: str) -> None:
+    """Refuse a model that ties its head to its embeddings, which are stored under these names, if the two differ.
+
+    transformers 5 takes the stored head, vLLM and earlier versions take the embeddings: whatever was made for the one
+    would be wrong with the other.
+
+    Raises:
+        BadDataError: The two differ.
+    """
+    import torch
+
+    shapes = checkpoint[head].shape, checkpoint[embedding].shape
+    same = shapes[0] == shapes[1] and all(
+        torch.equal(*(checkpoint.read_rows(name, begin, begin + _BLOCK_ROWS).float() for name in (head, embedding)))
+        for begin in range(0, shapes[0][0], _BLOCK_ROWS)
+    )
+    if not same:
+        raise BadDataError(
+            f"{checkpoint.title} ties its head to its embeddings, but {shown(head)} and {shown(embedding)} differ in "
+            "its files: transformers 5 takes the head, other programs the embeddings",
+            "Set tie_word_embeddings to false in config.json if the head is meant, else remove the head from the files",
+        )

@@ -7,10 +7,10 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
 
 from moe_svd_distill.checkpoints.configuration import read_config
-from moe_svd_distill.checkpoints.quantisation.view import View, view_of
+from moe_svd_distill.checkpoints.quantisation.reading import read_weights
+from moe_svd_distill.checkpoints.quantisation.weights import ReadBytes, Weights
 from moe_svd_distill.checkpoints.shards import MEND_INDEX, Layout, find_layout, gguf_files
 from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError, shown
 from moe_svd_distill.files.header import Header, TensorInfo, read_header
@@ -33,7 +33,6 @@ WRAPPERS = {
 WRAPPER = re.compile(
     r"(?:.*\.)?(?P<word>_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.)|(?P<outer>module\.|base_model\.)"
 )
-SmallTensor: TypeAlias = Callable[[TensorInfo, int], bytes | None]
 SHOWN_FAULTS = 8  # an error stays readable; `.faults` has all of them
 
 
@@ -44,16 +43,14 @@ class Survey:
     Attributes:
         config: The parsed ``config.json``.
         headers: File name to header.
-        stored: Every tensor in the files.
-        view: The weights that they make up.
+        weights: What their tensors make up.
         faults: All that is wrong.
         origin: Of a GGUF file, the hub checkpoint that it says it was made from, and the key it says so by.
     """
 
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, object] = field(default_factory=dict)
     headers: dict[str, Header] = field(default_factory=dict)
-    stored: dict[str, TensorInfo] = field(default_factory=dict)
-    view: View = field(default_factory=lambda: View({}))
+    weights: Weights = field(default_factory=lambda: Weights({}))
     faults: list[DistillError] = field(default_factory=list)
     origin: tuple[str, str] | None = None
 
@@ -63,8 +60,7 @@ def survey(
     names: Collection[str] | None = None,
     headers_of: Callable[[Sequence[str]], Mapping[str, Header | DistillError]] | None = None,
     *,
-    small_tensor: SmallTensor | None = None,
-    as_stored: bool = False,
+    small_tensor: ReadBytes | None = None,
     source: str | None = None,
 ) -> Survey:
     """Read the configuration, the index and every header; gather the faults instead of stopping at the first.
@@ -74,7 +70,6 @@ def survey(
         names: All files of the model, where they are not all in the folder.
         headers_of: How to read the headers, where the weights files are not in the folder.
         small_tensor: How to read the beginning of a tensor that says how others are stored, where they are not.
-        as_stored: Leave quantised weights as the codes and companions that they are stored as.
         source: What the model is called in messages.
     """
     result = Survey()
@@ -100,15 +95,15 @@ def survey(
             result.faults.append(header)
         else:
             result.headers[name] = header
-    result.faults += merge_headers(result)
-    result.faults += _compare_with_index(layout, result, folder)
-    result.faults += _wrapped(result)
-    result.view = View(result.stored)
-    if not as_stored and not result.faults:
-        result.view, faults = view_of(
-            result.stored, result.config, source or str(folder), _limited(small_tensor or _small_tensor)
-        )
-        result.faults += faults
+    stored, faults = merge_headers(result.headers)
+    result.faults += faults
+    result.faults += _compare_with_index(layout, result.headers, stored, folder)
+    result.faults += _wrapped(stored)
+    result.weights = Weights.as_stored(stored)
+    if not result.faults:
+        read_bytes = _limited(small_tensor or _small_tensor)
+        result.weights = read_weights(stored, result.config, source or str(folder), read_bytes)
+        result.faults += result.weights.faults
     return result
 
 
@@ -130,9 +125,8 @@ def _local_header(folder: Path, name: str) -> Header | DistillError:
         return fault
 
 
-def _limited(small_tensor: SmallTensor) -> Callable[..., bytes | None]:
-    def read(info: TensorInfo, count: int | None = None) -> bytes | None:
-        count = info.bytes if count is None else count
+def _limited(small_tensor: ReadBytes) -> ReadBytes:
+    def read(info: TensorInfo, count: int) -> bytes | None:
         if count > MAX_SMALL_TENSOR and small_tensor(info, 0) is not None:
             found = f"found {info.bytes} bytes, expected at most {MAX_SMALL_TENSOR}"
             raise BadDataError(f"tensor {shown(info.name)} is not what its name says: {found}", FETCH_AGAIN)
@@ -149,35 +143,38 @@ def _small_tensor(info: TensorInfo, count: int) -> bytes | None:
         return read_at(descriptor, info.file, info.offset, count)
 
 
-def merge_headers(result: Survey) -> list[DistillError]:
-    """One mapping from all headers; a tensor that two files hold is a fault."""
+def merge_headers(headers: Mapping[str, Header]) -> tuple[dict[str, TensorInfo], list[DistillError]]:
+    """The tensors of all headers, and what is wrong: a tensor that two files hold, or none at all."""
+    stored: dict[str, TensorInfo] = {}
     faults: list[DistillError] = []
-    for name, header in result.headers.items():
+    for name, header in headers.items():
         for info in header.tensors.values():
-            earlier = result.stored.setdefault(info.name, info)
+            earlier = stored.setdefault(info.name, info)
             if earlier is not info:
                 what = f"tensor {shown(info.name)} is in two files, {shown(earlier.file)} and {shown(name)}"
                 faults.append(BadDataError(what, FETCH_AGAIN))
-    if result.headers and not result.stored:
-        file = next(iter(result.headers.values())).file
+    if headers and not stored:
+        file = next(iter(headers.values())).file
         faults.append(BadDataError(f"{shown(file)} holds no tensor at all", FETCH_AGAIN))
-    return faults
+    return stored, faults
 
 
-def _compare_with_index(layout: Layout, result: Survey, folder: Path) -> list[DistillError]:
+def _compare_with_index(
+    layout: Layout, headers: Mapping[str, Header], stored: Mapping[str, TensorInfo], folder: Path
+) -> list[DistillError]:
     """The index and the headers have to say the same, both ways; files that could not be read are left out."""
     if layout.weight_map is None:
         return []
     faults: list[DistillError] = []
     for name, file in layout.weight_map.items():
-        header = result.headers.get(file)
+        header = headers.get(file)
         if header is not None and name not in header.tensors:
-            elsewhere = result.stored.get(name)
+            elsewhere = stored.get(name)
             found = f"found in {shown(elsewhere.file.relative_to(folder))}" if elsewhere else "found in no file"
             faults.append(
                 BadDataError(f"the index puts tensor {shown(name)} into {shown(file)}, but it is {found}", MEND_INDEX)
             )
-    for file, header in result.headers.items():
+    for file, header in headers.items():
         for name in header.tensors:
             if name not in layout.weight_map:
                 what = f"tensor {shown(name)} of {shown(file)} is not in the index of {shown(folder)}"
@@ -185,13 +182,13 @@ def _compare_with_index(layout: Layout, result: Survey, folder: Path) -> list[Di
     return faults
 
 
-def _wrapped(result: Survey) -> list[DistillError]:
+def _wrapped(stored: Mapping[str, TensorInfo]) -> list[DistillError]:
     """Names as they are inside a wrapper, which no class of a model has."""
-    found = [match for match in map(WRAPPER.match, result.stored) if match]
+    found = [match for match in map(WRAPPER.match, stored) if match]
     if not found:
         return []
     word, name = found[0]["word"] or found[0]["outer"], found[0].string
-    what = f"{len(found)} of {len(result.stored)} tensors are named as inside {WRAPPERS[word]}, such as {shown(name)}"
+    what = f"{len(found)} of {len(stored)} tensors are named as inside {WRAPPERS[word]}, such as {shown(name)}"
     action = f"Save the model from inside the wrapper, or take {shown(word)} out of the names"
     if word == "base_model.":
         action = "Merge the adapter into its base model (merge_and_unload), and save that"

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,7 @@ class Header:
     """One weights file: its tensors in the order of their data, its size, and the digest of its header.
 
     Attributes:
+        metadata: Name to text; in a GGUF file to what `Value` says.
         size: Bytes before the data.
     """
 
@@ -77,7 +78,7 @@ class Header:
     file_bytes: int
     digest: str
     tensors: dict[str, TensorInfo]
-    metadata: Mapping[str, str]
+    metadata: Mapping[str, Any]
     size: int
 
     @property
@@ -104,12 +105,26 @@ def header_of(raw: bytes, path: Path, file_bytes: int) -> Header:
 
 def raw_header(descriptor: int, path: Path, file_bytes: int) -> bytes:
     """The bytes of the header with its length in front, after checking that this length is possible."""
-    prefix = read_at(descriptor, path, 0, min(PREFIX_BYTES, file_bytes))
-    length = header_length(prefix, path, file_bytes)
-    return prefix + read_at(descriptor, path, PREFIX_BYTES, length)
+
+    def read(begin: int, end: int) -> tuple[bytes, int]:
+        return read_at(descriptor, path, begin, min(end, file_bytes) - begin), file_bytes
+
+    return fetched_header(read, path)[0]
 
 
-def header_length(prefix: bytes, path: Path, file_bytes: int) -> int:
+def fetched_header(read: Callable[[int, int], tuple[bytes, int]], path: Path) -> tuple[bytes, int]:
+    """The bytes of a header with its length in front, and the size of the file, which may lie elsewhere.
+
+    Args:
+        read: Gives the bytes from one offset to another, as far as the file has them, and its size.
+        path: What the file is called in messages.
+    """
+    prefix, file_bytes = read(0, PREFIX_BYTES)
+    end = PREFIX_BYTES + _header_length(prefix, path, file_bytes)
+    return prefix + (read(PREFIX_BYTES, end)[0] if end > PREFIX_BYTES else b""), file_bytes
+
+
+def _header_length(prefix: bytes, path: Path, file_bytes: int) -> int:
     """The length of the header, checked against the file's size and the format's limit."""
     if len(prefix) < PREFIX_BYTES:
         raise _bad(path, f"is not a safetensors file: found {len(prefix)} bytes, expected at least {PREFIX_BYTES}")
@@ -160,13 +175,13 @@ def encode_header(slots: Iterable[Slot], metadata: Mapping[str, str]) -> bytes:
     """The bytes of the file up to the first tensor. More than one metadata key is refused: readers may reorder them."""
     if len(metadata) > 1:
         raise ValueError("more than one metadata key makes the library rewrite the file differently each time")
-    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    table: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     for slot in slots:
         table[slot.name] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": [slot.begin, slot.end]}
     return packed_header(table)
 
 
-def packed_header(content: Mapping[str, Any], *, copied: bool = False) -> bytes:
+def packed_header(content: Mapping[str, object], *, copied: bool = False) -> bytes:
     """A header as JSON with its length in front, padded to eight bytes as the library does.
 
     Args:

@@ -145,10 +145,10 @@ def read_small(path: Path) -> bytes:
         return read_at(descriptor, path, 0, size)
 
 
-def json_object(raw: bytes, place: str, *, unique_keys: bool) -> dict[str, Any]:
+def json_object(raw: bytes, place: str, *, unique_keys: bool) -> dict[str, object]:
     """A JSON object, or an error that says in which file and why not."""
 
-    def pairs(items: list[tuple[str, Any]]) -> Mapping[str, Any]:
+    def pairs(items: list[tuple[str, Any]]) -> Mapping[str, object]:
         result = dict(items)
         if len(result) != len(items):
             seen: set[str] = set()

@@ -135,7 +135,7 @@ def kept_records(
             if any(m.name in known and not m.stored for m in inside):
                 continue
             against = [student.keys.left_out[m.name] for m in inside if m.name in student.keys.left_out]
-            for _, name in source.hub_names:
+            for name in source.hub_names:
                 if name not in known:
                     known.add(name)
                     own = (reasons or {}).get(name) or student.keys.left_out.get(name)

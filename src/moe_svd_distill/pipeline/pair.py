@@ -9,8 +9,7 @@ from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
-from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint
-from moe_svd_distill.checkpoints.tied import refuse_other_head
+from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint, refuse_other_head
 from moe_svd_distill.roles import ModelLayout, read_layout
 
 if TYPE_CHECKING:

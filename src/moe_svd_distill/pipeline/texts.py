@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.pipeline.pair import ModelPair
@@ -219,7 +219,8 @@ def validation_tokens(recipe: Recipe) -> int:
 
 def longest_sequence(pair: ModelPair) -> int:
     """The longest sequence both models take, at most 512 tokens."""
-    limits = (model.checkpoint.config.get("max_position_embeddings") for model in (pair.teacher, pair.student))
+    models: tuple[Any, Any] = (pair.teacher.checkpoint.config, pair.student.checkpoint.config)
+    limits = (config.get("max_position_embeddings") for config in models)
     return min([LONGEST_SEQUENCE, *(int(limit) for limit in limits if limit)])
 
 

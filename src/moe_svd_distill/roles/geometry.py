@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
 
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.roles.layout import Meaning
@@ -30,13 +29,13 @@ TOGETHER = (
 )
 
 
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def text_config(config: Mapping[str, object]) -> Mapping[str, object]:
     """The part of config.json about the text model: nested in a multimodal wrapper's, or all of it."""
     nested = (config.get(key) for key in ("text_config", "llm_config", "language_config"))
     return next((part for part in nested if isinstance(part, Mapping)), config)
 
 
-def declared(text: Mapping[str, Any], keys: Iterable[str]) -> int:
+def declared(text: Mapping[str, object], keys: Iterable[str]) -> int:
     """The first whole number among the keys, or the first of a list with one for each layer; 0 without any."""
     for key in keys:
         value = text.get(key)
@@ -46,7 +45,7 @@ def declared(text: Mapping[str, Any], keys: Iterable[str]) -> int:
     return 0
 
 
-def agreed(text: Mapping[str, Any], keys: tuple[str, ...], found: int, what: str) -> int:
+def agreed(text: Mapping[str, object], keys: tuple[str, ...], found: int, what: str) -> int:
     """A size that the tensors show, if config.json does not say otherwise.
 
     Raises:
@@ -61,7 +60,7 @@ def agreed(text: Mapping[str, Any], keys: tuple[str, ...], found: int, what: str
     return found or declared(text, keys)
 
 
-def is_tied(config: Mapping[str, Any], head_stored: bool) -> bool:
+def is_tied(config: Mapping[str, object], head_stored: bool) -> bool:
     """Whether the head is the embedding matrix; where config.json does not say, it is if no head is stored."""
     for part in (config, text_config(config)):
         if part.get("tie_word_embeddings") is not None:
@@ -70,7 +69,7 @@ def is_tied(config: Mapping[str, Any], head_stored: bool) -> bool:
 
 
 def find_faults(
-    meanings: Collection[Meaning], others: Collection[int | None], layers: int, text: Mapping[str, Any]
+    meanings: Collection[Meaning], others: Collection[int | None], layers: int, text: Mapping[str, object]
 ) -> Iterator[str]:
     """What is missing, or contradicts the number of experts.
 

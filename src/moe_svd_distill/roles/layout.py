@@ -167,9 +167,6 @@ class ModelLayout:
         """How many numbers the text model has, and how many of them one token goes through.
 
         Of the routed experts only as many count as a token is sent to; of embeddings and head all.
-
-        Args:
-            shapes: Hub name to shape of every tensor.
         """
         total = sum(prod(shape) for name, shape in shapes.items() if name not in self.ignored)
         idle = 0.0

@@ -32,12 +32,8 @@ NUMBER = re.compile(r"(?P<list>(?:[^.]+\.)*?[^.]+)\.(?P<layer>\d+)\.(?P<below>.+
 _FETCH = "Download the model again, or repair config.json"
 
 
-def read_layout(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> ModelLayout:
-    """Give every tensor its meaning, or the reason why it has none.
-
-    Args:
-        config: The parsed config.json.
-        shapes: Hub name to shape.
+def read_layout(config: Mapping[str, object], shapes: Mapping[str, Shape]) -> ModelLayout:
+    """Give every tensor (hub name to shape) its meaning, or the reason why it has none.
 
     Raises:
         BadDataError: A tensor is missing or a size contradicts config.json; all faults in one line.
@@ -46,7 +42,7 @@ def read_layout(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Model
 
 
 class _Reading:
-    def __init__(self, config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> None:
+    def __init__(self, config: Mapping[str, object], shapes: Mapping[str, Shape]) -> None:
         self.config, self.text, self.shapes = config, text_config(config), shapes
         self.meanings: dict[str, Meaning] = {}
         self.ignored: dict[str, str] = {}
@@ -280,6 +276,6 @@ def _words(shape: Shape) -> str:
     return "×".join(map(str, shape))
 
 
-def _activation(text: Mapping[str, Any]) -> str:
+def _activation(text: Mapping[str, object]) -> str:
     name = str(text.get("hidden_activation") or text.get("hidden_act") or "")
     return f"{name} clamped at {limit}" if name and (limit := text.get("swiglu_limit")) else name

@@ -170,7 +170,7 @@ class WeightReader:
 
     def _converted(self, source: TensorSource) -> list[tuple[ParameterSlot, Tensor]]:
         kind = source.slots[0].dtype
-        stored = (self._fetch(name).to(self._device, kind, copy=True) for _, name in source.hub_names)
+        stored = (self._fetch(name).to(self._device, kind, copy=True) for name in source.hub_names)
         made = source.convert(stored, self._stored.names)
         self.watch.look()
         # A converter may return views of one tensor, or a stored one that is not contiguous.
@@ -183,7 +183,7 @@ class WeightReader:
                 self._sound.add(slot.name)
                 continue
             checkpoint = self._stored.checkpoint
-            for _, name in source.hub_names:
+            for name in source.hub_names:
                 if count_not_finite(stored := checkpoint.read(name)):
                     raise not_finite(checkpoint.title, name, stored)
             raise BadDataError(
@@ -200,4 +200,4 @@ class WeightReader:
 
 
 def _stored_names(source: TensorSource) -> list[str]:
-    return [piece.hub_name for piece in source.pieces] or [name for _, name in source.hub_names]
+    return [piece.hub_name for piece in source.pieces] or list(source.hub_names)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from moe_svd_distill.checkpoints.llama_cpp.config import config_of
+from moe_svd_distill.checkpoints.llama_cpp.header import Settings
 from moe_svd_distill.checkpoints.llama_cpp.names import NAMINGS, OUTSIDE
-from moe_svd_distill.checkpoints.llama_cpp.settings import Settings
 from moe_svd_distill.checkpoints.llama_cpp.survey import origin_of
 from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.files.header import TensorInfo

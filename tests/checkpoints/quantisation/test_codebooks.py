@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +10,16 @@ import torch
 from torch import Tensor
 
 from moe_svd_distill.checkpoints import open_checkpoint
+from tests.support.packed_weights import NAME, NF4, four_bits, random_bytes
 from tests.support.quantisers import opened, quantised_model, seeded
 from tests.support.refusals import refusal
 
 EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
-NAME = "model.layers.0.mlp.up_proj.weight"
 GPT_OSS: dict[str, Any] = {
     "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
     "quant_method": "mxfp4",
 }
-NF4: dict[str, Any] = {
-    "_load_in_4bit": True,
-    "bnb_4bit_compute_dtype": "bfloat16",
-    "bnb_4bit_quant_type": "nf4",
-    "bnb_4bit_use_double_quant": True,
-    "llm_int8_skip_modules": ["lm_head"],
-    "load_in_4bit": True,
-    "quant_method": "bitsandbytes",
-}
 INT8: dict[str, Any] = {"load_in_8bit": True, "llm_int8_threshold": 6.0, "quant_method": "bitsandbytes"}
-
-
-def random_bytes(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=seeded(seed))
 
 
 def experts(groups: int = 3) -> dict[str, Tensor]:
@@ -86,30 +72,6 @@ def test_the_sixteen_numbers_of_four_bits(tmp_path: Path) -> None:
 def test_experts_that_do_not_fit_are_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
     tensors = {name: tensor for name, tensor in (experts() | change).items() if tensor is not None}
     assert words in refusal(quantised_model(tmp_path, tensors, GPT_OSS)).what
-
-
-def four_bits(shape: tuple[int, ...], block: int, nested: int | None) -> tuple[dict[str, Tensor], Tensor]:
-    """Random codes with a random codebook, as ``QuantState.as_dict(packed=True)`` names them; and the numbers."""
-    count = torch.Size(shape).numel()
-    scales = -(-count // block)
-    codes = torch.randint(0, 16, (count + count % 2,), dtype=torch.uint8, generator=seeded(2))
-    state: dict[str, Any] = {"quant_type": "nf4", "blocksize": block, "dtype": "bfloat16", "shape": list(shape)}
-    book = torch.randn(16, generator=seeded(3))
-    tensors = {NAME: (codes[0::2] << 4 | codes[1::2])[:, None], f"{NAME}.quant_map": book}
-    absmax = torch.rand(scales, generator=seeded(4)).double()
-    if nested is None:
-        tensors[f"{NAME}.absmax"] = absmax.float()
-        absmax = absmax.float().double()
-    else:
-        small, outer = random_bytes(scales, seed=5), torch.rand(-(-scales // nested), generator=seeded(6))
-        levels = torch.randn(256, generator=seeded(7))
-        tensors |= {f"{NAME}.absmax": small, f"{NAME}.nested_absmax": outer, f"{NAME}.nested_quant_map": levels}
-        state |= {"nested_blocksize": nested, "nested_dtype": "float32", "nested_offset": 0.25}
-        absmax = levels.double()[small.long()] * outer.double()[torch.arange(scales) // nested] + 0.25
-    raw = bytearray(json.dumps(state).encode())
-    tensors[f"{NAME}.quant_state.bitsandbytes__nf4"] = torch.frombuffer(raw, dtype=torch.uint8)
-    values = book.double()[codes[:count].long()] * absmax[torch.arange(count) // block]
-    return tensors, values.view(shape)
 
 
 @pytest.mark.parametrize("shape", [(16, 64), (7, 33), (5, 13)])

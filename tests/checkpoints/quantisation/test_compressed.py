@@ -200,6 +200,7 @@ def test_a_mixed_model_follows_the_scheme_of_each_module(tmp_path: Path) -> None
         ({"config_groups": {}}, "no scheme of config.json is for it alone"),
         ({"config_groups": None}, "without config_groups"),
         ({"config_groups": {"a": {"targets": ["Linear"], "weights": WEIGHTS | {"type": "float"}}}}, "does not fit"),
+        ({"config_groups": {"a": {"targets": 7, "weights": WEIGHTS}}}, "no scheme of config.json is for it alone"),
         ({"config_groups": {"a": {"targets": ["re:("], "weights": WEIGHTS}}}, "has the pattern"),
         ({"config_groups": {"a": {"targets": ["Linear"], "weights": WEIGHTS | {"strategy": "attn"}}}}, "strategy attn"),
         ({"config_groups": {"a": {"targets": ["Linear"], "weights": WEIGHTS | {"strategy": "group"}}}}, "group_size 0"),

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoints.quantisation.test_codebooks import NAME as NESTED
-from tests.checkpoints.quantisation.test_codebooks import NF4, four_bits
-from tests.checkpoints.quantisation.test_packed import (
+from tests.support.packed_weights import (
     AWQ,
     GPTQ,
     MODULE,
     NAME,
+    NF4,
     affine,
     auto_round,
     awq_words,
+    four_bits,
     gptq_tensors,
     integers,
 )
@@ -122,7 +122,7 @@ def test_compressed_tensors_with_zero_points_that_it_says_it_has_not(shift: int,
 
 def test_a_nested_state_without_its_offset_is_refused(tmp_path: Path) -> None:
     tensors, _ = four_bits((16, 64), 64, 256)
-    name = f"{NESTED}.quant_state.bitsandbytes__nf4"
+    name = f"{NAME}.quant_state.bitsandbytes__nf4"
     state = json.loads(bytes(tensors[name].tolist()))
     del state["nested_offset"]
     tensors[name] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)

@@ -12,53 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.support.packed_weights import AWQ, GPTQ, MODULE, NAME, affine, auto_round, awq_words, gptq_tensors, integers
 from tests.support.quantisers import opened, pack_words, quantised_model, same, seeded
 from tests.support.refusals import refusal
-
-MODULE = "model.layers.0.mlp.up_proj"
-NAME = f"{MODULE}.weight"
-GPTQ: dict[str, Any] = {
-    "bits": 4,
-    "checkpoint_format": "gptq",
-    "damp_percent": 0.01,
-    "desc_act": True,
-    "group_size": 32,
-    "lm_head": False,
-    "meta": {"quantizer": ["gptqmodel:4.0.0"]},
-    "quant_method": "gptq",
-    "sym": False,
-    "true_sequential": True,
-}
-AWQ: dict[str, Any] = {
-    "bits": 4,
-    "group_size": 32,
-    "modules_to_not_convert": None,
-    "quant_method": "awq",
-    "version": "gemm",
-    "zero_point": True,
-}
-
-
-def integers(*shape: int, bits: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, 2**bits, shape, generator=seeded(seed))
-
-
-def gptq_tensors(
-    codes: Tensor, zero: Tensor, scale: Tensor, index: Tensor | None, bits: int, v1: bool
-) -> dict[str, Tensor]:
-    """``codes (in, out)``, ``zero`` and ``scale (groups, out)``, as auto-gptq packs them."""
-    stored = (zero - 1) % 2**bits if v1 else zero
-    tensors = {
-        f"{MODULE}.qweight": pack_words(codes.T, bits).T,
-        f"{MODULE}.qzeros": pack_words(stored, bits),
-        f"{MODULE}.scales": scale,
-    }
-    return tensors | ({} if index is None else {f"{MODULE}.g_idx": index.to(torch.int32)})
-
-
-def affine(codes: Tensor, zero: Tensor, scale: Tensor, index: Tensor) -> Tensor:
-    """``(out, in)``, float64."""
-    return ((codes.double() - zero.double()[index]) * scale.double()[index]).T
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -123,14 +79,6 @@ def test_modules_with_bits_of_their_own(tmp_path: Path) -> None:
     dynamic = {r"+:.*\.up_proj": {"bits": 8}}
     read = opened(tmp_path, tensors, GPTQ | {"dynamic": dynamic}).read(NAME)
     same(read, affine(*wide, index), torch.float16)
-
-
-def awq_words(values: Tensor) -> Tensor:
-    """``(rows, columns)`` to ``(rows, columns/8)``, as AutoAWQ's WQLinear_GEMM packs."""
-    words = torch.zeros(values.shape[0], values.shape[1] // 8, dtype=torch.int64)
-    for place, column in enumerate([0, 2, 4, 6, 1, 3, 5, 7]):
-        words |= values[:, column::8].long() << (4 * place)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
 @settings(max_examples=20, deadline=None)
@@ -208,13 +156,6 @@ def test_an_index_that_points_outside_is_refused_when_read(tmp_path: Path) -> No
     tensors[f"{MODULE}.g_idx"][5] = 2
     with pytest.raises(BadDataError, match="names the groups 0 to 2"):
         opened(tmp_path, tensors, GPTQ).read(NAME)
-
-
-def auto_round(packing: str | None, **others: Any) -> dict[str, Any]:
-    """As AutoRound 0.16 writes it; without a packing, as its first versions did."""
-    settings_: dict[str, Any] = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": False}
-    settings_ |= {"data_type": "int", "autoround_version": "0.16.1", "block_name_to_quantize": "model.layers"}
-    return settings_ | ({} if packing is None else {"packing_format": packing}) | others
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -6,11 +6,11 @@ and of what it has the widths of heads and experts, sliding windows and every sc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from moe_svd_distill.checkpoints.llama_cpp.rotary import rotary_parameters
-from moe_svd_distill.checkpoints.llama_cpp.settings import ANOTHER, Settings
+from moe_svd_distill.checkpoints.llama_cpp.header import ANOTHER, Settings
 from moe_svd_distill.errors import BadDataError, IncompatiblePairError, shown
 
 _ALWAYS = {
@@ -28,7 +28,12 @@ _EXPERTS = {"expert_count": "num_experts", "expert_used_count": "num_experts_per
 _TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
 
 
-def config_of(settings: Settings, factors: Sequence[float] | None) -> dict[str, Any]:
+_LOW, _HIGH = 1.0, 4.0
+_ORIGINALS = (8192, *(1 << power for power in range(10, 19)))
+_SAME = 1e-3
+
+
+def config_of(settings: Settings, factors: Sequence[float] | None) -> dict[str, object]:
     """The configuration, of the class for text alone where there are two.
 
     Args:
@@ -50,13 +55,13 @@ def config_of(settings: Settings, factors: Sequence[float] | None) -> dict[str, 
         raise BadDataError(f"{settings.source} has no tensor token_embd.weight: it is no language model", ANOTHER)
     config: dict[str, Any] = {name: settings.need(key) for key, name in _ALWAYS.items()}
     config |= {name: value for key, name in _IF_THERE.items() if (value := settings.find(key)) is not None}
-    config["num_hidden_layers"] = settings.need("block_count") - (settings.find("nextn_predict_layers") or 0)
+    config["num_hidden_layers"] = settings.layers
     config["vocab_size"] = embedding.shape[0]
     config["tie_word_embeddings"] = settings.one_table or "output.weight" not in settings.tensors
     for key, name in _TOKENS.items():
         config[name] = settings.metadata.get(f"tokenizer.ggml.{key}")
-    config |= _ARCHITECTURES[settings.architecture](settings, config)
-    rotary = rotary_parameters(settings, _head_dim(config)["head_dim"], factors)
+    config |= _ARCHITECTURES[settings.architecture](settings)
+    rotary = _rotary(settings, config.get("head_dim") or settings.head_dim, factors)
     if config["model_type"] == "gemma3_text":
         near = settings.find("rope.freq_base_swa") or 10_000.0
         config["rope_parameters"] = {
@@ -68,7 +73,7 @@ def config_of(settings: Settings, factors: Sequence[float] | None) -> dict[str, 
     return config
 
 
-def _llama(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
+def _llama(settings: Settings) -> dict[str, object]:
     """Llama, Mistral and Mixtral, which llama.cpp does not tell apart."""
     if settings.find("expert_count"):
         experts = settings.need("expert_count"), settings.need("expert_used_count")
@@ -85,33 +90,33 @@ def _llama(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
     return _typed("llama", "Llama") | biases
 
 
-def _qwen2(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
+def _qwen2(settings: Settings) -> dict[str, object]:
     return _typed("qwen2", "Qwen2") | {"use_sliding_window": False}
 
 
-def _qwen2_moe(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
+def _qwen2_moe(settings: Settings) -> dict[str, object]:
     shared = {"shared_expert_intermediate_size": settings.need("expert_shared_feed_forward_length")}
     return _typed("qwen2_moe", "Qwen2Moe") | _experts(settings) | shared | {"norm_topk_prob": False}
 
 
-def _qwen3(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
-    return _typed("qwen3", "Qwen3") | _head_dim(config) | {"use_sliding_window": False}
+def _qwen3(settings: Settings) -> dict[str, object]:
+    return _typed("qwen3", "Qwen3") | {"head_dim": settings.head_dim} | {"use_sliding_window": False}
 
 
-def _qwen3_moe(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
-    own = _experts(settings) | _head_dim(config)
+def _qwen3_moe(settings: Settings) -> dict[str, object]:
+    own = _experts(settings) | {"head_dim": settings.head_dim}
     return _typed("qwen3_moe", "Qwen3Moe") | own | {"norm_topk_prob": True}  # llama.cpp always norms them
 
 
-def _gemma3(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
-    head, layers = _head_dim(config), config["num_hidden_layers"]
+def _gemma3(settings: Settings) -> dict[str, object]:
     # Not in the file; llama.cpp tells the model of 27 billion parameters by its 62 layers.
-    scalar = config["hidden_size"] // config["num_attention_heads"] if layers == 62 else head["head_dim"]
+    width, heads = settings.need("embedding_length"), settings.need("attention.head_count")
+    scalar = width // heads if settings.layers == 62 else settings.head_dim
     window, cap = settings.find("attention.sliding_window"), settings.find("final_logit_softcapping")
-    layout = {"sliding_window": window} if window else {"layer_types": ["full_attention"] * layers}
+    layout = {"sliding_window": window} if window else {"layer_types": ["full_attention"] * settings.layers}
     return (
         _typed("gemma3_text", "Gemma3")
-        | head
+        | {"head_dim": settings.head_dim}
         | layout
         | {
             "query_pre_attn_scalar": scalar,
@@ -120,10 +125,10 @@ def _gemma3(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _gpt_oss(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
+def _gpt_oss(settings: Settings) -> dict[str, object]:
     return (
         _typed("gpt_oss", "GptOss")
-        | _head_dim(config)
+        | {"head_dim": settings.head_dim}
         | {
             "num_local_experts": settings.need("expert_count"),
             "num_experts_per_tok": settings.need("expert_used_count"),
@@ -133,7 +138,7 @@ def _gpt_oss(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _deepseek(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
+def _deepseek(settings: Settings) -> dict[str, object]:
     """The second and the third version: the latter's routers use the sigmoid."""
     third = settings.find("expert_gating_func") == 2
     rotary = settings.need("rope.dimension_count")
@@ -144,7 +149,7 @@ def _deepseek(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
     if third and groups is None:  # older files do not say
         groups, used = (8, 4) if experts == 256 else (1, 1)
     own = {
-        "num_key_value_heads": config["num_attention_heads"],  # the file's number is that of the latent
+        "num_key_value_heads": settings.need("attention.head_count"),  # the file's number is that of the latent
         "head_dim": rotary,
         "q_lora_rank": settings.find("attention.q_lora_rank"),
         "kv_lora_rank": settings.need("attention.kv_lora_rank"),
@@ -170,7 +175,7 @@ def _deepseek(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-_ARCHITECTURES: dict[str, Callable[[Settings, Mapping[str, Any]], dict[str, Any]]] = {
+_ARCHITECTURES: dict[str, Callable[[Settings], dict[str, object]]] = {
     "llama": _llama,
     "qwen2": _qwen2,
     "qwen2moe": _qwen2_moe,
@@ -182,15 +187,79 @@ _ARCHITECTURES: dict[str, Callable[[Settings, Mapping[str, Any]], dict[str, Any]
 }
 
 
-def _typed(model_type: str, name: str) -> dict[str, Any]:
+def _typed(model_type: str, name: str) -> dict[str, object]:
     return {"model_type": model_type, "architectures": [f"{name}ForCausalLM"]}
 
 
-def _head_dim(config: Mapping[str, Any]) -> dict[str, int]:
-    return {"head_dim": config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]}
-
-
-def _experts(settings: Settings) -> dict[str, Any]:
+def _experts(settings: Settings) -> dict[str, object]:
     found = {name: settings.need(key) for key, name in _EXPERTS.items()}
     found["moe_intermediate_size"] = settings.need("expert_feed_forward_length")
     return found
+
+
+def _rotary(settings: Settings, dimensions: int, factors: Sequence[float] | None) -> dict[str, object]:
+    """Rotary positions, of so many dimensions of a head; factors, if given, are what each frequency is divided by."""
+    base = {"rope_theta": settings.find("rope.freq_base") or 10_000.0}
+    turned = settings.find("rope.dimension_count")
+    if turned is not None and turned != dimensions:
+        raise BadDataError(
+            f"{settings.source} turns {turned} dimensions of a head with {dimensions}, which is not read here", ANOTHER
+        )
+    kind = settings.find("rope.scaling.type") or "none"
+    if factors is not None and any(abs(factor - 1) > _SAME for factor in factors):
+        return base | _by_wavelength(settings, factors, base["rope_theta"])
+    if kind == "none":
+        return base | {"rope_type": "default"}
+    if kind == "linear":
+        return base | {"rope_type": "linear", "factor": settings.need("rope.scaling.factor")}
+    if kind != "yarn":
+        raise BadDataError(
+            f"{settings.source} scales rotary positions by {shown(kind)} (read are linear, yarn and Llama 3's)",
+            ANOTHER,
+        )
+    return base | _yarn(settings)
+
+
+def _yarn(settings: Settings) -> dict[str, object]:
+    found = {
+        "rope_type": "yarn",
+        "factor": settings.need("rope.scaling.factor"),
+        "original_max_position_embeddings": settings.need("rope.scaling.original_context_length"),
+    }
+    optional = {
+        "attention_factor": "rope.scaling.yarn_attn_factor",
+        "beta_fast": "rope.scaling.yarn_beta_fast",
+        "beta_slow": "rope.scaling.yarn_beta_slow",
+    }
+    found |= {name: value for name, key in optional.items() if (value := settings.find(key)) is not None}
+    if (multiplier := settings.find("rope.scaling.yarn_log_multiplier")) is not None:
+        # Of DeepSeek, a tenth of mscale_all_dim; mscale is not in the file, and the same in every model so far.
+        found |= dict.fromkeys(("mscale", "mscale_all_dim"), round(multiplier * 10, 6))
+    return found | ({"truncate": False} if settings.architecture == "gpt-oss" else {})
+
+
+def _by_wavelength(settings: Settings, factors: Sequence[float], theta: float) -> dict[str, object]:
+    """Llama 3's scaling, told by the factors that it makes; which context it was for shows in them."""
+    factor = max(factors)
+    lengths = [2 * math.pi * theta ** (place / len(factors)) for place in range(len(factors))]
+    for original in _ORIGINALS:
+        made = [_divisor(length, factor, original) for length in lengths]
+        if all(math.isclose(found, wanted, rel_tol=_SAME) for found, wanted in zip(made, factors, strict=True)):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": _LOW,
+                "high_freq_factor": _HIGH,
+                "original_max_position_embeddings": original,
+            }
+    raise BadDataError(f"{settings.source} scales rotary positions otherwise than Llama 3 does (rope_freqs)", ANOTHER)
+
+
+def _divisor(length: float, factor: float, original: int) -> float:
+    """What the frequency of a wavelength is divided by."""
+    if length < original / _HIGH:
+        return 1.0
+    if length > original / _LOW:
+        return factor
+    smooth = (original / length - _LOW) / (_HIGH - _LOW)
+    return 1 / ((1 - smooth) / factor + smooth)

@@ -28,7 +28,7 @@ _from_beside: dict[Path, str] = {}
 """Folder to why its tokenizer is the one that lies beside the file."""
 
 
-def model_folder(file: Path, digest: str, config: Mapping[str, Any]) -> Path:
+def model_folder(file: Path, digest: str, config: Mapping[str, object]) -> Path:
     """The folder of a file whose header has this digest.
 
     Raises:
@@ -40,7 +40,9 @@ def model_folder(file: Path, digest: str, config: Mapping[str, Any]) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="moe-svd-distill-"))
     atexit.register(_remove, folder, os.getpid())
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    _write_tokenizer(file, folder, config["vocab_size"])
+    rows = config["vocab_size"]
+    assert isinstance(rows, int)
+    _write_tokenizer(file, folder, rows)
     _made[file, digest] = folder
     return folder
 
@@ -101,7 +103,7 @@ def _of_the_file(tokenizer: str, tokens: Sequence[str], whole_words: bool) -> st
     return json.dumps(content)
 
 
-def _refuse_unknown_split(parts: Mapping[str, Any]) -> None:
+def _refuse_unknown_split(parts: Mapping[str, object]) -> None:
     """transformers cuts words GPT-2's way where it does not know how the vocabulary's merges were learned."""
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 

@@ -1,4 +1,4 @@
-"""The header of a GGUF file: its metadata and where each tensor lies, believed only after every check.
+"""The header of a GGUF file: its metadata, asked for by name, and where each tensor lies; believed after every check.
 
 The format: ``GGUF``, the version, how many tensors and how many pieces of metadata; the metadata, a name and a typed
 value each; a table of tensors; then the data, every tensor at an aligned place. Numbers are little-endian.
@@ -14,8 +14,8 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -37,18 +37,65 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _TEXT, _ARRAY, _FLOAT = 8, 9, 6
 _PIECE = 1 << 20
 
+ANOTHER = "Give the model's safetensors"
+_NO_SETTING = ("vocab_size", "attention.value_length", "rope.scaling.finetuned")
+
 
 @dataclass(frozen=True)
-class GgufFile:
-    """One file of a GGUF model.
+class Settings:
+    """What a file says of its model, below the name of its architecture.
 
     Attributes:
-        header: Its tensors under llama.cpp's names; a dtype is the name of a type of ggml, such as Q4_K.
+        source: What the file is called in messages.
+        architecture: llama.cpp's name.
         metadata: Name to value.
+        tensors: llama.cpp's name to where it lies.
+        one_table: Whether embeddings and head are the same but for rounding.
+        used: Gathers what was asked for.
     """
 
-    header: Header
+    source: str
+    architecture: str
     metadata: Mapping[str, Value]
+    tensors: Mapping[str, TensorInfo]
+    one_table: bool = False
+    used: set[str] = field(default_factory=set)
+
+    def find(self, key: str) -> Any:
+        """A setting that is one value, or None."""
+        name = f"{self.architecture}.{key}"
+        self.used.add(name)
+        value = self.metadata.get(name)
+        if isinstance(value, tuple) and len(set(value)) == 1:
+            return value[0]  # the same for every layer
+        if isinstance(value, tuple):
+            raise BadDataError(f"{self.source} has another {name} for each layer, which is not read here", ANOTHER)
+        return value
+
+    def need(self, key: str) -> Any:
+        """A setting that has to be there."""
+        value = self.find(key)
+        if value is None:
+            raise BadDataError(f"{self.source} does not say {self.architecture}.{key}", ANOTHER)
+        return value
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers, without those that predict further tokens."""
+        return int(self.need("block_count") - (self.find("nextn_predict_layers") or 0))
+
+    @property
+    def head_dim(self) -> int:
+        """Dimensions of a head of queries and keys."""
+        found = self.find("attention.key_length")
+        return int(found or self.need("embedding_length") // self.need("attention.head_count"))
+
+    def unused(self) -> Sequence[str]:
+        """Settings of the architecture that nothing was made of."""
+        known = {f"{self.architecture}.{key}" for key in _NO_SETTING}
+        return [
+            key for key in self.metadata if key.startswith(f"{self.architecture}.") and key not in self.used | known
+        ]
 
 
 def package_fault(why: str) -> MissingInputError | None:
@@ -58,21 +105,14 @@ def package_fault(why: str) -> MissingInputError | None:
     return MissingInputError(f"{why}, and the package gguf is not installed", "Install moe-svd-distill[gguf]")
 
 
-def read_gguf(path: Path) -> GgufFile:
-    """Read and check the header of one file.
+def headers_of(first: Path) -> Iterator[Header | DistillError]:
+    """The header of the file, or of all files of a model that was split, by the first of them.
 
-    Raises:
-        BadDataError: It is damaged or no GGUF file.
-        MissingInputError: The package `gguf` is not installed.
+    Tensors have llama.cpp's names, and their dtype is the name of a type of ggml, such as Q4_K. What is wrong with a
+    file comes in the place of its header.
     """
-    with opened(path) as descriptor:
-        return _Reading(descriptor, path).file()
-
-
-def files_of(first: Path) -> Iterator[GgufFile | DistillError]:
-    """The file, or all files of a model that was split, by the first of them; what is wrong comes in their place."""
     try:
-        opening = read_gguf(first)
+        opening = _read(first)
         names = _names_of_split(first, opening.metadata)
     except DistillError as fault:
         yield fault
@@ -80,13 +120,18 @@ def files_of(first: Path) -> Iterator[GgufFile | DistillError]:
     yield opening
     for number, path in enumerate(names, 1):
         try:
-            piece = read_gguf(locate(path.parent, path.name))
-            found = piece.metadata.get("split.no")
+            header = _read(locate(path.parent, path.name))
+            found = header.metadata.get("split.no")
             if found != number:
                 raise _bad(path, f"says it is number {shown(found)} of the split files (expected {number})")
-            yield piece
+            yield header
         except DistillError as fault:
             yield fault
+
+
+def _read(path: Path) -> Header:
+    with opened(path) as descriptor:
+        return _Reading(descriptor, path).header()
 
 
 def _names_of_split(first: Path, metadata: Mapping[str, Value]) -> list[Path]:
@@ -118,7 +163,7 @@ class _Reading:
         self._descriptor, self._path, self._bytes = descriptor, path, b""
         self._size, self._place = os.fstat(descriptor).st_size, 0
 
-    def file(self) -> GgufFile:
+    def header(self) -> Header:
         magic = self._take(4) if self._size >= 24 else b""
         if magic and LFS_POINTER.startswith(magic):
             raise pointer_to(self._path)
@@ -147,7 +192,7 @@ class _Reading:
             infos[name] = self._tensor(name, shape, kind, (begin, offset, alignment))
         self._refuse_overlaps(infos)
         digest = hashlib.sha256(self._bytes[:begin]).hexdigest()
-        return GgufFile(Header(self._path, self._size, digest, infos, {}, begin), metadata)
+        return Header(self._path, self._size, digest, infos, metadata, begin)
 
     def _tensor(self, name: str, shape: tuple[int, ...], kind: int, place: tuple[int, int, int]) -> TensorInfo:
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType

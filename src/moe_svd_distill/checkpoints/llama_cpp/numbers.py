@@ -13,33 +13,19 @@ import torch
 from torch import Tensor
 
 from moe_svd_distill.checkpoints.quantisation.coded import Coded, Ggml, Part
-from moe_svd_distill.files.dtypes import FLOATS, torch_dtype
+from moe_svd_distill.files.dtypes import FLOATS
 
 SLAB_ELEMENTS = 1 << 20
 
 Parts = Mapping[Part, Tensor]
 
 
-def dequantise_ggml(coded: Coded, coding: Ggml, parts: Parts, rows: slice, device: str | torch.device) -> Tensor:
-    """Rows of a weight, in its dtype, on a device.
-
-    Args:
-        coded: How it is stored.
-        coding: Its arrangement.
-        parts: Its stored tensors, whole: numbers, or the bytes of the blocks of each row.
-        rows: Which, along the first dimension.
-        device: Where to.
-    """
-    begin, end, _ = rows.indices(coded.info.shape[0])
-    shape = (max(0, end - begin), *coded.info.shape[1:])
-    out = torch.empty(shape, dtype=torch_dtype(coded.info.dtype), device=device)
-    if out.is_meta or not out.numel():
-        return out
+def decode_ggml(coding: Ggml, parts: Parts, out: Tensor, begin: int, coded: Coded) -> None:
+    """Write rows of a weight from ``begin`` on; the parts are numbers, or the bytes of the blocks of each row."""
     step = max(1, SLAB_ELEMENTS // max(1, out[0].numel()))
-    for first in range(begin, end, step):
-        last = min(end, first + step)
+    for first in range(begin, begin + out.shape[0], step):
+        last = min(begin + out.shape[0], first + step)
         out[first - begin : last - begin] = _rows(coded, coding, parts, first, last)
-    return out
 
 
 def _rows(coded: Coded, coding: Ggml, parts: Parts, first: int, last: int) -> Tensor:

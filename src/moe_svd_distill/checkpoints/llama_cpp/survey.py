@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_svd_distill.checkpoints.llama_cpp.config import config_of
-from moe_svd_distill.checkpoints.llama_cpp.header import Value, files_of, package_fault
-from moe_svd_distill.checkpoints.llama_cpp.settings import ANOTHER, Settings
+from moe_svd_distill.checkpoints.llama_cpp.header import ANOTHER, Settings, Value, headers_of, package_fault
 from moe_svd_distill.checkpoints.llama_cpp.weights import is_known, weights_of
-from moe_svd_distill.checkpoints.quantisation.view import View
+from moe_svd_distill.checkpoints.quantisation.weights import Weights
 from moe_svd_distill.checkpoints.survey import Survey, merge_headers
 from moe_svd_distill.errors import BadDataError, DistillError, shown
 from moe_svd_distill.files.header import TensorInfo
@@ -37,37 +36,30 @@ _ROUNDING = 0.4
 """Two roundings of one table differ by less, even to two bits; two tables by more than one."""
 
 
-def survey_gguf(first: Path, source: str, *, as_stored: bool = False) -> Survey:
-    """Read every header; gather the faults instead of stopping at the first.
-
-    Args:
-        first: The file, or the first one of several.
-        source: What the model is called in messages.
-        as_stored: Show llama.cpp's own tensors.
-    """
+def survey_gguf(first: Path, source: str) -> Survey:
+    """Read every header, from the first file on; gather the faults instead of stopping at the first."""
     result = Survey()
     if fault := package_fault(f"{source} is a GGUF file"):
         result.faults.append(fault)
         return result
     metadata: Mapping[str, Value] = {}
-    for found in files_of(first):
+    for found in headers_of(first):
         if isinstance(found, DistillError):
             result.faults.append(found)
             continue
         metadata = metadata or found.metadata
-        result.headers[found.header.file.name] = found.header
-    result.faults += merge_headers(result)
-    result.view = View(result.stored)
+        result.headers[found.file.name] = found
+    stored, faults = merge_headers(result.headers)
+    result.faults += faults
+    result.weights = Weights.as_stored(stored)
     if result.faults:
         return result
     try:
-        result.config, unread = _config(source, metadata, result.stored)
+        result.config, unread = _config(source, metadata, stored)
         result.origin = origin_of(metadata)
-        if not as_stored:
-            view, result.faults = weights_of(result.stored, result.config)
-            result.view = View(
-                view.tensors, view.coded, view.companions, {**view.set_aside, **unread}, view.quantisation
-            )
+        result.weights = weights_of(stored, result.config)
+        result.weights.set_aside |= unread
+        result.faults += result.weights.faults
     except DistillError as fault:
         result.faults.append(fault)
     return result
@@ -75,7 +67,7 @@ def survey_gguf(first: Path, source: str, *, as_stored: bool = False) -> Survey:
 
 def _config(
     source: str, metadata: Mapping[str, Value], stored: Mapping[str, TensorInfo]
-) -> tuple[dict[str, Any], dict[str, str]]:
+) -> tuple[dict[str, object], dict[str, str]]:
     """The configuration, and the settings that nothing was made of."""
     kind = metadata.get("general.type", "model")
     if kind != "model":

@@ -6,15 +6,15 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from moe_svd_distill.checkpoints.llama_cpp.names import HEADS, NAMINGS, OUTSIDE, Naming, Share
-from moe_svd_distill.checkpoints.llama_cpp.settings import ANOTHER
+from moe_svd_distill.checkpoints.llama_cpp.header import ANOTHER
+from moe_svd_distill.checkpoints.llama_cpp.names import HEADS, NAMINGS, OUTSIDE, Share
 from moe_svd_distill.checkpoints.quantisation.coded import Arrangement, Coded, Ggml, Part
-from moe_svd_distill.checkpoints.quantisation.view import View
-from moe_svd_distill.errors import BadDataError, DistillError, shown
+from moe_svd_distill.checkpoints.quantisation.weights import Weights
+from moe_svd_distill.errors import shown
 from moe_svd_distill.files.dtypes import FLOATS
 from moe_svd_distill.files.header import TensorInfo
 
@@ -23,26 +23,21 @@ _IN_LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 _USE_ANOTHER = "Give a file of another type, or the model's safetensors"
 
 
-def weights_of(stored: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> tuple[View, list[DistillError]]:
-    """The weights that the tensors make up, and all that is wrong with them.
-
-    Args:
-        stored: The tensors under llama.cpp's names, experts of a layer in one.
-        config: The model's config.json.
-    """
-    one_table = bool(config["tie_word_embeddings"]) and "output.weight" in stored
-    found = _Weights(NAMINGS[config["model_type"]], config, one_table)
+def weights_of(stored: Mapping[str, TensorInfo], config: Mapping[str, object]) -> Weights:
+    """The weights that tensors under llama.cpp's names make up, with all that is wrong with them."""
+    weights = Weights(stored)
+    reading = _Reading(weights, config)
     for info in stored.values():
-        found.take(info)
-    found.join()
+        reading.take(info)
+    reading.join()
     kinds = sorted({info.dtype for info in stored.values()})
     for kind in kinds:
         if kind not in FLOATS and not is_known(kind):
             name = next(info.name for info in stored.values() if info.dtype == kind)
             what = f"tensor {shown(name)} is of type {kind}, which the installed gguf does not turn into numbers"
-            found.faults.append(BadDataError(what, _USE_ANOTHER))
-    words = f"gguf: {', '.join(kinds)}"
-    return View(found.tensors, found.coded, found.companions, found.set_aside, words), found.faults
+            weights.fault(what, _USE_ANOTHER)
+    weights.quantisation = f"gguf: {', '.join(kinds)}"
+    return weights
 
 
 @cache
@@ -59,17 +54,12 @@ def is_known(kind: str) -> bool:
     return True
 
 
-@dataclass
-class _Weights:
-    naming: Naming
-    config: Mapping[str, Any]
-    one_table: bool
-    tensors: dict[str, TensorInfo] = field(default_factory=dict)
-    coded: dict[str, Coded] = field(default_factory=dict)
-    companions: dict[str, str] = field(default_factory=dict)
-    set_aside: dict[str, str] = field(default_factory=dict)
-    faults: list[DistillError] = field(default_factory=list)
-    shares: dict[str, dict[Part, tuple[TensorInfo, Share]]] = field(default_factory=lambda: defaultdict(dict))
+class _Reading:
+    def __init__(self, weights: Weights, config: Mapping[str, object]) -> None:
+        self.weights, self.config = weights, dict[str, Any](config)
+        self.naming = NAMINGS[self.config["model_type"]]
+        self.one_table = bool(config["tie_word_embeddings"]) and "output.weight" in weights.stored
+        self.shares: dict[str, dict[Part, tuple[TensorInfo, Share]]] = defaultdict(dict)
 
     def take(self, info: TensorInfo) -> None:
         """Find the weight that a tensor is, or is part of."""
@@ -77,16 +67,20 @@ class _Weights:
         if self.config["tie_word_embeddings"] and info.name == "output.weight":
             self._add(OUTSIDE["token_embd.weight"], info)
         elif info.name == "token_embd.weight" and self.one_table:
-            self.set_aside[info.name] = "the head is the same but for rounding, and serves as the embeddings too"
+            self.weights.set_aside[info.name] = (
+                "the head is the same but for rounding, and serves as the embeddings too"
+            )
         elif info.name in OUTSIDE:
             shifted = self.naming.norms_plus_one and info.name == "output_norm.weight"
             self._add(OUTSIDE[info.name], info, "less_one" if shifted else "rows")
         elif info.name in ROTARY:
-            self.set_aside[info.name] = "the rotary frequencies of the configuration are made from it"
+            self.weights.set_aside[info.name] = "the rotary frequencies of the configuration are made from it"
         elif match is None:
             self._nameless(info)
         elif int(match[1]) >= self.config["num_hidden_layers"]:
-            self.set_aside[info.name] = "belongs to a layer that predicts further tokens, and transformers has none"
+            self.weights.set_aside[info.name] = (
+                "belongs to a layer that predicts further tokens, and transformers has none"
+            )
         else:
             self._in_layer(info, f"model.layers.{int(match[1])}.", match[2])
 
@@ -119,13 +113,13 @@ class _Weights:
             expected = {share.part for share in self.naming.shares.values() if hub.endswith(f".{share.hub}")}
             (codes, share), *_ = parts.values()
             if parts.keys() != expected:
-                self.faults.append(BadDataError(f"{shown(codes.name)} lacks what makes it {hub}", _USE_ANOTHER))
+                self.weights.fault(f"{shown(codes.name)} lacks what makes it {hub}", _USE_ANOTHER)
                 continue
             infos = {part: info for part, (info, _) in parts.items()}
             shape = _joined(share.arrangement, infos)
             if shape is None:
                 sizes = " and ".join(f"{shown(info.name)} {list(info.shape)}" for info in infos.values())
-                self.faults.append(BadDataError(f"{sizes} do not make {hub}", _USE_ANOTHER))
+                self.weights.fault(f"{sizes} do not make {hub}", _USE_ANOTHER)
                 continue
             self._claim(hub, shape, infos, Ggml(share.arrangement))
 
@@ -135,7 +129,7 @@ class _Weights:
             self._note(hub, replace(info, name=hub), info)
         elif arrangement == "turned" and info.shape[0] % (2 * heads):
             what = f"{shown(info.name)} has {info.shape[0]} rows (expected a multiple of twice its {heads} heads)"
-            self.faults.append(BadDataError(what, _USE_ANOTHER))
+            self.weights.fault(what, _USE_ANOTHER)
         else:
             self._claim(hub, info.shape, {"codes": info}, Ggml(arrangement, heads))
 
@@ -146,21 +140,21 @@ class _Weights:
         dtype = first.dtype if same else "F32"
         total = sum(info.bytes for info in parts.values())
         info = TensorInfo(hub, shape, dtype, total, first.file, first.offset)
-        self.coded[hub] = Coded(info, coding, parts, "+".join(sorted(kinds)))
+        self.weights.coded[hub] = Coded(info, coding, parts, "+".join(sorted(kinds)))
         for part in parts.values():
             self._note(hub, info, part)
 
     def _note(self, hub: str, info: TensorInfo, part: TensorInfo) -> None:
-        if hub in self.tensors and self.tensors[hub] is not info:
-            self.faults.append(BadDataError(f"{shown(part.name)} and another tensor are both {hub}", _USE_ANOTHER))
-        self.tensors[hub] = info
+        if hub in self.weights.tensors and self.weights.tensors[hub] is not info:
+            self.weights.fault(f"{shown(part.name)} and another tensor are both {hub}", _USE_ANOTHER)
+        self.weights.tensors[hub] = info
         if hub != part.name:
-            self.companions[part.name] = hub
+            self.weights.companions[part.name] = hub
 
     def _nameless(self, info: TensorInfo) -> None:
         kind = self.config["model_type"]
         what = f"tensor {shown(info.name)} of {shown(info.file)} has no place in {kind} as it is known here"
-        self.faults.append(BadDataError(what, ANOTHER))
+        self.weights.fault(what, ANOTHER)
 
 
 def _joined(arrangement: Arrangement, parts: Mapping[Part, TensorInfo]) -> tuple[int, ...] | None:

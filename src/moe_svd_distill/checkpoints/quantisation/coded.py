@@ -22,6 +22,7 @@ Part = Literal[
     "nested_map",
     "second",
 ]
+Codes = Literal["element", "words", "e2m1"]
 Arrangement = Literal["rows", "turned", "less_one", "transposed", "interleaved", "latent"]
 
 WORD = 32
@@ -45,7 +46,7 @@ class Scaled:
         transposed: The weight is the transpose of what is stored, in its last two dimensions.
     """
 
-    codes: Literal["element", "words", "e2m1"]
+    codes: Codes
     block: tuple[int, ...]
     bits: int = 8
     exponents: bool = False

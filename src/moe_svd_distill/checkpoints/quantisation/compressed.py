@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from moe_svd_distill.checkpoints.quantisation.claims import USE_PLAIN, Claims, block_size, matches, plain, whole_number
-from moe_svd_distill.checkpoints.quantisation.coded import WORD, Part, Scaled, align, blocks, grid_words
+from moe_svd_distill.checkpoints.configuration import USE_PLAIN, block_size, listed, matches, plain, whole_number
+from moe_svd_distill.checkpoints.quantisation.coded import WORD, Codes, Part, Scaled, align, blocks, grid_words
+from moe_svd_distill.checkpoints.quantisation.weights import Weights
 from moe_svd_distill.checkpoints.quantisation.zero_points import refuse_unless_middle
 from moe_svd_distill.errors import BadDataError, shown
 from moe_svd_distill.files.dtypes import BYTES_PER_ELEMENT
@@ -35,84 +35,83 @@ REGEX = "re:"
 LINEAR = "Linear"
 
 
-def read_compressed(claims: Claims, settings: Mapping[str, Any]) -> None:
+def read_compressed(weights: Weights, settings: Mapping[str, object]) -> None:
     """Claim every module with a ``weight_packed`` or a ``weight_scale``.
 
     Raises:
         BadDataError: A scheme that is not read here.
     """
     schemes = read_schemes(settings)
-    modules = [module for suffix in (".weight_packed", ".weight_scale") for module, _ in claims.named(suffix)]
+    modules = [module for suffix in (".weight_packed", ".weight_scale") for module, _ in weights.named(suffix)]
     for module in dict.fromkeys(modules):
-        packed, plain = (claims.stored.get(f"{module}.{own}") for own in ("weight_packed", "weight"))
-        codes, scale = packed or plain, claims.stored.get(f"{module}.weight_scale")
+        packed, plain = (weights.stored.get(f"{module}.{own}") for own in ("weight_packed", "weight"))
+        codes, scale = packed or plain, weights.stored.get(f"{module}.weight_scale")
         if codes is None or scale is None:
             missing, found = ("weight", "weight_scale") if codes is None else ("weight_scale", "weight_packed")
-            claims.fault(f"{shown(f'{module}.{found}')} has no {shown(f'{module}.{missing}')} beside it")
+            weights.fault(f"{shown(f'{module}.{found}')} has no {shown(f'{module}.{missing}')} beside it")
             continue
         scheme = scheme_of(module, schemes)
         if scheme is None:
-            claims.fault(f"{shown(codes.name)} is quantised, but no scheme of config.json is for it alone", USE_PLAIN)
+            weights.fault(f"{shown(codes.name)} is quantised, but no scheme of config.json is for it alone", USE_PLAIN)
         else:
-            _claim(claims, module, scheme, codes, scale)
+            _claim(weights, module, scheme, codes, scale)
 
 
-def _claim(claims: Claims, module: str, scheme: Scheme, codes: TensorInfo, scale: TensorInfo) -> None:
+def _claim(weights: Weights, module: str, scheme: Scheme, codes: TensorInfo, scale: TensorInfo) -> None:
     """One weight, if its tensors are what the scheme says."""
     packing = _packing(scheme, codes)
     if packing is None:
-        claims.fault(
+        weights.fault(
             f"{shown(codes.name)} is {codes.dtype} of shape {list(codes.shape)}, which does not fit config.json or is "
             f"not read here ({scheme.kind} of {scheme.bits} bits)",
             USE_PLAIN,
         )
         return
-    shape = _shape(claims, module, scheme, codes, packing)
+    shape = _shape(weights, module, scheme, codes, packing)
     if shape is None:
         return
     block = scheme.block_of(shape)
     grid = tuple(blocks(length, side) for length, side in zip(shape, block, strict=True))
     exponents = scale.dtype in EXPONENTS
     if align(shape, scale.shape) != grid or not (exponents or scale.dtype in SCALE_DTYPES):
-        claims.misfit(codes, scale, f"{scheme.strategy} scales {list(grid)}")
+        weights.misfit(codes, scale, f"{scheme.strategy} scales {list(grid)}")
         return
     parts: dict[Part, TensorInfo] = {"codes": codes, "scale": scale}
-    stored = claims.stored
+    stored = weights.stored
     if (index := stored.get(f"{module}.weight_g_idx")) is not None:
         if index.shape != shape[1:] or index.dtype not in ("I32", "I64"):
-            claims.misfit(codes, index, f"I32 {list(shape[1:])}")
+            weights.misfit(codes, index, f"I32 {list(shape[1:])}")
             return
         parts["column_group"] = index
     if (overall := stored.get(f"{module}.weight_global_scale")) is not None:
         parts["global_scale"] = overall
     elif scheme.strategy == "tensor_group":
-        claims.fault(f"{shown(codes.name)} has no {shown(f'{module}.weight_global_scale')} beside it")
+        weights.companion(codes, f"{module}.weight_global_scale")
         return
     zero_words = False
     if not scheme.symmetric:
-        zero = stored.get(f"{module}.weight_zero_point")
+        zero = weights.companion(codes, f"{module}.weight_zero_point")
         if zero is None:
-            claims.fault(f"{shown(codes.name)} has no {shown(f'{module}.weight_zero_point')} beside it")
             return
         zero_words = packing == "words" and zero.dtype == "I32"
         expected = (blocks(shape[0] * scheme.bits, WORD), grid[1]) if zero_words else grid
         if (zero.shape if zero_words else align(shape, zero.shape)) != expected:
-            claims.misfit(codes, zero, f"zero points {list(expected)}")
+            weights.misfit(codes, zero, f"zero points {list(expected)}")
             return
         parts["zero"] = zero
     elif (zero := stored.get(f"{module}.weight_zero_point")) is not None:
-        refuse_unless_middle(claims, zero, scheme.bits, zero.shape[-1] * WORD // scheme.bits, "symmetric")
+        refuse_unless_middle(weights, zero, scheme.bits, zero.shape[-1] * WORD // scheme.bits, "symmetric")
     coding = Scaled(packing, block, scheme.bits, exponents, zero_words)
-    unused = claims.activations(f"{module}.")
+    unused = weights.activations(f"{module}.")
     for name in ("weight_shape", "weight_zero_point"):
         if (info := stored.get(f"{module}.{name}")) is not None:
             unused[name] = info
     kind = ("mx" if exponents else "nv" if overall is not None else "") + ("fp" if scheme.kind == "float" else "int")
     label = f"{kind}{scheme.bits} {grid_words(block, shape)}"
-    claims.claim(f"{module}.weight", shape, coding, parts, label, unused)
+    weights.claim(f"{module}.weight", shape, coding, parts, label, unused)
 
 
-def _packing(scheme: Scheme, codes: TensorInfo) -> Any:
+def _packing(scheme: Scheme, codes: TensorInfo) -> Codes | None:
     """How the codes lie in the tensor, or ``None`` if it is not what the scheme says."""
     if len(codes.shape) != 2:
         return None
@@ -123,19 +122,19 @@ def _packing(scheme: Scheme, codes: TensorInfo) -> Any:
     return "e2m1" if codes.dtype == "U8" and scheme.bits == 4 else None
 
 
-def _shape(claims: Claims, module: str, scheme: Scheme, codes: TensorInfo, packing: str) -> tuple[int, int] | None:
+def _shape(weights: Weights, module: str, scheme: Scheme, codes: TensorInfo, packing: str) -> tuple[int, int] | None:
     """The weight's own shape. The last word of a row may be ragged, so ``weight_shape`` says where the row ends."""
     rows, width = codes.shape
     if packing != "words":
         return rows, width * (2 if packing == "e2m1" else 1)
-    said = claims.stored.get(f"{module}.weight_shape")
-    raw = None if said is None else claims.read_bytes(said)
+    said = weights.stored.get(f"{module}.weight_shape")
+    raw = None if said is None else weights.read_bytes(said, said.bytes)
     if said is None or raw is None:
         return rows, width * WORD // scheme.bits
     size = BYTES_PER_ELEMENT[said.dtype]
     numbers = tuple(int.from_bytes(raw[at : at + size], "little", signed=True) for at in range(0, len(raw), size))
     if len(numbers) != 2 or numbers[0] != rows or blocks(numbers[1] * scheme.bits, WORD) != width:
-        claims.fault(f"{shown(said.name)} says {list(numbers)}, which does not fit the {rows}×{width} words")
+        weights.fault(f"{shown(said.name)} says {list(numbers)}, which does not fit the {rows}×{width} words")
         return None
     return numbers[0], numbers[1]
 
@@ -171,7 +170,7 @@ class Scheme:
         return self.block if self.block is not None else (1, self.group)
 
 
-def read_schemes(settings: Mapping[str, Any]) -> tuple[Scheme, ...]:
+def read_schemes(settings: Mapping[str, object]) -> tuple[Scheme, ...]:
     """The schemes that quantise weights.
 
     Raises:
@@ -196,7 +195,7 @@ def read_schemes(settings: Mapping[str, Any]) -> tuple[Scheme, ...]:
     )
 
 
-def _scheme(group: Mapping[str, Any], weights: Mapping[str, Any]) -> Scheme:
+def _scheme(group: Mapping[str, object], weights: Mapping[str, object]) -> Scheme:
     size = whole_number(weights, "group_size", 0)
     default = "tensor" if size == 0 else "channel" if size < 0 else "group"
     strategy = weights.get("strategy") or default
@@ -211,7 +210,7 @@ def _scheme(group: Mapping[str, Any], weights: Mapping[str, Any]) -> Scheme:
     ):
         what = f"strategy {plain(strategy)} with group_size {size} and block_structure {shown(structure)}"
         raise BadDataError(f"compressed-tensors {what} is not read here", USE_PLAIN)
-    targets = tuple(target for target in group.get("targets") or () if isinstance(target, str))
+    targets = tuple(target for target in listed(group, "targets") if isinstance(target, str))
     kind = weights.get("type") or "int"
     bits = whole_number(weights, "num_bits", 8)
     return Scheme(targets, bits, str(kind), strategy, size, block, weights.get("symmetric") is not False)

@@ -30,38 +30,30 @@ Parts = Mapping[Part, Tensor]
 
 
 def dequantise(coded: Coded, parts: Parts, rows: slice, device: str | torch.device) -> Tensor:
-    """Rows of a weight, in its dtype, on a device; the codes go to that device and become numbers there."""
-    if isinstance(coded.coding, Ggml):
-        from moe_svd_distill.checkpoints.llama_cpp.numbers import dequantise_ggml
-
-        return dequantise_ggml(coded, coded.coding, parts, rows, device)
-    begin, end, _ = rows.indices(coded.info.shape[0])
-    dtype = torch_dtype(coded.info.dtype)
-    out = torch.empty((max(0, end - begin), *coded.info.shape[1:]), dtype=dtype, device=device)
-    if out.numel() and not out.is_meta:
-        decode(coded, {part: tensor.to(device) for part, tensor in parts.items()}, out, begin)
-    return out
-
-
-def decode(coded: Coded, parts: Parts, out: Tensor, begin: int) -> None:
-    """Write rows of a weight.
-
-    Args:
-        coded: How it is stored.
-        parts: Its stored tensors, whole, on the device of ``out``.
-        out: ``(rows, …)`` of the weight from ``begin`` on, in the weight's dtype; overwritten.
-        begin: First row, along the first dimension.
+    """Rows of a weight, in its dtype, on a device; the codes (but llama.cpp's) go there and become numbers there.
 
     Raises:
         BadDataError: An index among the parts points outside.
     """
     coding = coded.coding
+    begin, end, _ = rows.indices(coded.info.shape[0])
+    dtype = torch_dtype(coded.info.dtype)
+    out = torch.empty((max(0, end - begin), *coded.info.shape[1:]), dtype=dtype, device=device)
+    if out.is_meta or not out.numel():
+        return out
+    if isinstance(coding, Ggml):
+        from moe_svd_distill.checkpoints.llama_cpp.numbers import decode_ggml
+
+        decode_ggml(coding, parts, out, begin, coded)
+        return out
+    parts = {part: tensor.to(device) for part, tensor in parts.items()}
     if isinstance(coding, Codebook):
-        _decode_codebook(coding, parts, out, begin, coded)
+        _decode_codebook(coding, parts, out, begin)
     elif isinstance(coding, InputMajor):
         _decode_input_major(coding, parts, out, begin, coded)
-    elif isinstance(coding, Scaled):
+    else:
         _decode_scaled(coding, parts, out, begin, coded)
+    return out
 
 
 def _slabs(begin: int, end: int, width: int, step: int = 1) -> Iterator[tuple[int, int]]:
@@ -184,11 +176,8 @@ def _decode_input_major(coding: InputMajor, parts: Parts, out: Tensor, begin: in
         if zero is None:
             shift = torch.full((last - first, scale.shape[0]), 2.0 ** (bits - 1), device=out.device)
         else:
-            stored = (
-                _awq_rows(zero, bits, first, last, 0)
-                if coding.packing == "awq"
-                else _zero_rows(zero, bits, first, last)
-            )
+            awq = coding.packing == "awq"
+            stored = _awq_rows(zero, bits, first, last, 0) if awq else _zeros_of_rows(zero.T, bits, first, last)
             shift = (stored + coding.zero_offset) % 2**bits
         _scale_(values, scale[:, first:last].T.float(), shift, coding.group, index)
         out[first - begin : last - begin] = values
@@ -196,10 +185,6 @@ def _decode_input_major(coding: InputMajor, parts: Parts, out: Tensor, begin: in
 
 def _gptq_rows(codes: Tensor, bits: int, first: int, last: int, inputs: int) -> Tensor:
     return unpack_words(codes[:, first:last].T, bits, inputs)
-
-
-def _zero_rows(zero: Tensor, bits: int, first: int, last: int) -> Tensor:
-    return _zeros_of_rows(zero.T, bits, first, last)
 
 
 def _awq_rows(codes: Tensor, bits: int, first: int, last: int, inputs: int) -> Tensor:
@@ -224,7 +209,7 @@ def _column_group(parts: Parts, groups: int, width: int, coded: Coded) -> Tensor
     return None if torch.equal(index, torch.arange(index.numel(), device=index.device) // width) else index
 
 
-def _decode_codebook(coding: Codebook, parts: Parts, out: Tensor, begin: int, coded: Coded) -> None:
+def _decode_codebook(coding: Codebook, parts: Parts, out: Tensor, begin: int) -> None:
     per_row = out[0].numel() if out.shape[0] else 0
     start, end = begin * per_row, (begin + out.shape[0]) * per_row
     table = pairs_high_first(parts["map"].view(-1).float())

@@ -23,9 +23,8 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
-from moe_svd_distill.checkpoints.quantisation.claims import USE_PLAIN, Claims, matches, plain, whole_number
+from moe_svd_distill.checkpoints.configuration import USE_PLAIN, matches, plain, whole_number
 from moe_svd_distill.checkpoints.quantisation.coded import (
     WORD,
     Codebook,
@@ -34,6 +33,7 @@ from moe_svd_distill.checkpoints.quantisation.coded import (
     Scaled,
     blocks,
 )
+from moe_svd_distill.checkpoints.quantisation.weights import Weights
 from moe_svd_distill.checkpoints.quantisation.zero_points import refuse_unless_middle, settled_offset
 from moe_svd_distill.errors import BadDataError, shown
 from moe_svd_distill.files.header import TensorInfo
@@ -60,25 +60,25 @@ LARGEST = 127.0
 ROW_MAJOR = b"\0"
 
 
-def read_mxfp4(claims: Claims, settings: Mapping[str, Any]) -> None:
+def read_mxfp4(weights: Weights, settings: Mapping[str, object]) -> None:
     """Claim every pair of blocks and scales."""
-    for name, codes in claims.named("_blocks"):
-        scale = claims.stored.get(f"{name}_scales")
+    for name, codes in weights.named("_blocks"):
+        scale = weights.companion(codes, f"{name}_scales")
         if scale is None:
-            claims.fault(f"{shown(codes.name)} has no {shown(name + '_scales')} beside it")
-        elif codes.dtype != "U8" or len(codes.shape) != 4 or codes.shape[-1] != MXFP4_GROUP // 2:
+            continue
+        if codes.dtype != "U8" or len(codes.shape) != 4 or codes.shape[-1] != MXFP4_GROUP // 2:
             found = f"{codes.dtype} of shape {list(codes.shape)}"
-            claims.fault(f"{shown(codes.name)} is {found} (expected U8 of shape [experts, rows, groups, 16])")
+            weights.fault(f"{shown(codes.name)} is {found} (expected U8 of shape [experts, rows, groups, 16])")
         elif scale.dtype not in ("U8", "F8_E8M0") or scale.shape != codes.shape[:-1]:
-            claims.misfit(codes, scale, f"U8 {list(codes.shape[:-1])}")
+            weights.misfit(codes, scale, f"U8 {list(codes.shape[:-1])}")
         else:
             experts, rows, groups, _ = codes.shape
             coding = Scaled("e2m1", (1, 1, MXFP4_GROUP), exponents=True, transposed=True)
             label = f"mxfp4 in groups of {MXFP4_GROUP}"
-            claims.claim(name, (experts, groups * MXFP4_GROUP, rows), coding, {"codes": codes, "scale": scale}, label)
+            weights.claim(name, (experts, groups * MXFP4_GROUP, rows), coding, {"codes": codes, "scale": scale}, label)
 
 
-def read_gptq(claims: Claims, settings: Mapping[str, Any]) -> None:
+def read_gptq(weights: Weights, settings: Mapping[str, object]) -> None:
     """Claim every ``qweight``. With ``g_idx`` its bits follow from the shapes, as a model may mix them.
 
     Raises:
@@ -90,33 +90,33 @@ def read_gptq(claims: Claims, settings: Mapping[str, Any]) -> None:
         raise BadDataError(what, USE_PLAIN)
     found: dict[str, InputMajor] = {}
     zeros: list[tuple[TensorInfo, int, int]] = []
-    for module, codes in claims.named(".qweight"):
-        if not _is_words(claims, codes):
+    for module, codes in weights.named(".qweight"):
+        if not _is_words(weights, codes):
             continue
         own = _own_settings(module, settings)
         bits, group = whole_number(own, "bits", 4), whole_number(own, "group_size", 128)
-        index = claims.stored.get(f"{module}.g_idx")
+        index = weights.stored.get(f"{module}.g_idx")
         inputs = codes.shape[0] * WORD // bits if index is None or len(index.shape) != 1 else index.shape[0]
         own_bits = codes.shape[0] * WORD // max(1, inputs)
         if own_bits not in GPTQ_BITS or own_bits * inputs != codes.shape[0] * WORD:
-            claims.misfit(codes, index or codes, f"{' or '.join(map(str, GPTQ_BITS))} bits for each input")
+            weights.misfit(codes, index or codes, f"{' or '.join(map(str, GPTQ_BITS))} bits for each input")
             continue
         if index is not None and (index.dtype not in ("I32", "I64") or len(index.shape) != 1):
-            claims.misfit(codes, index, f"I32 [{inputs}]")
+            weights.misfit(codes, index, f"I32 [{inputs}]")
             continue
         found[module] = InputMajor("gptq", own_bits, group if group > 0 else inputs, ZERO_OFFSETS[written])
-        zero = claims.stored.get(f"{module}.qzeros")
-        if zero is not None and _is_words(claims, zero) and own.get("sym") == settings.get("sym"):
+        zero = weights.stored.get(f"{module}.qzeros")
+        if zero is not None and _is_words(weights, zero) and own.get("sym") == settings.get("sym"):
             zeros.append((zero, own_bits, codes.shape[1]))
-    offset = settled_offset(claims, zeros, ZERO_OFFSETS[written], symmetric=settings.get("sym") is True)
+    offset = settled_offset(weights, zeros, ZERO_OFFSETS[written], symmetric=settings.get("sym") is True)
     note = "" if offset == ZERO_OFFSETS[written] else f", zero points not of {written} as config.json says"
     for module, coding in found.items():
-        codes = claims.stored[f"{module}.qweight"]
+        codes = weights.stored[f"{module}.qweight"]
         inputs = codes.shape[0] * WORD // coding.bits
-        _claim_words(claims, module, (codes.shape[1], inputs), replace(coding, zero_offset=offset), note)
+        _claim_words(weights, module, (codes.shape[1], inputs), replace(coding, zero_offset=offset), note)
 
 
-def read_auto_round(claims: Claims, settings: Mapping[str, Any]) -> None:
+def read_auto_round(weights: Weights, settings: Mapping[str, object]) -> None:
     """Claim every ``qweight``, packed as GPTQ or AWQ.
 
     Raises:
@@ -127,12 +127,12 @@ def read_auto_round(claims: Claims, settings: Mapping[str, Any]) -> None:
         what = f"config.json has AutoRound's packing_format {plain(packing)} of data_type {plain(kind)}"
         raise BadDataError(f"{what} (expected int in {', '.join(AUTO_ROUND)})", USE_PLAIN)
     if AUTO_ROUND[packing] == "awq":
-        read_awq(claims, {**settings, "version": "gemm"})
+        read_awq(weights, {**settings, "version": "gemm"})
     else:
-        read_gptq(claims, {**settings, "checkpoint_format": AUTO_ROUND[packing]})
+        read_gptq(weights, {**settings, "checkpoint_format": AUTO_ROUND[packing]})
 
 
-def _own_settings(module: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+def _own_settings(module: str, settings: Mapping[str, object]) -> Mapping[str, object]:
     """The settings of a module: what AutoRound says of it alone before what it says of all."""
     extra = settings.get("extra_config")
     if not isinstance(extra, dict):
@@ -144,7 +144,7 @@ def _own_settings(module: str, settings: Mapping[str, Any]) -> Mapping[str, Any]
     return {**settings, **own} if isinstance(own, dict) else settings
 
 
-def read_awq(claims: Claims, settings: Mapping[str, Any]) -> None:
+def read_awq(weights: Weights, settings: Mapping[str, object]) -> None:
     """Claim every ``qweight``.
 
     Raises:
@@ -155,84 +155,88 @@ def read_awq(claims: Claims, settings: Mapping[str, Any]) -> None:
         what = f"config.json has AWQ version {plain(version)} of {bits} bits (expected gemm of 4 bits)"
         raise BadDataError(what, USE_PLAIN)
     group = whole_number(settings, "group_size", 128)
-    for module, codes in claims.named(".qweight"):
-        if not _is_words(claims, codes):
+    for module, codes in weights.named(".qweight"):
+        if not _is_words(weights, codes):
             continue
         inputs, words = codes.shape
         coding = InputMajor("awq", bits, group if group > 0 else inputs, 0)
         symmetric = settings.get("zero_point") is False
-        zero = claims.stored.get(f"{module}.qzeros")
+        zero = weights.stored.get(f"{module}.qzeros")
         if symmetric and zero is not None:
-            refuse_unless_middle(claims, zero, bits, words * WORD // bits, "zero_point: false")
-        _claim_words(claims, module, (words * WORD // bits, inputs), coding, symmetric=symmetric)
+            refuse_unless_middle(weights, zero, bits, words * WORD // bits, "zero_point: false")
+        _claim_words(weights, module, (words * WORD // bits, inputs), coding, symmetric=symmetric)
 
 
-def _is_words(claims: Claims, codes: TensorInfo) -> bool:
+def _is_words(weights: Weights, codes: TensorInfo) -> bool:
     if codes.dtype == "I32" and len(codes.shape) == 2:
         return True
     found = f"{codes.dtype} of shape {list(codes.shape)}"
-    claims.fault(f"{shown(codes.name)} is {found} (expected I32 with 2 dimensions)")
+    weights.fault(f"{shown(codes.name)} is {found} (expected I32 with 2 dimensions)")
     return False
 
 
 def _claim_words(
-    claims: Claims, module: str, shape: tuple[int, int], coding: InputMajor, note: str = "", *, symmetric: bool = False
+    weights: Weights,
+    module: str,
+    shape: tuple[int, int],
+    coding: InputMajor,
+    note: str = "",
+    *,
+    symmetric: bool = False,
 ) -> None:
-    codes, outputs, inputs = claims.stored[f"{module}.qweight"], *shape
-    scale, zero = claims.stored.get(f"{module}.scales"), claims.stored.get(f"{module}.qzeros")
-    index = claims.stored.get(f"{module}.g_idx") if coding.packing == "gptq" else None
-    if scale is None or (zero is None and not symmetric):
-        missing = shown(module + (".scales" if scale is None else ".qzeros"))
-        claims.fault(f"{shown(codes.name)} has no {missing} beside it")
+    codes, outputs, inputs = weights.stored[f"{module}.qweight"], *shape
+    zero, index = (weights.stored.get(f"{module}.{name}") for name in ("qzeros", "g_idx"))
+    scale = weights.companion(codes, f"{module}.scales")
+    if scale is None or not (symmetric or zero or weights.companion(codes, f"{module}.qzeros")):
         return
     groups = blocks(inputs, coding.group)
     if scale.shape != (groups, outputs) or scale.dtype not in WORD_SCALES:
-        claims.misfit(codes, scale, f"F16 {[groups, outputs]}")
+        weights.misfit(codes, scale, f"F16 {[groups, outputs]}")
         return
     words = blocks(outputs * coding.bits, WORD)
     if zero is not None and (zero.shape != (groups, words) or zero.dtype != "I32"):
-        claims.misfit(codes, zero, f"I32 {[groups, words]}")
+        weights.misfit(codes, zero, f"I32 {[groups, words]}")
         return
     parts: dict[Part, TensorInfo] = {"codes": codes, "scale": scale}
     if zero is not None:
         parts["zero"] = zero
-    if index is not None:
+    if index is not None and coding.packing == "gptq":
         parts["column_group"] = index
-    claims.claim(f"{module}.weight", shape, coding, parts, f"int{coding.bits} in groups of {coding.group}{note}")
+    weights.claim(f"{module}.weight", shape, coding, parts, f"int{coding.bits} in groups of {coding.group}{note}")
 
 
-def read_bitsandbytes(claims: Claims, settings: Mapping[str, Any]) -> None:
+def read_bitsandbytes(weights: Weights, settings: Mapping[str, object]) -> None:
     """Claim the 8-bit and the 4-bit weights."""
-    for module, scale in claims.named(".SCB"):
-        _claim_rows(claims, module, scale)
+    for module, scale in weights.named(".SCB"):
+        _claim_rows(weights, module, scale)
     for kind in KINDS:
-        for name, state in claims.named(STATE + kind):
+        for name, state in weights.named(STATE + kind):
             try:
-                _claim_codebook(claims, name, state, kind)
+                _claim_codebook(weights, name, state, kind)
             except BadDataError as fault:
-                claims.faults.append(fault)
+                weights.faults.append(fault)
 
 
-def _claim_rows(claims: Claims, module: str, scale: TensorInfo) -> None:
+def _claim_rows(weights: Weights, module: str, scale: TensorInfo) -> None:
     name = f"{module}.weight"
-    codes, layout = claims.stored.get(name), claims.stored.get(f"{module}.weight_format")
+    codes, layout = weights.stored.get(name), weights.stored.get(f"{module}.weight_format")
     if codes is None or codes.dtype != "I8" or len(codes.shape) != 2:
-        claims.fault(f"{shown(scale.name)} has no {shown(name)} of dtype I8 and 2 dimensions beside it")
+        weights.fault(f"{shown(scale.name)} has no {shown(name)} of dtype I8 and 2 dimensions beside it")
     elif scale.dtype != "F32" or scale.shape != codes.shape[:1]:
-        claims.misfit(codes, scale, f"F32 [{codes.shape[0]}]")
-    elif layout is not None and claims.read_bytes(layout) not in (None, ROW_MAJOR):
-        claims.fault(f"{shown(name)} is not stored row by row", "Save the model again with a current bitsandbytes")
+        weights.misfit(codes, scale, f"F32 [{codes.shape[0]}]")
+    elif layout is not None and weights.read_bytes(layout, layout.bytes) not in (None, ROW_MAJOR):
+        weights.fault(f"{shown(name)} is not stored row by row", "Save the model again with a current bitsandbytes")
     else:
         unused = {} if layout is None else {layout.name: layout}
         coding = Scaled("element", (1, codes.shape[1]), divisor=LARGEST)
-        claims.claim(name, codes.shape, coding, {"codes": codes, "scale": scale}, "int8 per channel", unused)
+        weights.claim(name, codes.shape, coding, {"codes": codes, "scale": scale}, "int8 per channel", unused)
 
 
-def _claim_codebook(claims: Claims, name: str, state: TensorInfo, kind: str) -> None:
-    raw = claims.read_bytes(state)
+def _claim_codebook(weights: Weights, name: str, state: TensorInfo, kind: str) -> None:
+    raw = weights.read_bytes(state, state.bytes)
     if raw is None:
         what = f"{shown(state.name)} says the shape of a weight, and is not at hand with the headers alone"
-        claims.fault(what, "Download the model and give its folder")
+        weights.fault(what, "Download the model and give its folder")
         return
     fields = json_object(raw, shown(state.name), unique_keys=True)
     shape = fields.get("shape")
@@ -252,13 +256,13 @@ def _claim_codebook(claims: Claims, name: str, state: TensorInfo, kind: str) -> 
         or not math.isfinite(coding.nested_offset)
     ):
         raise BadDataError(f"{shown(state.name)} has no usable block sizes and offset", "Save the model again")
-    parts = _parts(claims, name, math.prod(shape), coding, nested)
+    parts = _parts(weights, name, math.prod(shape), coding, nested)
     if parts is not None:
         label = f"{kind} in groups of {coding.block}" + (", nested" if nested else "")
-        claims.claim(name, tuple(shape), coding, parts, label, {state.name: state})
+        weights.claim(name, tuple(shape), coding, parts, label, {state.name: state})
 
 
-def _parts(claims: Claims, name: str, count: int, coding: Codebook, nested: bool) -> dict[Part, TensorInfo] | None:
+def _parts(weights: Weights, name: str, count: int, coding: Codebook, nested: bool) -> dict[Part, TensorInfo] | None:
     """The companions, each of the dtype and number of elements that it must have."""
     scales = blocks(count, coding.block)
     wanted: dict[Part, tuple[str, str, int]] = {
@@ -271,10 +275,10 @@ def _parts(claims: Claims, name: str, count: int, coding: Codebook, nested: bool
         wanted["nested_map"] = (".nested_quant_map", "F32", 256)
     parts: dict[Part, TensorInfo] = {}
     for part, (suffix, dtype, elements) in wanted.items():
-        info = claims.stored.get(name + suffix)
+        info = weights.stored.get(name + suffix)
         if info is None or info.dtype != dtype or math.prod(info.shape) != elements:
             found = "nothing" if info is None else f"{info.dtype} of shape {list(info.shape)}"
-            claims.fault(f"{shown(name + suffix)} should be {elements} elements of {dtype}, found {found}")
+            weights.fault(f"{shown(name + suffix)} should be {elements} elements of {dtype}, found {found}")
             return None
         parts[part] = info
     return parts

@@ -1,4 +1,4 @@
-"""Floats of 8 and 4 bits with their scales beside them. The tensors themselves say what they are (``LAYOUTS``).
+"""Floats of 8 and 4 bits with their scales beside them. The tensors themselves say what they are (``FLOAT_FORMATS``).
 
 FP8 with scales in blocks, per row or per tensor, and MXFP8, whose scales are exponents of powers of two: DeepSeek-V3
 and V4, Qwen3-FP8, MiniMax-M3, fbgemm, modelopt. ``weight_scale_inv`` is multiplied, despite its name. FP4 lies two to a
@@ -14,9 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from moe_svd_distill.checkpoints.quantisation.claims import USE_PLAIN, Claims, block_size, plain, whole_number
+from moe_svd_distill.checkpoints.configuration import USE_PLAIN, block_size, plain, whole_number
 from moe_svd_distill.checkpoints.quantisation.coded import (
     Part,
     Scaled,
@@ -25,6 +24,7 @@ from moe_svd_distill.checkpoints.quantisation.coded import (
     fit_grid,
     grid_words,
 )
+from moe_svd_distill.checkpoints.quantisation.weights import Weights
 from moe_svd_distill.errors import BadDataError, shown
 from moe_svd_distill.files.header import TensorInfo
 
@@ -53,7 +53,7 @@ _PACKED = {"e2m1": "fp4", "element": "fp8"}
 
 
 @dataclass(frozen=True)
-class Layout:
+class FloatFormat:
     """One way to store a matrix of floats.
 
     Attributes:
@@ -73,22 +73,22 @@ class Layout:
     second: bool = False
 
 
-LAYOUTS = (
-    Layout("float8", FLOAT8, PLAIN_SCALES),
-    Layout("mxfp8", FLOAT8, EXPONENTS),
-    Layout("mxfp4", BYTES, EXPONENTS, MX_GROUP, packed=True),
-    Layout("fp4", BYTES, PLAIN_SCALES, MX_GROUP, packed=True),
-    Layout("nvfp4", BYTES, frozenset({"F8_E4M3"}), NV_GROUP, packed=True, second=True),
+FLOAT_FORMATS = (
+    FloatFormat("float8", FLOAT8, PLAIN_SCALES),
+    FloatFormat("mxfp8", FLOAT8, EXPONENTS),
+    FloatFormat("mxfp4", BYTES, EXPONENTS, MX_GROUP, packed=True),
+    FloatFormat("fp4", BYTES, PLAIN_SCALES, MX_GROUP, packed=True),
+    FloatFormat("nvfp4", BYTES, frozenset({"F8_E4M3"}), NV_GROUP, packed=True, second=True),
 )
 
 
 @dataclass(frozen=True)
 class Declared:
-    """What the configuration says of the layouts.
+    """What the configuration says of the formats.
 
     Attributes:
         blocks: Sizes that a block of FP8 may have.
-        groups: Numbers that share a scale of FP4; a layout's own where it is among them or there are none.
+        groups: Numbers that share a scale of FP4; a form's own where it is among them or there are none.
         experts: ``fp4`` or ``fp8``: the experts of DeepSeek-V4.
         scales: ``float`` or ``ue8m0``.
     """
@@ -99,17 +99,17 @@ class Declared:
     scales: object = None
 
 
-def read_float8(claims: Claims, settings: Mapping[str, Any]) -> None:
+def read_float8(weights: Weights, settings: Mapping[str, object]) -> None:
     """Claim the FP8 tensors, and the FP4 experts of DeepSeek-V4."""
-    _read(claims, settings, ())
+    _read(weights, settings, ())
 
 
-def read_mxfp8(claims: Claims, settings: Mapping[str, Any]) -> None:
+def read_mxfp8(weights: Weights, settings: Mapping[str, object]) -> None:
     """Claim FP8 tensors in groups of 32 with exponents."""
-    _read(claims, settings, () if settings.get("weight_block_size") else ((1, MX_GROUP),))
+    _read(weights, settings, () if settings.get("weight_block_size") else ((1, MX_GROUP),))
 
 
-def read_modelopt(claims: Claims, settings: Mapping[str, Any]) -> None:
+def read_modelopt(weights: Weights, settings: Mapping[str, object]) -> None:
     """Claim what modelopt exports as FP8, MXFP8, NVFP4 and MXFP4.
 
     Raises:
@@ -121,22 +121,22 @@ def read_modelopt(claims: Claims, settings: Mapping[str, Any]) -> None:
             known = ", ".join((*ALGORITHMS, MIXED))
             raise BadDataError(f"modelopt's quant_algo {plain(named)} is not read here (read are {known})", USE_PLAIN)
     groups = [group.get("weights") for group in _inner(settings, "config_groups")]
-    said = [settings, *layers, *(weights for weights in groups if isinstance(weights, dict))]
+    said = [settings, *layers, *(group for group in groups if isinstance(group, dict))]
     sizes = frozenset(whole_number(part, "group_size", 0) for part in said) - {0}
-    _read(claims, settings, (MODELOPT_BLOCK, (1, MX_GROUP)), sizes)
-    for name in claims.stored:
+    _read(weights, settings, (MODELOPT_BLOCK, (1, MX_GROUP)), sizes)
+    for name in weights.stored:
         if name.endswith(OTHER_WEIGHTS):
-            claims.fault(f"{shown(name)} changes what the layer computes, and is not read here", USE_PLAIN)
+            weights.fault(f"{shown(name)} changes what the layer computes, and is not read here", USE_PLAIN)
 
 
-def _inner(settings: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+def _inner(settings: Mapping[str, object], key: str) -> list[dict[str, object]]:
     named = settings.get(key)
     return [part for part in named.values() if isinstance(part, dict)] if isinstance(named, dict) else []
 
 
 def _read(
-    claims: Claims,
-    settings: Mapping[str, Any],
+    weights: Weights,
+    settings: Mapping[str, object],
     usual: tuple[tuple[int, int], ...],
     groups: frozenset[int] = frozenset(),
 ) -> None:
@@ -144,90 +144,90 @@ def _read(
     declared = Declared(
         ((block,) if block else ()) + usual, groups, settings.get("expert_dtype"), settings.get("scale_fmt")
     )
-    for info in claims.stored.values():
+    for info in weights.stored.values():
         if info.name.endswith((*SCALES, *MODULE_SCALES)):
             continue
-        scales = list(_beside(claims, info, SCALES, MODULE_SCALES))
+        scales = list(_beside(weights, info, SCALES, MODULE_SCALES))
         if info.dtype not in FLOAT8 and not (info.dtype in BYTES and (scales or info.name.endswith(".weight"))):
             continue
         if len(scales) != 1:
             found = " and ".join(shown(scale.name) for scale in scales) or "none"
-            claims.fault(f"{shown(info.name)} is {info.dtype} and needs one scale beside it, found {found}")
+            weights.fault(f"{shown(info.name)} is {info.dtype} and needs one scale beside it, found {found}")
             continue
-        _claim(claims, info, scales[0], declared)
-    _note_experts(claims, declared.experts)
-    for module, scale in claims.named(MODULE_SCALES[0]):
-        weight = claims.stored.get(f"{module}.weight")
-        if weight is not None and scale.name not in claims.companions and not claims.faults:
-            claims.misfit(weight, scale, "codes of FP8 or FP4 beside a scale")
+        _claim(weights, info, scales[0], declared)
+    _note_experts(weights, declared.experts)
+    for module, scale in weights.named(MODULE_SCALES[0]):
+        weight = weights.stored.get(f"{module}.weight")
+        if weight is not None and scale.name not in weights.companions and not weights.faults:
+            weights.misfit(weight, scale, "codes of FP8 or FP4 beside a scale")
 
 
 def _beside(
-    claims: Claims, codes: TensorInfo, suffixes: tuple[str, ...], of_module: tuple[str, ...] = ()
+    weights: Weights, codes: TensorInfo, suffixes: tuple[str, ...], of_module: tuple[str, ...] = ()
 ) -> Iterator[TensorInfo]:
     names = [codes.name + suffix for suffix in suffixes]
     if codes.name.endswith(".weight"):
         names += [codes.name.removesuffix(".weight") + suffix for suffix in of_module]
-    return (claims.stored[name] for name in names if name in claims.stored)
+    return (weights.stored[name] for name in names if name in weights.stored)
 
 
-def _claim(claims: Claims, codes: TensorInfo, scale: TensorInfo, declared: Declared) -> None:
+def _claim(weights: Weights, codes: TensorInfo, scale: TensorInfo, declared: Declared) -> None:
     """One weight, if its tensors fit each other and what the configuration says."""
     if len(codes.shape) not in (2, 3):
-        claims.fault(f"{shown(codes.name)} is {codes.dtype} of shape {list(codes.shape)} (expected 2 or 3 dimensions)")
+        weights.fault(f"{shown(codes.name)} is {codes.dtype} of shape {list(codes.shape)} (expected 2 or 3 dimensions)")
         return
-    fitting = [layout for layout in LAYOUTS if codes.dtype in layout.codes and scale.dtype in layout.scales]
+    fitting = [form for form in FLOAT_FORMATS if codes.dtype in form.codes and scale.dtype in form.scales]
     if not fitting:
-        known = sorted({name for layout in LAYOUTS if codes.dtype in layout.codes for name in layout.scales})
-        claims.misfit(codes, scale, f"a scale of dtype {', '.join(known)}")
+        known = sorted({name for form in FLOAT_FORMATS if codes.dtype in form.codes for name in form.scales})
+        weights.misfit(codes, scale, f"a scale of dtype {', '.join(known)}")
         return
-    layout = fitting[0]
-    exponents = layout.scales is EXPONENTS
-    contradiction = _contradiction(layout, declared)
+    form = fitting[0]
+    exponents = form.scales is EXPONENTS
+    contradiction = _contradiction(form, declared)
     if contradiction:
-        claims.misfit(codes, scale, contradiction)
+        weights.misfit(codes, scale, contradiction)
         return
-    shape = (*codes.shape[:-1], 2 * codes.shape[-1]) if layout.packed else codes.shape
-    block, expected = _block(layout, shape, scale.shape, declared)
+    shape = (*codes.shape[:-1], 2 * codes.shape[-1]) if form.packed else codes.shape
+    block, expected = _block(form, shape, scale.shape, declared)
     if block is None:
-        claims.misfit(codes, scale, expected)
+        weights.misfit(codes, scale, expected)
         return
     parts: dict[Part, TensorInfo] = {"codes": codes, "scale": scale}
-    second = next(_beside(claims, codes, SECOND_SCALES), None)
-    if layout.second:
+    second = next(_beside(weights, codes, SECOND_SCALES), None)
+    if form.second:
         if second is None:
-            claims.fault(f"{shown(codes.name)} has no {shown(codes.name + SECOND_SCALES[0])} beside it")
+            weights.fault(f"{shown(codes.name)} has no {shown(codes.name + SECOND_SCALES[0])} beside it")
             return
         count = math.prod(second.shape)
         if second.dtype not in PLAIN_SCALES or count not in {1, math.prod(shape[:-2])}:
-            claims.misfit(
+            weights.misfit(
                 codes, second, f"F32 with {' or '.join(map(str, sorted({1, math.prod(shape[:-2])})))} numbers"
             )
             return
         parts["second_scale"] = second
     elif second is not None:
-        claims.misfit(codes, second, f"no second scale beside {layout.name}")
+        weights.misfit(codes, second, f"no second scale beside {form.name}")
         return
-    name = "float8" if layout.name == "mxfp8" and block[-2] > 1 else layout.name
+    name = "float8" if form.name == "mxfp8" and block[-2] > 1 else form.name
     module = codes.name.removesuffix("weight") if codes.name.endswith(".weight") else f"{codes.name}_"
-    coding = Scaled("e2m1" if layout.packed else "element", block, exponents=exponents)
-    claims.claim(codes.name, shape, coding, parts, f"{name} {grid_words(block, shape)}", claims.activations(module))
+    coding = Scaled("e2m1" if form.packed else "element", block, exponents=exponents)
+    weights.claim(codes.name, shape, coding, parts, f"{name} {grid_words(block, shape)}", weights.activations(module))
 
 
-def _contradiction(layout: Layout, declared: Declared) -> str | None:
+def _contradiction(form: FloatFormat, declared: Declared) -> str | None:
     """What the configuration says instead."""
-    if layout.scales is EXPONENTS and declared.scales == "float":
+    if form.scales is EXPONENTS and declared.scales == "float":
         return "plain scales, as config.json says scale_fmt float"
-    if layout.packed and layout.scales is PLAIN_SCALES and declared.experts != "fp4":  # could be integers
+    if form.packed and form.scales is PLAIN_SCALES and declared.experts != "fp4":  # could be integers
         return "exponents as scales, as config.json does not say expert_dtype fp4"
     return None
 
 
-def _note_experts(claims: Claims, said: object) -> None:
+def _note_experts(weights: Weights, said: object) -> None:
     """Name experts of another format than config.json says; dtypes and the grid of their scales show which it is."""
     others = [
         (name, coded.label)
-        for name, coded in claims.coded.items()
+        for name, coded in weights.coded.items()
         if ".experts." in name
         and isinstance(coded.coding, Scaled)
         and _PACKED.get(coded.coding.codes) not in (None, said)
@@ -235,18 +235,20 @@ def _note_experts(claims: Claims, said: object) -> None:
     if said in _PACKED.values() and others:
         name, label = others[0]
         more = f" and {len(others) - 1} more are" if len(others) > 1 else " is"
-        claims.notes.append(f"config.json says expert_dtype {said}, but {shown(name)}{more} stored as {label}: read so")
+        weights.notes.append(
+            f"config.json says expert_dtype {said}, but {shown(name)}{more} stored as {label}: read so"
+        )
 
 
 def _block(
-    layout: Layout, shape: tuple[int, ...], scale: tuple[int, ...], declared: Declared
+    form: FloatFormat, shape: tuple[int, ...], scale: tuple[int, ...], declared: Declared
 ) -> tuple[tuple[int, ...] | None, str]:
     """The block of numbers that shares a scale, and what was expected if there is none."""
-    if layout.group:
-        others = sorted(declared.groups) if layout.group not in declared.groups else []
+    if form.group:
+        others = sorted(declared.groups) if form.group not in declared.groups else []
         if len(others) > 1:
-            return None, f"one size of groups for {layout.name}, config.json has {' and '.join(map(str, others))}"
-        group = (*(1,) * (len(shape) - 1), *(others or [layout.group]))
+            return None, f"one size of groups for {form.name}, config.json has {' and '.join(map(str, others))}"
+        group = (*(1,) * (len(shape) - 1), *(others or [form.group]))
         grid = tuple(map(blocks, shape, group))
         return (group if align(shape, scale) == grid else None), f"scales {list(grid)} in groups of {group[-1]}"
     fits = [fit_grid(shape, scale, block) for block in declared.blocks or (None,)]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from moe_svd_distill.checkpoints.quantisation.claims import USE_PLAIN, Claims
+from moe_svd_distill.checkpoints.configuration import USE_PLAIN
+from moe_svd_distill.checkpoints.quantisation.weights import Weights
 from moe_svd_distill.errors import BadDataError, shown
 from moe_svd_distill.files.header import TensorInfo
 
@@ -16,17 +17,17 @@ LOOKED_AT, LOOKED_AT_BYTES = 16, 3072
 _UNKNOWN = -1
 
 
-def uniform_value(claims: Claims, zero: TensorInfo, bits: int, along: int) -> int | None:
+def uniform_value(weights: Weights, zero: TensorInfo, bits: int, along: int) -> int | None:
     """The one value of all packed zero points that are looked at; None where they differ or the file is not at hand.
 
     Args:
-        claims: Where to read.
+        weights: Where to read.
         zero: Words of 32 bits, packed along one dimension.
         bits: Of a zero point.
         along: How many are packed into the first row, where they are packed along the rows.
     """
     row = 4 * zero.shape[-1]
-    raw = claims.read_bytes(zero, min(row, LOOKED_AT_BYTES))
+    raw = weights.read_bytes(zero, min(row, LOOKED_AT_BYTES))
     if not raw:
         return None
     count = min(along, len(raw) * 8 // bits)
@@ -37,12 +38,12 @@ def uniform_value(claims: Claims, zero: TensorInfo, bits: int, along: int) -> in
 
 
 def settled_offset(
-    claims: Claims, zeros: Collection[tuple[TensorInfo, int, int]], labelled: int, *, symmetric: bool
+    weights: Weights, zeros: Collection[tuple[TensorInfo, int, int]], labelled: int, *, symmetric: bool
 ) -> int:
     """What the stored zero points of a GPTQ model lack: the middle less what is stored, where that is 0 or 1.
 
     Args:
-        claims: Where to read.
+        weights: Where to read.
         zeros: Words, bits, and how many are in a row, of some modules.
         labelled: What config.json says.
         symmetric: Whether it says that every zero point is the middle.
@@ -52,7 +53,7 @@ def settled_offset(
     """
     found = dict[int | None, str]()
     for zero, bits, along in _some(zeros):
-        value = uniform_value(claims, zero, bits, along)
+        value = uniform_value(weights, zero, bits, along)
         if value is not None:
             lacking = 2 ** (bits - 1) - value
             found.setdefault(lacking if value != _UNKNOWN and lacking in (0, 1) else None, zero.name)
@@ -67,24 +68,24 @@ def settled_offset(
     return labelled
 
 
-def refuse_unless_middle(claims: Claims, zero: TensorInfo, bits: int, along: int, said: str) -> None:
+def refuse_unless_middle(weights: Weights, zero: TensorInfo, bits: int, along: int, said: str) -> None:
     """Note zero points that config.json says there are none of, unless they are the middle and change nothing.
 
     Args:
-        claims: Where to read and to note.
+        weights: Where to read and to note.
         zero: Words with unsigned zero points, or numbers with signed ones.
         bits: Of a zero point in a word.
         along: As of `uniform_value`.
         said: What config.json says.
     """
     if zero.dtype == "I32":
-        value = uniform_value(claims, zero, bits, along)
+        value = uniform_value(weights, zero, bits, along)
         fits = value in (None, 2 ** (bits - 1))
     else:
-        raw = claims.read_bytes(zero, min(zero.bytes, LOOKED_AT_BYTES))
+        raw = weights.read_bytes(zero, min(zero.bytes, LOOKED_AT_BYTES))
         fits = raw is None or not any(raw)
     if not fits:
-        claims.fault(f"{shown(zero.name)} holds zero points, but config.json says {said}", USE_PLAIN)
+        weights.fault(f"{shown(zero.name)} holds zero points, but config.json says {said}", USE_PLAIN)
 
 
 def _some(zeros: Collection[tuple[TensorInfo, int, int]]) -> Iterable[tuple[TensorInfo, int, int]]:

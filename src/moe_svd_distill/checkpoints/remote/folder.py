@@ -10,19 +10,25 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moe_svd_distill.checkpoints.hub import CONNECTIONS, SMALL_FILES, raw_header_of
-from moe_svd_distill.checkpoints.remote.source import HubSource, Source, open_source
+from moe_svd_distill.checkpoints.hub import CONNECTIONS, SMALL_FILES, Snapshot
+from moe_svd_distill.checkpoints.identity import Extract, digest_of
+from moe_svd_distill.checkpoints.remote.source import Source, open_source
 from moe_svd_distill.checkpoints.remote.tensors import FetchedTensors
 from moe_svd_distill.checkpoints.shards import find_layout
+from moe_svd_distill.checkpoints.storage import Storage
+from moe_svd_distill.checkpoints.survey import Survey, survey
 from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError, shown
-from moe_svd_distill.files.header import Header, TensorInfo, header_of
+from moe_svd_distill.files.header import Header, TensorInfo, fetched_header, header_of
 from moe_svd_distill.files.reading import json_object, read_at, read_small, relative_name
 from moe_svd_distill.files.writing import durable_file, make_folder, write_json
+
+if TYPE_CHECKING:
+    import torch
 
 MARKER = "remote.json"
 _HEADERS, _TENSORS = "headers", "tensors"
@@ -33,12 +39,10 @@ _SMALL = 2
 _BEGIN_AGAIN = "Remove this folder and start again"
 
 
-@dataclass(frozen=True)
-class RemoteFolder:
+class RemoteFolder(Storage):
     """A folder made by `keep`.
 
     Attributes:
-        folder: Where it is.
         address: Of the model.
         revision: What its files were.
         sizes: Weights file → bytes.
@@ -46,12 +50,22 @@ class RemoteFolder:
         room: Bytes that fetched tensors may take; None for as much as there is.
     """
 
-    folder: Path
-    address: str
-    revision: str
-    sizes: Mapping[str, int]
-    names: tuple[str, ...]
-    room: int | None
+    is_remote = True
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        address: str,
+        revision: str,
+        sizes: Mapping[str, int],
+        names: Sequence[str],
+        room: int | None,
+    ) -> None:
+        """Nothing is asked of the source before the first tensor is fetched."""
+        super().__init__(folder)
+        self.address, self.revision = address, revision
+        self.sizes, self.names, self.room = sizes, tuple(names), room
 
     @classmethod
     def of(cls, folder: Path) -> RemoteFolder | None:
@@ -64,40 +78,65 @@ class RemoteFolder:
             raw = read_small(folder / MARKER)
         except MissingInputError:
             return None
-        record = json_object(raw, shown(folder / MARKER), unique_keys=True)
+        record: dict[str, Any] = json_object(raw, shown(folder / MARKER), unique_keys=True)
         try:
-            sizes = {str(name): int(size) for name, size in record["sizes"].items()}
-            room = None if record["room"] is None else int(record["room"])
-            return cls(folder, str(record["address"]), str(record["revision"]), sizes, tuple(record["names"]), room)
+            return cls(
+                folder,
+                address=str(record["address"]),
+                revision=str(record["revision"]),
+                sizes={str(name): int(size) for name, size in record["sizes"].items()},
+                names=record["names"],
+                room=None if record["room"] is None else int(record["room"]),
+            )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BadDataError(f"{shown(folder / MARKER)} is no record of a remote model", _BEGIN_AGAIN) from error
 
-    def headers(self, files: Sequence[str]) -> dict[str, Header | DistillError]:
-        """The header of each weights file, or what is wrong with it."""
-        return {name: self._header(name) for name in files}
+    def write_record(self) -> None:
+        """Keep what `of` reads."""
+        record = {
+            "address": self.address,
+            "revision": self.revision,
+            "sizes": dict(self.sizes),
+            "names": list(self.names),
+            "room": self.room,
+        }
+        write_json(self.directory / MARKER, record)
 
-    def _header(self, name: str) -> Header | DistillError:
-        try:
-            return header_of(read_small(self.folder / _HEADERS / name), self.folder / name, self.sizes[name])
-        except DistillError as fault:
-            return fault
-        except KeyError:
-            return MissingInputError(f"the weights file {shown(name)} of {self.address} is missing", _BEGIN_AGAIN)
+    def survey(self, source: str) -> Survey:
+        """As `Storage`: of the headers that were fetched when the model was opened first."""
+        return survey(
+            self.directory,
+            self.names,
+            lambda files: {name: self._header(name) for name in files},
+            small_tensor=lambda info, count: self._extract(info, 0, count),
+            source=source,
+        )
 
-    def open(self, info: TensorInfo) -> tuple[int, Path]:
-        """A descriptor of a file that holds a tensor and nothing else, fetched where it is not there, and its path."""
-        return self._tensors.open(self._file_of(info), info)
+    def cache_key(self, headers: Mapping[str, Header]) -> str:
+        """As `Storage`: of the address, the revision, and the headers."""
+        named = (self.address, self.revision, *(header.digest for header in headers.values()))
+        return digest_of("pieces 1", [*(name.encode() for name in named), *self._configuration()])
 
-    def fetch(self, tensors: Iterable[TensorInfo]) -> None:
-        """Fetch several tensors side by side."""
+    def is_readable(self, tensors: Iterable[TensorInfo]) -> bool:
+        """As `Storage`."""
+        return True
+
+    def prefetch(self, tensors: Iterable[TensorInfo]) -> None:
+        """As `Storage`."""
         self._tensors.fetch((self._file_of(info), info) for info in tensors)
 
-    def beginning(self, info: TensorInfo, count: int) -> bytes:
-        """The first bytes of a tensor."""
-        return next(iter(self.extracts([(info, 0, count)])))
+    def view(self, info: TensorInfo, headers: Mapping[str, Header]) -> torch.Tensor:
+        """As `Storage`; its file holds nothing else."""
+        from moe_svd_distill.checkpoints.tensors import tensor_view
 
-    def extracts(self, wanted: Sequence[tuple[TensorInfo, int, int]]) -> list[bytes]:
-        """Bytes of tensors, each given with the first and how many; small tensors are fetched and kept."""
+        descriptor, path = self._tensors.open(self._file_of(info), info)
+        try:
+            return tensor_view(descriptor, replace(info, file=path, offset=0))
+        finally:
+            os.close(descriptor)
+
+    def extracts(self, wanted: Sequence[Extract]) -> list[bytes]:
+        """As `Storage`; small tensors are fetched and kept."""
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             return list(pool.map(lambda each: self._extract(*each), wanted))
 
@@ -107,26 +146,34 @@ class RemoteFolder:
             return b""
         if info.bytes > _SMALL * count and not self._tensors.has(file, info):
             return self._source.read(file, info.offset + begin, info.offset + begin + count)[0]
-        descriptor, path = self.open(info)
+        descriptor, path = self._tensors.open(file, info)
         try:
             return read_at(descriptor, path, begin, count)
         finally:
             os.close(descriptor)
+
+    def _header(self, name: str) -> Header | DistillError:
+        try:
+            raw = read_small(self.directory / _HEADERS / name)
+            return header_of(raw, self.directory / name, self.sizes[name])
+        except DistillError as fault:
+            return fault
+        except KeyError:
+            return MissingInputError(f"the weights file {shown(name)} of {self.address} is missing", _BEGIN_AGAIN)
 
     @cached_property
     def _tensors(self) -> FetchedTensors:
         def read(name: str, begin: int, end: int) -> tuple[bytes, int]:
             return self._source.read(name, begin, end)
 
-        return FetchedTensors(self.folder / _TENSORS, read, self.room)
+        return FetchedTensors(self.directory / _TENSORS, read, self.room)
 
     @cached_property
     def _source(self) -> Source:
-        """Asked when the first tensor is fetched."""
         return open_source(self.address, self.revision)
 
     def _file_of(self, info: TensorInfo) -> str:
-        return info.file.relative_to(self.folder).as_posix()
+        return info.file.relative_to(self.directory).as_posix()
 
 
 def keep(address: str, room: int | None) -> Path:
@@ -146,13 +193,14 @@ def keep(address: str, room: int | None) -> Path:
     folder = _place(source)
     known = RemoteFolder.of(folder)
     if known is None:
-        if isinstance(source, HubSource) and source.snapshot.unreachable is not None:
-            raise source.snapshot.unreachable
+        if isinstance(source, Snapshot) and source.unreachable is not None:
+            raise source.unreachable
         known = _made(folder, source, room)
-    elif isinstance(source, HubSource):
-        source.snapshot.say_if_cached()
+    elif isinstance(source, Snapshot):
+        source.say_if_cached()
     if room not in (None, known.room):
-        _write_record(replace(known, room=room))
+        known.room = room
+        known.write_record()
     return folder
 
 
@@ -160,7 +208,7 @@ def _place(source: Source) -> Path:
     from huggingface_hub.constants import HF_HOME
 
     name = re.sub(r"[^A-Za-z0-9._-]+", "--", source.address.partition("@")[0].replace("://", "--"))
-    kind = _HUB if isinstance(source, HubSource) else _STORE
+    kind = _HUB if isinstance(source, Snapshot) else _STORE
     return Path(HF_HOME).absolute() / "moe-svd-distill" / name / kind / source.revision
 
 
@@ -176,14 +224,16 @@ def _made(folder: Path, source: Source, room: int | None) -> RemoteFolder:
             )
 
     def header(name: str) -> int:
-        raw, size = raw_header_of(partial(source.read, name), folder / name)
+        raw, size = fetched_header(partial(source.read, name), folder / name)
         _write(folder / _HEADERS / name, raw)
         return size
 
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         sizes = dict(zip(files, pool.map(header, files), strict=True))
-    made = RemoteFolder(folder, source.address, source.revision, sizes, source.names, room)
-    _write_record(made)
+    made = RemoteFolder(
+        folder, address=source.address, revision=source.revision, sizes=sizes, names=source.names, room=room
+    )
+    made.write_record()
     return made
 
 
@@ -191,14 +241,3 @@ def _write(path: Path, raw: bytes) -> None:
     make_folder(path.parent)
     with durable_file(path) as sink:
         sink.write(raw)
-
-
-def _write_record(made: RemoteFolder) -> None:
-    record: dict[str, Any] = {
-        "address": made.address,
-        "revision": made.revision,
-        "sizes": dict(made.sizes),
-        "names": list(made.names),
-        "room": made.room,
-    }
-    write_json(made.folder / MARKER, record)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
-from moe_svd_distill.checkpoints.hub import HubModel, Snapshot, fetch_range, fetch_small, parse_hub_id, redact
+from moe_svd_distill.checkpoints.hub import HUB, Snapshot, fetch_small, parse_hub_id, redact
 from moe_svd_distill.errors import (
     BadDataError,
     DistillError,
@@ -22,7 +20,6 @@ from moe_svd_distill.errors import (
 )
 from moe_svd_distill.files.reading import FETCH_AGAIN, MAX_JSON_BYTES
 
-HUB = "hf"
 _ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+]*)://(?P<place>.+)", re.ASCII)
 _LOCAL = ("file", "local")
 
@@ -56,37 +53,6 @@ class Source(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class HubSource:
-    """A model on the hub, at one commit."""
-
-    model: HubModel
-    snapshot: Snapshot
-
-    @property
-    def address(self) -> str:
-        """As the user gave it."""
-        return f"{HUB}://{self.model}"
-
-    @property
-    def revision(self) -> str:
-        """The commit."""
-        return self.snapshot.commit
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All of its files."""
-        return self.snapshot.names
-
-    def small_file(self, name: str) -> bytes:
-        """From the hub's cache, where it was fetched to."""
-        return (self.snapshot.folder / name).read_bytes()
-
-    def read(self, name: str, begin: int, end: int) -> tuple[bytes, int]:
-        """A part of a file, asked for again where the hub is busy or the connection ends early."""
-        return fetch_range(self.model, self.snapshot.commit, name, None, begin, end)
-
-
 class StoreSource:
     """A folder of an object store, read through fsspec."""
 
@@ -102,10 +68,10 @@ class StoreSource:
             RemoteError: The store cannot be reached or refuses.
             BadDataError: The files are others than those of the revision.
         """
-        self.address = redact(address, None)
+        self.address = redact(address)
         self._files, self._root = _file_system(address)
         with _store_errors(self.address):
-            found: dict[str, Any] = self._files.find(self._root, detail=True)
+            found: dict[str, dict[str, Any]] = self._files.find(self._root, detail=True)
         if not found:
             raise MissingInputError(f"there is no file at {shown(self.address)}", "Check the address")
         begin = len(self._root.rstrip("/")) + 1
@@ -168,8 +134,8 @@ def open_source(address: str, revision: str | None = None) -> Source:
             f"{shown(address)} is not a possible name of a hub model", f"Give {HUB}://organisation/name@revision"
         )
     if revision is not None:
-        return HubSource(model, Snapshot(Path(), revision))
-    return HubSource(model, fetch_small(model, None))
+        return Snapshot(model, revision)
+    return fetch_small(model)
 
 
 def _file_system(address: str) -> tuple[Any, str]:
@@ -186,7 +152,7 @@ def _file_system(address: str) -> tuple[Any, str]:
             "Install moe-svd-distill with the extra 'stores', or the package named",
         ) from error
     except ValueError as error:
-        raise UsageError(f"{shown(redact(address, None))} cannot be read ({error})", "Give hf:// or s3://") from error
+        raise UsageError(f"{shown(redact(address))} cannot be read ({error})", "Give hf:// or s3://") from error
 
 
 @contextmanager
@@ -200,12 +166,12 @@ def _store_errors(address: str) -> Iterator[None]:
         raise MissingInputError(f"there is no model at {shown(address)}", "Check the address") from error
     except Exception as error:
         raise RemoteError(
-            f"{shown(address)} cannot be read ({type(error).__name__}: {redact(reason_of(error), None)[:200]})",
+            f"{shown(address)} cannot be read ({type(error).__name__}: {redact(reason_of(error))[:200]})",
             "Check the network and the store's credentials, or give a local folder",
         ) from error
 
 
-def _digest_of(details: dict[str, Any]) -> str:
+def _digest_of(details: Mapping[str, Mapping[str, object]]) -> str:
     """Of the names, sizes and whatever the store says changes with the contents."""
     known = ("ETag", "etag", "md5Hash", "crc32c", "LastModified", "updated", "mtime", "created")
     lines = [

@@ -55,11 +55,7 @@ class FetchedTensors:
         self._since = self._coming = 0
 
     def open(self, name: str, info: TensorInfo) -> tuple[int, Path]:
-        """A descriptor of the file that holds a tensor and nothing else, and its path.
-
-        Args:
-            name: The weights file that the tensor is in.
-            info: Where in it.
+        """A descriptor of the file that holds a tensor of a weights file and nothing else, and its path.
 
         Raises:
             RemoteError: It cannot be fetched.
