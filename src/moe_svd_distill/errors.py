@@ -33,9 +33,9 @@ class DistillError(Exception):
         self.action = " ".join(action.split()).rstrip(".")
         super().__init__(f"{self.what}. {self.action}{'' if self.action.endswith('?') else '.'}")
 
-    def __reduce__(self) -> tuple[type[DistillError], tuple[str, str]]:
-        """Survive the trip from a worker process to its parent."""
-        return (type(self), (self.what, self.action))
+    def __reduce__(self) -> tuple[type[DistillError], tuple[str, str], dict[str, object]]:
+        """Survive the trip from a worker process to its parent, notes included."""
+        return (type(self), (self.what, self.action), self.__dict__)
 
 
 class UsageError(DistillError):

@@ -20,8 +20,8 @@ from moe_svd_distill.errors import BadDataError
 from moe_svd_distill.execution.parts import (
     PartContent,
     Parts,
+    PartTensors,
     find_fault,
-    open_part,
     part_path,
     read_record,
     reject_part,
@@ -40,31 +40,29 @@ def content() -> PartContent:
         "layers.0.lora_A": torch.ones(3, 5, dtype=torch.bfloat16, requires_grad=True),
         "a": torch.tensor(2.5),
     }
-    return PartContent(tensors, {"fate": {"q": "projected", "ü": None}, "ranks": {10: (1, 2), 9: []}, "loss": 0.1})
+    return tensors, {"fate": {"q": "projected", "ü": None}, "ranks": {10: (1, 2), 9: []}, "loss": 0.1}
 
 
 @pytest.fixture
 def part(tmp_path: Path) -> Path:
-    return write_part(tmp_path, KEY, content())
+    return write_part(tmp_path, KEY, *content())
 
 
 def test_what_is_written_is_read(part: Path) -> None:
     assert verify_part(part, KEY)
-    with open_part(part) as tensors:
+    with PartTensors(part) as tensors:
         assert list(tensors) == ["a", "layers.0.lora_A", "layers.0.lora_B"]
         assert len(tensors) == 3
-        assert all(torch.equal(tensors[name], tensor) for name, tensor in content().tensors.items())
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in content()[0].items())
         with pytest.raises(KeyError):
             tensors["b"]
     assert read_record(part) == {"fate": {"q": "projected", "ü": None}, "ranks": {"10": [1, 2], "9": []}, "loss": 0.1}
 
 
 def test_same_bytes_whatever_the_order(part: Path, tmp_path: Path) -> None:
-    other = content()
-    tensors = dict(reversed(list(other.tensors.items())))
-    record = dict(reversed(list(other.record.items())))
+    tensors, record = (dict(reversed(list(facts.items()))) for facts in content())
     (tmp_path / "other").mkdir()
-    again = write_part(tmp_path / "other", KEY, PartContent(tensors, record))
+    again = write_part(tmp_path / "other", KEY, tensors, record)
     assert again.read_bytes() == part.read_bytes()
 
 
@@ -121,7 +119,7 @@ def test_bad_parts_are_kept_under_other_names(part: Path) -> None:
 
 def test_damaged_parts_are_explained(part: Path) -> None:
     part.write_bytes(part.read_bytes()[:-1])
-    for read in (read_record, open_part):
+    for read in (read_record, PartTensors):
         with pytest.raises(BadDataError, match=r"bytes, expected .*Run the same command again"):
             read(part)
 
@@ -129,14 +127,14 @@ def test_damaged_parts_are_explained(part: Path) -> None:
 @pytest.mark.parametrize("wrong", [{"key": object()}, {"key": {1, 2}}])
 def test_records_that_json_cannot_hold_leave_nothing(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(TypeError):
-        write_part(tmp_path, KEY, PartContent({}, wrong))
+        write_part(tmp_path, KEY, {}, wrong)
     assert not list(tmp_path.iterdir())
 
 
 def write(folder: Path, *names: str) -> Path:
     generator = torch.Generator().manual_seed(len(names[0]))
     tensors = {name: torch.randn(3, 4, generator=generator) for name in names}
-    return write_part(folder, hashlib.sha256(names[0].encode()).hexdigest(), PartContent(tensors, {}))
+    return write_part(folder, hashlib.sha256(names[0].encode()).hexdigest(), tensors, {})
 
 
 def test_one_file_whatever_the_order(tmp_path: Path) -> None:
@@ -209,7 +207,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     parts = []
     for number in range(5):
         tensors = {f"layers.{number}.{name}": torch.full((16 << 18,), float(number)) for name in "abcd"}  # 64 MiB
-        parts.append(write_part(tmp_path, f"{number:064x}", PartContent(tensors, {})))
+        parts.append(write_part(tmp_path, f"{number:064x}", tensors, {}))
     output = tmp_path / "out"
     command = [sys.executable, "-c", _MEASURE, str(output), *map(str, parts)]
     root = Path(__file__).parents[2]

@@ -31,7 +31,7 @@ KEY = "ab" * 32
 
 
 def big_part() -> PartContent:
-    return PartContent({"a": torch.arange(150_000, dtype=torch.float32)}, {})
+    return {"a": torch.arange(150_000, dtype=torch.float32)}, {}
 
 
 def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_a_file_size_limit(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(CannotWriteError, match="ulimit -f") as caught:
-            write_part(tmp_path, KEY, big_part())
+            write_part(tmp_path, KEY, *big_part())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caught.value.exit_code == 73
@@ -84,17 +84,17 @@ def test_a_full_disk_at_every_fill_level(small_disk: Path) -> None:
         ballast = small_disk / "ballast"
         ballast.write_bytes(bytes(filled * 4096))
         if filled + 147 <= 256:
-            path = write_part(small_disk, KEY, big_part())
+            path = write_part(small_disk, KEY, *big_part())
             assert verify_part(path, KEY)
             path.unlink()
         else:
             with pytest.raises(CannotWriteError, match="the disk is full"):
-                write_part(small_disk, KEY, big_part())
+                write_part(small_disk, KEY, *big_part())
             assert list(small_disk.iterdir()) == [ballast]
             refused += 1
         ballast.unlink()
     assert 10 <= refused <= 14
-    assert verify_part(write_part(small_disk, KEY, big_part()), KEY)
+    assert verify_part(write_part(small_disk, KEY, *big_part()), KEY)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 
-from moe_svd_distill.execution.parts import PartContent
 from moe_svd_distill.pairing.unit import UnitOfWork
 from moe_svd_distill.pipeline.pair import open_model, open_pair
 from moe_svd_distill.pipeline.placement import execution_settings
@@ -66,20 +65,27 @@ def with_tensors(like: Path, folder: Path, tensors: dict[str, torch.Tensor]) -> 
     return folder
 
 
-def run_units(recipe: Recipe) -> list[tuple[UnitOfWork, PartContent]]:
+class Content(NamedTuple):
+    """What a unit of work has given."""
+
+    tensors: dict[str, torch.Tensor]
+    record: dict[str, Any]
+
+
+def run_units(recipe: Recipe) -> list[tuple[UnitOfWork, Content]]:
     """Every unit of a recipe, done in this process."""
     with open_pair(recipe.teacher, recipe.student) as pair:
         plan = prepare(recipe, pair, execution_settings(recipe))
         work = make_work(recipe, pair)
-        return [(unit, work(unit, "cpu")) for unit in plan.units]
+        return [(unit, Content(*work(unit, "cpu"))) for unit in plan.units]
 
 
-def records(contents: list[tuple[UnitOfWork, PartContent]]) -> dict[str, dict[str, Any]]:
+def records(contents: list[tuple[UnitOfWork, Content]]) -> dict[str, dict[str, Any]]:
     """Hub name to record."""
     return {row["name"]: row for _, content in contents for row in content.record["tensors"]}
 
 
-def delta(contents: list[tuple[UnitOfWork, PartContent]], name: str) -> torch.Tensor:
+def delta(contents: list[tuple[UnitOfWork, Content]], name: str) -> torch.Tensor:
     """B·A of a tensor, float32."""
     tensors = {key: tensor for _, content in contents for key, tensor in content.tensors.items()}
     return tensors[f"{name}#B"].float() @ tensors[f"{name}#A"].float()

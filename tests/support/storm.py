@@ -26,7 +26,7 @@ import torch
 
 from moe_svd_distill.errors import CannotWriteError
 from moe_svd_distill.execution import pool
-from moe_svd_distill.execution.parts import PartContent, part_path, verify_part, write_part
+from moe_svd_distill.execution.parts import part_path, verify_part, write_part
 from moe_svd_distill.execution.publish import OutputFolder
 from moe_svd_distill.files.writing import write_json
 from tests.support.driver import run
@@ -85,7 +85,7 @@ def small_run(out: Path) -> None:
         for number in range(2):
             key = f"{number:064x}"
             if not verify_part(part_path(folder.parts, key), key):
-                write_part(folder.parts, key, PartContent({f"layers.{number}": torch.full((64,), number + 0.5)}, {}))
+                write_part(folder.parts, key, {f"layers.{number}": torch.full((64,), number + 0.5)}, {})
         parts = [part_path(folder.parts, f"{number:064x}") for number in range(2)]
         digest = consolidated(parts, folder.staged("adapter_model.safetensors"))
         write_json(folder.staged("adapter_config.json"), {"r": 8})

@@ -76,7 +76,7 @@ class ToyWork:
             f"layers.{unit.index}.lora_A": right[:8].clone(),
             f"layers.{unit.index}.lora_B": (left[:, :8] * values[:8]).to(torch.bfloat16),
         }
-        return PartContent(tensors, {"fates": {"layers.q": "projected"}, "threads": torch.get_num_threads()})
+        return tensors, {"fates": {"layers.q": "projected"}, "threads": torch.get_num_threads()}
 
     def _take_turn(self, unit: ToyUnit) -> bool:
         for turn in range(self.times):

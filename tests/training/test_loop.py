@@ -11,7 +11,7 @@ import torch
 
 from moe_svd_distill.checkpoints.opening import open_checkpoint
 from moe_svd_distill.errors import UsageError
-from moe_svd_distill.execution.parts import PartContent, write_part
+from moe_svd_distill.execution.parts import write_part
 from moe_svd_distill.streaming.states_file import write_states
 from moe_svd_distill.training.fixed_head import FixedHead
 from moe_svd_distill.training.job import TrainingJob
@@ -161,7 +161,7 @@ def _job(model: Path, folder: Path, devices: tuple[str, ...], resident: bool) ->
     generator = torch.Generator().manual_seed(0)
     write_states(states, {"key": "made up"}, 17, [torch.randn(17, 16, width, generator=generator)])
     files = [TextFile(t.ids, t.position, t.position, t.following, states) for t in (text, check)]
-    start = write_part(folder, "start", PartContent({}, {}))
+    start = write_part(folder, "start", {}, {})
     matrices = setting(model, folder).decoder.matrices
     ranks = {matrix.name: 4 for matrix in matrices}
     ids = np.arange(VOCABULARY)
@@ -249,7 +249,7 @@ def test_rates_are_tried_from_a_good_start_or_with_the_untouched_student(
     change = 0.05 * torch.randn(
         VOCABULARY, disturbed.student.weight.shape[1], generator=torch.Generator().manual_seed(1)
     )
-    start = write_part(job.folder, "another-start", PartContent({**pairs, "head": change}, {}))
+    start = write_part(job.folder, "another-start", {**pairs, "head": change}, {})
     with run_training(replace(job, tried=False), lambda progress: None) as (_, plain):
         untouched = plain.outcome.curve[0].kl
     with run_training(replace(job, start=start, key="started"), lambda progress: None) as (_, run):

@@ -1,4 +1,4 @@
-"""What happens during a run, told to the parent as plain data. Whoever listens draws; this room prints nothing."""
+"""What happens during a run, as plain data: workers send it to the parent, which passes it on to whoever listens."""
 
 from __future__ import annotations
 
@@ -76,6 +76,7 @@ class UnitFinished:
         seconds: What it took in this run.
         reused: Whether an earlier run had computed it.
         backoff: Steps taken because memory ran out, such as "computed on the CPU".
+        peak_bytes: The most anonymous memory that its worker has used so far.
     """
 
     worker: int | None
@@ -83,17 +84,19 @@ class UnitFinished:
     seconds: float
     reused: bool
     backoff: tuple[str, ...] = ()
+    peak_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class UnitFailed:
-    """An attempt failed. ``detail`` is the traceback, for ``--debug``."""
+    """An attempt failed. ``detail`` is the traceback, for ``--debug``; ``peak_bytes`` is as of `UnitFinished`."""
 
     worker: int
     label: str
     attempt: int
     reason: str
     detail: str = ""
+    peak_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from moe_svd_distill.errors import BadDataError, DistillError
 from moe_svd_distill.files.dtypes import dtype_code, tensor_bytes
@@ -28,18 +27,9 @@ _METADATA = "moe_svd_distill"  # the one metadata key: with two, the library's h
 _RUN_AGAIN = "Run the same command again; damaged parts are computed anew"
 
 
-@dataclass(frozen=True)
-class PartContent:
-    """What a unit of work hands back.
-
-    Args:
-        tensors: Name to tensor, on any device.
-        record: Facts that JSON can hold, above all the fate of every tensor. No times and no process numbers: the
-            bytes of a part must not depend on when and where it was computed.
-    """
-
-    tensors: dict[str, torch.Tensor]
-    record: Mapping[str, Any]
+PartContent: TypeAlias = "tuple[dict[str, torch.Tensor], Mapping[str, Any]]"
+"""What a unit of work hands back: name to tensor, on any device; and facts that JSON can hold, above all the fate of
+every tensor. No times and no process numbers: the bytes of a part must not depend on when and where it was computed."""
 
 
 def part_path(folder: Path, key: str) -> Path:
@@ -47,18 +37,18 @@ def part_path(folder: Path, key: str) -> Path:
     return folder / f"part-{key}.safetensors"
 
 
-def write_part(folder: Path, key: str, content: PartContent) -> Path:
+def write_part(folder: Path, key: str, contents: Mapping[str, torch.Tensor], record: Mapping[str, object]) -> Path:
     """Write a part so that it is whole or absent; the same content gives the same bytes.
 
     Raises:
         CannotWriteError: The disk is full or the folder cannot be written to.
     """
-    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in content.tensors.items()}
+    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in contents.items()}
     slots = lay_out((name, dtype_code(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items())
     payload = hashlib.sha256()
     for slot in slots:
         payload.update(tensor_bytes(tensors[slot.name]))
-    body = {"key": key, "record": json.loads(json.dumps(content.record)), "payload_sha256": payload.hexdigest()}
+    body = {"key": key, "record": json.loads(json.dumps(dict(record))), "payload_sha256": payload.hexdigest()}
     body["seal"] = _seal(body, slots)
     path = part_path(folder, key)
     with durable_file(path) as sink:
@@ -130,6 +120,11 @@ class PartTensors(Mapping[str, "torch.Tensor"]):
     """The tensors of a part, read from a memory map when asked for. Close it, or use it in a ``with`` block."""
 
     def __init__(self, path: Path) -> None:
+        """Open it.
+
+        Raises:
+            BadDataError: The part is damaged.
+        """
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -166,15 +161,6 @@ class PartTensors(Mapping[str, "torch.Tensor"]):
         self._file.__exit__(None, None, None)
 
 
-def open_part(path: Path) -> PartTensors:
-    """The tensors of a part as a lazy mapping from name to memory-mapped tensor.
-
-    Raises:
-        BadDataError: The part is damaged.
-    """
-    return PartTensors(path)
-
-
 class Parts(Mapping[str, "torch.Tensor"]):
     """The tensors of several parts, each read from its file when it is asked for. Use it in a ``with`` block.
 
@@ -209,7 +195,7 @@ class Parts(Mapping[str, "torch.Tensor"]):
     def __getitem__(self, name: str) -> torch.Tensor:
         path = self._part_of[name]
         if path not in self._opened:
-            self._opened[path] = self._stack.enter_context(open_part(path))
+            self._opened[path] = self._stack.enter_context(PartTensors(path))
         return self._opened[path][name]
 
     def __iter__(self) -> Iterator[str]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_svd_distill.errors import IncompleteError
+from moe_svd_distill.execution.events import Event
 from moe_svd_distill.execution.processes import START_METHOD, bare_main, signals_held
 from moe_svd_distill.execution.worker import run_worker
 
@@ -51,14 +52,14 @@ class Worker:
         """Whether it waits for a unit."""
         return self.ready and self.unit is None
 
-    def give(self, unit: Any) -> None:
+    def give(self, unit: Any, attempt: int) -> None:
         """Hand it a unit. If it has just died, nothing happens; its sentinel will tell."""
         self.unit = unit
         self.last_heard = time.monotonic()
         with suppress(OSError):
-            self.pipe.send_bytes(pickle.dumps(unit))
+            self.pipe.send_bytes(pickle.dumps((unit, attempt)))
 
-    def hear(self) -> Iterator[Any]:
+    def hear(self) -> Iterator[Event | Exception]:
         """What it has said and nobody has heard yet."""
         try:
             while self.pipe.poll():
@@ -103,7 +104,7 @@ class WorkerPool:
         device = self._devices[slot % len(self._devices)]
         process = context.Process(
             target=run_worker,
-            args=(worker_end, self._pickled_work, device, self._folder, self._threads),
+            args=(worker_end, self._pickled_work, slot, device, self._folder, self._threads),
             name=f"moe-svd-distill worker {slot}",
             daemon=True,
         )

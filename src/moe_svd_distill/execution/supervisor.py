@@ -21,7 +21,7 @@ from moe_svd_distill.execution.events import Event
 from moe_svd_distill.execution.parts import find_fault, part_path, reject_part
 from moe_svd_distill.execution.pool import Worker, WorkerPool
 from moe_svd_distill.execution.processes import StopSignals
-from moe_svd_distill.execution.worker import Done, Failed, Hopeless, Ready, Underway, Unit, Work
+from moe_svd_distill.execution.worker import Unit, Work
 from moe_svd_distill.files.writing import make_folder, remove_stale_temporaries
 
 __all__ = ["ExecutionSummary", "Settings", "Unit", "UnitsSetAsideError", "Work", "execute"]
@@ -133,7 +133,7 @@ class _Run:
     failed: dict[str, str] = field(default_factory=dict)
     peak_memory: dict[int, int] = field(default_factory=dict)
     _queue: deque[Unit] = field(default_factory=deque)
-    _attempts: dict[str, int] = field(default_factory=dict)
+    _failures: dict[str, int] = field(default_factory=dict)
     _bad_starts: int = 0
 
     def reuse(self, unit: Unit, stop: StopSignals) -> bool:
@@ -182,11 +182,11 @@ class _Run:
             if held and any(self._is_last_attempt(unit) for unit in (*held, self._queue[0])):
                 return
             unit = self._queue.popleft()
-            worker.give(unit)
-            self.on_event(events.UnitStarted(worker.slot, unit.label, self._attempts.get(unit.key, 0) + 1))
+            worker.give(unit, self._attempt(unit))
+            self.on_event(events.UnitStarted(worker.slot, unit.label, self._attempt(unit)))
 
     def _is_last_attempt(self, unit: Unit) -> bool:
-        return 1 < self.settings.attempts == self._attempts.get(unit.key, 0) + 1
+        return 1 < self.settings.attempts == self._attempt(unit)
 
     def _listen(self, pool: WorkerPool, stop: StopSignals) -> float:
         """Wait for news and take it in; returns when the news was collected."""
@@ -212,30 +212,23 @@ class _Run:
                 self._lose(pool, worker, None)
         return woken
 
-    def _take(self, pool: WorkerPool, worker: Worker, message: object) -> None:
+    def _take(self, pool: WorkerPool, worker: Worker, message: Event | Exception) -> None:
         worker.last_heard = time.monotonic()
-        unit = worker.unit
         match message:
-            case Ready():
+            case Exception():
+                raise message
+            case events.WorkerStarted():
                 worker.ready = True
                 self._bad_starts = 0
-                self.on_event(events.WorkerStarted(worker.slot, worker.device, worker.process.pid))
-            case Underway(fraction):
-                if unit is not None:
-                    self.on_event(events.UnitProgress(worker.slot, unit.label, fraction))
-            case Done(seconds, peak, backoff):
+            case events.UnitFinished():
                 worker.unit = None
-                self._note_memory(worker, peak)
-                self.on_event(events.UnitFinished(worker.slot, unit.label, seconds, reused=False, backoff=backoff))
-            case Failed(reason, detail, _) if not worker.ready:
-                raise RuntimeError(f"the workers cannot load the work: {reason}\n{detail}")
-            case Failed(reason, detail, peak):
-                self._note_memory(worker, peak)
+                self._note_memory(worker, message.peak_bytes)
+            case events.UnitFailed():
+                self._note_memory(worker, message.peak_bytes)
                 pool.drop(worker)
-                self._fail(worker, unit, reason, detail)
-            case Hopeless(error, detail):
-                error.add_note(f"In a worker process, at {unit.label if unit else 'its start'}:\n{detail}")
-                raise error
+                self._fail(worker.unit, message)
+                return
+        self.on_event(message)
 
     def _end_the_hung(self, pool: WorkerPool, woken: float) -> None:
         """End workers that were silent until ``woken``. What they said since, while a listener was busy, comes next."""
@@ -263,16 +256,20 @@ class _Run:
             if path.exists() and find_fault(path, unit.key) is None:  # it died after its work was done
                 self.on_event(events.UnitFinished(worker.slot, unit.label, 0.0, reused=False))
             else:
-                self._fail(worker, unit, reason, "")
+                self._fail(unit, events.UnitFailed(worker.slot, unit.label, self._attempt(unit), reason))
 
-    def _fail(self, worker: Worker, unit: Unit, reason: str, detail: str) -> None:
-        attempt = self._attempts[unit.key] = self._attempts.get(unit.key, 0) + 1
-        self.on_event(events.UnitFailed(worker.slot, unit.label, attempt, reason, detail))
-        if attempt < self.settings.attempts:
+    def _attempt(self, unit: Unit) -> int:
+        """Which attempt at a unit is the current or the next one, from 1."""
+        return self._failures.get(unit.key, 0) + 1
+
+    def _fail(self, unit: Unit, failed: events.UnitFailed) -> None:
+        self._failures[unit.key] = failed.attempt
+        self.on_event(failed)
+        if failed.attempt < self.settings.attempts:
             self._queue.append(unit)
             return
-        self.failed[unit.key] = reason
-        self.on_event(events.UnitSetAside(unit.label, reason))
+        self.failed[unit.key] = failed.reason
+        self.on_event(events.UnitSetAside(unit.label, failed.reason))
 
     def _note_memory(self, worker: Worker, peak: int) -> None:
         self.peak_memory[worker.slot] = max(peak, self.peak_memory.get(worker.slot, 0))

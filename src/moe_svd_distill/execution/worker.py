@@ -14,12 +14,13 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import dataclass
+from collections.abc import Callable
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Protocol
 
 from moe_svd_distill.errors import DistillError
+from moe_svd_distill.execution.events import UnitFailed, UnitFinished, UnitProgress, WorkerStarted
 from moe_svd_distill.execution.memory import MemoryWatch, give_back
 from moe_svd_distill.execution.parts import PartContent, write_part
 from moe_svd_distill.execution.processes import leave_with_parent
@@ -55,62 +56,21 @@ class Work(Protocol):
         """Compute ``unit`` on ``device``."""
 
 
-@dataclass(frozen=True)
-class Ready:
-    """The work is loaded; units may come."""
-
-
-@dataclass(frozen=True)
-class Underway:
-    """The unit goes on."""
-
-    fraction: float
-
-
-@dataclass(frozen=True)
-class Done:
-    """The part is on the disk."""
-
-    seconds: float
-    peak_bytes: int
-    backoff: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Failed:
-    """This attempt failed in a way that another may not, or the work cannot be loaded.
-
-    The process ends: what it has loaded may be broken too.
-    """
-
-    reason: str
-    detail: str
-    peak_bytes: int
-
-
-@dataclass(frozen=True)
-class Hopeless:
-    """Every attempt would fail like this one."""
-
-    error: DistillError
-    detail: str
-
-
 class _Reporter:
     """Tells the parent that the unit goes on, not more often than it wants to know."""
 
     def __init__(self) -> None:
-        self._pipe: connection.Connection | None = None
+        self._send: Callable[[float], None] | None = None
         self._last = 0.0
 
-    def attach(self, pipe: connection.Connection) -> None:
-        self._pipe = pipe
+    def attach(self, send: Callable[[float], None]) -> None:
+        self._send = send
 
     def report(self, fraction: float) -> None:
         now = time.monotonic()
-        if self._pipe is not None and now - self._last >= _PROGRESS_EVERY_S:
+        if self._send is not None and now - self._last >= _PROGRESS_EVERY_S:
             self._last = now
-            self._pipe.send(Underway(fraction))
+            self._send(fraction)
 
 
 _reporter = _Reporter()
@@ -125,9 +85,9 @@ def report_progress(fraction: float) -> None:
 
 
 def run_worker(
-    pipe: connection.Connection, pickled_work: bytes, device: str, folder: Path, threads: int
+    pipe: connection.Connection, pickled_work: bytes, number: int, device: str, folder: Path, threads: int
 ) -> None:  # pragma: no cover - runs in another process
-    """The life of a worker process."""
+    """The life of a worker process: it sends events, or the error that every attempt would end in."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
@@ -137,18 +97,29 @@ def run_worker(
         try:
             work = _load(pickled_work, threads)
         except DistillError as error:
-            pipe.send(Hopeless(_portable(error), traceback.format_exc()))
+            pipe.send(_portable(error, "its start"))
             return
         except Exception as error:
-            pipe.send(Failed(_one_line(error), traceback.format_exc(), memory.look()))
+            pipe.send(RuntimeError(f"the workers cannot load the work: {_one_line(error)}\n{traceback.format_exc()}"))
             return
-        _reporter.attach(pipe)
-        pipe.send(Ready())
+        pipe.send(WorkerStarted(number, device, os.getpid()))
         while True:
-            answer = _answer(work, pickle.loads(pipe.recv_bytes()), device, folder, memory)  # noqa: S301
-            pipe.send(answer)
-            if not isinstance(answer, Done):
+            unit, attempt = pickle.loads(pipe.recv_bytes())  # noqa: S301
+            _reporter.attach(lambda fraction, label=unit.label: pipe.send(UnitProgress(number, label, fraction)))  # type: ignore[misc]
+            begun = time.monotonic()
+            try:
+                steps = _complete(work, unit, device, folder)
+            except Exception as error:
+                explained = error if isinstance(error, DistillError) else explain_writing(error, folder)
+                if explained is not None:
+                    pipe.send(_portable(explained, unit.label))
+                    return
+                reason, detail = _one_line(error), traceback.format_exc()
+                # What it has loaded may be broken too, so this process does not go on.
+                pipe.send(UnitFailed(number, unit.label, attempt, reason, detail, memory.look()))
                 return
+            seconds = time.monotonic() - begun
+            pipe.send(UnitFinished(number, unit.label, seconds, reused=False, backoff=steps, peak_bytes=memory.look()))
             give_back()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # dismissed
@@ -168,19 +139,11 @@ def _load(pickled_work: bytes, threads: int) -> Any:
     return pickle.loads(pickled_work)  # noqa: S301 - bytes that the parent made
 
 
-def _answer(work: Any, unit: Any, device: str, folder: Path, memory: MemoryWatch) -> Done | Failed | Hopeless:
-    begun = time.monotonic()
-    try:
-        content, steps = compute(work, unit, device)
-        write_part(folder, unit.key, content)
-        return Done(time.monotonic() - begun, memory.look(), steps)
-    except DistillError as error:
-        return Hopeless(_portable(error), traceback.format_exc())
-    except Exception as error:
-        explained = explain_writing(error, folder)
-        if explained is not None:
-            return Hopeless(explained, traceback.format_exc())
-        return Failed(_one_line(error), traceback.format_exc(), memory.look())
+def _complete(work: Work, unit: Unit, device: str, folder: Path) -> tuple[str, ...]:
+    """Have the part of a unit on the disk; returns the steps taken because memory ran out. No tensor outlives it."""
+    (tensors, record), steps = compute(work, unit, device)
+    write_part(folder, unit.key, tensors, record)
+    return steps
 
 
 def compute(work: Work, unit: Unit, device: str) -> tuple[PartContent, tuple[str, ...]]:
@@ -202,10 +165,11 @@ def compute(work: Work, unit: Unit, device: str) -> tuple[PartContent, tuple[str
         steps = (FREED_CACHE, USED_CPU)
         device = "cpu"
         content = work(unit, device)
-    record = {**content.record, "device": device.split(":")[0]}  # not which GPU: that depends on chance
+    tensors, facts = content
+    record = {**facts, "device": device.split(":")[0]}  # not which GPU: that depends on chance
     if steps:
         record["backoff"] = list(steps)
-    return PartContent(content.tensors, record), steps
+    return (tensors, record), steps
 
 
 def _attempt(work: Work, unit: Unit, device: str) -> PartContent | None:
@@ -231,13 +195,16 @@ def _free(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def _portable(error: DistillError) -> DistillError:
-    """The same error, or its nearest relation that survives the trip to the parent."""
+def _portable(error: DistillError, where: str) -> DistillError:
+    """The same error, or its nearest relation that survives the trip to the parent, with where it was raised."""
+    note = f"In a worker process, at {where}:\n{traceback.format_exc()}"
     try:
         copy = pickle.loads(pickle.dumps(error))  # noqa: S301
     except Exception:
         copy = None
-    return error if type(copy) is type(error) else DistillError(error.what, error.action)
+    portable = error if type(copy) is type(error) else DistillError(error.what, error.action)
+    portable.add_note(note)
+    return portable
 
 
 def _one_line(error: BaseException) -> str:

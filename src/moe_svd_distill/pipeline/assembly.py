@@ -16,7 +16,7 @@ from moe_svd_distill.adapter.peft_model import modules_of
 from moe_svd_distill.architecture.matrices import Kind
 from moe_svd_distill.errors import UsageError
 from moe_svd_distill.evaluation.scale_search import ScaleDecision
-from moe_svd_distill.execution.parts import PartContent, Parts, write_part
+from moe_svd_distill.execution.parts import Parts, write_part
 from moe_svd_distill.execution.planned import Planned, write_tensors
 from moe_svd_distill.execution.publish import OutputFolder
 from moe_svd_distill.files.header import read_header
@@ -206,7 +206,7 @@ def write_head_part(folder: Path, pair: ModelPair, recipe: Recipe, fitted: Stage
     for tensor in tensors.values():
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     record = {"label": "fitted head", "layer": None}
-    return write_part(folder, f"head-{digest.hexdigest()[:32]}", PartContent(tensors, record))
+    return write_part(folder, f"head-{digest.hexdigest()[:32]}", tensors, record)
 
 
 def asked_head_rank(recipe: Recipe, head: str) -> HeadRank:

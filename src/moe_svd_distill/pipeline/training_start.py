@@ -12,7 +12,7 @@ import torch
 
 from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.errors import IncompatiblePairError
-from moe_svd_distill.execution.parts import PartContent, write_part
+from moe_svd_distill.execution.parts import write_part
 from moe_svd_distill.pipeline.stage_text import student_head
 from moe_svd_distill.streaming import ScaledAdapter
 from moe_svd_distill.training.job import EMBEDDING, HEAD
@@ -68,7 +68,7 @@ def read_start(given: StageInput, schedule: TrainingSchedule) -> Start:
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].view(torch.uint8).numpy().tobytes())
-    path = write_part(given.folder, f"start-{digest.hexdigest()[:32]}", PartContent(tensors, {"pairs": len(names)}))
+    path = write_part(given.folder, f"start-{digest.hexdigest()[:32]}", tensors, {"pairs": len(names)})
     return Start(path, head, carried, names)
 
 

@@ -103,7 +103,7 @@ def _computed(
 
     for checkpoint, views in zip(models, unit.views(), strict=True):
         checkpoint.prefetch({view.stored for view in views})
-    return PartContent(*transfer_unit(unit, models, geometries, settings, device, report_progress))
+    return transfer_unit(unit, models, geometries, settings, device, report_progress)
 
 
 def _device_kind(device: str) -> str:

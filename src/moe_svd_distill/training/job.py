@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_svd_distill.algebra.whitening import Whitening, whitening
 from moe_svd_distill.checkpoints import Checkpoint
-from moe_svd_distill.execution.parts import PartContent, open_part, part_path, read_record, verify_part, write_part
+from moe_svd_distill.execution.parts import PartTensors, part_path, read_record, verify_part, write_part
 from moe_svd_distill.streaming import Decoder, Head, LayerInputs, load_head
 from moe_svd_distill.streaming.tables import EmbeddingChange
 from moe_svd_distill.training.engine import Engine, HeadEngine, ResidentEngine, StreamedEngine
@@ -137,7 +137,7 @@ class StudentInTraining:
         self.device = torch.device(job.devices[group.number])
         self.check = job.check.open(job.dtype)
         self.text = job.text.open(job.dtype)
-        with open_part(job.start) as start:
+        with PartTensors(job.start) as start:
             tensors = {name: start[name].clone() for name in start}
         change = _embedding_change(tensors)
         self.decoder = Decoder(job.student, (self.device,), job.dtype, gradients=True, embedding_change=change)
@@ -215,7 +215,7 @@ class StudentInTraining:
         before, multiples = (start_kl, POLISHING) if polishing else (untouched, MULTIPLES)
         choice = RateChoice(choose_rate(begin, job.settings, before, multiples), start_kl, polishing)
         if self._group.number == 0:
-            write_part(job.folder, key, PartContent({}, asdict(choice)))
+            write_part(job.folder, key, {}, asdict(choice))
         return choice
 
     def states_of(self, text: TrainingText, scale: float) -> Tensor:

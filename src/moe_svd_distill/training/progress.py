@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.execution.parts import (
-    PartContent,
+    PartTensors,
     find_fault,
-    open_part,
     part_path,
     read_record,
     reject_part,
@@ -145,7 +144,7 @@ class TrainingCheckpoints:
         """Save; the older of the two files is replaced."""
         self._last = time.monotonic()
         if self._writes:
-            write_part(self._folder, self._name(self._turn), PartContent(tensors, dict(record)))
+            write_part(self._folder, self._name(self._turn), tensors, record)
             self._turn = (self._turn + 1) % _TURNS
 
     def load(self) -> tuple[dict[str, Tensor], Mapping[str, Any]] | None:
@@ -163,7 +162,7 @@ class TrainingCheckpoints:
             return None
         _, turn, path = max(found)
         self._turn = (turn + 1) % _TURNS
-        with open_part(path) as tensors:
+        with PartTensors(path) as tensors:
             return {name: tensors[name].clone() for name in tensors}, read_record(path)
 
     def discard(self) -> None:
