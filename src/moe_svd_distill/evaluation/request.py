@@ -72,6 +72,7 @@ class EvaluationRequest:
         vocabulary: `equal` demands that both models number their tokens alike. `shared` takes any two tokenizers and
             compares what they have in common, at the places where both have read the same characters. Default: what
             the run asked for, else `equal`.
+        report_to: Trackers that the figures go to; default: those of the run.
     """
 
     adapter: Path
@@ -87,6 +88,7 @@ class EvaluationRequest:
     mode: Mode = "auto"
     cache: Path | None = None
     vocabulary: VocabularyMode | None = None
+    report_to: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("adapter", Path(self.adapter)), ("texts", tuple(map(Path, self.texts)))):

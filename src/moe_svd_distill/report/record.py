@@ -55,6 +55,7 @@ class RecipeRecord:
     text_group: str | None
     vocabulary: str | None
     seed: int | None
+    report_to: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,6 +78,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="humaneval: consent to run the programs that the models write, under limits, on this machine.",
 )
+@click.option("--report-to", help="Trackers: tensorboard, wandb, both with a comma, or none; default: the run's.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda:N.")
 @shown_options
 def command(
@@ -98,6 +99,7 @@ def command(
     benchmark_batch: int,
     benchmark_teacher: bool,
     run_generated_code: bool,
+    report_to: str | None,
     device: str,
     shown: Shown,
 ) -> None:
@@ -143,6 +145,7 @@ def command(
         mode=cast("Mode", mode),
         cache=cache,
         vocabulary=cast("VocabularyMode | None", vocabulary),
+        report_to=None if report_to is None else _trackers(report_to),
     )
     with Monitor(shown) as monitor:
         result = evaluate_adapter(request, monitor.on_count)
@@ -156,6 +159,11 @@ def command(
         print_next("distill", "--help", note="with more text (--calibration, --tokens) or --preset best")
     else:
         print_next("merge", folder, "MERGED", note="unless it is served as it is")
+
+
+def _trackers(text: str) -> tuple[str, ...]:
+    named = (name.strip() for name in text.split(","))
+    return tuple(name for name in named if name not in ("", "none"))
 
 
 def show(title: str, evaluation: Mapping[str, Any]) -> None:
