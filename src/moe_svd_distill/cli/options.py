@@ -91,6 +91,7 @@ _SETTINGS = (
     ("--energy", "energy", "Choose ranks that keep this share of each change's energy."),
     ("--projection", "projection", "How a teacher's tensor is brought to the student's shape."),
     ("--depth-map", "depth_map", "Which teacher layer belongs to each student layer."),
+    ("--report-to", "report_to", "Trackers: tensorboard, wandb, or both with a comma between them."),
     ("--workers", "workers", "Worker processes; default: one per device, or per core."),
     ("--device", "devices", "auto, cpu, or cuda:0,cuda:1."),
     ("--seed", "seed", "Seed of every random choice."),
@@ -106,7 +107,7 @@ class _Setting(click.Option):
 
         field = Recipe.model_fields[str(self.name)]
         default = field.get_default(call_default_factory=True)
-        words = [] if self.name in ("devices", "calibration") else [allowed(field)]
+        words = [] if self.name in ("devices", "calibration", "report_to") else [allowed(field)]
         words += [f"default: {default}"] if default is not None and isinstance(default, str | int | Path) else []
         suffix = "; ".join(filter(None, words))
         return f"{'/'.join(self.opts)} VALUE", f"{self.help}{f'  [{suffix}]' if suffix else ''}"

@@ -21,7 +21,6 @@ from moe_svd_distill.errors import CannotWriteError
 from moe_svd_distill.execution import events
 
 EVERY_S = 30.0
-WEIGHTS = "weights stage"
 
 
 class _Display(Protocol):
@@ -172,7 +171,7 @@ class _Bars:
             case events.UnitsPlanned(units):
                 self._costs = dict(units)
                 total = sum(self._costs.values())
-                self._all = self._progress.add_task(WEIGHTS, total=total, note=f"0/{len(units)} units")
+                self._all = self._progress.add_task(events.WEIGHTS_STAGE, total=total, note=f"0/{len(units)} units")
             case events.WorkerStarted(worker, device, _):
                 if worker not in self._workers:
                     self._workers[worker] = self._progress.add_task(f"  worker {worker} on {device}", total=1, note="")
@@ -242,10 +241,10 @@ class Lines:
                 self._reached(name, fraction)
             case events.UnitsPlanned(units):
                 self._units, self._done = len(units), 0
-                self._reached(WEIGHTS, 0.0)
+                self._reached(events.WEIGHTS_STAGE, 0.0)
             case events.UnitFinished():
                 self._done += 1
-                self._reached(WEIGHTS, self._done / max(1, self._units))
+                self._reached(events.WEIGHTS_STAGE, self._done / max(1, self._units))
         for line in messages(event):
             self._say(line)
 

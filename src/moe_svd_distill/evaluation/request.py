@@ -81,6 +81,7 @@ class EvaluationRequest:
         vocabulary: `equal` demands that both models number their tokens alike. `shared` takes any two tokenizers and
             compares what they have in common, at the places where both have read the same characters. Default: what
             the run asked for, else `equal`.
+        report_to: Trackers that the figures go to; default: those of the run.
     """
 
     adapter: Path
@@ -97,6 +98,7 @@ class EvaluationRequest:
     mode: Mode = "auto"
     cache: Path | str | None = None
     vocabulary: VocabularyMode | None = None
+    report_to: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(Dtype):
@@ -136,3 +138,4 @@ class EvaluationOptions(TypedDict, total=False):
     mode: Mode
     cache: Path | str | None
     vocabulary: VocabularyMode | None
+    report_to: tuple[str, ...] | None

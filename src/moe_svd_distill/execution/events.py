@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
+
+WEIGHTS_STAGE = "weights stage"
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,21 @@ class StageReached:
 
     name: str
     fraction: float | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Figures of a part of the run, for those who draw curves.
+
+    Args:
+        part: Such as "refined" or "evaluation".
+        figures: Name to value.
+        step: Of the optimiser; None for figures that stand at the end of the part.
+    """
+
+    part: str
+    figures: Mapping[str, float]
+    step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +136,7 @@ class PartRejected:
 Event: TypeAlias = (
     Noted
     | StageReached
+    | Measured
     | UnitsPlanned
     | WorkerStarted
     | WorkerLost

@@ -9,7 +9,7 @@ from pathlib import Path
 from moe_svd_distill.adapter.verify import check_loads
 from moe_svd_distill.errors import BadDataError, NothingToTransferError
 from moe_svd_distill.evaluation.scale_search import ScaleDecision
-from moe_svd_distill.execution.events import Listener, Noted, StageReached, UnitsPlanned
+from moe_svd_distill.execution.events import Listener, Measured, Noted, StageReached, UnitsPlanned
 from moe_svd_distill.execution.publish import OutputFolder
 from moe_svd_distill.execution.supervisor import ExecutionSummary, Settings, execute
 from moe_svd_distill.files.names import ADAPTER_FILE, CACHE_FOLDER, CARD_FILE, CURVE_FILE, RECORD_FILE
@@ -18,7 +18,7 @@ from moe_svd_distill.pairing.plan import Plan
 from moe_svd_distill.pipeline.assembly import AdapterChange, base_model, stage_adapter, write_head_part
 from moe_svd_distill.pipeline.fates import is_nothing, tensor_records
 from moe_svd_distill.pipeline.method import Stages, choose_stages, notes_on_sizes
-from moe_svd_distill.pipeline.output import earlier_figures, judge_output
+from moe_svd_distill.pipeline.output import earlier_figures, essentials, judge_output
 from moe_svd_distill.pipeline.pair import ModelPair, open_pair
 from moe_svd_distill.pipeline.placement import execution_settings
 from moe_svd_distill.pipeline.record import (
@@ -33,11 +33,13 @@ from moe_svd_distill.pipeline.schedule import TrainingSchedule, schedule_calibra
 from moe_svd_distill.pipeline.stage import StageInput, StageResult
 from moe_svd_distill.pipeline.text_stage import distil_on_text
 from moe_svd_distill.pipeline.texts import RunText, TextSize, needs_text, read_run_text, refuse_missing_text
+from moe_svd_distill.pipeline.tracked_figures import search_figures
 from moe_svd_distill.pipeline.units import make_work, prepare
 from moe_svd_distill.recipe import Recipe, as_recipe
 from moe_svd_distill.report.card import adapter_card
 from moe_svd_distill.report.record import RunRecord
 from moe_svd_distill.streaming import GROUPS, ScaledAdapter
+from moe_svd_distill.tracking import require_trackers, tracked
 
 __all__ = ["Adapter", "Listener", "distill", "load_adapter"]
 
@@ -57,6 +59,7 @@ def distill(recipe: Recipe | Path | str, on_event: Listener | None = None, *, fo
     tell: Listener = on_event or (lambda event: None)
     recipe = as_recipe(recipe)
     settings = execution_settings(recipe)
+    require_trackers(recipe.report_to)
     for note in judge_output(recipe, force=force):
         tell(Noted(note))
     refuse_missing_text(recipe)
@@ -79,8 +82,9 @@ def distill(recipe: Recipe | Path | str, on_event: Listener | None = None, *, fo
         for shortfall in text.shortfalls() if text else ():
             tell(Noted(shortfall))
         plan = prepare(recipe, pair, settings) if stages.weights else None
-        with OutputFolder(recipe.output) as output:
-            run = _Run(recipe, pair, settings, stages, text, output, tell, models)
+        asked = {**essentials(recipe), "models": models}
+        with OutputFolder(recipe.output) as output, tracked(recipe.report_to, output.path, tell, asked) as told:
+            run = _Run(recipe, pair, settings, stages, text, output, told, models)
             record = run.complete(plan)
     return Adapter(recipe.output, record)
 
@@ -156,7 +160,9 @@ class _Run:
         step = "searching the scale on calibration text"
         self.reached(step, 0.0)
         report, cache = partial(self.reached, step), recipe.cache or recipe.output / CACHE_FOLDER
-        return decide_scale(self.staged, self.pair, self.text.search, self.settings.devices[0], cache, report)
+        found = decide_scale(self.staged, self.pair, self.text.search, self.settings.devices[0], cache, report)
+        self.tell(Measured("scale search of the weights", search_figures(found)))
+        return found
 
     def calibrate(self, change: AdapterChange) -> tuple[StageResult, AdapterChange]:
         """The calibrated stage, on top of the weights stage or alone; there is no part where nothing of it is kept."""
@@ -193,7 +199,9 @@ class _Run:
     def distil_on_text(self, text: RunText, start: ScaledAdapter | None, schedule: TrainingSchedule) -> StageResult:
         """A stage on text."""
         given = StageInput(self.recipe, self.pair, text, self.output.parts, self.settings, start)
-        return distil_on_text(given, schedule, self.reached, self.note)
+        result = distil_on_text(given, schedule, self.tell)
+        self.tell(Measured(f"scale search of {schedule.stage}", search_figures(result.search)))
+        return result
 
     def stage(self, change: AdapterChange) -> str:
         """Write the adapter as it stands; returns its digest."""

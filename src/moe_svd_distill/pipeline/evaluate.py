@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from moe_svd_distill.adapter.adapter_file import read_json, sha256_of
+from moe_svd_distill.checkpoints.hub import say_once
 from moe_svd_distill.errors import UsageError
 from moe_svd_distill.evaluation.code.problems import ProblemSet, load_problems
 from moe_svd_distill.evaluation.request import BenchmarkRequest, EvaluationOptions, EvaluationRequest, Progress
+from moe_svd_distill.execution.events import Event, Measured, Noted
 from moe_svd_distill.files.names import (
     ADAPTER_FILE,
     CARD_FILE,
@@ -23,10 +25,12 @@ from moe_svd_distill.pipeline.pair import open_model, open_pair
 from moe_svd_distill.pipeline.placement import devices_here
 from moe_svd_distill.pipeline.record import base_model
 from moe_svd_distill.pipeline.texts import longest_sequence
+from moe_svd_distill.pipeline.tracked_figures import evaluation_figures
 from moe_svd_distill.recipe import text_sources
 from moe_svd_distill.report.card import adapter_card
 from moe_svd_distill.report.html import html_report
 from moe_svd_distill.report.record import EvaluationRecord, LeftOut, RecipeRecord, RunRecord
+from moe_svd_distill.tracking import require_trackers, tracked
 
 if TYPE_CHECKING:
     from moe_svd_distill.calibration.documents import Document
@@ -79,6 +83,7 @@ def evaluate(
     folder, benchmarks = request.adapter, request.benchmarks
     if not request.texts and not benchmarks:
         raise UsageError("no text to evaluate on", "Give --text FILE")
+    require_trackers(request.report_to or ())
     problems = _problems(benchmarks) if benchmarks else ()
     record = RunRecord.in_folder(folder)
     student = request.student or record.student.source or base_model(folder)
@@ -100,12 +105,20 @@ def evaluate(
     figures["adapter_sha256"] = digest
     write_json(folder / EVALUATION_FILE, figures)
     evaluation = read_as(EvaluationRecord, figures)
+    trackers = record.recipe.report_to if request.report_to is None else request.report_to
+    with tracked(trackers, folder, _note) as tell:
+        tell(Measured("evaluation", evaluation_figures(figures)))
     if not record.content:
         return EvaluatedAdapter(evaluation, None)
     complete = replace(record, evaluation=evaluation)
     write_text(folder / CARD_FILE, adapter_card(complete))
     write_text(folder / REPORT_FILE, html_report(complete))
     return EvaluatedAdapter(evaluation, folder / REPORT_FILE)
+
+
+def _note(event: Event) -> None:
+    if isinstance(event, Noted):
+        say_once(event.text)
 
 
 def held_out(

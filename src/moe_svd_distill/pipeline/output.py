@@ -20,7 +20,7 @@ from moe_svd_distill.recipe import Recipe
 
 _INPUTS = ("teacher", "student", "base_model", "calibration")
 _NAMES = {"base_model": "base model", "calibration": "calibration text"}
-_UNIMPORTANT = ("output", "cache", "devices", "workers", "remote_cache_gb")  # for what an adapter is
+_UNIMPORTANT = ("output", "cache", "devices", "workers", "remote_cache_gb", "report_to")  # for what an adapter is
 
 
 def judge_output(recipe: Recipe, *, force: bool = False) -> list[str]:
@@ -55,6 +55,11 @@ def judge_output(recipe: Recipe, *, force: bool = False) -> list[str]:
         return []
     words = [f"{key} {_short(before)} → {_short(now)}" for key, (before, now) in changed.items()]
     return [f"replaces the finished adapter in {folder}, which another recipe has made: {', '.join(words)}"]
+
+
+def essentials(recipe: Recipe) -> dict[str, Any]:
+    """What is asked for, without what changes nothing about an adapter."""
+    return {key: value for key, value in recipe.model_dump(mode="json").items() if key not in _UNIMPORTANT}
 
 
 def earlier_figures(folder: Path, digest: str) -> tuple[Mapping[str, Any] | None, list[str]]:

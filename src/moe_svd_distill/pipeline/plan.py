@@ -40,6 +40,7 @@ from moe_svd_distill.pipeline.placement import execution_settings, free_here
 from moe_svd_distill.pipeline.texts import RunText, needs_text, read_run_text, refuse_missing_text
 from moe_svd_distill.pipeline.units import plan_pair
 from moe_svd_distill.recipe import Recipe, as_recipe, supplied_values
+from moe_svd_distill.tracking import require_trackers
 
 UNDECIDED = "decided once the weights are on this machine: the embeddings get a pair if they are related"
 
@@ -161,6 +162,7 @@ def make_plan(recipe: Recipe | Path | str, on_event: Listener | None = None, *, 
     tell: Listener = on_event or (lambda event: None)
     recipe = as_recipe(recipe)
     execution_settings(recipe)  # refuses devices that are not there
+    require_trackers(recipe.report_to)
     warnings = judge_output(recipe, force=force)
     refuse_missing_text(recipe)
     tell(StageReached("fetching and checking the models"))

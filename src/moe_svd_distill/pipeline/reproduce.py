@@ -119,7 +119,7 @@ def _recipe(first: Adapter, output: Path, named: Mapping[str, object]) -> Recipe
         raise MissingInputError(
             f"the run.json in {first.folder} holds no recipe", "Run distill with the recipe you have"
         )
-    again = {**recipe, "output": str(output), "cache": None, **named}
+    again = {**recipe, "output": str(output), "cache": None, "report_to": [], **named}
     return parse_recipe(again, f"the run.json in {first.folder}")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ import torch
 
 from moe_svd_distill.algebra.figures import Measurement
 from moe_svd_distill.evaluation.scale_search import ScaleDecision, search_scale
+from moe_svd_distill.execution.events import Listener, Measured, Noted, StageReached
 from moe_svd_distill.files.names import CACHE_FOLDER, CURVE_FILE
 from moe_svd_distill.files.writing import write_json
 from moe_svd_distill.pipeline.assembly import asked_head_rank
@@ -24,6 +25,7 @@ from moe_svd_distill.pipeline.placement import place_training, threads_of_a_run
 from moe_svd_distill.pipeline.schedule import TrainingSchedule
 from moe_svd_distill.pipeline.stage import StageInput, StageResult, facts_of_stage
 from moe_svd_distill.pipeline.stage_text import Passes, Report, search_text, stage_texts, student_head
+from moe_svd_distill.pipeline.tracked_figures import point_figures
 from moe_svd_distill.pipeline.training_start import Start, read_start
 from moe_svd_distill.pipeline.units import digest_of, library_versions
 from moe_svd_distill.streaming import PassSettings, load_head
@@ -42,32 +44,33 @@ if TYPE_CHECKING:
 ALGORITHM = 7  # raise whenever the same input would give another adapter
 
 
-def distil_on_text(
-    given: StageInput, schedule: TrainingSchedule, report: Report, note: Callable[[str], None]
-) -> StageResult:
+def distil_on_text(given: StageInput, schedule: TrainingSchedule, tell: Listener) -> StageResult:
     """Train the student's pairs and its head, choose the head's rank and the scale of it all.
 
     Args:
         given: What to work with.
         schedule: How.
-        report: Told the name of a step and the fraction done.
-        note: Told where training stands, in words, each time it is measured.
+        tell: Told the steps, and where training stands each time it is measured.
 
     Raises:
         DistillError: One of its kinds.
     """
     cache = given.recipe.cache or given.recipe.output / CACHE_FOLDER
     adapter = given.start if schedule.keeps_start else None
+
+    def report(name: str, fraction: float | None) -> None:
+        tell(StageReached(name, fraction))
+
     reading = Passes(given.pair, PassSettings(given.settings.devices), cache, adapter, report)
     with threads(threads_of_a_run()), reading as passes:
-        return _TextStage(given, schedule, passes, report, note).run()
+        return _TextStage(given, schedule, passes, report, tell).run()
 
 
 class _TextStage:
     def __init__(
-        self, given: StageInput, schedule: TrainingSchedule, passes: Passes, report: Report, note: Callable[[str], None]
+        self, given: StageInput, schedule: TrainingSchedule, passes: Passes, report: Report, tell: Listener
     ) -> None:
-        self.given, self.schedule, self.passes, self.report, self.note = given, schedule, passes, report, note
+        self.given, self.schedule, self.passes, self.report, self.tell = given, schedule, passes, report, tell
         self.recipe, self.pair, self.fit_text = given.recipe, given.pair, given.fit_text
         self.architecture = given.pair.student.architecture
         self.placement = place_training(given.recipe, given.pair, given.settings, schedule)
@@ -114,6 +117,8 @@ class _TextStage:
             )
         if len(progress.curve) == self.points:
             return
+        for point in progress.curve[self.points :]:
+            self.tell(Measured(self.schedule.stage, point_figures(point), point.step))
         self.points = len(progress.curve)
         if self.schedule.stage == "refined":
             curve = [asdict(point) for point in progress.curve]
@@ -124,6 +129,10 @@ class _TextStage:
                 f"{self.step}: step {last.step:,} of {progress.steps:,}, loss {last.loss:.4f}, "
                 f"KL on other text {last.kl:.4f} ({first.kl:.4f} before)"
             )
+
+    def note(self, text: str) -> None:
+        """Tell what people should know."""
+        self.tell(Noted(text))
 
     def job(self, start: Start) -> TrainingJob:
         """Let the models read the text, and write down what every process needs to know."""

@@ -18,6 +18,7 @@ from moe_svd_distill.recipe.sections import ExpertSettings, TrainingRecipe
 from moe_svd_distill.recipe.text_source import TextSource, text_sources
 
 DEFAULT_HEAD_RANK = 64
+Tracker = Literal["tensorboard", "wandb"]
 Rank = Annotated[int, Field(ge=1)] | Literal["full"]
 
 
@@ -170,6 +171,11 @@ class Recipe(Section):
         "ones used longest ago go first. Default: what was said before for this model, or all that are fetched.",
     )
 
+    report_to: list[Tracker] = Field(
+        default_factory=list,
+        description="Trackers that curves and figures go to: event files of TensorBoard in the folder runs of the "
+        "output, a run of Weights & Biases (offline with WANDB_MODE=offline).",
+    )
     devices: list[str] = Field(default_factory=lambda: ["auto"], description="auto, cpu, or cuda:0, cuda:1, …")
     workers: int | None = Field(None, ge=1, description="Worker processes; default: one per device, or per CPU core.")
     threads: int = Field(1, ge=1, description="CPU threads of one worker; part of the result's identity.")
@@ -180,10 +186,15 @@ class Recipe(Section):
     def _preset(cls, values: Any) -> Any:
         return with_preset(values) if isinstance(values, Mapping) else values
 
-    @field_validator("devices", mode="before")
+    @field_validator("devices", "report_to", mode="before")
     @classmethod
-    def _split_devices(cls, value: Any) -> Any:
+    def _split_names(cls, value: Any) -> Any:
         return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _none_at_all(cls, value: Any) -> Any:
+        return [] if value in ("none", ["none"]) else value
 
     @field_validator("calibration", mode="before")
     @classmethod

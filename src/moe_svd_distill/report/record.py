@@ -60,6 +60,7 @@ class RecipeRecord:
     text_group: str | None
     vocabulary: str | None
     seed: int | None
+    report_to: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

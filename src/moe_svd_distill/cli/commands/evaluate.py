@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="humaneval: consent to run the programs that the models write, under limits, on this machine.",
 )
+@click.option("--report-to", help="Trackers: tensorboard, wandb, both with a comma, or none; default: the run's.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda:N.")
 @click.option(
     "--dtype",
@@ -100,6 +101,7 @@ def command(
     benchmark_batch: int,
     benchmark_teacher: bool,
     run_generated_code: bool,
+    report_to: str | None,
     device: str,
     dtype: str,
     shown: Shown,
@@ -147,6 +149,7 @@ def command(
         "mode": cast("Mode", mode),
         "cache": cache,
         "vocabulary": cast("VocabularyMode | None", vocabulary),
+        "report_to": None if report_to is None else _trackers(report_to),
     }
     with Monitor(shown) as monitor:
         result = evaluate(folder, texts, monitor.on_count, **options)
@@ -160,3 +163,8 @@ def command(
         print_next("distill", "--help", note="with more text (--calibration, --tokens) or --preset best")
     else:
         print_next("merge", folder, "MERGED", note="unless it is served as it is")
+
+
+def _trackers(text: str) -> tuple[str, ...]:
+    named = (name.strip() for name in text.split(","))
+    return tuple(name for name in named if name not in ("", "none"))
