@@ -70,8 +70,8 @@ def test_a_killed_run_goes_on_as_the_same_run_with_every_point_once(
     evaluated = evaluate(adapter.folder, [TEXT], tokens=1024, controls=0).evaluation
     assert _written(stand_in, "init")[-1]["id"] == first["id"]
     last = _written(stand_in, "summary")[-1]["figures"]
-    assert last["evaluation/adapted_kl"] == evaluated["adapted"]["kl"]
-    assert last["evaluation/student_kl"] == evaluated["student"]["kl"]
+    assert last["evaluation/adapted_kl"] == evaluated.content["adapted"]["kl"]
+    assert last["evaluation/student_kl"] == evaluated.content["student"]["kl"]
     evaluate(adapter.folder, [TEXT], tokens=1024, controls=0, report_to=())
     assert len(_written(stand_in, "init")) == 3
 
