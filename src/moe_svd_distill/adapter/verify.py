@@ -35,7 +35,7 @@ from moe_svd_distill.adapter.peft_model import (
     wrap,
 )
 from moe_svd_distill.adapter.student import named_student, notes_on_student, student_of
-from moe_svd_distill.adapter.whole_head import WholeChange, change_of_head
+from moe_svd_distill.adapter.whole_head import change_of_head
 from moe_svd_distill.architecture.building import build_on_meta, parse_config
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.errors import BadDataError, MissingInputError, NothingToTransferError, UsageError
@@ -208,10 +208,11 @@ def verify(folder: Path | str, student: Checkpoint | Path | str | None = None) -
         warnings.append(f"PEFT multiplies every pair by {scale:g}")
     zero = scan_values(header, digest_checked=recorded is not None)
     change = _change_of_head(place, student, configuration) if whole else None
-    warnings += [change.note] if change and change.note else []
-    if whole and change is None:
+    relative, note = change or (None, "")
+    warnings += [note] if note else []
+    if whole and relative is None:
         warnings.append(f"{whole[0]} is saved whole; whether it differs from the student's was not checked")
-    transferred = _check_effect(len(pairs), zero, record, whole, change)
+    transferred = _check_effect(len(pairs), zero, record, whole, relative)
     if zero and transferred:
         warnings.append(f"{len(zero)} of {len(pairs)} pairs are zero and change nothing")
     complete = recorded is not None
@@ -220,8 +221,8 @@ def verify(folder: Path | str, student: Checkpoint | Path | str | None = None) -
 
 def _change_of_head(
     folder: Path, student: Checkpoint | Path | str | None, configuration: Mapping[str, object]
-) -> WholeChange | None:
-    """What a head saved whole changes; None where the student's own is not at hand."""
+) -> tuple[float, str] | None:
+    """As `change_of_head`; None also where the student's own head is not at hand."""
     try:
         architecture = student_of(student, configuration, "a comparison")
     except (UsageError, MissingInputError):  # config.json may be all there is of the student
@@ -251,14 +252,14 @@ def _common_scale(scales: Mapping[str, float], intended: float | None) -> float:
 
 
 def _check_effect(
-    pairs: int, zero: tuple[str, ...], record: Mapping[str, object], whole: tuple[str, ...], change: WholeChange | None
+    pairs: int, zero: tuple[str, ...], record: Mapping[str, object], whole: tuple[str, ...], change: float | None
 ) -> bool:
     """Whether the adapter changes the student; an adapter that does not must have declared it.
 
     A head saved whole that could not be compared is believed to be what run.json says, or a change if it says nothing.
     """
     declared = record.get("transferred") is False
-    replaced = change is not None and change.relative > 0
+    replaced = bool(change)
     if len(zero) == pairs and not replaced:
         if whole and change is None:
             return not declared

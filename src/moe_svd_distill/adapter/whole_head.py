@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import torch
 
@@ -22,19 +21,6 @@ BLOCK_ELEMENTS = 1024 * 1024  # 4 MiB in fp32: the allocator hands such blocks o
 SIGNIFICANT_BITS = {"F64": 53, "F32": 24, "F16": 11, "BF16": 8}
 _MUCH = 0.05
 """The share of the change from which its rounding is worth a warning: a twentieth shows in the logits."""
-
-
-@dataclass(frozen=True)
-class WholeChange:
-    """What a head that is saved whole changes.
-
-    Attributes:
-        relative: ``‖W' - W‖ / ‖W‖``.
-        note: What a reader should know, or nothing.
-    """
-
-    relative: float
-    note: str = ""
 
 
 def row_blocks(rows: int, columns: int) -> Iterator[slice]:
@@ -86,8 +72,11 @@ def replaced_blocks(new: torch.Tensor, dtype: torch.dtype, what: str) -> Iterato
         yield block
 
 
-def change_of_head(pairs: LowRankPairs, architecture: Architecture) -> WholeChange | None:
-    """Compare a head that an adapter saves whole with the student's own; None where it saves none.
+def change_of_head(pairs: LowRankPairs, architecture: Architecture) -> tuple[float, str] | None:
+    """How much a head that an adapter saves whole differs from the student's own; None where it saves none.
+
+    Returns:
+        ``‖W' - W‖ / ‖W‖``, and what a reader should know of it, or nothing.
 
     Raises:
         BadDataError: The student's head is not stored as floating-point numbers.
@@ -98,7 +87,7 @@ def change_of_head(pairs: LowRankPairs, architecture: Architecture) -> WholeChan
     name = architecture.head
     change, size = change_norm(new, base), norm_of_blocks(base[rows] for rows in row_blocks(*base.shape))
     if not change:
-        return WholeChange(0.0, f"{name} is saved whole and is the student's own: it changes nothing")
+        return 0.0, f"{name} is saved whole and is the student's own: it changes nothing"
     rounding = rounding_norm(new, SIGNIFICANT_BITS[dtype]) / change
     note = ""
     if rounding > _MUCH:
@@ -106,7 +95,7 @@ def change_of_head(pairs: LowRankPairs, architecture: Architecture) -> WholeChan
             f"{name} is saved whole in {dtype} and differs from the student's by {change / size:.2%} of its norm: "
             f"rounding alone makes about {rounding:.0%} of that; a LoRA pair would keep the change"
         )
-    return WholeChange(change / size if size else math.inf, note)
+    return change / size if size else math.inf, note
 
 
 def rounding_norm(values: torch.Tensor, bits: int) -> float:

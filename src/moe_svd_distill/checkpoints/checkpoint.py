@@ -41,12 +41,13 @@ class Checkpoint(Mapping[str, TensorInfo]):
         role: Teacher or student, once that is known.
     """
 
-    def __init__(self, place: Path, source: str | None = None, *, known: Survey | None = None) -> None:
-        """Open nothing yet: a model's folder or a GGUF file, what the user called it, and its headers if known."""
+    def __init__(self, place: Path, source: str | None = None, *, storage: Storage | None = None) -> None:
+        """Open nothing yet: a folder or a GGUF file, what the user called it, and its storage where that is special."""
         self._place = place.absolute()
         self.role = ""
         self.source = str(place) if source is None else source
-        self._survey = known
+        self._survey: Survey | None = None
+        self._given = storage
         self._expected: Mapping[str, tuple[int, str]] | None = None
         self._lock = threading.RLock()
 
@@ -101,7 +102,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
     def _storage(self) -> Storage:
         if self._place.suffix.lower() == GGUF:
             return GgufFiles(self._place)
-        return RemoteFolder.of(self._place) or Storage(self._place)
+        return self._given or RemoteFolder.of(self._place) or Storage(self._place)
 
     @property
     def origin(self) -> tuple[str, str] | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 from moe_svd_distill.checkpoints.checkpoint import Checkpoint
 from moe_svd_distill.checkpoints.configuration import USE_PLAIN, declared_quantisation, read_config
 from moe_svd_distill.checkpoints.hub import (
     HUB,
+    Snapshot,
     fetch_headers,
     fetch_small,
     fetch_weights,
@@ -20,8 +21,9 @@ from moe_svd_distill.checkpoints.llama_cpp.folder import file_behind
 from moe_svd_distill.checkpoints.remote.folder import keep
 from moe_svd_distill.checkpoints.remote.source import is_address
 from moe_svd_distill.checkpoints.shards import GGUF
-from moe_svd_distill.checkpoints.survey import raise_faults, survey
-from moe_svd_distill.errors import BadDataError, MissingInputError, UsageError, shown
+from moe_svd_distill.checkpoints.storage import Storage
+from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError, UsageError, shown
+from moe_svd_distill.files.header import Header
 from moe_svd_distill.files.reading import explain
 
 _BLOCK_ROWS = 4096
@@ -81,6 +83,20 @@ def _local_place(model: str | Path) -> Path | None:
     return None
 
 
+class _HeadersOnly(Storage):
+    """A hub model in the cache without its weights files."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        super().__init__(snapshot.folder)
+        self._snapshot = snapshot
+
+    def file_names(self) -> Sequence[str]:
+        return self._snapshot.names
+
+    def headers(self, files: Sequence[str]) -> dict[str, Header | DistillError]:
+        return fetch_headers(self._snapshot, files)
+
+
 def _from_hub(source: str, headers_only: bool) -> Checkpoint:
     """The model in the hub's cache: all of it, or the small files with the headers of the weights."""
     model = parse_hub_id(source)
@@ -98,9 +114,7 @@ def _from_hub(source: str, headers_only: bool) -> Checkpoint:
         snapshot.say_if_cached()
         return checkpoint
     if headers_only:
-        found = survey(snapshot.folder, snapshot.names, partial(fetch_headers, snapshot), source=source)
-        raise_faults(found.faults)
-        return Checkpoint(snapshot.folder, source, known=found)
+        return Checkpoint(snapshot.folder, source, storage=_HeadersOnly(snapshot))
     fetch_weights(snapshot)
     return Checkpoint(snapshot.folder, source)
 

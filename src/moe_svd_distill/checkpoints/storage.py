@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from moe_svd_distill.checkpoints.configuration import configuration_files
 from moe_svd_distill.checkpoints.identity import Extract, cache_key
 from moe_svd_distill.checkpoints.survey import Survey, survey
-from moe_svd_distill.errors import BadDataError, shown
-from moe_svd_distill.files.header import Header, TensorInfo
-from moe_svd_distill.files.reading import FETCH_AGAIN, locate, open_regular, opened, read_at, read_small
+from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError, shown
+from moe_svd_distill.files.header import Header, TensorInfo, read_header
+from moe_svd_distill.files.reading import FETCH_AGAIN, explain, locate, open_regular, opened, read_at, read_small
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,22 @@ class Storage:
 
     def survey(self, source: str) -> Survey:
         """What the headers say now, with all that is wrong with them; `source` is what the model is called."""
-        return survey(self._place, source=source)
+        return survey(self, source)
+
+    def file_names(self) -> Sequence[str]:
+        """The files of the model, sorted, so that the outcome does not depend on the file system's order."""
+        try:
+            return sorted(os.listdir(self._place))  # noqa: PTH208
+        except OSError as error:
+            raise explain(error, self._place) from error
+
+    def headers(self, files: Sequence[str]) -> dict[str, Header | DistillError]:
+        """The header of each weights file, or what is wrong with it."""
+        return {name: self._header(name) for name in files}
+
+    def beginning(self, info: TensorInfo, count: int) -> bytes | None:
+        """The first bytes of a tensor; ``None`` where only the headers were fetched."""
+        return next(iter(self.extracts([(info, 0, count)]))) if info.file.exists() else None
 
     def model_folder(self, found: Survey) -> Path:
         """Where configuration and tokenizer lie.
@@ -78,6 +93,15 @@ class Storage:
         with self._lock:
             while self._descriptors:
                 os.close(self._descriptors.popitem()[1])
+
+    def _header(self, name: str) -> Header | DistillError:
+        try:
+            return read_header(locate(self._place, name))
+        except DistillError as fault:
+            if os.path.lexists(self._place / name):
+                return fault
+            what = f"the weights file {shown(name)} of {shown(self._place)} is missing"
+            return MissingInputError(what, FETCH_AGAIN)
 
     def _configuration(self) -> list[bytes]:
         return [read_small(locate(self._place, name)) for name in configuration_files(self._place)]

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_svd_distill.checkpoints.configuration import read_config
 from moe_svd_distill.checkpoints.quantisation.reading import read_weights
 from moe_svd_distill.checkpoints.quantisation.weights import ReadBytes, Weights
 from moe_svd_distill.checkpoints.shards import MEND_INDEX, Layout, find_layout, gguf_files
 from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError, shown
-from moe_svd_distill.files.header import Header, TensorInfo, read_header
-from moe_svd_distill.files.reading import (
-    FETCH_AGAIN,
-    explain,
-    locate,
-    opened,
-    read_at,
-)
+from moe_svd_distill.files.header import Header, TensorInfo
+from moe_svd_distill.files.reading import FETCH_AGAIN
+
+if TYPE_CHECKING:
+    from moe_svd_distill.checkpoints.storage import Storage
 
 MAX_SMALL_TENSOR = 64 * 1024
 WRAPPERS = {
@@ -55,30 +52,19 @@ class Survey:
     origin: tuple[str, str] | None = None
 
 
-def survey(
-    folder: Path,
-    names: Collection[str] | None = None,
-    headers_of: Callable[[Sequence[str]], Mapping[str, Header | DistillError]] | None = None,
-    *,
-    small_tensor: ReadBytes | None = None,
-    source: str | None = None,
-) -> Survey:
+def survey(storage: Storage, source: str) -> Survey:
     """Read the configuration, the index and every header; gather the faults instead of stopping at the first.
 
     Args:
-        folder: Where the configuration and the index lie.
-        names: All files of the model, where they are not all in the folder.
-        headers_of: How to read the headers, where the weights files are not in the folder.
-        small_tensor: How to read the beginning of a tensor that says how others are stored, where they are not.
+        storage: Where they lie.
         source: What the model is called in messages.
     """
-    result = Survey()
-    if names is None:
-        try:
-            names = list_names(folder)
-        except DistillError as fault:
-            result.faults.append(fault)
-            return result
+    result, folder = Survey(), storage.directory
+    try:
+        names = storage.file_names()
+    except DistillError as fault:
+        result.faults.append(fault)
+        return result
     try:
         result.config = read_config(folder)
     except DistillError as fault:
@@ -89,8 +75,7 @@ def survey(
         result.faults = [fault] if gguf_files(names) else [*result.faults, fault]  # such folders need no config.json
         return result
     result.faults += layout.faults
-    found = headers_of(layout.files) if headers_of else {name: _local_header(folder, name) for name in layout.files}
-    for name, header in found.items():
+    for name, header in storage.headers(layout.files).items():
         if isinstance(header, DistillError):
             result.faults.append(header)
         else:
@@ -101,46 +86,19 @@ def survey(
     result.faults += _wrapped(stored)
     result.weights = Weights.as_stored(stored)
     if not result.faults:
-        read_bytes = _limited(small_tensor or _small_tensor)
-        result.weights = read_weights(stored, result.config, source or str(folder), read_bytes)
+        result.weights = read_weights(stored, result.config, source, _limited(storage.beginning))
         result.faults += result.weights.faults
     return result
 
 
-def list_names(folder: Path) -> list[str]:
-    """The names in the folder, sorted, so that the outcome does not depend on the file system's order."""
-    try:
-        return sorted(os.listdir(folder))  # noqa: PTH208
-    except OSError as error:
-        raise explain(error, folder) from error
-
-
-def _local_header(folder: Path, name: str) -> Header | DistillError:
-    """The header of a file in the folder, or what is wrong with the file."""
-    try:
-        return read_header(locate(folder, name))
-    except DistillError as fault:
-        if not os.path.lexists(folder / name):
-            return MissingInputError(f"the weights file {shown(name)} of {shown(folder)} is missing", FETCH_AGAIN)
-        return fault
-
-
-def _limited(small_tensor: ReadBytes) -> ReadBytes:
+def _limited(beginning: ReadBytes) -> ReadBytes:
     def read(info: TensorInfo, count: int) -> bytes | None:
-        if count > MAX_SMALL_TENSOR and small_tensor(info, 0) is not None:
+        if count > MAX_SMALL_TENSOR and beginning(info, 0) is not None:
             found = f"found {info.bytes} bytes, expected at most {MAX_SMALL_TENSOR}"
             raise BadDataError(f"tensor {shown(info.name)} is not what its name says: {found}", FETCH_AGAIN)
-        return small_tensor(info, count)
+        return beginning(info, count)
 
     return read
-
-
-def _small_tensor(info: TensorInfo, count: int) -> bytes | None:
-    """The first bytes of a tensor; ``None`` where only the headers were fetched."""
-    if not info.file.exists():
-        return None
-    with opened(info.file) as descriptor:
-        return read_at(descriptor, info.file, info.offset, count)
 
 
 def merge_headers(headers: Mapping[str, Header]) -> tuple[dict[str, TensorInfo], list[DistillError]]:

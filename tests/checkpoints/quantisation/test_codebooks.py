@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 from moe_svd_distill.checkpoints import open_checkpoint
+from moe_svd_distill.checkpoints.storage import Storage
+from moe_svd_distill.errors import DistillError
+from moe_svd_distill.files.header import Header, read_header
 from tests.support.packed_weights import NAME, NF4, four_bits, random_bytes
 from tests.support.quantisers import opened, quantised_model, seeded
 from tests.support.refusals import refusal
@@ -131,14 +135,18 @@ def test_states_that_do_not_fit_are_refused(change: dict[str, Any], words: str, 
 
 
 def test_the_state_of_a_model_whose_headers_alone_are_here(tmp_path: Path) -> None:
-    from moe_svd_distill.checkpoints.survey import survey
-    from moe_svd_distill.files.header import read_header
-
     folder = quantised_model(tmp_path, four_bits((16, 64), 64, None)[0], NF4)
     header = read_header(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    names = ["config.json", "model.safetensors"]
-    (fault,) = survey(folder, names, lambda files: {"model.safetensors": header}).faults
+
+    class HeadersAlone(Storage):
+        def file_names(self) -> list[str]:
+            return ["config.json", "model.safetensors"]
+
+        def headers(self, files: Sequence[str]) -> dict[str, Header | DistillError]:
+            return {"model.safetensors": header}
+
+    (fault,) = HeadersAlone(folder).survey("model").faults
     assert "not at hand with the headers alone" in fault.what
     assert fault.action == "Download the model and give its folder"
     with pytest.raises(Exception, match=r"holds no model\.safetensors"):

@@ -10,7 +10,7 @@ from typing import Any
 
 from moe_svd_distill.checkpoints.llama_cpp.config import config_of
 from moe_svd_distill.checkpoints.llama_cpp.header import ANOTHER, Settings, Value, headers_of, package_fault
-from moe_svd_distill.checkpoints.llama_cpp.weights import is_known, weights_of
+from moe_svd_distill.checkpoints.llama_cpp.weights import is_known, read_weights
 from moe_svd_distill.checkpoints.quantisation.weights import Weights
 from moe_svd_distill.checkpoints.survey import Survey, merge_headers
 from moe_svd_distill.errors import BadDataError, DistillError, shown
@@ -57,7 +57,7 @@ def survey_gguf(first: Path, source: str) -> Survey:
     try:
         result.config, unread = _config(source, metadata, stored)
         result.origin = origin_of(metadata)
-        result.weights = weights_of(stored, result.config)
+        result.weights = read_weights(stored, result.config)
         result.weights.set_aside |= unread
         result.faults += result.weights.faults
     except DistillError as fault:

@@ -23,7 +23,7 @@ _IN_LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 _USE_ANOTHER = "Give a file of another type, or the model's safetensors"
 
 
-def weights_of(stored: Mapping[str, TensorInfo], config: Mapping[str, object]) -> Weights:
+def read_weights(stored: Mapping[str, TensorInfo], config: Mapping[str, object]) -> Weights:
     """The weights that tensors under llama.cpp's names make up, with all that is wrong with them."""
     weights = Weights(stored)
     reading = _Reading(weights, config)

@@ -88,7 +88,7 @@ class Declared:
 
     Attributes:
         blocks: Sizes that a block of FP8 may have.
-        groups: Numbers that share a scale of FP4; a form's own where it is among them or there are none.
+        groups: Numbers that share a scale of FP4; a format's own where it is among them or there are none.
         experts: ``fp4`` or ``fp8``: the experts of DeepSeek-V4.
         scales: ``float`` or ``ue8m0``.
     """

@@ -21,7 +21,6 @@ from moe_svd_distill.checkpoints.remote.source import Source, open_source
 from moe_svd_distill.checkpoints.remote.tensors import FetchedTensors
 from moe_svd_distill.checkpoints.shards import find_layout
 from moe_svd_distill.checkpoints.storage import Storage
-from moe_svd_distill.checkpoints.survey import Survey, survey
 from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError, shown
 from moe_svd_distill.files.header import Header, TensorInfo, fetched_header, header_of
 from moe_svd_distill.files.reading import json_object, read_at, read_small, relative_name
@@ -102,15 +101,13 @@ class RemoteFolder(Storage):
         }
         write_json(self.directory / MARKER, record)
 
-    def survey(self, source: str) -> Survey:
-        """As `Storage`: of the headers that were fetched when the model was opened first."""
-        return survey(
-            self.directory,
-            self.names,
-            lambda files: {name: self._header(name) for name in files},
-            small_tensor=lambda info, count: self._extract(info, 0, count),
-            source=source,
-        )
+    def file_names(self) -> Sequence[str]:
+        """As `Storage`."""
+        return self.names
+
+    def beginning(self, info: TensorInfo, count: int) -> bytes:
+        """As `Storage`."""
+        return self._extract(info, 0, count)
 
     def cache_key(self, headers: Mapping[str, Header]) -> str:
         """As `Storage`: of the address, the revision, and the headers."""
@@ -153,6 +150,7 @@ class RemoteFolder(Storage):
             os.close(descriptor)
 
     def _header(self, name: str) -> Header | DistillError:
+        """As it was fetched when the model was opened first."""
         try:
             raw = read_small(self.directory / _HEADERS / name)
             return header_of(raw, self.directory / name, self.sizes[name])

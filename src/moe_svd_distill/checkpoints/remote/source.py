@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from moe_svd_distill.checkpoints.hub import HUB, Snapshot, fetch_small, parse_hub_id, redact
 from moe_svd_distill.errors import (
@@ -24,37 +24,14 @@ _ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+]*)://(?P<place>.+)", re.ASCII)
 _LOCAL = ("file", "local")
 
 
-class Source(Protocol):
-    """A model somewhere else."""
-
-    @property
-    def address(self) -> str:
-        """As the user gave it, without secrets."""
-
-    @property
-    def revision(self) -> str:
-        """What its files were when it was opened: of the hub, the commit."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All of its files."""
-
-    def small_file(self, name: str) -> bytes:
-        """A whole file that is no weights file."""
-        ...
-
-    def read(self, name: str, begin: int, end: int) -> tuple[bytes, int]:
-        """The bytes from ``begin`` to ``end`` of a file, as far as it has them, and the file's size.
-
-        Raises:
-            RemoteError: It cannot be reached, refuses, or does not send parts of files.
-            MissingInputError: The file is not there.
-        """
-        ...
-
-
 class StoreSource:
-    """A folder of an object store, read through fsspec."""
+    """A folder of an object store, read through fsspec.
+
+    Attributes:
+        address: As the user gave it, without secrets.
+        revision: A digest of what the store says of the files.
+        names: All of its files.
+    """
 
     def __init__(self, address: str, revision: str | None = None) -> None:
         """List the files.
@@ -94,7 +71,12 @@ class StoreSource:
         return found
 
     def read(self, name: str, begin: int, end: int) -> tuple[bytes, int]:
-        """A part of a file."""
+        """The bytes from ``begin`` to ``end`` of a file, as far as it has them, and the file's size.
+
+        Raises:
+            RemoteError: The store cannot be reached, refuses, or sends something else.
+            MissingInputError: The file is not there.
+        """
         size = int(self._details[name]["size"])
         end = min(end, size)
         with _store_errors(self.address):
@@ -105,6 +87,10 @@ class StoreSource:
                 "Copy the model to this machine and give its folder",
             )
         return found, size
+
+
+Source: TypeAlias = StoreSource | Snapshot
+"""A model somewhere else: its address, revision and names, `small_file` and `read`."""
 
 
 def is_address(text: str) -> bool:
