@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from moe_svd_distill.errors import IncompatiblePairError
 from moe_svd_distill.execution.events import Listener, StageReached
@@ -82,27 +81,19 @@ class Plan:
         """Size of all pairs of the weights stage."""
         return sum(task.rank * sum(task.shape) for task in self._tasks(True)) * BYTES[self.recipe.dtype]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Mapping[str, object]:
         """Plain JSON types, and the rows of the tables."""
         pairing, stages, recipe = self.pairing, self.stages, self.recipe
         return {
             "preset": _preset(recipe),
-            "depth": [
-                [str(number), " + ".join(f"{weight:.2f} × {layer}" for layer, weight in behind)]
-                for number, behind in enumerate(pairing.depth)
-            ],
-            "roles": self._roles(),
-            "sizes": self._sizes(),
-            "pairings": {
-                task.name: _made_from(task, unit) for unit in pairing.units for task in unit.tasks if task.change
-            },
+            "depth": self.depth,
+            "roles": self.roles,
+            "sizes": self.sizes,
+            "pairings": self.pairings,
             "notes": list(pairing.notes),
             "warnings": list(self.warnings),
             "text": self.text.record() if self.text else None,
-            "kept": {
-                task.name: UNDECIDED if self.undecided and task.role == "embedding" else task.reason
-                for task in self._tasks(False)
-            },
+            "kept": self.kept,
             "unused_teacher": dict(pairing.unused_teacher),
             "ignored_student": dict(pairing.ignored_student),
             "relatedness": stages.relatedness.as_dict(),
@@ -120,10 +111,33 @@ class Plan:
             "free": asdict(free_here(recipe)),
         }
 
+    @property
+    def depth(self) -> list[list[str]]:
+        """Student layer, and the teacher layers it is set against."""
+        return [
+            [str(number), " + ".join(f"{weight:.2f} × {layer}" for layer, weight in behind)]
+            for number, behind in enumerate(self.pairing.depth)
+        ]
+
+    @property
+    def pairings(self) -> Mapping[str, str]:
+        """Matrix that changes to what its change is made from."""
+        units = self.pairing.units
+        return {task.name: _made_from(task, unit) for unit in units for task in unit.tasks if task.change}
+
+    @property
+    def kept(self) -> Mapping[str, str]:
+        """Matrix that does not change to the reason."""
+        return {
+            task.name: UNDECIDED if self.undecided and task.role == "embedding" else task.reason
+            for task in self._tasks(False)
+        }
+
     def _tasks(self, change: bool) -> list[TensorTask]:
         return [task for unit in self.pairing.units for task in unit.tasks if task.change == change]
 
-    def _roles(self) -> list[list[str]]:
+    @property
+    def roles(self) -> list[list[str]]:
         """Role, tensors that change and that are kept, ranks."""
         found: dict[str, list[TensorTask]] = defaultdict(list)
         for task in (*self._tasks(True), *self._tasks(False)):
@@ -134,7 +148,9 @@ class Plan:
             rows.append([role, str(len(ranks)), str(len(tasks) - len(ranks)), ", ".join(map(str, sorted(set(ranks))))])
         return rows
 
-    def _sizes(self) -> list[list[str]]:
+    @property
+    def sizes(self) -> list[list[str]]:
+        """What it is a size of, and the size."""
         factors, covered = self.factors_bytes, sum(prod(task.shape) for task in self._tasks(True)) * 2
         weights = [
             ["units of work", str(len(self.pairing.units))],

@@ -15,6 +15,7 @@ from torch import Tensor
 from moe_svd_distill.algebra.whitening import Whitening, whitening
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.execution.parts import PartTensors, part_path, read_record, verify_part, write_part
+from moe_svd_distill.files.typed import read_as
 from moe_svd_distill.streaming import Decoder, Head, LayerInputs, load_head
 from moe_svd_distill.streaming.tables import EmbeddingChange
 from moe_svd_distill.training.engine import Engine, HeadEngine, ResidentEngine, StreamedEngine
@@ -32,7 +33,6 @@ from moe_svd_distill.training.trials import (
     NEARLY_THERE,
     POLISHING,
     RateChoice,
-    Trial,
     choose_rate,
     with_best,
 )
@@ -205,9 +205,7 @@ class StudentInTraining:
         key = f"rate-{job.key}"
         path = part_path(job.folder, key)
         if verify_part(path, key):
-            record = read_record(path)
-            trials = tuple(Trial(**trial) for trial in record["trials"])
-            return RateChoice(trials, record["start_kl"], record["from_start"])
+            return read_as(RateChoice, read_record(path))
         untouched = self._run(job.settings, untouched=True).measure()
         start_kl = self._run(job.settings).measure() if self._started else untouched
         polishing = start_kl < NEARLY_THERE * untouched

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from moe_svd_distill.execution.parts import (
     reject_part,
     write_part,
 )
+from moe_svd_distill.files.typed import read_as
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,8 +79,8 @@ class Progress:
     @classmethod
     def of_save(cls, record: Mapping[str, Any], steps: int) -> Progress:
         """Where the run stood when it was saved."""
-        curve = [Point(**point) for point in record["curve"]]
-        return cls(**{"steps": steps, **record, "curve": curve, "resumed_at": record["step"], "rejected": []})
+        stood = read_as(cls, {"steps": steps, **record})
+        return replace(stood, resumed_at=stood.step, rejected=[])
 
     def record(self) -> Mapping[str, object]:
         """For a save."""

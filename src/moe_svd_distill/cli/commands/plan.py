@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import click
 from moe_svd_distill.cli.options import Shown, read_recipe, recipe_options, shown_options
 
 if TYPE_CHECKING:
+    from moe_svd_distill.calibration.paired import PairedText
     from moe_svd_distill.pipeline.plan import Plan
     from moe_svd_distill.recipe import Recipe
 
@@ -41,9 +41,8 @@ def show_plan(plan: Plan, shown: Shown) -> None:
     from moe_svd_distill.cli.screen import grouped, print_facts, print_json, print_line, print_table
     from moe_svd_distill.pipeline.method import automatic_choice
 
-    outlook = plan.as_dict()
     if shown.as_json:
-        print_json(outlook)
+        print_json(plan.as_dict())
         return
     if plan.recipe.preset:
         _show_preset(plan.recipe)
@@ -54,31 +53,32 @@ def show_plan(plan: Plan, shown: Shown) -> None:
     if plan.stages.start:
         print_line(f"training begins with the adapter in {plan.stages.start}")
     if "weights" in stages:
-        print_table("weights stage: depth", ("student layer", "teacher layers"), outlook["depth"])
-        print_table("weights stage: matrices", ("role", "changed", "kept", "rank"), outlook["roles"])
-    if outlook["text"]:
+        print_table("weights stage: depth", ("student layer", "teacher layers"), plan.depth)
+        print_table("weights stage: matrices", ("role", "changed", "kept", "rank"), plan.roles)
+    if plan.text:
         columns = ("text", "tokens", "asked for", "documents", "sources")
-        print_table("calibration text", columns, [_text(*part) for part in outlook["text"]["text"].items()])
+        print_table("calibration text", columns, [_text(*part) for part in plan.text.parts.items()])
     tables: dict[str, list[tuple[str, str]]] = {}
-    for name, value in outlook["sizes"]:
+    for name, value in plan.sizes:
         stage, _, what = name.rpartition(": ")
         tables.setdefault(stage or "models", []).append((what, value))
     for stage, rows_of_stage in tables.items():
         print_facts(stage, rows_of_stage)
-    if outlook["here"]:
-        rows = _stages(outlook["here"], outlook["free"])
-        print_table("on this machine, about", ("stage", "time", "memory", "disk"), rows)
+    if plan.here:
+        print_table("on this machine, about", ("stage", "time", "memory", "disk"), _stages(plan))
     elif stages:
         print_line("Time and memory are not known: the weights are not on this machine.")
-    for line in (*outlook["warnings"], *(outlook["notes"] if "weights" in stages else ())):
+    for line in (*plan.warnings, *(plan.pairing.notes if "weights" in stages else ())):
         print_line(f"note: {line}")
     if "weights" in stages:
-        for kind in ("pairings", "kept", "ignored_student"):
-            for line in grouped(
-                {name: f"from {why}" if kind == "pairings" else why for name, why in outlook[kind].items()}
-            ):
+        for reasons in (
+            {name: f"from {source}" for name, source in plan.pairings.items()},
+            plan.kept,
+            plan.pairing.ignored_student,
+        ):
+            for line in grouped(reasons):
                 print_line(line)
-        for line in grouped(outlook["unused_teacher"]):
+        for line in grouped(plan.pairing.unused_teacher):
             print_line(f"teacher: {line}")
     _show_next()
 
@@ -106,21 +106,23 @@ def _show_preset(recipe: Recipe) -> None:
 _PARTS = {"fit": "to train on", "check": "to choose passes and ranks by", "search": "to search the scale on"}
 
 
-def _text(part: str, facts: Mapping[str, Any]) -> list[str]:
-    figures = (facts["tokens"], facts["tokens_asked"], facts["documents"], facts["groups"])
-    return [_PARTS.get(part, part), *("-" if figure is None else f"{figure:,}" for figure in figures)]
+def _text(name: str, part: PairedText) -> list[str]:
+    read = part.student
+    figures = (read.tokens, read.asked, len(read.sources), len(read.groups))
+    return [_PARTS.get(name, name), *("-" if figure is None else f"{figure:,}" for figure in figures)]
 
 
-def _stages(here: Mapping[str, Mapping[str, Any]], free: Mapping[str, int]) -> list[list[str]]:
+def _stages(plan: Plan) -> list[list[str]]:
     from moe_svd_distill.cli.screen import duration
     from moe_svd_distill.pipeline.cost import readable
     from moe_svd_distill.pipeline.duration import AROUND_S
+    from moe_svd_distill.pipeline.placement import free_here
 
     rows = [
-        [stage, duration(cost["seconds"]), readable(cost["memory_bytes"]) if cost["memory_bytes"] else "what is free",
-         readable(cost["disk_bytes"])]
-        for stage, cost in here.items()
+        [stage, duration(cost.seconds), readable(cost.memory_bytes) if cost.memory_bytes else "what is free",
+         readable(cost.disk_bytes)]
+        for stage, cost in plan.here.items()
     ]  # fmt: skip
-    together = AROUND_S + sum(cost["seconds"] for cost in here.values())
+    together, free = AROUND_S + sum(cost.seconds for cost in plan.here.values()), free_here(plan.recipe)
     rows.append(["together, with what lies around them", duration(together), "", ""])
-    return [*rows, ["free now", "", readable(free["memory_bytes"]), readable(free["disk_bytes"])]]
+    return [*rows, ["free now", "", readable(free.memory_bytes), readable(free.disk_bytes)]]
