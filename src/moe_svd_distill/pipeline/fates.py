@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from moe_svd_distill.pairing.plan import Plan
+from moe_svd_distill.pairing.plan import Pairing
 from moe_svd_distill.pipeline.pair import Model
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def summarise(tensors: Iterable[TensorFacts]) -> Mapping[str, Mapping[str, objec
 
 def fates(
     student: Model,
-    plan: Plan | None,
+    plan: Pairing | None,
     units: Iterable[Mapping[str, Any]],
     results: Mapping[str, StageResult],
     whole: bool,

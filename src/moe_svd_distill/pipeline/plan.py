@@ -11,7 +11,7 @@ from typing import Any
 
 from moe_svd_distill.errors import IncompatiblePairError
 from moe_svd_distill.execution.events import Listener, StageReached
-from moe_svd_distill.pairing.plan import Plan as Pairing
+from moe_svd_distill.pairing.plan import Pairing
 from moe_svd_distill.pairing.unit import TensorTask, UnitOfWork
 from moe_svd_distill.pipeline.cost import (
     BYTES,
@@ -116,7 +116,7 @@ class Plan:
             **{stage: asdict(cost) for stage, cost in self.training.items()},
             "speed": asdict(self.speed) if self.speed else None,
             "here": {stage: asdict(cost) for stage, cost in self.here.items()},
-            "free": asdict(free_here(recipe)),
+            "free": free_here(recipe),
         }
 
     def _tasks(self, change: bool) -> list[TensorTask]:
@@ -211,7 +211,7 @@ def _made_from(task: TensorTask, unit: UnitOfWork) -> str:
     return f"{len(unit.teacher_experts[0].tensors)} experts of {layers}"
 
 
-def _preset(recipe: Recipe) -> dict[str, Any] | None:
+def _preset(recipe: Recipe) -> dict[str, object] | None:
     """The preset's name, what it supplies, and what is given otherwise in place of it."""
     if recipe.preset is None:
         return None

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
     from moe_svd_distill.calibration.paired import PairedText
     from moe_svd_distill.evaluation.scale_search import ScaleSearch
-    from moe_svd_distill.execution.supervisor import Settings
+    from moe_svd_distill.execution.supervisor import ExecutionSettings
     from moe_svd_distill.pipeline.pair import ModelPair
-    from moe_svd_distill.pipeline.placement import Placement
     from moe_svd_distill.pipeline.schedule import TrainingSchedule
     from moe_svd_distill.pipeline.texts import RunText
     from moe_svd_distill.recipe import Recipe
     from moe_svd_distill.training.job import TrainingJob, TrainingReport
     from moe_svd_distill.training.lora_pairs import Pair
+    from moe_svd_distill.training.settings import Placement
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ class StageInput:
     pair: ModelPair
     text: RunText
     folder: Path
-    settings: Settings
+    settings: ExecutionSettings
     start: ScaledAdapter | None
 
     @property
@@ -97,8 +97,8 @@ def facts_of_stage(
 
 
 def _of_fit(given: StageInput, schedule: TrainingSchedule, run: TrainingReport, places: int) -> dict[str, object]:
-    outcome, settings, beginning = run.outcome, run.settings, schedule.beginning
-    last, halved = beginning.layers - beginning.layer, 2**outcome.halvings
+    outcome, settings = run.outcome, run.settings
+    last, halved = schedule.layers - schedule.first, 2**outcome.halvings
     return {
         "fitted_on_places": places,
         "copies_reason": "" if given.fit_text.identical else "the tokenizers differ, so tokens cannot be exchanged",
