@@ -143,6 +143,11 @@ class Relatedness:
     bytes_read: tuple[int, int]
 
     @property
+    def same_family(self) -> bool:
+        """Whether both are of one architecture."""
+        return self.families[0] == self.families[1]
+
+    @property
     def same_shape(self) -> bool:
         """One architecture, and every tensor of one shape (vocabulary apart)."""
         return shapes_agree(self.families, self.differences)
@@ -153,7 +158,7 @@ class Relatedness:
             asdict(probe) | {"deviations": round(probe.deviations, 2), "related": probe.related}
             for probe in self.probes
         ]
-        derived = {"same_family": self.families[0] == self.families[1], "same_shape": self.same_shape, "probes": probes}
+        derived = {"same_family": self.same_family, "same_shape": self.same_shape, "probes": probes}
         return asdict(self) | derived
 
 
