@@ -11,8 +11,10 @@ import json
 import sys
 import tempfile
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the f
 from benchmarks._lora import GRID, Search, Training, check_saved, search
 from benchmarks._measure import machine, one_thread, print_machine
 from moe_svd_distill.algebra.figures import Measurement, cross_entropy_gap_closed, kl_gap_closed
-from moe_svd_distill.calibration.documents import Document, split_documents
+from moe_svd_distill.calibration.documents import Document, in_drawn_order
 from moe_svd_distill.calibration.reading import read_text
 from moe_svd_distill.calibration.text import TokenizedText, tokenize
 from moe_svd_distill.calibration.tokenizer import load_tokenizer
@@ -147,8 +149,10 @@ def any_pair(name: str) -> LabPair:
 
 def texts(pair: LabPair) -> Texts:
     """Four fifths of the calibration documents to train on, the others to tune on, and the held-out ones."""
-    parts = split_documents(read_text([pair.calibration]).documents, {"training": 0.8, "tuning": 0.2})
-    return Texts(parts["training"], parts["tuning"], read_text([pair.heldout]).documents)
+    documents = in_drawn_order(read_text([pair.calibration]).documents)
+    characters = list(accumulate(len(document.text) for document in documents))
+    count = bisect_left(characters, 0.8 * characters[-1]) + 1
+    return Texts(documents[:count], documents[count:], read_text([pair.heldout]).documents)
 
 
 def tokenized(pair: LabPair, purpose: str, tokens: int | None) -> TokenizedText:

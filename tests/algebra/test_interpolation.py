@@ -90,11 +90,6 @@ def test_tanh_depth_saturates_as_the_newer_generation_does() -> None:
     assert all(low + high == pytest.approx(91) for low, high in zip(places, reversed(places), strict=True))
 
 
-def test_tanh_depth_refuses_a_steepness_that_is_not_positive() -> None:
-    with pytest.raises(ValueError, match="steepness"):
-        tanh_depth(4, 8, 0.0)
-
-
 @settings(deadline=None)
 @given(student=st.integers(1, 100), teacher=st.integers(1, 100))
 def test_every_depth_map_stays_within_the_teacher_and_never_turns_back(student: int, teacher: int) -> None:

@@ -14,12 +14,12 @@ from moe_svd_distill.calibration.chat import as_chat
 from moe_svd_distill.calibration.documents import (
     Document,
     cut_long_documents,
-    split_documents,
+    in_drawn_order,
     without,
 )
 from moe_svd_distill.calibration.reading import read_text
 from moe_svd_distill.calibration.repeats import WINDOW, Repeats
-from moe_svd_distill.errors import BadDataError, MissingInputError, UsageError
+from moe_svd_distill.errors import BadDataError, MissingInputError
 from tests.support.windows import windows
 
 LICENCE = "".join(f"permission number{line} is hereby granted free of charge\n" for line in range(20))
@@ -82,29 +82,17 @@ _DOCUMENTS = st.lists(st.text(min_size=1, max_size=300), min_size=30, max_size=6
 
 
 @given(texts=_DOCUMENTS, seed=st.integers(0, 99))
-def test_parts_never_overlap_and_lose_nothing(texts: list[str], seed: int) -> None:
+def test_the_drawn_order_loses_nothing_and_depends_on_no_name(texts: list[str], seed: int) -> None:
     documents = [Document(str(number), text) for number, text in enumerate(texts)]
-    parts = split_documents(documents, {"fit": 0.6, "scale": 0.2, "held": 0.2}, seed)
-    assert list(parts) == ["fit", "scale", "held"]
-    assert all(parts.values())
-    assert sorted(d.text for part in parts.values() for d in part) == sorted(texts)
+    drawn = in_drawn_order(documents, seed)
+    assert sorted(document.text for document in drawn) == sorted(texts)
     renamed = [Document("x" + document.source, document.text) for document in reversed(documents)]
-    again = split_documents(renamed, {"fit": 0.6, "scale": 0.2, "held": 0.2}, seed)
-    assert {name: [d.text for d in part] for name, part in again.items()} == {
-        name: [d.text for d in part] for name, part in parts.items()
-    }
-
-
-def test_shares_are_of_characters() -> None:
-    documents = [Document(str(number), f"{number:04d}" * 25) for number in range(200)]
-    parts = split_documents(documents, {"a": 3, "b": 1})
-    assert len(parts["a"]) == 150
+    assert [document.text for document in in_drawn_order(renamed, seed)] == [document.text for document in drawn]
 
 
 def test_a_single_long_text_is_cut_at_line_ends_into_sections() -> None:
     text = "".join(f"line {number} of a long book\n" for number in range(3000))
-    parts = split_documents([Document("book", text)], {"fit": 1, "held": 1})
-    sections = sorted((d for part in parts.values() for d in part), key=lambda d: int(d.source.split("#")[1]))
+    sections = sorted(in_drawn_order([Document("book", text)]), key=lambda d: int(d.source.split("#")[1]))
     assert len(sections) >= 24
     assert "".join(section.text for section in sections) == text
     assert all(section.text.endswith("\n") for section in sections)
@@ -114,13 +102,6 @@ def test_a_text_without_lines_is_cut_anyway() -> None:
     sections = cut_long_documents([Document("blob", "ab" * 50_000)])
     assert "".join(section.text for section in sections) == "ab" * 50_000
     assert len(sections) >= 24
-
-
-def test_too_little_text_for_the_parts() -> None:
-    with pytest.raises(BadDataError, match="too few for 2 parts"):
-        split_documents([Document("a", "short")], {"fit": 1, "held": 1})
-    with pytest.raises(UsageError, match="no share"):
-        split_documents([Document("a", "short")], {"fit": 1, "held": 0})
 
 
 def test_used_text_is_recognised_under_another_name_and_as_the_whole_of_used_sections() -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from moe_svd_distill.execution import pool
+from moe_svd_distill.execution import processes
 from moe_svd_distill.execution.events import Event
-from moe_svd_distill.execution.supervisor import ExecutionSummary, Settings, execute
+from moe_svd_distill.execution.supervisor import ExecutionSettings, ExecutionSummary, execute
 from tests.support.workload import ToyUnit, ToyWork, consolidated, toy_units
 
 
@@ -20,7 +20,7 @@ from tests.support.workload import ToyUnit, ToyWork, consolidated, toy_units
 def quick_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that start in a few milliseconds. The product spawns; tests that are about starting do so too."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "tests.support.workload"])
-    monkeypatch.setattr(pool, "START_METHOD", "forkserver")
+    monkeypatch.setattr(processes, "START_METHOD", "forkserver")
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Runner:
         self.events.clear()
         wanted = toy_units(units) if isinstance(units, int) else units
         toy = ToyWork(self.folder / "journal", **work)
-        return execute(wanted, toy, self.parts, Settings(workers, **(settings or {})), on_event)
+        return execute(wanted, toy, self.parts, ExecutionSettings(workers, **(settings or {})), on_event)
 
     def digest(self, summary: ExecutionSummary) -> str:
         return consolidated(list(summary.parts.values()), self.folder / "adapter.safetensors")

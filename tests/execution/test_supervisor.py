@@ -13,7 +13,7 @@ import pytest
 from moe_svd_distill.errors import BadDataError, CannotWriteError, IncompleteError
 from moe_svd_distill.execution import events, pool
 from moe_svd_distill.execution.parts import part_path, read_record
-from moe_svd_distill.execution.supervisor import Settings, UnitsSetAsideError, execute
+from moe_svd_distill.execution.supervisor import ExecutionSettings, UnitsSetAsideError, execute
 from tests.execution.conftest import Runner
 from tests.support.workload import UnloadableWork, toy_units
 
@@ -209,12 +209,12 @@ class TestQuickly:
     def test_work_that_no_worker_can_load(self, tmp_path: Path) -> None:
         work = UnloadableWork(ImportError("no module named teacher"))
         with pytest.raises(RuntimeError, match="cannot load the work: ImportError: no module named teacher"):
-            execute(toy_units(2), work, tmp_path, Settings(2), lambda event: None)
+            execute(toy_units(2), work, tmp_path, ExecutionSettings(2), lambda event: None)
 
     def test_work_that_finds_bad_data_when_it_is_loaded(self, tmp_path: Path) -> None:
         work = UnloadableWork(BadDataError("Shard 3 is truncated", "Download it again"))
         with pytest.raises(BadDataError, match=r"Shard 3 is truncated\. Download it again"):
-            execute(toy_units(2), work, tmp_path, Settings(2), lambda event: None)
+            execute(toy_units(2), work, tmp_path, ExecutionSettings(2), lambda event: None)
 
     def test_workers_that_die_at_once(self, runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(pool, "run_worker", exit)
@@ -239,7 +239,7 @@ def test_units_with_one_key_are_refused(runner: Runner) -> None:
 @pytest.mark.parametrize("wrong", [{"workers": 0}, {"threads_per_worker": 0}, {"attempts": 0}, {"devices": ()}])
 def test_settings_that_make_no_sense(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at least one"):
-        Settings(**({"workers": 1} | wrong))  # type: ignore[arg-type]
+        ExecutionSettings(**({"workers": 1} | wrong))  # type: ignore[arg-type]
 
 
 def test_a_folder_that_is_a_file(runner: Runner) -> None:

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 
 from moe_svd_distill.errors import IncompatiblePairError, UsageError
-from moe_svd_distill.pairing.plan import Plan, make_plan
+from moe_svd_distill.pairing.plan import Pairing, pair_models
 from moe_svd_distill.pairing.unit import map_depth, with_key
 from moe_svd_distill.pipeline.pair import open_model
 from moe_svd_distill.recipe import parse_recipe
 from tests.support.models import saved
 
 
-def plan_of(teacher: Path, student: Path, **recipe: Any) -> Plan:
+def plan_of(teacher: Path, student: Path, **recipe: Any) -> Pairing:
     models = open_model(str(teacher)), open_model(str(student))
     parsed = parse_recipe({"teacher": str(teacher), "student": str(student), **recipe})
-    return make_plan(models[0].layout, models[1].layout, parsed)
+    return pair_models(models[0].layout, models[1].layout, parsed)
 
 
 def test_the_linear_map_blends_adjacent_layers() -> None:
@@ -77,7 +77,7 @@ def test_a_pair_without_anything_in_common_is_refused(tmp_path: Path) -> None:
     recipe = parse_recipe({"teacher": "t", "student": str(teacher)})
     bare = replace(model.layout, meanings=norms)
     with pytest.raises(IncompatiblePairError, match="no tensor of the student"):
-        make_plan(bare, model.layout, recipe)
+        pair_models(bare, model.layout, recipe)
 
 
 def test_keys_depend_on_the_content_and_the_context(tmp_path: Path) -> None:

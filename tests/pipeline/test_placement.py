@@ -3,15 +3,16 @@ from pathlib import Path
 
 import pytest
 
-from moe_svd_distill.execution.supervisor import Settings
+from moe_svd_distill.execution.supervisor import ExecutionSettings
 from moe_svd_distill.pipeline.pair import open_pair
-from moe_svd_distill.pipeline.placement import Placement, place_training
+from moe_svd_distill.pipeline.placement import place_training
 from moe_svd_distill.pipeline.schedule import schedule_refined
 from moe_svd_distill.pipeline.texts import TextSize
 from moe_svd_distill.pipeline.trained_matrices import trained_numbers
+from moe_svd_distill.training.settings import Placement
 from tests.support.models import saved
 from tests.support.pairs import LITTLE_TEXT, recipe_for
-from tests.support.training import setting
+from tests.support.training import pairs_of, setting
 
 
 def _place(tiny: tuple[Path, Path], tmp_path: Path, workers: int, together: int, tokens: int) -> Placement:
@@ -20,7 +21,9 @@ def _place(tiny: tuple[Path, Path], tmp_path: Path, workers: int, together: int,
         text = TextSize(tokens, together, tokens // together, tokens, identical=True, rows=1)
         schedule = schedule_refined(recipe, pair.student, ("refined",), text, "cpu")
         settings = replace(schedule.settings, step_tokens=tokens, head="whole")
-        return place_training(recipe, pair, Settings(workers), replace(schedule, settings=settings, sequences=together))
+        return place_training(
+            recipe, pair, ExecutionSettings(workers), replace(schedule, settings=settings, sequences=together)
+        )
 
 
 @pytest.mark.parametrize(
@@ -58,5 +61,5 @@ def test_processes_share_a_step_and_the_threads(
 @pytest.mark.parametrize("rank", [4, 12, 20, 31, 32, 100])
 def test_as_many_numbers_as_move(tmp_path: Path, rank: int) -> None:
     bank = setting(saved("qwen3_moe", tmp_path / "student"), tmp_path, rank=rank).bank
-    shapes = {name: (len(b), a.shape[1]) for name, (b, a) in bank.pairs()}
+    shapes = {name: (len(b), a.shape[1]) for name, (b, a) in pairs_of(bank)}
     assert trained_numbers(shapes, dict.fromkeys(shapes, rank)) == len(bank.values)

@@ -2,32 +2,9 @@ from typing import Any
 
 import pytest
 
-from moe_svd_distill.pipeline.schedule import (
-    checks,
-    epochs,
-    learning_rate,
-    optimiser,
-    optimiser_steps,
-    trains_head,
-)
+from moe_svd_distill.pipeline.schedule import epochs, learning_rate, optimiser, trains_head
 from moe_svd_distill.pipeline.texts import sequence_length
 from moe_svd_distill.recipe import parse_recipe
-
-
-@pytest.mark.parametrize(
-    ("tokens", "training", "expected"),
-    [
-        (131_072, {"epochs": 3}, (768, 512)),  # the smallest step
-        (393_216, {"epochs": 7}, (2688, 1024)),  # 896 tokens, in whole sequences
-        (2**26, {"epochs": 4}, (4096, 65_536)),  # the largest step
-        (2**26, {"epochs": 4, "step_tokens": 1 << 20}, (256, 1 << 20)),
-        (1024, {"epochs": 0.1}, (1, 512)),
-        (1024, {"epochs": 2, "step_tokens": 4096}, (2, 1024)),  # no step is larger than the text
-    ],
-)
-def test_steps_of_the_optimiser(tokens: int, training: dict[str, Any], expected: tuple[int, int]) -> None:
-    recipe = parse_recipe({"teacher": "t", "student": "s", "training": training})
-    assert optimiser_steps(recipe, epochs(recipe, ["refined"], True), tokens, 512) == expected
 
 
 @pytest.mark.parametrize(
@@ -92,17 +69,3 @@ def test_what_moves_the_factors_and_how_fast(
     recipe = parse_recipe({"teacher": "t", "student": "s", "training": training})
     found = optimiser(recipe, head_moves)
     assert (found, learning_rate(recipe, found, 128)) == (moved_by, pytest.approx(rate))
-
-
-@pytest.mark.parametrize(
-    ("trained", "measured", "asked", "expected"),
-    [
-        (512 * 512, 4_096, 12, 12),
-        (32 * 512, 1_024, 12, 6),  # an eighth of three times the tokens trained on
-        (32 * 512, 4_096, 1, 1),
-        (512, 4_096, 12, 2),
-    ],
-)
-def test_how_often_the_student_is_measured(trained: int, measured: int, asked: int, expected: int) -> None:
-    recipe = parse_recipe({"teacher": "t", "student": "s", "training": {"checks": asked}})
-    assert checks(recipe, trained, measured) == expected

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moe_svd_distill.errors import IncompatiblePairError
 from moe_svd_distill.streaming.carried import changed, flatten, put, unflatten
 from moe_svd_distill.streaming.gates import GatedDecoder
-from moe_svd_distill.streaming.layout import Layout
+from moe_svd_distill.streaming.layout import GateLayout
 
 CPU = torch.device("cpu")
 LAYERS, WIDTH, LENGTH = 4, 6, 5
@@ -115,7 +115,7 @@ def gated(between: Between) -> tuple[Toy, GatedDecoder]:
 def test_layer_after_layer_gives_what_the_decoder_gives(between: Between, cut: int) -> None:
     """In batches of two and one to the cut, in another process's place and other batches from there."""
     toy, decoder = gated(between)
-    layout, batches = Layout("Toy", LAYERS), [slice(0, 2), slice(2, 3)]
+    layout, batches = GateLayout("Toy", LAYERS), [slice(0, 2), slice(2, 3)]
     recorded: list[list[Tensor]] = [[], []]
     for index in range(cut):
         recorded = [
@@ -123,7 +123,7 @@ def test_layer_after_layer_gives_what_the_decoder_gives(between: Between, cut: i
             for rows, given in zip(batches, recorded, strict=True)
         ]
     packed = torch.cat([layout.gate(cut).pack(each) for each in recorded])
-    later = Layout("Toy", LAYERS)
+    later = GateLayout("Toy", LAYERS)
     later.decode(cut, json.loads(json.dumps(layout.encode(cut))))
     for rows in (slice(0, 1), slice(1, 3)):
         found = later.states(decoder, IDS[rows], cut, later.gate(cut).unpack(packed[rows]))
@@ -132,7 +132,7 @@ def test_layer_after_layer_gives_what_the_decoder_gives(between: Between, cut: i
 
 def test_what_follows_from_the_tokens_is_not_carried() -> None:
     _, decoder = gated(with_tokens)
-    layout = Layout("Toy", LAYERS)
+    layout = GateLayout("Toy", LAYERS)
     (hidden,) = layout.step(decoder, IDS, 0, [], learn=True)
     assert layout.gate(1).paths == ((0, 0),)
     assert hidden.shape == (3, 1, LENGTH, WIDTH)  # sequence by sequence, though they are the second dimension there
@@ -149,7 +149,7 @@ def test_what_follows_from_the_tokens_is_not_carried() -> None:
 )
 def test_what_cannot_be_carried_is_refused(between: Between, message: str) -> None:
     _, decoder = gated(between)
-    layout, given = Layout("Toy", LAYERS), []
+    layout, given = GateLayout("Toy", LAYERS), []
     with pytest.raises(IncompatiblePairError, match=message):  # noqa: PT012
         for index in range(LAYERS - 1):
             given = layout.step(decoder, IDS, index, given, learn=True)
@@ -159,7 +159,7 @@ def test_what_cannot_be_carried_is_refused(between: Between, message: str) -> No
 def test_placeholders_take_no_memory() -> None:
     """Those of all layers before the one that runs would otherwise be as large as a layer or larger."""
     _, decoder = gated(plain)
-    layout = Layout("Toy", LAYERS)
+    layout = GateLayout("Toy", LAYERS)
     given = layout.step(decoder, IDS, 0, [], learn=True)
     layout.step(decoder, IDS, 1, given, learn=True)
     value = layout._placeholder(torch.zeros(1000, LENGTH))(0)
@@ -172,7 +172,7 @@ def test_a_batch_leaves_nothing_behind() -> None:
     seen: list[weakref.ref[Tensor]] = []
     for layer in toy.layers:
         layer.register_forward_hook(lambda _, given, output: seen.extend(map(weakref.ref, (*given, output))))
-    layout = Layout("Toy", LAYERS)
+    layout = GateLayout("Toy", LAYERS)
     layout.step(decoder, IDS, 1, layout.step(decoder, IDS, 0, [], learn=True), learn=True)
     assert len(seen) >= 4
     assert not any(each() is not None for each in seen)

@@ -8,10 +8,11 @@ from moe_svd_distill.calibration.chat import Chat
 from moe_svd_distill.calibration.tokenizer import Tokenizer, TokenSpans
 
 
-class _Characters:
-    """One token a character."""
+class _Characters(Tokenizer):
+    """One token a character, without a folder."""
 
-    end_of_text = 0
+    def __init__(self) -> None:
+        self.end_of_text = 0
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [[ord(character) for character in text] for text in texts]

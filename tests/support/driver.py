@@ -12,7 +12,7 @@ from pathlib import Path
 from moe_svd_distill.errors import DistillError
 from moe_svd_distill.execution.events import Event, UnitStarted, WorkerStarted
 from moe_svd_distill.execution.publish import OutputFolder
-from moe_svd_distill.execution.supervisor import Settings, execute
+from moe_svd_distill.execution.supervisor import ExecutionSettings, execute
 from moe_svd_distill.files.writing import write_json
 from tests.support.workload import ToyWork, consolidated, toy_units
 
@@ -32,7 +32,7 @@ def run(out: Path, units: int, workers: int, seconds: float) -> str:
     journal = out.parent / f"{out.name}.journal"
     with OutputFolder(out) as folder:
         work = ToyWork(journal, seconds)
-        summary = execute(toy_units(units), work, folder.parts, Settings(workers), show)
+        summary = execute(toy_units(units), work, folder.parts, ExecutionSettings(workers), show)
         digest = consolidated(list(summary.parts.values()), folder.staged("adapter_model.safetensors"))
         write_json(folder.staged("adapter_config.json"), {"r": 8})
         write_json(folder.staged("run.json"), {"sha256": digest})

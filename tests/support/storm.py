@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from moe_svd_distill.errors import CannotWriteError
-from moe_svd_distill.execution import pool
+from moe_svd_distill.execution import processes
 from moe_svd_distill.execution.parts import part_path, verify_part, write_part
 from moe_svd_distill.execution.publish import OutputFolder
 from moe_svd_distill.files.writing import write_json
@@ -165,7 +165,7 @@ def crash_everywhere(folder: Path, how: str, over_old: bool, stride: int) -> lis
 def main() -> None:
     folder = Path(sys.argv[1])
     trials, stride = map(int, sys.argv[2:])
-    pool.START_METHOD = "fork"
+    processes.START_METHOD = "fork"
     torch.set_num_threads(1)
     kills = [killed_runs(folder, trial, 6, trial % 3 + 1) for trial in range(trials)]
     crashes = {

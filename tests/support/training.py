@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +68,9 @@ def setting(
     bank = LoraParameters(decoder.matrices.of_layer, ranks, device, start or {}, seed=3)
     if not streamed:
         decoder.enter_all()
-    engine: Engine = StreamedEngine(decoder, bank, scratch, budget) if streamed else ResidentEngine(decoder, bank)
+    engine: Engine = (
+        StreamedEngine(decoder, bank, scratch, budget=budget) if streamed else ResidentEngine(decoder, bank)
+    )
     student = load_head(checkpoint, str(device), torch.float32, tokens=np.arange(VOCABULARY))
     weight = torch.randn(VOCABULARY, TEACHER_WIDTH, generator=torch.Generator().manual_seed(5)) / TEACHER_WIDTH**0.5
     teacher = Head(weight.to(device), None, student.transform)
@@ -81,6 +84,12 @@ def setting(
         asked,
     )
     return Setting(decoder, bank, head, engine, student, teacher)
+
+
+def pairs_of(bank: LoraParameters) -> Iterator[tuple[str, Pair]]:
+    """Every hub name and its ``(B, A)``."""
+    for name in bank.names:
+        yield name, bank.pair(name)
 
 
 def disturb(bank: LoraParameters, size: float = 0.05) -> None:

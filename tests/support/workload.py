@@ -34,7 +34,7 @@ class ToyUnit:
         return f"layer {self.index}"
 
     @property
-    def weight(self) -> float:
+    def cost(self) -> float:
         return float(self.index % 3 + 1)
 
 

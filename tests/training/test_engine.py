@@ -11,7 +11,7 @@ from torch import nn
 
 from moe_svd_distill.training.lora_pairs import FullDeltas, LoraPairs
 from tests.support.models import load, saved
-from tests.support.training import CPU, LENGTH, Setting, disturb, made_up_text, setting
+from tests.support.training import CPU, LENGTH, Setting, disturb, made_up_text, pairs_of, setting
 
 FAMILIES = ("qwen3_moe", "llama", "qwen3", "mixtral", "glm4_moe")
 
@@ -36,7 +36,7 @@ def test_gradients_are_those_of_autograd_through_composed_weights(model: Path, t
     text = made_up_text(6, seed=1)
     plain = load(model)
     plain.set_experts_implementation("eager")
-    changes = {name: (b.clone().requires_grad_(), a.clone().requires_grad_()) for name, (b, a) in found.bank.pairs()}
+    changes = {name: (b.clone().requires_grad_(), a.clone().requires_grad_()) for name, (b, a) in pairs_of(found.bank)}
     weights = {matrix.name: matrix for matrix in found.decoder.matrices}
     parameters = {name: parameter.detach().clone() for name, parameter in plain.named_parameters()}
     for name, (b, a) in changes.items():

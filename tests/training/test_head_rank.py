@@ -9,7 +9,7 @@ import torch
 
 from moe_svd_distill.algebra.whitening import Whitening, whitening
 from moe_svd_distill.streaming import Head
-from moe_svd_distill.training.head_rank import KEPT_SHARE, SERVED_RANKS, HeadRank, RankChoice, choose_rank, head_factors
+from moe_svd_distill.training.head_rank import KEPT_SHARE, SERVED_RANKS, HeadRank, RankTrial, choose_rank, head_factors
 from moe_svd_distill.training.measuring import mean_kl
 from tests.support.head_problems import Problem, reachable, second_moment
 
@@ -20,7 +20,7 @@ def _metric(problem: Problem) -> Whitening:
     return whitening(second_moment(problem.fit))
 
 
-def _choose(problem: Problem, asked: HeadRank, dtype: torch.dtype = torch.float32) -> RankChoice:
+def _choose(problem: Problem, asked: HeadRank, dtype: torch.dtype = torch.float32) -> tuple[RankTrial, ...]:
     delta = problem.teacher.weight - problem.student.weight
     untouched = mean_kl(problem.check, problem.student, problem.teacher)
     return choose_rank(delta, _metric(problem), asked, _kl(problem), untouched, dtype)
@@ -38,11 +38,11 @@ def problem() -> Problem:
 
 
 def test_auto_takes_the_smallest_served_rank_that_keeps_enough(problem: Problem) -> None:
-    choice = _choose(problem, "auto")
-    assert [trial.rank for trial in choice.trials] == [16, 32]
-    assert choice.rank == 32
-    assert choice.trials[0].share < KEPT_SHARE <= choice.trials[1].share
-    assert choice.trials[1].kl == pytest.approx(0.0, abs=1e-4)
+    trials = _choose(problem, "auto")
+    assert [trial.rank for trial in trials] == [16, 32]
+    assert trials[-1].rank == 32
+    assert trials[0].share < KEPT_SHARE <= trials[1].share
+    assert trials[1].kl == pytest.approx(0.0, abs=1e-4)
 
 
 def test_auto_ends_at_the_width_where_nothing_smaller_is_enough() -> None:
@@ -50,30 +50,30 @@ def test_auto_ends_at_the_width_where_nothing_smaller_is_enough() -> None:
     random = torch.randn(70, WIDTH, generator=torch.Generator().manual_seed(0))
     even = torch.linalg.qr(random)[0] @ _metric(base).inverse
     teacher = Head(base.student.weight + 3 * even, None, base.teacher.transform)
-    choice = _choose(Problem(base.fit, base.check, base.student, teacher), "auto")
-    assert [trial.rank for trial in choice.trials] == [16, 32, WIDTH]
-    assert choice.rank == WIDTH
+    trials = _choose(Problem(base.fit, base.check, base.student, teacher), "auto")
+    assert [trial.rank for trial in trials] == [16, 32, WIDTH]
+    assert trials[-1].rank == WIDTH
     narrow = reachable(fit=300, check=100, tokens=20, width=8)
-    assert [trial.rank for trial in _choose(narrow, "auto").trials] == [8]
+    assert [trial.rank for trial in _choose(narrow, "auto")] == [8]
 
 
 def test_auto_never_exceeds_what_servers_take() -> None:
     generator = torch.Generator().manual_seed(0)
     problem = reachable(fit=700, check=64, tokens=530, width=520, size=0.2)
     delta = torch.randn(530, 520, generator=generator)
-    choice = choose_rank(
+    trials = choose_rank(
         delta, Whitening(torch.eye(520), torch.eye(520)), "auto", _kl(problem, problem.student.plus(delta)), 10.0,
         torch.bfloat16,
     )  # fmt: skip
-    assert choice.rank in SERVED_RANKS
-    assert all(trial.rank in SERVED_RANKS for trial in choice.trials)
+    assert trials[-1].rank in SERVED_RANKS
+    assert all(trial.rank in SERVED_RANKS for trial in trials)
 
 
 @pytest.mark.parametrize(("asked", "rank"), [("full", WIDTH), (5, 5), (WIDTH, WIDTH), (WIDTH + 9, WIDTH + 9)])
 def test_what_is_asked_for_is_taken(problem: Problem, asked: HeadRank, rank: int) -> None:
-    choice = _choose(problem, asked)
-    assert choice.rank == rank
-    (trial,) = choice.trials
+    trials = _choose(problem, asked)
+    assert trials[-1].rank == rank
+    (trial,) = trials
     assert trial.rank == rank
     assert (trial.share > 0.999) == (rank >= 20)
 
@@ -91,7 +91,7 @@ def test_a_rank_above_the_width_is_padded_with_zeros(problem: Problem) -> None:
 
 
 def test_the_trial_is_of_the_factors_as_they_are_stored(problem: Problem) -> None:
-    coarse, fine = (_choose(problem, "full", dtype).trials[0].kl for dtype in (torch.bfloat16, torch.float32))
+    coarse, fine = (_choose(problem, "full", dtype)[0].kl for dtype in (torch.bfloat16, torch.float32))
     assert coarse > fine
     b, a = head_factors(problem.teacher.weight - problem.student.weight, _metric(problem), WIDTH, torch.bfloat16)
     assert b.dtype == a.dtype == torch.bfloat16
@@ -102,9 +102,9 @@ def test_the_trial_is_of_the_factors_as_they_are_stored(problem: Problem) -> Non
 def test_a_change_that_helps_nothing_keeps_all_of_nothing(problem: Problem) -> None:
     nothing = torch.zeros_like(problem.student.weight)
     untouched = mean_kl(problem.check, problem.student, problem.teacher)
-    choice = choose_rank(nothing, _metric(problem), "auto", _kl(problem), untouched, torch.bfloat16)
-    assert choice.rank == 16
-    assert choice.trials[0].share == 1.0
+    trials = choose_rank(nothing, _metric(problem), "auto", _kl(problem), untouched, torch.bfloat16)
+    assert trials[-1].rank == 16
+    assert trials[0].share == 1.0
 
 
 def test_where_there_is_next_to_no_fall_what_is_left_is_the_measure(problem: Problem) -> None:
@@ -112,7 +112,7 @@ def test_where_there_is_next_to_no_fall_what_is_left_is_the_measure(problem: Pro
     teacher = Head(problem.teacher.weight + noise, None, problem.teacher.transform)
     delta = problem.teacher.weight - problem.student.weight
     best = mean_kl(problem.check, problem.teacher, teacher)
-    choice = choose_rank(delta, _metric(problem), "auto", _kl(problem, teacher), best * (1 + 1e-6), torch.float32)
-    assert choice.trials[0].rank == 16
-    assert choice.trials[0].share == pytest.approx(1 - (choice.trials[0].kl - best) / (best / 10), rel=1e-3)
-    assert choice.trials[0].share < KEPT_SHARE <= choice.trials[-1].share
+    trials = choose_rank(delta, _metric(problem), "auto", _kl(problem, teacher), best * (1 + 1e-6), torch.float32)
+    assert trials[0].rank == 16
+    assert trials[0].share == pytest.approx(1 - (trials[0].kl - best) / (best / 10), rel=1e-3)
+    assert trials[0].share < KEPT_SHARE <= trials[-1].share

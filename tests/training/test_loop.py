@@ -18,10 +18,10 @@ from moe_svd_distill.training.job import TrainingJob
 from moe_svd_distill.training.loop import Training
 from moe_svd_distill.training.processes import run_training
 from moe_svd_distill.training.progress import Progress, TrainingCheckpoints
-from moe_svd_distill.training.settings import OptimiserName, TrainingSettings
+from moe_svd_distill.training.settings import OptimiserName, Placement, TrainingSettings
 from moe_svd_distill.training.text import TextFile
 from tests.support.models import saved
-from tests.support.training import VOCABULARY, Setting, disturb, made_up_text, setting
+from tests.support.training import VOCABULARY, Setting, disturb, made_up_text, pairs_of, setting
 
 SETTINGS = TrainingSettings(epochs=3, step_tokens=64, batch_tokens=32, rate=5e-3, head_rate=5e-3, checks=6, seed=4)
 
@@ -139,9 +139,9 @@ def test_a_curve_that_falls_again_is_not_given_up(model: Path, tmp_path: Path, m
 def test_a_start_is_kept_exactly_at_a_higher_rank_and_refused_at_a_lower_one(model: Path, tmp_path: Path) -> None:
     small = setting(model, tmp_path, rank=3)
     disturb(small.bank)
-    start = {name: (b.clone(), a.clone()) for name, (b, a) in small.bank.pairs()}
+    start = {name: (b.clone(), a.clone()) for name, (b, a) in pairs_of(small.bank)}
     large = setting(model, tmp_path, rank=5, start=start)
-    for name, (b, a) in large.bank.pairs():
+    for name, (b, a) in pairs_of(large.bank):
         assert torch.equal(b @ a, start[name][0] @ start[name][1]) or torch.allclose(
             b @ a, start[name][0] @ start[name][1], atol=1e-7
         )
@@ -177,10 +177,7 @@ def _job(model: Path, folder: Path, devices: tuple[str, ...], resident: bool) ->
         start=start,
         settings=replace(SETTINGS, epochs=1),
         tried=True,
-        resident=resident,
-        dtype=torch.float32,
-        devices=devices,
-        threads=1,
+        placement=Placement(resident, devices, threads=1, dtype="float32", reason="", memory_bytes=0),
         folder=folder,
         key="job",
         save_seconds=120.0,
@@ -243,7 +240,7 @@ def test_rates_are_tried_from_a_good_start_or_with_the_untouched_student(
     disturb(disturbed.bank)
     pairs = {
         f"{name}#{side}": tensor
-        for name, pair in disturbed.bank.pairs()
+        for name, pair in pairs_of(disturbed.bank)
         for side, tensor in zip("BA", pair, strict=True)
     }
     change = 0.05 * torch.randn(

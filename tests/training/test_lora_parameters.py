@@ -11,7 +11,7 @@ from moe_svd_distill.errors import UsageError
 from moe_svd_distill.training.lora_pairs import FULL_DELTA_RATE, Block, Pair
 from moe_svd_distill.training.optimiser import AdamW, _shares
 from tests.support.models import saved
-from tests.support.training import disturb, setting
+from tests.support.training import disturb, pairs_of, setting
 
 RANK = 12  # between the sides of the tiny model's matrices: some changes are whole at it, some are not
 
@@ -23,7 +23,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_where_the_rank_is_full_the_change_moves_as_a_whole(model: Path, tmp_path: Path) -> None:
     bank = setting(model, tmp_path, rank=RANK).bank
-    pairs = dict(bank.pairs())
+    pairs = dict(pairs_of(bank))
     shapes = {name: (len(b), a.shape[1]) for name, (b, a) in pairs.items()}
     whole = sum(rows * columns for rows, columns in shapes.values() if min(rows, columns) <= RANK)
     factors = sum(RANK * (rows + columns) for rows, columns in shapes.values() if min(rows, columns) > RANK)
@@ -42,13 +42,13 @@ def test_where_the_rank_is_full_the_change_moves_as_a_whole(model: Path, tmp_pat
 def test_a_start_of_lower_rank_is_kept_exactly(model: Path, tmp_path: Path, rank: int) -> None:
     first = setting(model, tmp_path, rank=3)
     disturb(first.bank)
-    start: dict[str, Pair] = {name: (b.clone(), a.clone()) for name, (b, a) in first.bank.pairs()}
-    for name, (b, a) in setting(model, tmp_path, rank=rank, start=start).bank.pairs():
+    start: dict[str, Pair] = {name: (b.clone(), a.clone()) for name, (b, a) in pairs_of(first.bank)}
+    for name, (b, a) in pairs_of(setting(model, tmp_path, rank=rank, start=start).bank):
         torch.testing.assert_close(b @ a, start[name][0] @ start[name][1])
 
 
 def test_a_start_of_higher_rank_is_refused(model: Path, tmp_path: Path) -> None:
-    start = {name: pair for name, pair in setting(model, tmp_path, rank=5).bank.pairs() if "q_proj" in name}
+    start = {name: pair for name, pair in pairs_of(setting(model, tmp_path, rank=5).bank) if "q_proj" in name}
     with pytest.raises(UsageError, match=r"the start has rank 5 for .*q_proj.*, the adapter is to have 3"):
         setting(model, tmp_path, rank=3, start=start)
 
@@ -56,14 +56,14 @@ def test_a_start_of_higher_rank_is_refused(model: Path, tmp_path: Path) -> None:
 def test_products_are_scaled_for_a_while(model: Path, tmp_path: Path) -> None:
     bank = setting(model, tmp_path, rank=RANK).bank
     disturb(bank)
-    before = {name: b @ a for name, (b, a) in bank.pairs()}
+    before = {name: b @ a for name, (b, a) in pairs_of(bank)}
     with bank.scaled(0.25):
-        for name, (b, a) in bank.pairs():
+        for name, (b, a) in pairs_of(bank):
             torch.testing.assert_close(b @ a, 0.25 * before[name])
-    for name, (b, a) in bank.pairs():
+    for name, (b, a) in pairs_of(bank):
         assert torch.equal(b @ a, before[name])
     bank.reset_to_zero()
-    assert not any((b @ a).any() for _, (b, a) in bank.pairs())
+    assert not any((b @ a).any() for _, (b, a) in pairs_of(bank))
 
 
 def test_adamw_moves_each_block_at_its_rate() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_svd_distill.pairing.plan import EXPERTS, Plan
+from moe_svd_distill.pairing.plan import EXPERTS, Pairing
 from moe_svd_distill.pipeline.pair import open_model, open_pair
 from moe_svd_distill.pipeline.units import plan_pair
 from tests.support import architectures
@@ -37,7 +37,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path
     return made
 
 
-def plan_of(teacher: Path, student: Path) -> Plan:
+def plan_of(teacher: Path, student: Path) -> Pairing:
     with open_pair(str(teacher), str(student)) as pair:
         return plan_pair(recipe_for(teacher, student, Path("out")), pair)
 

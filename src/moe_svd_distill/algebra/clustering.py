@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
 from moe_svd_distill.algebra.interpolation import check_weight, spherical_coefficients
+from moe_svd_distill.algebra.matching import best_assignment
 
 GRAM_COLUMNS = 1 << 15  # columns multiplied in float32 before they are added up in float64
 
@@ -156,10 +157,7 @@ def assign_clusters(similarity: Float[Tensor, "clusters student_experts"]) -> In
     clusters, experts = similarity.shape
     if clusters != experts:
         raise ValueError(f"{clusters} clusters cannot be assigned one to one to {experts} student experts")
-    from scipy.optimize import linear_sum_assignment  # half a second that most processes need not pay
-
-    _, chosen = linear_sum_assignment(similarity.double().cpu().numpy(), maximize=True)
-    return torch.from_numpy(chosen).to(similarity.device)
+    return best_assignment(similarity)
 
 
 def _zeros(chunk: Float[Tensor, "experts _"]) -> Float[Tensor, "experts experts"]:

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+STEEPNESS = 0.15  # of the tanh in `tanh_depth`
 PARALLEL = 1.0 - 1e-6  # |cosine| above which spherical interpolation is replaced by the linear one
 
 
@@ -66,7 +67,7 @@ def endpoint_depth(student_layers: int, teacher_layers: int) -> list[tuple[int, 
     return [_neighbours(layer * step, teacher_layers) for layer in range(student_layers)]
 
 
-def tanh_depth(student_layers: int, teacher_layers: int, steepness: float = 0.15) -> list[tuple[int, int, float]]:
+def tanh_depth(student_layers: int, teacher_layers: int) -> list[tuple[int, int, float]]:
     """As ``linear_depth`` with a tanh that is symmetric about the middle: many student layers at both ends.
 
     ``(T - 1)/2 (1 + tanh(k T/S x) / tanh(k T/S x_last))`` with ``x = layer - (S - 1)/2``. It saturates: for 46 student
@@ -74,15 +75,13 @@ def tanh_depth(student_layers: int, teacher_layers: int, steepness: float = 0.15
     of the public scripts.
 
     Raises:
-        ValueError: fewer than one layer, or a steepness that is not positive.
+        ValueError: fewer than one layer.
     """
     _check_layers(student_layers, teacher_layers)
-    if not steepness > 0:
-        raise ValueError(f"steepness must be positive, not {steepness}")
     half = (teacher_layers - 1) / 2
     if student_layers == 1:
         return [_neighbours(half, teacher_layers)]
-    slope = steepness * teacher_layers / student_layers
+    slope = STEEPNESS * teacher_layers / student_layers
     middle = (student_layers - 1) / 2
     end = math.tanh(slope * middle)
     return [

@@ -56,7 +56,6 @@ def leading_factors(
     energy: Float[Tensor, "*e"],
     generator: torch.Generator,
     pass_dtype: torch.dtype,
-    passes: int | None,
 ) -> tuple[Float[Tensor, "*e r m"], Float[Tensor, "*e r n"], str]:
     """``(U, W, method)`` for m <= n: leading left singular vectors as rows, ``W = U D``, "gram" or "subspace".
 
@@ -67,11 +66,9 @@ def leading_factors(
     if way == "eigh":
         return *gram_factors(matrix, rank), "gram"
     if way == "momentum":
-        factors = momentum_factors(matrix, rank, generator=generator, pass_dtype=pass_dtype, passes=passes)
-        return *factors, "subspace"
+        return *momentum_factors(matrix, rank, generator=generator, pass_dtype=pass_dtype), "subspace"
     by_gram = way == "gram-krylov"
-    factors = krylov_factors(matrix, rank, energy=energy, generator=generator, by_gram=by_gram, blocks=passes)
-    return *factors, "subspace"
+    return *krylov_factors(matrix, rank, energy=energy, generator=generator, by_gram=by_gram), "subspace"
 
 
 def first_size(rank: int, by_gram: bool) -> int:
@@ -96,25 +93,20 @@ def krylov_factors(
     energy: Float[Tensor, "*e"],
     generator: torch.Generator,
     by_gram: bool = False,
-    blocks: int | None = None,
 ) -> tuple[Float[Tensor, "*e r m"], Float[Tensor, "*e r n"]]:
     """``(U, W)``: leading left singular vectors as rows, and ``W = U D``, for m <= n.
 
     ``energy`` is ``||D||^2`` of every matrix, float64.
     ``by_gram`` forms ``D D^T`` once and grows the space with it: cheaper for large spaces of oblong matrices.
-    ``blocks`` fixes the number of blocks; by default the space grows until ``missing_energy`` promises a residual
-    within ``TOLERANCE`` of the optimum.
+    The space grows until ``missing_energy`` promises a residual within ``TOLERANCE`` of the optimum.
     """
     m = matrix.shape[-2]
     space = _Space(matrix, block_width(rank, by_gram), by_gram, generator)
-    wanted = blocks if blocks is not None else -(-first_size(rank, by_gram) // space.width)
-    wanted = max(wanted, rank // space.width + 1)
+    wanted = max(-(-first_size(rank, by_gram) // space.width), rank // space.width + 1)
     while wanted * space.width <= LARGEST_SHARE * m:
         space.grow(wanted)
         projected = space.projected()
         values, vectors = torch.linalg.eigh(projected)
-        if blocks is not None:
-            return space.lift(vectors[..., -rank:])
         missing = missing_energy(projected, values, vectors, space.width, rank)
         rest = energy - values[..., -rank:].double().sum(-1)
         allowed = torch.maximum(2.0 * TOLERANCE * rest, 1e-7 * energy)

@@ -29,7 +29,6 @@ class LowRank:
     right: Float[Tensor, "r n"]
     residual: float  # ||D - left @ right|| / ||D||, Frobenius; 0.0 for a zero matrix
     energy: float  # ||left @ right||^2 / ||D||^2; 1.0 for a zero matrix
-    singular_values: Float[Tensor, "r"]  # of the approximation; NaN where no decomposition was needed (method "exact")
     method: str  # "subspace", "gram", "gram of blocks", "exact" (identity factor, no SVD needed)
 
 
@@ -39,7 +38,6 @@ def truncated_svd(
     *,
     generator: torch.Generator,
     pass_dtype: torch.dtype = torch.float32,
-    passes: int | None = None,
 ) -> LowRank:
     """Factors of ``matrix`` at ``rank``, within 1.001 of the Eckart-Young residual on spectra like those of weights.
 
@@ -48,12 +46,11 @@ def truncated_svd(
         rank: columns of ``left``. At ``rank >= min(m, n)`` the product is exact: one factor is the identity, padded.
         generator: source of the random start; its device need not be the matrix's.
         pass_dtype: number format of the large products (see ``matmul_dtype``).
-        passes: number of Krylov blocks; None chooses by rank and shape.
 
     Raises:
         ValueError: rank below 1, an empty matrix, or an entry that is not finite.
     """
-    return _factorise(matrix, rank, generator, pass_dtype, passes)[0]
+    return _factorise(matrix, rank, generator, pass_dtype)[0]
 
 
 def batched_truncated_svd(
@@ -68,8 +65,8 @@ def batched_truncated_svd(
     On an accelerator the stack goes through batched kernels; on a CPU one after the other, kinder to its cache.
     """
     if matrices.device.type == "cpu":
-        return [_factorise(matrix, rank, generator, pass_dtype, None)[0] for matrix in matrices]
-    return _factorise(matrices, rank, generator, pass_dtype, None)
+        return [_factorise(matrix, rank, generator, pass_dtype)[0] for matrix in matrices]
+    return _factorise(matrices, rank, generator, pass_dtype)
 
 
 def rank_for_energy(singular_values: Float[Tensor, "k"], energy: float, total: float) -> int:
@@ -128,22 +125,17 @@ def low_rank_of_blocks(
     right = (basis * root).mT.float().contiguous()
     kept = float(sigma.square().sum())
     residual = math.sqrt(max(0.0, 1.0 - kept / total)) if total else 0.0
-    return LowRank(left, right, residual, 1.0 - residual**2, sigma.float(), _OF_BLOCKS), math.sqrt(total), 2
+    return LowRank(left, right, residual, 1.0 - residual**2, _OF_BLOCKS), math.sqrt(total), 2
 
 
 def _identity_of_blocks(blocks: Callable[[], Iterable[Tensor]], columns: int, rank: int) -> tuple[LowRank, float, int]:
     whole = torch.cat([block.cpu() for block in blocks()])
     norm = float(torch.linalg.vector_norm(whole, dtype=torch.float64))
-    unknown = torch.full((rank,), math.nan)
-    return LowRank(_pad(whole, columns=rank), torch.eye(rank, columns), 0.0, 1.0, unknown, _OF_BLOCKS), norm, 1
+    return LowRank(_pad(whole, columns=rank), torch.eye(rank, columns), 0.0, 1.0, _OF_BLOCKS), norm, 1
 
 
 def _factorise(
-    matrices: Float[Tensor, "*e m n"],
-    rank: int,
-    generator: torch.Generator,
-    pass_dtype: torch.dtype,
-    passes: int | None,
+    matrices: Float[Tensor, "*e m n"], rank: int, generator: torch.Generator, pass_dtype: torch.dtype
 ) -> list[LowRank]:
     """The factors of every matrix of a stack, or of the one matrix given."""
     stack = matrices if matrices.ndim == 3 else matrices[None]
@@ -154,17 +146,12 @@ def _factorise(
     if not any(norms):
         return [_zero_factors(matrix, rank) for matrix in stack]
     if any(norm and not SAFE_NORMS[0] < norm < SAFE_NORMS[1] for norm in norms):
-        return [
-            _rescaled(matrix, norm, rank, generator, pass_dtype, passes)
-            for matrix, norm in zip(stack, norms, strict=True)
-        ]
+        return [_rescaled(matrix, norm, rank, generator, pass_dtype) for matrix, norm in zip(stack, norms, strict=True)]
     D = matrices.float()
     upright = m > n
     energies = torch.tensor(norms if matrices.ndim == 3 else norms[0], dtype=torch.float64, device=D.device).square()
     wide = D.mT if upright else D
-    U, W, method = leading_factors(
-        wide, rank, energy=energies, generator=generator, pass_dtype=pass_dtype, passes=passes
-    )
+    U, W, method = leading_factors(wide, rank, energy=energies, generator=generator, pass_dtype=pass_dtype)
     if matrices.ndim == 2:
         D, U, W = D[None], U[None], W[None]
     sigma = torch.linalg.vector_norm(W, dim=-1)
@@ -176,26 +163,21 @@ def _factorise(
             results.append(_zero_factors(D[i], rank))
         elif 1.0 - energy >= RESIDUAL_FROM_NORMS**2:
             left, right = _balance(U[i], W[i], sigma[i], upright)
-            results.append(LowRank(left, right, math.sqrt(1.0 - energy), energy, sigma[i], method))
+            results.append(LowRank(left, right, math.sqrt(1.0 - energy), energy, method))
         else:
             results.append(_steep(D[i], rank, norm, method, generator))
     return results
 
 
 def _rescaled(
-    matrix: Float[Tensor, "m n"],
-    norm: float,
-    rank: int,
-    generator: torch.Generator,
-    pass_dtype: torch.dtype,
-    passes: int | None,
+    matrix: Float[Tensor, "m n"], norm: float, rank: int, generator: torch.Generator, pass_dtype: torch.dtype
 ) -> LowRank:
     """The factors of a matrix so large or small that squares of its Gram matrix would leave float32."""
     if norm == 0.0:
         return _zero_factors(matrix, rank)
-    unit = _factorise(matrix.float() / norm, rank, generator, pass_dtype, passes)[0]
+    unit = _factorise(matrix.float() / norm, rank, generator, pass_dtype)[0]
     root = math.sqrt(norm)
-    return replace(unit, left=unit.left * root, right=unit.right * root, singular_values=unit.singular_values * norm)
+    return replace(unit, left=unit.left * root, right=unit.right * root)
 
 
 def _steep(D: Float[Tensor, "m n"], rank: int, norm: float, method: str, generator: torch.Generator) -> LowRank:
@@ -205,7 +187,7 @@ def _steep(D: Float[Tensor, "m n"], rank: int, norm: float, method: str, generat
     sigma = torch.linalg.vector_norm(W, dim=1)
     left, right = _balance(U, W, sigma, upright)
     residual = float(torch.linalg.vector_norm(D - left @ right)) / norm
-    return LowRank(left, right, residual, 1.0 - residual**2, sigma, method)
+    return LowRank(left, right, residual, 1.0 - residual**2, method)
 
 
 def _balance(U: Tensor, W: Tensor, sigma: Tensor, upright: bool) -> tuple[Tensor, Tensor]:
@@ -241,8 +223,7 @@ def _identity_factors(matrix: Float[Tensor, "m n"], rank: int) -> LowRank:
         left, right = D, torch.eye(n, device=D.device)
     else:
         left, right = torch.eye(m, device=D.device), D
-    unknown = torch.full((rank,), math.nan, device=D.device)
-    return LowRank(_pad(left, columns=rank), _pad(right, rows=rank), 0.0, 1.0, unknown, "exact")
+    return LowRank(_pad(left, columns=rank), _pad(right, rows=rank), 0.0, 1.0, "exact")
 
 
 def _zero_factors(matrix: Float[Tensor, "m n"], rank: int) -> LowRank:
@@ -251,7 +232,7 @@ def _zero_factors(matrix: Float[Tensor, "m n"], rank: int) -> LowRank:
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, device=matrix.device)
 
-    return LowRank(zeros(m, rank), zeros(rank, n), 0.0, 1.0, zeros(rank), "exact")
+    return LowRank(zeros(m, rank), zeros(rank, n), 0.0, 1.0, "exact")
 
 
 def _signs(left: Tensor) -> Tensor:

@@ -135,14 +135,21 @@ def match_similarity(similarity: Float[Tensor, "p m"]) -> Matching:
     if not bool(torch.isfinite(similarity).all()):
         raise ValueError("similarities are not finite")
     best = similarity.argmax(1)
-    if len(set(best.tolist())) == p:
-        index = best  # the row maxima bound every matching, so this one is the best
-    else:
-        from scipy.optimize import linear_sum_assignment  # half a second that most processes need not pay
-
-        chosen = linear_sum_assignment(similarity.double().cpu().numpy(), maximize=True)[1]
-        index = torch.from_numpy(chosen).to(similarity.device)
+    # Row maxima bound every matching, so where they are all different they are the best.
+    index = best if len(set(best.tolist())) == p else best_assignment(similarity)
     return Matching(index, float(similarity.gather(1, index[:, None]).mean()))
+
+
+def best_assignment(similarity: Float[Tensor, "p m"]) -> Int[Tensor, "p"]:
+    """The column of every row, one to one, at the largest total (Hungarian method); p <= m.
+
+    Raises:
+        ValueError: an entry that is not finite.
+    """
+    from scipy.optimize import linear_sum_assignment  # half a second that most processes need not pay
+
+    chosen = linear_sum_assignment(similarity.double().cpu().numpy(), maximize=True)[1]
+    return torch.from_numpy(chosen).to(similarity.device)
 
 
 def _unit_mean(norms: Tensor) -> Tensor:

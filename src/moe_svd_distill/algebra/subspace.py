@@ -73,18 +73,16 @@ def momentum_factors(
     *,
     generator: torch.Generator,
     pass_dtype: torch.dtype,
-    passes: int | None = None,
 ) -> tuple[Float[Tensor, "*e r m"], Float[Tensor, "*e r n"]]:
     """``(U, W)``: leading left singular vectors as rows, and ``W = U D``.
 
     Randomised subspace iteration (Halko, Martinsson, Tropp 2011) with momentum against the bulk of the spectrum: with
     a the smallest eigenvalue of ``Z^T Z`` the step is ``D Z - a/2 Q - a^2/16 Q_prev R^-1``, a Chebyshev recurrence on
-    [0, a]. The products with D run in ``pass_dtype``, all else in float32 and float64. ``passes``: 3 for ranks up to
-    16, 5 by default, 6 for high quality.
+    [0, a]. The products with D run in ``pass_dtype``, all else in float32 and float64.
     """
     *batch, m, n = matrix.shape
     width = min(rank + max(16, rank // 4), m, n)
-    count = passes if passes is not None else 3 if rank <= 16 else 5
+    count = 3 if rank <= 16 else 5
     H = matrix.to(pass_dtype)
     start = torch.randn(*batch, width, n, generator=generator, device=generator.device).to(matrix.device, pass_dtype)
     Q = orthonormal_rows((start @ H.mT).float())

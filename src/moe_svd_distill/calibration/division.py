@@ -105,7 +105,7 @@ def divide(
     sequences = {name: whole(budgets[name], length) // length for name in budgets}
     shares = [1.0 if portion is None else portion.share for portion in portions]
     divided = {name: divided_by_share(count, shares) for name, count in sequences.items()}
-    reading, found = _Reading(tokenizer, vocabulary, Repeats() if len(budgets) > 1 else None), []
+    reading, found = _ReadDocuments(tokenizer, vocabulary, Repeats() if len(budgets) > 1 else None), []
     used: set[str] = set()
     for number, (portion, own) in enumerate(portions.items()):
         full = [divided[name][number] * length for name in budgets]
@@ -137,7 +137,7 @@ def _joined(parts: Sequence[TextPart], seed: int) -> TextPart:
     """One part of several portions, in the order their documents are drawn in."""
     if len(parts) == 1:
         return parts[0]
-    both = [found for part in parts for found in zip(part.documents, part.ids, part.limits(), strict=True)]
+    both = [found for part in parts for found in zip(part.documents, part.ids, part.longest, strict=True)]
     both.sort(key=lambda found: drawing_key(seed, found[0].digest))
     divisions = [part.division for part in parts if part.division is not None]
     return replace(
@@ -146,13 +146,13 @@ def _joined(parts: Sequence[TextPart], seed: int) -> TextPart:
         ids=tuple(ids for _, ids, _ in both),
         wanted=sum(part.wanted or 0 for part in parts),
         skipped=sum(part.skipped for part in parts),
-        longest=tuple(len(ids) if most is None else most for _, ids, most in both),
+        longest=tuple(most for _, _, most in both),
         division=replace(divisions[-1], apart=all(division.apart for division in divisions)),
     )
 
 
 def _divide_one(
-    documents: Sequence[Document], reading: _Reading, full: Sequence[int], length: int, seed: int
+    documents: Sequence[Document], reading: _ReadDocuments, full: Sequence[int], length: int, seed: int
 ) -> list[TextPart]:
     """The parts of one portion; `reading` knows what those before have read."""
     units = _units(documents, reading.tokenizer, len(full))
@@ -223,14 +223,8 @@ def _groups(units: Sequence[Document], seed: int) -> list[list[Document]]:
     ]
 
 
-class _Reading:
-    """Documents read so far, in the order they were read; `groups` has the number of each one's group.
-
-    Args:
-        tokenizer: The student's.
-        vocabulary: Documents with a token number at or above this are skipped.
-        repeats: What has been read, so that it is removed where it comes again; None if repetitions stay.
-    """
+class _ReadDocuments:
+    """Documents read so far, in that order, each with the number of its group; with no `repeats`, repetitions stay."""
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: int | None, repeats: Repeats | None) -> None:
         self.tokenizer, self.vocabulary, self.repeats, self.skipped = tokenizer, vocabulary, repeats, 0
@@ -238,9 +232,9 @@ class _Reading:
         self.ids: list[IntArray] = []
         self.groups: list[int] = []
 
-    def anew(self) -> _Reading:
+    def anew(self) -> _ReadDocuments:
         """One without documents, which knows what repeats in those of this one."""
-        return _Reading(self.tokenizer, self.vocabulary, self.repeats)
+        return _ReadDocuments(self.tokenizer, self.vocabulary, self.repeats)
 
     def read(self, chunk: Sequence[tuple[int, Document]]) -> None:
         """Read documents, each given with the number of its group."""
@@ -278,7 +272,7 @@ class _Reading:
         return complete(self.lengths[order], groups, full, spreads) is not None
 
 
-def _read_groups(groups: Sequence[Sequence[Document]], reading: _Reading, full: Sequence[int]) -> _Reading:
+def _read_groups(groups: Sequence[Sequence[Document]], reading: _ReadDocuments, full: Sequence[int]) -> _ReadDocuments:
     """Read groups in their order until every part has its tokens, over as many groups and documents as is wanted."""
     for chunks in _rounds(groups):
         for batch in batches(chunks, lambda chunk: len(chunk[1].text)):

@@ -1,15 +1,14 @@
-"""Documents, the sources they belong to, and dividing them so that none serves two purposes."""
+"""Documents, the sources they belong to, and their sections; by what they are recognised where they come again."""
 
 from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from moe_svd_distill.calibration.chat import Chat
-from moe_svd_distill.errors import BadDataError, UsageError
 
 MINIMUM_UNITS = 24
 """With fewer documents than this, long ones are cut into sections before they are divided or counted."""
@@ -102,38 +101,9 @@ def drawing_key(seed: int, content: str) -> bytes:
     return hashlib.sha256(f"{seed}:{content}".encode()).digest()
 
 
-def split_documents(
-    documents: Sequence[Document], fractions: Mapping[str, float], seed: int = 0
-) -> dict[str, tuple[Document, ...]]:
-    """Divide documents into named parts, by shares of the characters, so that no document is in two parts.
-
-    The order is drawn from the content and the seed, never from file names; each part comes back in that order.
-    With few documents the long ones are cut into sections first.
-    """
-    if not fractions or any(share <= 0 for share in fractions.values()):
-        raise UsageError(f"A part of the text has no share: {dict(fractions)}", "Give every part a share above 0")
-    units = cut_long_documents(documents, minimum=max(MINIMUM_UNITS, len(fractions)))
-    if len(units) < len(fractions):
-        raise BadDataError(
-            f"The text is {len(units)} document(s), too few for {len(fractions)} parts ({', '.join(fractions)})",
-            "Give more text",
-        )
-    ordered = sorted(units, key=lambda unit: drawing_key(seed, unit.digest))
-    total_share, total = sum(fractions.values()), sum(len(unit.text) for unit in ordered)
-    parts: dict[str, tuple[Document, ...]] = {}
-    begin, share_so_far, characters = 0, 0.0, 0
-    for index, (name, share) in enumerate(fractions.items()):
-        share_so_far += share
-        parts_to_come = len(fractions) - index - 1
-        end = begin
-        while end < len(ordered) - parts_to_come and (
-            end == begin or parts_to_come == 0 or characters < total * share_so_far / total_share
-        ):
-            characters += len(ordered[end].text)
-            end += 1
-        parts[name] = tuple(ordered[begin:end])
-        begin = end
-    return parts
+def in_drawn_order(documents: Sequence[Document], seed: int = 0) -> tuple[Document, ...]:
+    """Documents in an order drawn from their content and the seed, never from file names; of few, sections of them."""
+    return tuple(sorted(cut_long_documents(documents), key=lambda section: drawing_key(seed, section.digest)))
 
 
 def cut_long_documents(documents: Sequence[Document], minimum: int = MINIMUM_UNITS) -> tuple[Document, ...]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from moe_svd_distill.calibration.dataset_rows import DATASET_PREFIX, dataset_rows, parse_dataset
-from moe_svd_distill.calibration.documents import Document, Portion, drawing_key
+from moe_svd_distill.calibration.documents import Document, drawing_key
 from moe_svd_distill.calibration.record_files import (
     RECORD_SUFFIXES,
     Row,
@@ -65,7 +65,6 @@ def read_text(
     field: str | None = None,
     group_field: str | None = None,
     limit_characters: int = ENOUGH_CHARACTERS,
-    portion: Portion | None = None,
 ) -> ReadText:
     """Read the documents in files, folders and data sets; the same text is kept once, whatever its white space.
 
@@ -85,17 +84,16 @@ def read_text(
         group_field: The field of a record that names the source it belongs to (see `document_of_record`).
         limit_characters: Characters to keep at about most. Of more, documents are drawn by their content, so that
             neither names nor order matter; a document that is much of it is cut, and a data set is read no further.
-        portion: What the documents count towards.
 
     Raises:
         MissingInputError: A file or a data set is not there.
         BadDataError: A file is not text, a record holds neither text nor messages, or there is no text at all.
         UsageError: The name of a data set is not one, or an optional package is missing.
     """
-    reading, sample = _Reading(field, group_field, limit_characters), _Sample(limit_characters)
+    reading, sample = _Reader(field, group_field, limit_characters), _Sample(limit_characters)
     for path in paths:
         for document in reading.documents(path):
-            sample.add(document if portion is None else replace(document, portion=portion))
+            sample.add(document)
     found = sample.drawn()
     if not found:
         named = ", ".join(map(str, paths)) or "nothing was named"
@@ -186,7 +184,7 @@ def _place(document: Document) -> bytes:
     return drawing_key(0, document.identity)
 
 
-class _Reading:
+class _Reader:
     """Documents of paths, one after another, and what was read otherwise than its name says."""
 
     def __init__(self, field: str | None, group_field: str | None, limit: int) -> None:

@@ -18,9 +18,6 @@ from moe_svd_distill.calibration.documents import Document
 from moe_svd_distill.calibration.text import (
     TextPart,
     TokenizedText,
-    all_digests,
-    all_groups,
-    all_portions,
     batches,
     ended,
     fits,
@@ -172,16 +169,11 @@ def pack_pair(
     if not rows.done:
         raise too_short(rows.tokens, length, skipped)
     texts = [
-        TokenizedText(
-            sequences=np.concatenate(rows.sequences[side]).reshape(rows.done, length),
-            document_of_token=np.concatenate(rows.owners[side]).reshape(rows.done, length),
-            sources=tuple(document.source for document in used),
-            digests=all_digests(used),
-            skipped=part.skipped + skipped,
-            asked=part.asked,
-            groups=all_groups(used),
-            division=part.division,
-            portions=all_portions(used),
+        part.packed(
+            used,
+            np.concatenate(rows.sequences[side]).reshape(rows.done, length),
+            np.concatenate(rows.owners[side]).reshape(rows.done, length),
+            skipped,
         )
         for side in (0, 1)
     ]
@@ -193,7 +185,7 @@ def _paired_documents(
     part: TextPart, student: Tokenizer, teacher: Tokenizer, teacher_vocabulary: int | None
 ) -> Iterator[_PairedDocument | None]:
     """Every document in both tokenisations; None for one with a token the teacher's head has no row for."""
-    limited = list(zip(part.documents, part.limits(), strict=True))
+    limited = list(zip(part.documents, part.longest, strict=True))
     for batch in batches(limited, lambda item: len(item[0].text), _ALIGNED_CHARACTERS):
         texts = [document.text for document, _ in batch]
         both = zip(batch, student.encode_spans(texts), teacher.encode_spans(texts), strict=True)

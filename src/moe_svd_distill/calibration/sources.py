@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from moe_svd_distill.calibration.documents import Document, Portion
 from moe_svd_distill.calibration.reading import ReadText, enough_characters, read_text
@@ -38,10 +39,9 @@ def read_sources(
                 field=own_field or field,
                 group_field=group_field,
                 limit_characters=enough_characters(tokens),
-                portion=portion,
             )
             for document in read.documents:
-                found.setdefault(document.identity, document)
+                found.setdefault(document.identity, replace(document, portion=portion) if portion else document)
             counts.update(read.counts)
             notes += read.notes
     return ReadText(tuple(found.values()), dict(counts), tuple(notes))

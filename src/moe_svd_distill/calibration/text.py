@@ -115,7 +115,7 @@ class TextPart:
         documents: In the order they are packed in, rendered.
         ids: Tokens of each.
         wanted: Tokens to pack, whole sequences; None for all.
-        longest: Tokens to take of each document at most, the one that ends it not counted; None for all.
+        longest: Tokens to take of each at most, the one that ends it not counted; None for all.
         asked: Tokens that were asked for; more than `wanted` if there is too little text.
         skipped: Documents of the whole text that hold a token one of the two models lacks.
         division: How far it is apart from other parts of the same text; None if it is no part.
@@ -124,14 +124,26 @@ class TextPart:
     documents: tuple[Document, ...]
     ids: tuple[IntArray, ...]
     wanted: int | None
-    longest: tuple[int, ...] | None
+    longest: tuple[int | None, ...]
     asked: int | None
     skipped: int = 0
     division: Division | None = None
 
-    def limits(self) -> Sequence[int | None]:
-        """`longest` of each document."""
-        return (None,) * len(self.documents) if self.longest is None else self.longest
+    def packed(
+        self, used: Sequence[Document], sequences: IntArray, document_of_token: IntArray, skipped: int = 0
+    ) -> TokenizedText:
+        """Sequences, (n, length), of those of its documents that are used; more of them were skipped meanwhile."""
+        return TokenizedText(
+            sequences=sequences,
+            document_of_token=document_of_token,
+            sources=tuple(document.source for document in used),
+            digests=tuple(sorted({digest for document in used for digest in document.digests})),
+            skipped=self.skipped + skipped,
+            asked=self.asked,
+            groups=tuple(sorted({document.group_digest for document in used})),
+            division=self.division,
+            portions=tuple(document.portion for document in used if document.portion is not None),
+        )
 
 
 def tokenize(
@@ -171,8 +183,8 @@ def tokenize(
             break
     longest = None
     if wanted is not None and share is not None:
-        longest = (max(share, even_share([len(part) for part in ids], wanted)),) * len(ids)
-    part = TextPart(tuple(used), tuple(ids), wanted, longest, asked=limit_tokens, skipped=skipped)
+        longest = max(share, even_share([len(part) for part in ids], wanted))
+    part = TextPart(tuple(used), tuple(ids), wanted, (longest,) * len(ids), asked=limit_tokens, skipped=skipped)
     return pack(part, tokenizer.end_of_text, length)
 
 
@@ -187,24 +199,15 @@ def pack(part: TextPart, end_of_text: int | None, length: int) -> TokenizedText:
     Raises:
         BadDataError: There is not even one sequence.
     """
-    parts = [ended(ids[:most], end_of_text) for ids, most in zip(part.ids, part.limits(), strict=True)]
+    parts = [ended(ids[:most], end_of_text) for ids, most in zip(part.ids, part.longest, strict=True)]
     total = sum(len(ids) for ids in parts)
     count = (total if part.wanted is None else min(total, part.wanted)) // length
     if count == 0:
         raise too_short(total, length, part.skipped)
     owners = np.repeat(np.arange(len(parts)), [len(ids) for ids in parts])[: count * length]
     used = part.documents[: int(owners[-1]) + 1]
-    return TokenizedText(
-        sequences=np.concatenate(parts)[: count * length].reshape(count, length),
-        document_of_token=owners.reshape(count, length),
-        sources=tuple(document.source for document in used),
-        digests=all_digests(used),
-        skipped=part.skipped,
-        asked=part.asked,
-        groups=all_groups(used),
-        division=part.division,
-        portions=all_portions(used),
-    )
+    sequences = np.concatenate(parts)[: count * length].reshape(count, length)
+    return part.packed(used, sequences, owners.reshape(count, length))
 
 
 def batches(items: Sequence[T], characters: Callable[[T], int], most: int = BATCH_CHARACTERS) -> Iterator[list[T]]:
@@ -269,21 +272,6 @@ def even_share(lengths: Sequence[int] | IntArray, wanted: int) -> int:
     taken = np.asarray(lengths, dtype=np.int64)
     longest = int(taken.max(initial=0))
     return bisect_left(range(longest), wanted, key=lambda most: int(np.minimum(taken, most).sum()))
-
-
-def all_digests(documents: Sequence[Document]) -> tuple[str, ...]:
-    """What to write down of documents that are used."""
-    return tuple(sorted({digest for document in documents for digest in document.digests}))
-
-
-def all_groups(documents: Sequence[Document]) -> tuple[str, ...]:
-    """What to write down of the sources of documents that are used."""
-    return tuple(sorted({document.group_digest for document in documents}))
-
-
-def all_portions(documents: Sequence[Document]) -> tuple[Portion, ...]:
-    """What each of the documents counts towards; empty where nothing has shares."""
-    return tuple(document.portion for document in documents if document.portion is not None)
 
 
 def too_short(total: int, least: int, skipped: int) -> BadDataError:

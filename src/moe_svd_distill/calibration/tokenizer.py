@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,27 +38,17 @@ class TokenSpans:
     read: NDArray[np.bool_]
 
 
-class Tokenizer(Protocol):
-    """What packing needs of a tokenizer."""
+class Tokenizer:
+    """The tokenizer that transformers makes of a folder; `tokenizer.json` as it stands where it makes none.
 
-    @property
-    def end_of_text(self) -> int | None:
-        """The token that ends a document, or None."""
+    Attributes:
+        end_of_text: The token that ends a document, or None.
+    """
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, with the special tokens the tokenizer puts around a text by itself."""
-
-    def encode_spans(self, texts: Sequence[str]) -> list[TokenSpans]:
-        """The same tokens with the characters each of them reads."""
-
-    def render(self, chat: Chat, where: str) -> str:
-        """The text that the chat template makes of a conversation; `where` names the record in errors."""
-
-
-class _FolderTokenizer:
-    """The tokenizer that transformers makes of a folder; `tokenizer.json` as it stands where it makes none."""
+    end_of_text: int | None
 
     def __init__(self, folder: Path) -> None:
+        """Load it, as `load_tokenizer` says."""
         self._folder, self._fast = folder, _as_transformers_reads(folder)
         if self._fast is not None:
             self._fast.no_truncation()
@@ -68,6 +58,7 @@ class _FolderTokenizer:
             self.end_of_text = self._transformers.eos_token_id
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, with the special tokens the tokenizer puts around a text by itself."""
         try:
             if self._fast is not None:
                 return [encoding.ids for encoding in self._fast.encode_batch_fast(list(texts))]
@@ -76,6 +67,7 @@ class _FolderTokenizer:
             raise self._failed(error) from error
 
     def encode_spans(self, texts: Sequence[str]) -> list[TokenSpans]:
+        """The same tokens with the characters each of them reads."""
         try:
             encodings = self._exact.encode_batch(list(texts))
         except DistillError:
@@ -90,6 +82,7 @@ class _FolderTokenizer:
         return result
 
     def render(self, chat: Chat, where: str) -> str:
+        """The text that the chat template makes of a conversation; `where` names the record in errors."""
         begins = self.encode([""])[0][:1] == [self._transformers.bos_token_id]
         return render_chat(chat, self._transformers, where=where, begins=begins)
 
@@ -117,7 +110,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         MissingInputError: The folder has no tokenizer.
         BadDataError: Its files are damaged.
     """
-    return _FolderTokenizer(Path(folder))
+    return Tokenizer(Path(folder))
 
 
 def backend(folder: Path) -> Any:

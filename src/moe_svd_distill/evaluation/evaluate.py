@@ -13,7 +13,7 @@ from typing import Any
 from moe_svd_distill.adapter.random_control import write_random_control
 from moe_svd_distill.adapter.verify import check_loads
 from moe_svd_distill.algebra.figures import Measurement
-from moe_svd_distill.calibration.documents import Document, split_documents, without
+from moe_svd_distill.calibration.documents import Document, in_drawn_order, without
 from moe_svd_distill.calibration.domain import domain_distance
 from moe_svd_distill.calibration.paired import PairedText, PairTokenizers
 from moe_svd_distill.errors import BadDataError
@@ -120,7 +120,7 @@ def _texts(
     """The held-out text, and after it the text to fit a temperature on if there is enough of it."""
     if not documents:
         raise BadDataError("All of the text was used to make the adapter", "Name text the adapter has not seen")
-    ordered = split_documents(documents, {"held-out": 1.0}, request.seed)["held-out"]
+    ordered = in_drawn_order(documents, request.seed)
     texts = [tokenizers.first(ordered, request.tokens, length=request.length, seed=request.seed)]
     others = without(calibration, texts[0].student.digests)
     with suppress(BadDataError):  # less than a sequence of it: then half of the text itself is what T is fitted on

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -116,49 +115,22 @@ def read_record(path: Path) -> Mapping[str, Any]:
     return record
 
 
-class PartTensors(Mapping[str, "torch.Tensor"]):
-    """The tensors of a part, read from a memory map when asked for. Close it, or use it in a ``with`` block."""
+def part_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a part by name, in that order; views of the mapped file, which is read as they are used.
 
-    def __init__(self, path: Path) -> None:
-        """Open it.
+    Raises:
+        BadDataError: The part is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
 
-        Raises:
-            BadDataError: The part is damaged.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            self._names = tuple(sorted(read_header(path).tensors))
-            opener: Any = safe_open
-            self._file = opener(str(path), framework="pt")
-        except (DistillError, SafetensorError, OSError) as error:
-            reason = error.what if isinstance(error, DistillError) else error
-            raise BadDataError(f"Part {path} cannot be used: {reason}", _RUN_AGAIN) from error
-        self._file.__enter__()
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        tensor: torch.Tensor = self._file.get_tensor(name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __enter__(self) -> PartTensors:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Let go of the file."""
-        self._file.__exit__(None, None, None)
+    try:
+        names = sorted(read_header(path).tensors)
+        opener: Any = safe_open
+        with opener(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in names}
+    except (DistillError, SafetensorError, OSError) as error:
+        reason = error.what if isinstance(error, DistillError) else error
+        raise BadDataError(f"Part {path} cannot be used: {reason}", _RUN_AGAIN) from error
 
 
 class Parts(Mapping[str, "torch.Tensor"]):
@@ -189,13 +161,12 @@ class Parts(Mapping[str, "torch.Tensor"]):
                         "Give every tensor to one unit of work; this is a fault of the plan, please report it",
                     )
                 self.slots[slot.name], self._part_of[slot.name] = slot, path
-        self._opened: dict[Path, PartTensors] = {}
-        self._stack = ExitStack()
+        self._opened: dict[Path, dict[str, torch.Tensor]] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         path = self._part_of[name]
         if path not in self._opened:
-            self._opened[path] = self._stack.enter_context(PartTensors(path))
+            self._opened[path] = part_tensors(path)
         return self._opened[path][name]
 
     def __iter__(self) -> Iterator[str]:
@@ -210,7 +181,7 @@ class Parts(Mapping[str, "torch.Tensor"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
+        self._opened.clear()
 
 
 def _body(header: Header) -> Mapping[str, Any]:

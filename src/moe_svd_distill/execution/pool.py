@@ -19,7 +19,7 @@ from typing import Any
 
 from moe_svd_distill.errors import IncompleteError
 from moe_svd_distill.execution.events import Event
-from moe_svd_distill.execution.processes import START_METHOD, bare_main, signals_held
+from moe_svd_distill.execution.processes import started
 from moe_svd_distill.execution.worker import run_worker
 
 _GRACE_S = 2.0
@@ -99,18 +99,11 @@ class WorkerPool:
         Raises:
             IncompleteError: The system gives no more processes or memory.
         """
-        context: Any = multiprocessing.get_context(START_METHOD)
-        parent_end, worker_end = context.Pipe()
+        parent_end, worker_end = multiprocessing.Pipe()
         device = self._devices[slot % len(self._devices)]
-        process = context.Process(
-            target=run_worker,
-            args=(worker_end, self._pickled_work, slot, device, self._folder, self._threads),
-            name=f"moe-svd-distill worker {slot}",
-            daemon=True,
-        )
+        arguments = (worker_end, self._pickled_work, slot, device, self._folder, self._threads)
         try:
-            with signals_held(START_METHOD), bare_main(self._pickled_work):
-                process.start()
+            with started(f"worker {slot}", run_worker, arguments, self._pickled_work) as process:
                 self.workers[slot] = Worker(slot, device, process, parent_end)
         except OSError as error:
             parent_end.close()

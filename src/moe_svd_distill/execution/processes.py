@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -76,8 +77,19 @@ class StopSignals:
             self.raise_if_received()
 
 
-def leave_with_parent(look: Callable[[], object]) -> None:
-    """For a thread of its own: look around from time to time, and end the process when its parent is gone."""
+def live_with_parent(look: Callable[[], object] = lambda: None) -> None:
+    """What a process of ours does first: Ctrl-C is left to its parent, and it leaves within a second of its death.
+
+    Args:
+        look: Called again and again meanwhile, on a thread of its own.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    threading.Thread(target=_leave_with_parent, args=(look,), daemon=True).start()
+
+
+def _leave_with_parent(look: Callable[[], object]) -> None:
     parent = parent_process()
     assert parent is not None
     while not connection.wait([parent.sentinel], timeout=_LOOK_EVERY_S):
@@ -86,19 +98,32 @@ def leave_with_parent(look: Callable[[], object]) -> None:
 
 
 @contextmanager
-def signals_held(start_method: str) -> Iterator[None]:
-    """Hold back Ctrl-C while a process starts: it would hit the child before the child can ignore it."""
-    if start_method == "spawn":
+def started(name: str, target: Callable[..., None], arguments: tuple[Any, ...], pickled: bytes = b"") -> Iterator[Any]:
+    """A process of ours, for which Ctrl-C is held back until this closes.
+
+    It would hit the process before that can ignore it, or this one before anybody knows of the process.
+
+    Args:
+        name: For people.
+        target: What it does, which begins with `live_with_parent`.
+        arguments: Of that.
+        pickled: What else it will be sent.
+    """
+    context: Any = multiprocessing.get_context(START_METHOD)
+    process = context.Process(target=target, args=arguments, name=f"moe-svd-distill {name}", daemon=True)
+    if START_METHOD == "spawn":
         resource_tracker.ensure_running()  # it would lift the mask if it were started within
     held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
-        yield
+        with _bare_main(pickled):
+            process.start()
+        yield process
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 @contextmanager
-def bare_main(pickled_work: bytes) -> Iterator[None]:
+def _bare_main(pickled_work: bytes) -> Iterator[None]:
     """Keep a spawned child from running the caller's main script again.
 
     It would cost all its imports in every worker, and a script without ``if __name__ == "__main__"`` would start

@@ -24,7 +24,7 @@ from moe_svd_distill.execution.processes import StopSignals
 from moe_svd_distill.execution.worker import Unit, Work
 from moe_svd_distill.files.writing import make_folder, remove_stale_temporaries
 
-__all__ = ["ExecutionSummary", "Settings", "Unit", "UnitsSetAsideError", "Work", "execute"]
+__all__ = ["ExecutionSettings", "ExecutionSummary", "Unit", "UnitsSetAsideError", "Work", "execute"]
 
 _STARTING_LIMIT_S = 300.0  # importing torch from a cold network disk
 _LONGEST_WAIT_S = 60.0
@@ -32,7 +32,7 @@ _OVERSLEPT_S = 5.0
 
 
 @dataclass(frozen=True)
-class Settings:
+class ExecutionSettings:
     """How a run is carried out.
 
     Args:
@@ -83,7 +83,7 @@ class UnitsSetAsideError(IncompleteError):
 
 
 def execute(
-    units: Sequence[Unit], work: Work, folder: Path, settings: Settings, on_event: Callable[[Event], None]
+    units: Sequence[Unit], work: Work, folder: Path, settings: ExecutionSettings, on_event: Callable[[Event], None]
 ) -> ExecutionSummary:
     """Compute every unit whose part is not yet in ``folder``.
 
@@ -104,7 +104,7 @@ def execute(
         raise ValueError("two units of work have the same key")
     make_folder(folder)
     remove_stale_temporaries(folder)
-    run = _Run(work, folder, settings, on_event)
+    run = _Execution(work, folder, settings, on_event)
     with StopSignals() as stop:
         reused = {unit.key for unit in units if run.reuse(unit, stop)}
         run.complete([unit for unit in units if unit.key not in reused], stop)
@@ -125,10 +125,10 @@ def execute(
 
 
 @dataclass
-class _Run:
+class _Execution:
     work: Work
     folder: Path
-    settings: Settings
+    settings: ExecutionSettings
     on_event: Callable[[Event], None]
     failed: dict[str, str] = field(default_factory=dict)
     peak_memory: dict[int, int] = field(default_factory=dict)
@@ -153,7 +153,7 @@ class _Run:
         """Have every unit computed, or set aside."""
         if not units:
             return
-        self._queue = deque(sorted(units, key=lambda unit: -unit.weight))
+        self._queue = deque(sorted(units, key=lambda unit: -unit.cost))
         pool = WorkerPool(self.work, self.folder, self.settings.devices, self.settings.threads_per_worker)
         try:
             while self._staff(pool):

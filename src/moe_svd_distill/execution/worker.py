@@ -9,9 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import pickle
-import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -23,7 +21,7 @@ from moe_svd_distill.errors import DistillError
 from moe_svd_distill.execution.events import UnitFailed, UnitFinished, UnitProgress, WorkerStarted
 from moe_svd_distill.execution.memory import MemoryWatch, give_back
 from moe_svd_distill.execution.parts import PartContent, write_part
-from moe_svd_distill.execution.processes import leave_with_parent
+from moe_svd_distill.execution.processes import live_with_parent
 from moe_svd_distill.files.writing import explain_writing
 
 FREED_CACHE = "freed the device's cache and tried again"
@@ -45,7 +43,7 @@ class Unit(Protocol):
         """What people call it, such as "layer 3"."""
 
     @property
-    def weight(self) -> float:
+    def cost(self) -> float:
         """What it costs, relative to the others; the heaviest go first."""
 
 
@@ -88,11 +86,8 @@ def run_worker(
     pipe: connection.Connection, pickled_work: bytes, number: int, device: str, folder: Path, threads: int
 ) -> None:  # pragma: no cover - runs in another process
     """The life of a worker process: it sends events, or the error that every attempt would end in."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     memory = MemoryWatch()
-    threading.Thread(target=leave_with_parent, args=(memory.look,), daemon=True).start()
+    live_with_parent(memory.look)
     try:
         try:
             work = _load(pickled_work, threads)

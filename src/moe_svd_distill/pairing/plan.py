@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import TypeVar
 
 from moe_svd_distill.errors import IncompatiblePairError
-from moe_svd_distill.pairing.unit import ExpertLayer, Layers, Norm, Source, TensorTask, UnitOfWork, map_depth
+from moe_svd_distill.pairing.unit import ExpertLayer, Layers, Norm, TensorTask, UnitOfWork, WeightedView, map_depth
 from moe_svd_distill.recipe import Recipe
 from moe_svd_distill.roles import ROLES, Meaning, ModelLayout
 
+_T = TypeVar("_T")
 BYTES_PER_ENTRY = 2
-RELATED = 0.5  # mean cosine of embedding rows; unrelated models are near 0
+RELATED_EMBEDDINGS = 0.5  # mean cosine of embedding rows; unrelated models are near 0
 EXPERTS = ("experts.gate", "experts.up", "experts.down")
 LATENT, GATED, PLAIN, OTHER = (
     "latent attention",
@@ -23,7 +25,7 @@ LATENT, GATED, PLAIN, OTHER = (
 
 
 @dataclass(frozen=True)
-class Plan:
+class Pairing:
     """All the work of a run.
 
     Attributes:
@@ -41,14 +43,14 @@ class Plan:
     notes: tuple[str, ...] = ()
 
 
-def make_plan(
+def pair_models(
     teacher: ModelLayout,
     student: ModelLayout,
     recipe: Recipe,
     *,
     embedding_similarity: float | None = None,
     reason_against: Callable[[str], str] = lambda matrix: "",
-) -> Plan:
+) -> Pairing:
     """Pair the models.
 
     Args:
@@ -63,9 +65,9 @@ def make_plan(
         UsageError: The recipe's depth map does not fit the models.
     """
     depth = map_depth(recipe.depth_map, student.geometry.layers, teacher.geometry.layers)
-    pairing = _Pairing(teacher, student, recipe, embedding_similarity, reason_against)
-    units = [pairing.layer_unit(layer, behind) for layer, behind in enumerate(depth)]
-    units += [pairing.ends_unit("embeddings", ("embedding",)), pairing.ends_unit("head", ("norm.final", "head"))]
+    pairer = _Pairer(teacher, student, recipe, embedding_similarity, reason_against)
+    units = [pairer.layer_unit(layer, behind) for layer, behind in enumerate(depth)]
+    units += [pairer.ends_unit("embeddings", ("embedding",)), pairer.ends_unit("head", ("norm.final", "head"))]
     units = [unit for unit in units if unit.tasks]
     if not any(task.change for unit in units for task in unit.tasks):
         reasons = sorted({task.reason for unit in units for task in unit.tasks}) or sorted(
@@ -76,10 +78,10 @@ def make_plan(
             "Choose a teacher of a related architecture",
         )
     left_out = {**student.ignored, **_no_role(student)}
-    return Plan(tuple(units), depth, _unused(teacher, units), left_out, _notes(teacher, student))
+    return Pairing(tuple(units), depth, _unused(teacher, units), left_out, _notes(teacher, student))
 
 
-class _Pairing:
+class _Pairer:
     """Looks matrices up in both models while the units are put together."""
 
     def __init__(
@@ -124,7 +126,7 @@ class _Pairing:
         return TensorTask(meaning.view, meaning.role, meaning.expert, meaning.shape, sources, not reason, rank, reason)
 
     def _reason_to_keep(
-        self, meaning: Meaning, sources: tuple[Source, ...], layers: Layers, experts: tuple[ExpertLayer, ...]
+        self, meaning: Meaning, sources: tuple[WeightedView, ...], layers: Layers, experts: tuple[ExpertLayer, ...]
     ) -> str:
         role = meaning.role
         if not meaning.is_matrix:
@@ -159,20 +161,20 @@ class _Pairing:
             return ""
         if self.embedding_similarity is None:
             return "embeddings of different shapes are not related"
-        if self.embedding_similarity < RELATED:
+        if self.embedding_similarity < RELATED_EMBEDDINGS:
             return f"the embeddings are not related: mean cosine {self.embedding_similarity:.2f}"
         return "" if self.embedding_similarity < 1.0 else "the embeddings are identical"
 
     def _same_width(self) -> bool:
         return self.teacher.geometry.hidden == self.student.geometry.hidden
 
-    def _sources(self, role: str, layers: Layers, student_layer: int | None) -> tuple[Source, ...]:
+    def _sources(self, role: str, layers: Layers, student_layer: int | None) -> tuple[WeightedView, ...]:
         """What stands behind a role: in one or two layers of the teacher, and of the same kind of attention."""
         if not layers:
             name = self.teacher.find(role)
             if name is None and role == "head" and self.teacher.geometry.tied_embeddings:
                 name = self.teacher.find("embedding")
-            return (Source(self.teacher.meanings[name].view, 1.0),) if name else ()
+            return (WeightedView(self.teacher.meanings[name].view, 1.0),) if name else ()
         if role.startswith("attention.") and student_layer is not None:
             own = _attention(self.student, student_layer)
             layers = tuple((layer, weight) for layer, weight in layers if _attention(self.teacher, layer) == own)
@@ -180,8 +182,7 @@ class _Pairing:
         present = [(self.teacher.meanings[name], weight) for name, weight in found if name is not None]
         if len({meaning.shape for meaning, _ in present}) > 1:
             present = [max(present, key=lambda pair: pair[1])]
-        total = sum(weight for _, weight in present)
-        return tuple(Source(meaning.view, weight / total) for meaning, weight in present)
+        return tuple(WeightedView(meaning.view, weight) for meaning, weight in _summing_to_one(present))
 
     def _counterpart(self, role: str, layer: int) -> str | None:
         """The teacher's tensor of a role; for a dense MLP, where there is none, the shared expert's."""
@@ -190,8 +191,7 @@ class _Pairing:
 
     def _teacher_experts(self, layers: Layers) -> tuple[ExpertLayer, ...]:
         present = [(layer, weight) for layer, weight in layers if self._has_experts(layer)]
-        total = sum(weight for _, weight in present)
-        found = tuple(self._expert_layer(layer, weight / total) for layer, weight in present)
+        found = tuple(self._expert_layer(layer, weight) for layer, weight in _summing_to_one(present))
         if len({(layer.shapes, len(layer.tensors)) for layer in found}) > 1:
             nearest = max(present, key=lambda pair: pair[1])[0]
             found = (self._expert_layer(nearest, 1.0),)
@@ -220,12 +220,11 @@ class _Pairing:
                 (next((m for norm in ROLES[role].norms if (m := self._norm(self.teacher, norm, where))), None), weight)
                 for where, weight in (layers or ((None, 1.0),))
             ]
-            sources = [Source(m.view, weight) for m, weight in behind if own and m and m.shape == own.shape]
-            if own and sources and own.shape == (width,):
-                total = sum(source.weight for source in sources)
-                scaled = tuple(Source(source.view, source.weight / total) for source in sources)
+            present = [(m.view, weight) for m, weight in behind if own and m and m.shape == own.shape]
+            if own and present and own.shape == (width,):
+                sources = tuple(WeightedView(view, weight) for view, weight in _summing_to_one(present))
                 offsets = (self.teacher.gain_offset, self.student.gain_offset)
-                found.append(Norm(role, own.view, scaled, offsets))
+                found.append(Norm(role, own.view, sources, offsets))
         return tuple(found)
 
     @staticmethod
@@ -239,6 +238,11 @@ class _Pairing:
         entries += sum(prod(shapes[source.view.name].shape) for task in tasks for source in task.sources)
         entries += sum(prod(shape) * len(layer.tensors) for layer in experts for shape in layer.shapes)
         return entries * BYTES_PER_ENTRY
+
+
+def _summing_to_one(weighted: Sequence[tuple[_T, float]]) -> list[tuple[_T, float]]:
+    total = sum(weight for _, weight in weighted)
+    return [(value, weight / total) for value, weight in weighted]
 
 
 def _attention(model: ModelLayout, layer: int) -> str:

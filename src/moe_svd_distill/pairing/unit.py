@@ -16,7 +16,7 @@ Layers = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightedView:
     """A matrix of the teacher and its weight in the blend."""
 
     view: TensorView
@@ -42,7 +42,7 @@ class TensorTask:
     role: str
     expert: int | None
     shape: tuple[int, ...]
-    sources: tuple[Source, ...]
+    sources: tuple[WeightedView, ...]
     change: bool
     rank: int
     reason: str
@@ -66,7 +66,7 @@ class Norm:
 
     role: str
     student: TensorView
-    sources: tuple[Source, ...]
+    sources: tuple[WeightedView, ...]
     offsets: tuple[float, float]
 
 
@@ -121,11 +121,6 @@ class UnitOfWork:
         experts = [view for layer in self.teacher_experts for views in layer.tensors for view in views]
         theirs = [source.view for task in changing for source in task.sources]
         return theirs + (experts if changing else []), [task.view for task in changing]
-
-    @property
-    def weight(self) -> float:
-        """Relative cost, as the supervisor wants it."""
-        return float(self.cost)
 
     def norm(self, role: str) -> Norm | None:
         """What feeds a role, or None where nothing of the teacher's can be folded into it."""

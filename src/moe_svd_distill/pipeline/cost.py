@@ -157,15 +157,15 @@ def _cost(
     recipe: Recipe, pair: ModelPair, schedule: TrainingSchedule, text: TextSize, search: int, at_hand: bool
 ) -> TrainingCost:
     teacher, student, execution = pair.teacher, pair.student, execution_settings(recipe)
-    settings, extra, beginning = schedule.settings, schedule.extra, schedule.beginning
+    settings, extra = schedule.settings, schedule.extra
     placed = place_training(recipe, pair, execution, schedule) if at_hand else None
     resident = placed.resident if placed else {"resident": True, "streamed": False}.get(recipe.training.placement)
     processes = len(placed.devices) if placed else len(execution.devices)
     read = (text.sequences + extra.sequences(text.sequences)) * text.length + text.check + search
     own = extra.generated * text.length
     drawn = text.tokens * bool(extra.copies) + ROUNDS * own
-    recorded = read if beginning.layer else 0
-    kept_by_student = drawn + recorded * (1 if beginning.leaves_head_alone else 2)
+    recorded = read if schedule.first else 0
+    kept_by_student = drawn + recorded * (1 if schedule.head_alone else 2)
     trials = len(MULTIPLES) if schedule.tries_rates else 0
     tried = trials * trial_steps(schedule.steps)
     trained_tokens = (schedule.steps + tried) * settings.step_tokens

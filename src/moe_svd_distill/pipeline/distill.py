@@ -11,10 +11,10 @@ from moe_svd_distill.errors import BadDataError, NothingToTransferError
 from moe_svd_distill.evaluation.scale_search import ScaleDecision
 from moe_svd_distill.execution.events import Listener, Measured, Noted, StageReached, UnitsPlanned
 from moe_svd_distill.execution.publish import OutputFolder
-from moe_svd_distill.execution.supervisor import ExecutionSummary, Settings, execute
+from moe_svd_distill.execution.supervisor import ExecutionSettings, ExecutionSummary, execute
 from moe_svd_distill.files.names import ADAPTER_FILE, CACHE_FOLDER, CARD_FILE, CURVE_FILE, RECORD_FILE
 from moe_svd_distill.files.writing import write_text
-from moe_svd_distill.pairing.plan import Plan
+from moe_svd_distill.pairing.plan import Pairing
 from moe_svd_distill.pipeline.assembly import AdapterChange, base_model, stage_adapter, write_head_part
 from moe_svd_distill.pipeline.fates import is_nothing, tensor_records
 from moe_svd_distill.pipeline.method import Stages, choose_stages, notes_on_sizes
@@ -95,14 +95,14 @@ class _Run:
 
     recipe: Recipe
     pair: ModelPair
-    settings: Settings
+    settings: ExecutionSettings
     stages: Stages
     text: RunText | None
     output: OutputFolder
     tell: Listener
     models: tuple[str, str]
 
-    def complete(self, plan: Plan | None) -> RunRecord:
+    def complete(self, plan: Pairing | None) -> RunRecord:
         """Run the stages and publish the adapter."""
         if earlier := self.output.resumable():
             self.note(f"resuming from {self.recipe.output}: {earlier}; what fits this recipe is used again")
@@ -136,7 +136,7 @@ class _Run:
             self.note(f"deleted {name}: it was of the adapter that lay here before")
         return record
 
-    def project_weights(self, plan: Plan) -> ExecutionSummary:
+    def project_weights(self, plan: Pairing) -> ExecutionSummary:
         """The weights stage: every unit of the plan, computed or found on the disk."""
         self.tell(UnitsPlanned(tuple((unit.label, unit.cost) for unit in plan.units)))
         work = make_work(self.recipe, self.pair)

@@ -19,7 +19,7 @@ from moe_svd_distill.streaming import PassSettings
 from moe_svd_distill.training.job import threads
 
 if TYPE_CHECKING:
-    from moe_svd_distill.pairing.plan import Plan
+    from moe_svd_distill.pairing.plan import Pairing
     from moe_svd_distill.pipeline.pair import ModelPair
     from moe_svd_distill.recipe import Recipe
 
@@ -114,7 +114,7 @@ def training_cost_here(cost: TrainingCost, speed: PairSpeed, save_seconds: float
     return StageCost(reading + training + measuring, cost.memory_bytes * cost.processes, kept)
 
 
-def weights_cost_here(recipe: Recipe, pair: ModelPair, plan: Plan, adapter_bytes: int) -> StageCost:
+def weights_cost_here(recipe: Recipe, pair: ModelPair, plan: Pairing, adapter_bytes: int) -> StageCost:
     """What the weights stage would take, from a unit of middle size, which is done."""
     if not plan.units:
         return StageCost(0.0, 0, 0)

@@ -157,12 +157,7 @@ def resample_tokens(sequences: NDArray[np.int64], states: StreamedStates, head: 
 
 
 def _one_each(expected: Tensor, generator: torch.Generator) -> Tensor:
-    """One token for each place, (places,), with one random number a place (inverse of the distribution).
-
-    Args:
-        expected: Probabilities, (places, v).
-        generator: Of the draws.
-    """
+    """A token for each place, (places,), of probabilities (places, v), by one random number each."""
     summed = expected.cumsum(dim=-1)
     chosen = torch.rand(len(expected), 1, generator=generator) * summed[:, -1:]
     return torch.searchsorted(summed, chosen, right=True)[:, 0].clamp_max(expected.shape[1] - 1)

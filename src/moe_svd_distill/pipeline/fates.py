@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from moe_svd_distill.pairing.plan import Plan
+from moe_svd_distill.pairing.plan import Pairing
 from moe_svd_distill.pipeline.pair import Model
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def summarise(tensors: Iterable[TensorFacts]) -> Mapping[str, Mapping[str, objec
 
 def fates(
     student: Model,
-    plan: Plan | None,
+    plan: Pairing | None,
     units: Iterable[UnitFacts],
     results: Mapping[str, StageResult],
     whole: bool,

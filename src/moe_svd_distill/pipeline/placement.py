@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +12,7 @@ import torch
 from moe_svd_distill.algebra.dtypes import compute_dtype
 from moe_svd_distill.errors import UsageError
 from moe_svd_distill.evaluation.loading import available_bytes, model_bytes
-from moe_svd_distill.execution.supervisor import Settings
+from moe_svd_distill.execution.supervisor import ExecutionSettings
 from moe_svd_distill.pipeline.trained_matrices import tokens_at_once, trained_numbers, trained_shapes
 from moe_svd_distill.training.head import LOGIT_BYTES
 from moe_svd_distill.training.settings import Placement
@@ -32,24 +31,16 @@ _FLOAT = 4
 LIBRARIES_BYTES = 450 << 20  # of a process that has loaded torch and transformers
 
 
-@dataclass(frozen=True)
-class Free:
-    """What is free: memory of the device with the least, and the disk of the output."""
-
-    memory_bytes: int
-    disk_bytes: int
-
-
-def free_here(recipe: Recipe) -> Free:
-    """What a run could use now."""
+def free_here(recipe: Recipe) -> dict[str, int]:
+    """What a run could use now, for JSON: memory of the device with the least, and the disk of the output."""
     folder = recipe.output.resolve()
     while not folder.exists():
         folder = folder.parent
     memory = min(map(available_bytes, execution_settings(recipe).devices))
-    return Free(memory, shutil.disk_usage(folder).free)
+    return {"memory_bytes": memory, "disk_bytes": shutil.disk_usage(folder).free}
 
 
-def execution_settings(recipe: Recipe) -> Settings:
+def execution_settings(recipe: Recipe) -> ExecutionSettings:
     """Devices and number of workers.
 
     ``auto`` means every CUDA device, or the CPU. One worker serves a CUDA device; on the CPU there is one for each
@@ -65,7 +56,7 @@ def execution_settings(recipe: Recipe) -> Settings:
         workers = max(1, (available_cores() // recipe.threads))
     else:
         workers = len(devices)
-    return Settings(workers=workers, devices=devices, threads_per_worker=recipe.threads)
+    return ExecutionSettings(workers=workers, devices=devices, threads_per_worker=recipe.threads)
 
 
 def devices_here(asked: Sequence[str]) -> tuple[str, ...]:
@@ -96,7 +87,9 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
-def place_training(recipe: Recipe, pair: ModelPair, settings: Settings, schedule: TrainingSchedule) -> Placement:
+def place_training(
+    recipe: Recipe, pair: ModelPair, settings: ExecutionSettings, schedule: TrainingSchedule
+) -> Placement:
     """Decide where to train.
 
     Args:

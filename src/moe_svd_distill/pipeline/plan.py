@@ -10,7 +10,7 @@ from pathlib import Path
 
 from moe_svd_distill.errors import IncompatiblePairError
 from moe_svd_distill.execution.events import Listener, StageReached
-from moe_svd_distill.pairing.plan import Plan as Pairing
+from moe_svd_distill.pairing.plan import Pairing
 from moe_svd_distill.pairing.unit import TensorTask, UnitOfWork
 from moe_svd_distill.pipeline.cost import (
     BYTES,
@@ -108,7 +108,7 @@ class Plan:
             **{stage: asdict(cost) for stage, cost in self.training.items()},
             "speed": asdict(self.speed) if self.speed else None,
             "here": {stage: asdict(cost) for stage, cost in self.here.items()},
-            "free": asdict(free_here(recipe)),
+            "free": free_here(recipe),
         }
 
     @property

@@ -17,7 +17,7 @@ from moe_svd_distill.execution.parts import read_record
 from moe_svd_distill.execution.supervisor import ExecutionSummary
 from moe_svd_distill.files.names import CARD_FILE, CONFIGURATION_FILE, RECORD_FILE
 from moe_svd_distill.files.typed import as_json
-from moe_svd_distill.pairing.plan import Plan
+from moe_svd_distill.pairing.plan import Pairing
 from moe_svd_distill.pipeline.assembly import head_is_whole
 from moe_svd_distill.pipeline.fates import fates, summarise
 from moe_svd_distill.pipeline.pair import Model, ModelPair
@@ -96,7 +96,7 @@ def base_model(folder: Path | str, given: str | None = None) -> str:
     return str(base)
 
 
-def unit_records(plan: Plan, execution: ExecutionSummary) -> list[UnitFacts]:
+def unit_records(plan: Pairing, execution: ExecutionSummary) -> list[UnitFacts]:
     """The record of every unit, in the plan's order, from the headers of its part."""
     return [cast("UnitFacts", read_record(execution.parts[unit.key])) for unit in plan.units]
 
@@ -105,7 +105,7 @@ def make_record(
     recipe: Recipe,
     pair: ModelPair,
     stages: Stages,
-    plan: Plan | None,
+    plan: Pairing | None,
     execution: ExecutionSummary | None,
     results: Mapping[str, StageResult],
 ) -> Mapping[str, object]:
@@ -187,7 +187,7 @@ def _names_of(devices: Sequence[str]) -> list[str]:
     return [torch.cuda.get_device_name(device) if device.startswith("cuda") else device for device in devices]
 
 
-def _ignored(student: Model, plan: Plan | None) -> dict[str, str]:
+def _ignored(student: Model, plan: Pairing | None) -> dict[str, str]:
     """Stored tensors that no model is made of, with the reason."""
     known = {**student.layout.ignored, **(plan.ignored_student if plan else {})}
     return {

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from moe_svd_distill.evaluation.scale_search import GLOBAL_SCALES
 from moe_svd_distill.pipeline.extra_text import MUCH_TEXT, ExtraText, for_fit, for_training
-from moe_svd_distill.pipeline.stage_text import Beginning
 from moe_svd_distill.pipeline.trained_matrices import tokens_at_once, trained_ranks
 from moe_svd_distill.training.settings import (
     HEAD_RATE,
     LAST_LAYERS_RATE,
     TrainingSettings,
+    affordable_checks,
+    optimiser_steps,
     passes_over_little,
     step_over_little,
 )
@@ -32,8 +33,6 @@ _EPOCHS_OF_LITTLE, _EPOCHS_OF_MUCH, _SHARE_AFTER_WEIGHTS = 4.0, 2.75, 0.2
 _ONE_PASS = 16_384
 _TOKENS_OF_A_ROW = 4
 _RATES: Mapping[OptimiserName, float] = {"muon": 0.6, "adamw": 0.18}
-_MEASURING_SHARE, _TRAINING_COST, _FEWEST_CHECKS = 0.125, 3, 2
-_STEPS, _SMALLEST_STEP, _LARGEST_STEP = 3072, 512, 65536
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +41,8 @@ class TrainingSchedule:
 
     Attributes:
         stage: Its name.
-        beginning: The layer that training begins at.
+        first: The layer that training begins at; `layers` for the head alone.
+        layers: That the student has.
         keeps_start: Whether an adapter that it begins with stays as it is beneath what is trained, or is trained on.
         ranks: Hub name to rank of every trained matrix.
         sequences: Of one step, which the processes share.
@@ -54,7 +54,8 @@ class TrainingSchedule:
     """
 
     stage: StageName
-    beginning: Beginning
+    first: int
+    layers: int
     keeps_start: bool
     ranks: Mapping[str, int]
     sequences: int
@@ -70,9 +71,14 @@ class TrainingSchedule:
         return self.settings.head == "whole"
 
     @property
+    def head_alone(self) -> bool:
+        """Whether no layer is trained."""
+        return self.first == self.layers
+
+    @property
     def share(self) -> float:
         """Of the layers that are run; those before them are not needed."""
-        return (self.beginning.layers - self.beginning.layer) / self.beginning.layers
+        return (self.layers - self.first) / self.layers
 
 
 def schedule_calibrated(
@@ -88,11 +94,11 @@ def schedule_calibrated(
         head_alone: Whether there is an adapter already that changes the layers.
     """
     layers, length = student.architecture.layers, text.length
-    beginning = Beginning(layers - (0 if head_alone else min(recipe.last_layers, layers)), layers)
+    trained = 0 if head_alone else min(recipe.last_layers, layers)
     extra = for_fit(recipe, text.tokens, text.sequences, text.identical)
     tokens = (text.sequences + extra.sequences(text.sequences)) * length
-    step_tokens = step_over_little(tokens, head_alone=beginning.leaves_head_alone)
-    if not beginning.leaves_head_alone:
+    step_tokens = step_over_little(tokens, head_alone=not trained)
+    if trained:
         step_tokens = max(1, step_tokens // length) * length
     steps = max(1, tokens // step_tokens)
     passes = passes_over_little(None if recipe.fit_passes == "auto" else recipe.fit_passes, steps)
@@ -109,10 +115,18 @@ def schedule_calibrated(
         halvings=_MOST_HALVINGS,
         seed=recipe.seed,
     )
-    ranks = trained_ranks(recipe, student, range(beginning.layer, layers))
-    sequences = max(1, step_tokens // length)
     return TrainingSchedule(
-        "calibrated", beginning, True, ranks, sequences, extra, passes * steps, False, settings, GLOBAL_SCALES
+        stage="calibrated",
+        first=layers - trained,
+        layers=layers,
+        keeps_start=True,
+        ranks=trained_ranks(recipe, student, range(layers - trained, layers)),
+        sequences=max(1, step_tokens // length),
+        extra=extra,
+        steps=passes * steps,
+        tries_rates=False,
+        settings=settings,
+        scales=GLOBAL_SCALES,
     )
 
 
@@ -133,7 +147,7 @@ def schedule_refined(
     extra = for_training(recipe, text.tokens, text.sequences, text.identical, head_moves)
     passes = epochs(recipe, stages, head_moves)
     tokens = (text.sequences + extra.sequences(text.sequences)) * length
-    steps, step_tokens = optimiser_steps(recipe, passes, tokens, length)
+    steps, step_tokens = optimiser_steps(asked.step_tokens, passes, tokens, length)
     moved_by = optimiser(recipe, head_moves)
     rate = learning_rate(recipe, moved_by, student.architecture.head_slot.shape[1])
     settings = TrainingSettings(
@@ -146,16 +160,23 @@ def schedule_refined(
         divergence=asked.divergence,
         cross_entropy_share=asked.cross_entropy_share,
         head="whole" if head_moves else "fixed",
-        checks=checks(recipe, steps * step_tokens, text.check),
+        checks=affordable_checks(asked.checks, steps * step_tokens, text.check),
         patience=asked.patience,
         weight_decay=asked.weight_decay,
         seed=recipe.seed,
     )
-    ranks, sequences = trained_ranks(recipe, student), step_tokens // length
-    tries_rates = asked.learning_rate == "auto" and worth_trying(steps)
-    beginning = Beginning(0, student.architecture.layers)
     return TrainingSchedule(
-        "refined", beginning, False, ranks, sequences, extra, steps, tries_rates, settings, _SCALES_OF_A_LONG_RUN
+        stage="refined",
+        first=0,
+        layers=student.architecture.layers,
+        keeps_start=False,
+        ranks=trained_ranks(recipe, student),
+        sequences=step_tokens // length,
+        extra=extra,
+        steps=steps,
+        tries_rates=asked.learning_rate == "auto" and worth_trying(steps),
+        settings=settings,
+        scales=_SCALES_OF_A_LONG_RUN,
     )
 
 
@@ -195,23 +216,3 @@ def learning_rate(recipe: Recipe, moved_by: OptimiserName, width: int) -> float:
     """Largest learning rate: as asked, or what was good at two widths, as a number divided by the width."""
     asked = recipe.training.learning_rate
     return _RATES[moved_by] / width if asked == "auto" else float(asked)
-
-
-def checks(recipe: Recipe, trained: int, measured: int) -> int:
-    """How often the student is measured in training: as asked, or less often where that took too much of the time.
-
-    Args:
-        recipe: What is asked for.
-        trained: Tokens trained on in all; each costs about three that are measured.
-        measured: Tokens that are measured each time.
-    """
-    affordable = int(_MEASURING_SHARE * _TRAINING_COST * trained / max(1, measured))
-    return min(recipe.training.checks, max(_FEWEST_CHECKS, affordable))
-
-
-def optimiser_steps(recipe: Recipe, passes: float, tokens: int, length: int) -> tuple[int, int]:
-    """How many steps training has and how many tokens one of them, for sequences of this length."""
-    asked = recipe.training.step_tokens
-    wanted = min(max(int(passes * tokens // _STEPS), _SMALLEST_STEP), _LARGEST_STEP) if asked == "auto" else asked
-    sequences, together = tokens // length, max(1, round(wanted / length))
-    return max(1, round(passes * max(1, sequences // together))), min(sequences, together) * length

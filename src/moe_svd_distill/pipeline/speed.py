@@ -115,7 +115,7 @@ def layer_speed(
         (max(1, batch_tokens // length), length),
         generator=torch.Generator().manual_seed(0),
     ).to(place)
-    trial = _Trial(decoder, place, ids, ranks)
+    trial = _LayerTrial(decoder, place, ids, ranks)
     try:
         kinds = [_kind(decoder, layer) for layer in range(decoder.layers)]
         firsts = [kinds.index(kind, 1) for kind in dict.fromkeys(kinds[1:])]
@@ -140,7 +140,7 @@ def _kind(decoder: Decoder, layer: int) -> frozenset[tuple[str, tuple[int, ...]]
     return frozenset((slot.name.removeprefix(name), slot.shape) for slot in decoder.skeleton.of_part(layer))
 
 
-class _Trial:
+class _LayerTrial:
     """Some layers of a decoder, one after another, on one batch."""
 
     def __init__(self, decoder: Decoder, place: torch.device, ids: Tensor, ranks: Mapping[str, int]) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from moe_svd_distill.calibration.paired import PairedText
     from moe_svd_distill.evaluation.scale_search import ScaleDecision
-    from moe_svd_distill.execution.supervisor import Settings
+    from moe_svd_distill.execution.supervisor import ExecutionSettings
     from moe_svd_distill.pipeline.pair import ModelPair
     from moe_svd_distill.pipeline.schedule import TrainingSchedule
     from moe_svd_distill.pipeline.texts import RunText
@@ -44,7 +44,7 @@ class StageInput:
     pair: ModelPair
     text: RunText
     folder: Path
-    settings: Settings
+    settings: ExecutionSettings
     start: ScaledAdapter | None
 
     @property
@@ -97,8 +97,8 @@ def facts_of_stage(
 
 
 def _of_fit(given: StageInput, schedule: TrainingSchedule, run: TrainingReport, places: int) -> FitRecord:
-    outcome, settings, beginning = run.outcome, run.settings, schedule.beginning
-    last, halved = beginning.layers - beginning.layer, 2**outcome.halvings
+    outcome, settings = run.outcome, run.settings
+    last, halved = schedule.layers - schedule.first, 2**outcome.halvings
     return FitRecord(
         fitted_on_places=places,
         copies_reason="" if given.fit_text.identical else "the tokenizers differ, so tokens cannot be exchanged",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 
-from moe_svd_distill.pipeline.extra_text import ExtraText, draw
+from moe_svd_distill.pipeline.extra_text import draw
 from moe_svd_distill.streaming import PassSettings, ScaledAdapter, StreamedStates, load_head, stream_states
 from moe_svd_distill.training.measuring import predicting_places
 from moe_svd_distill.training.text import InputsFile, TextFile
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moe_svd_distill.calibration.paired import PairedText
     from moe_svd_distill.checkpoints import Checkpoint
     from moe_svd_distill.pipeline.pair import ModelPair
+    from moe_svd_distill.pipeline.schedule import TrainingSchedule
     from moe_svd_distill.pipeline.texts import RunText
     from moe_svd_distill.streaming import Head
 
@@ -86,57 +87,14 @@ class Passes:
         self._stack.close()
 
 
-@dataclass(frozen=True)
-class Beginning:
-    """Where training begins in the student.
-
-    Attributes:
-        layer: The first layer that is trained.
-        layers: How many there are; as `layer`, it leaves the head alone.
-    """
-
-    layer: int
-    layers: int
-
-    @property
-    def leaves_head_alone(self) -> bool:
-        """Whether no layer is trained."""
-        return self.layer == self.layers
-
-    def with_inputs(
-        self, passes: Passes, name: str, sequences: NDArray[np.int64], texts: Mapping[int, TextFile]
-    ) -> list[TextFile]:
-        """Let the student read sequences, for texts that begin at some of them, and note what training is given.
-
-        Nothing is read where training begins at the first layer: there all follows from the token ids. Where the head
-        is trained alone, every place becomes a sequence of its own, so that a step takes places from anywhere.
-        """
-        if self.layer == 0:
-            return list(texts.values())
-        states = passes.student(name, sequences, None if self.leaves_head_alone else self.layer)
-        if self.leaves_head_alone:
-            length = sequences.shape[1]
-            return [_by_place(text, states.path, begin * length) for begin, text in texts.items()]
-        path = states.inputs.path if states.inputs else None
-        assert path is not None
-        return [
-            replace(text, inputs=InputsFile(path, self.layer, begin + np.arange(len(text.ids))))
-            for begin, text in texts.items()
-        ]
-
-
-def stage_texts(
-    text: RunText, extra: ExtraText, beginning: Beginning, passes: Passes, head: Head, seed: int
-) -> tuple[TextFile, TextFile]:
+def stage_texts(text: RunText, schedule: TrainingSchedule, passes: Passes, head: Head) -> tuple[TextFile, TextFile]:
     """Draw what is read beside the text, and let the models read it all, the search text excepted.
 
     Args:
         text: From ``read_run_text``, with a part to train on.
-        extra: What is read beside it.
-        beginning: Where training begins.
+        schedule: What is read beside it, and where training begins.
         passes: Reads.
         head: The student's over the common tokens, as it is when training begins.
-        seed: Of what is drawn.
 
     Returns:
         The text to train on and the text to measure on meanwhile.
@@ -145,7 +103,7 @@ def stage_texts(
     assert fit is not None
     assert check is not None
     count = len(fit.student.sequences)
-    copied = draw(fit.student.sequences, extra, passes.student, head, seed)
+    copied = draw(fit.student.sequences, schedule.extra, passes.student, head, schedule.settings.seed)
     theirs = passes.teacher("teacher", np.concatenate([fit.teacher.sequences, check.teacher.sequences, copied]))
     ids = np.concatenate([fit.student.sequences, copied])
     offset = (count + len(check.teacher.sequences)) * fit.teacher.length
@@ -162,16 +120,42 @@ def stage_texts(
     )
     texts = {0: trained_on, len(ids): _measured_on(check, count, theirs)}
     name = "student, what it is trained on" if "student" in passes.facts else "student"
-    trained_on, checked = beginning.with_inputs(passes, name, np.concatenate([ids, check.student.sequences]), texts)
+    everything = np.concatenate([ids, check.student.sequences])
+    trained_on, checked = _with_inputs(texts, schedule, passes, name, everything)
     return trained_on, checked
 
 
-def search_text(text: RunText, beginning: Beginning, passes: Passes) -> TextFile:
+def search_text(text: RunText, schedule: TrainingSchedule, passes: Passes) -> TextFile:
     """Let the models read the search text, which training does not depend on."""
     theirs = passes.teacher("teacher, search text", text.search.teacher.sequences)
     texts = {0: _measured_on(text.search, 0, theirs)}
-    (searched,) = beginning.with_inputs(passes, "student, search text", text.search.student.sequences, texts)
+    (searched,) = _with_inputs(texts, schedule, passes, "student, search text", text.search.student.sequences)
     return searched
+
+
+def _with_inputs(
+    texts: Mapping[int, TextFile],
+    schedule: TrainingSchedule,
+    passes: Passes,
+    name: str,
+    sequences: NDArray[np.int64],
+) -> list[TextFile]:
+    """Let the student read sequences, for texts that begin at some of them, and note what training is given.
+
+    Nothing is read where training begins at the first layer: there all follows from the token ids. Where the head
+    is trained alone, every place becomes a sequence of its own, so that a step takes places from anywhere.
+    """
+    if schedule.first == 0:
+        return list(texts.values())
+    states = passes.student(name, sequences, None if schedule.head_alone else schedule.first)
+    if schedule.head_alone:
+        length = sequences.shape[1]
+        return [_by_place(text, states.path, begin * length) for begin, text in texts.items()]
+    assert states.inputs is not None
+    return [
+        replace(text, inputs=InputsFile(states.inputs.path, schedule.first, begin + np.arange(len(text.ids))))
+        for begin, text in texts.items()
+    ]
 
 
 def student_head(pair: ModelPair, adapter: ScaledAdapter | None, tokens: NDArray[np.int64], device: str) -> Head:

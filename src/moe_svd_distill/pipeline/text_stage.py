@@ -33,6 +33,7 @@ from moe_svd_distill.training.fixed_head import FixedHead
 from moe_svd_distill.training.head import TrainedHead
 from moe_svd_distill.training.head_rank import MovingHead
 from moe_svd_distill.training.job import StudentInTraining, TrainingJob, threads
+from moe_svd_distill.training.lora_pairs import with_rank
 from moe_svd_distill.training.measuring import predicting_places
 from moe_svd_distill.training.processes import run_training
 from moe_svd_distill.training.progress import Progress
@@ -74,7 +75,7 @@ class _TextStage:
         self.recipe, self.pair, self.fit_text = given.recipe, given.pair, given.fit_text
         self.architecture = given.pair.student.architecture
         self.placement = place_training(given.recipe, given.pair, given.settings, schedule)
-        fitting = "fitting the head" if schedule.beginning.leaves_head_alone else "fitting the head and the last layers"
+        fitting = "fitting the head" if schedule.head_alone else "fitting the head and the last layers"
         self.step = fitting if schedule.stage == "calibrated" else "training"
         self.points = self.halvings = 0
 
@@ -97,8 +98,8 @@ class _TextStage:
         pairs |= {name: (scale * left, right) for name, (left, right) in start.carried.items()}
         seconds = round(time.monotonic() - begin, 2)
         record = {
-            **facts_of_stage(self.given, schedule, self.placement, job, run, start_pairs=len(start.names)),
-            **(asdict(moving.choice) if moving else {}),
+            **facts_of_stage(self.given, schedule, self.placement, job, run, start_pairs=start.pairs),
+            **({"rank": moving.rank, "trials": [asdict(trial) for trial in moving.trials]} if moving else {}),
             "scale": scale,
             "streamed": self.passes.facts,
             "seconds": seconds,
@@ -138,8 +139,7 @@ class _TextStage:
         """Let the models read the text, and write down what every process needs to know."""
         fit, schedule, placement = self.fit_text, self.schedule, self.placement
         head = student_head(self.pair, self.given.start if schedule.keeps_start else None, fit.student_ids, "cpu")
-        beginning, seed = schedule.beginning, self.recipe.seed
-        text, check = stage_texts(self.given.text, schedule.extra, beginning, self.passes, head, seed)
+        text, check = stage_texts(self.given.text, schedule, self.passes, head)
         identity = {
             "algorithm": ALGORITHM,
             "versions": library_versions(),
@@ -149,7 +149,7 @@ class _TextStage:
             "models": self.pair.cache_keys(),
             "text": digest_of(text.ids, text.position, text.teacher_position, text.following, check.position),
             "tokens": digest_of(fit.student_ids, fit.teacher_ids),
-            "first": beginning.layer,
+            "first": schedule.first,
             "ranks": sorted(schedule.ranks.items()),
             "placement": asdict(placement),
         }
@@ -161,15 +161,12 @@ class _TextStage:
             student_ids=fit.student_ids,
             text=text,
             check=check,
-            first=beginning.layer,
+            first=schedule.first,
             ranks=schedule.ranks,
             start=start.path,
             settings=schedule.settings,
             tried=schedule.tries_rates,
-            resident=placement.resident,
-            dtype=placement.torch_dtype,
-            devices=placement.devices,
-            threads=placement.threads,
+            placement=placement,
             folder=self.given.folder,
             key=key,
             save_seconds=self.recipe.training.save_seconds,
@@ -177,15 +174,14 @@ class _TextStage:
 
     def stored_pair(self, trainee: StudentInTraining, name: str, scale: float) -> tuple[Tensor, Tensor]:
         """``(B, A)`` of a matrix as stored, with zeros up to the rank that was asked for, so that all are alike."""
-        left, right = trainee.pair(name)
-        lacking, dtype = self.schedule.ranks[name] - len(right), getattr(torch, self.recipe.dtype)
-        left = torch.nn.functional.pad(scale * left, (0, lacking))
-        return left.to("cpu", dtype), torch.nn.functional.pad(right, (0, 0, 0, lacking)).to("cpu", dtype)
+        left, right = with_rank(trainee.bank.pair(name), self.schedule.ranks[name])
+        dtype = getattr(torch, self.recipe.dtype)
+        return (scale * left).to("cpu", dtype), right.to("cpu", dtype)
 
     def search_scale(self, trainee: StudentInTraining, moving: MovingHead | None) -> ScaleDecision:
         """How much of it all to keep; nothing is a valid answer."""
         schedule, places, head = self.schedule, predicting_places(self.given.text.search), trainee.head
-        text = search_text(self.given.text, schedule.beginning, self.passes).open(self.placement.torch_dtype)
+        text = search_text(self.given.text, schedule, self.passes).open(self.placement.torch_dtype)
         with ExitStack() as stack:
             if isinstance(head, FixedHead):
                 self.report("working out what the scale search needs of the teacher", None)

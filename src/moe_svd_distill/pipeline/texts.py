@@ -61,28 +61,12 @@ class RunText:
         """How far the parts are apart; None without a second part."""
         return self.search.student.division if self.fit is not None else None
 
-    def as_dict(self) -> dict[str, object]:
-        """For run.json."""
-        return {
-            name: {
-                "tokens_asked": part.student.asked,
-                "tokens": part.student.tokens,
-                "documents": len(part.student.sources),
-                "groups": len(part.student.groups),
-                "sequence_length": part.student.length,
-                "documents_skipped": part.student.skipped,
-                "places_compared": round(part.aligned, 4),
-                "common_tokens": len(part.student_ids),
-                **_tokens_by_source(part),
-            }
-            for name, part in self.parts.items()
-        }
-
     def record(self) -> dict[str, object]:
         """For run.json: the parts, how far they are apart, and what people should know."""
         division = self.division
         found = {} if division is None else {"division": _division_record(division)}
-        return {"read": dict(self.counts), "text": self.as_dict(), **found, "shortfalls": self.shortfalls()}
+        parts = {name: _part_record(part) for name, part in self.parts.items()}
+        return {"read": dict(self.counts), "text": parts, **found, "shortfalls": self.shortfalls()}
 
     def shortfalls(self) -> list[str]:
         """What was left out, and what was asked for and could not be had, in words."""
@@ -132,9 +116,19 @@ class TextSize:
         return cls(student.tokens, count, student.length, check.student.tokens, fit.identical, rows)
 
 
-def _tokens_by_source(part: PairedText) -> dict[str, dict[str, int]]:
-    found = part.student.tokens_by_portion()
-    return {"tokens_by_source": {portion.name: tokens for portion, tokens in found.items()}} if found else {}
+def _part_record(part: PairedText) -> dict[str, object]:
+    student, found = part.student, part.student.tokens_by_portion()
+    return {
+        "tokens_asked": student.asked,
+        "tokens": student.tokens,
+        "documents": len(student.sources),
+        "groups": len(student.groups),
+        "sequence_length": student.length,
+        "documents_skipped": student.skipped,
+        "places_compared": round(part.aligned, 4),
+        "common_tokens": len(part.student_ids),
+        **({"tokens_by_source": {portion.name: tokens for portion, tokens in found.items()}} if found else {}),
+    }
 
 
 def _division_record(division: Division) -> dict[str, object]:

@@ -16,6 +16,7 @@ from moe_svd_distill.execution.parts import write_part
 from moe_svd_distill.pipeline.stage_text import student_head
 from moe_svd_distill.streaming import ScaledAdapter
 from moe_svd_distill.training.job import EMBEDDING, HEAD
+from moe_svd_distill.training.lora_pairs import full_rank_pair
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,13 +37,13 @@ class Start:
         path: The part for the job.
         head: Change of the head over the common tokens, (v, d); None for none.
         carried: Hub name to ``(B, A)`` as stored, for pairs that stay as they are: those of the embeddings.
-        names: Hub names of the pairs that training goes on with.
+        pairs: How many pairs training goes on with.
     """
 
     path: Path
     head: Tensor | None
     carried: Mapping[str, Pair]
-    names: tuple[str, ...]
+    pairs: int
 
 
 def read_start(given: StageInput, schedule: TrainingSchedule) -> Start:
@@ -54,13 +55,12 @@ def read_start(given: StageInput, schedule: TrainingSchedule) -> Start:
     """
     tensors: dict[str, Tensor] = {}
     carried: dict[str, Pair] = {}
-    names: tuple[str, ...] = ()
-    head = None
+    head, pairs = None, 0
     if given.start is not None and given.start.acts:
         head = _head_change(given.pair, given.start, given.fit_text.student_ids)
         if not schedule.keeps_start:
             tensors, carried = _pairs(given.pair, given.start, schedule.ranks)
-            names = tuple(name.removesuffix("#A") for name in tensors if name.endswith("#A") and EMBEDDING not in name)
+            pairs = sum(name.endswith("#A") and EMBEDDING not in name for name in tensors)
         if head is not None:
             tensors[HEAD] = head
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -68,8 +68,8 @@ def read_start(given: StageInput, schedule: TrainingSchedule) -> Start:
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].view(torch.uint8).numpy().tobytes())
-    path = write_part(given.folder, f"start-{digest.hexdigest()[:32]}", tensors, {"pairs": len(names)})
-    return Start(path, head, carried, names)
+    path = write_part(given.folder, f"start-{digest.hexdigest()[:32]}", tensors, {"pairs": pairs})
+    return Start(path, head, carried, pairs)
 
 
 def _pairs(
@@ -93,18 +93,11 @@ def _pairs(
             raise IncompatiblePairError(
                 f"the start changes {name}, which cannot be trained", "Train from another start"
             )
-        left, right = _within_full_rank(scale * left.float(), right.float())
+        left, right = scale * left.float(), right.float()
+        if len(right) > min(len(left), right.shape[1]):  # stages pad ranks so that all are alike
+            left, right = full_rank_pair(left @ right)
         tensors |= {f"{name}#A": right, f"{name}#B": left}
     return tensors, carried
-
-
-def _within_full_rank(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with no more rank than its smaller side; stages pad ranks so that all are alike."""
-    rows, columns, rank = len(left), right.shape[1], len(right)
-    if rank <= min(rows, columns):
-        return left, right
-    product = left @ right
-    return (torch.eye(rows), product) if rows <= columns else (product, torch.eye(columns))
 
 
 def _head_change(pair: ModelPair, start: ScaledAdapter, student_ids: NDArray[np.int64]) -> Tensor | None:

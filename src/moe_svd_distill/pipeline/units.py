@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from moe_svd_distill.execution.parts import PartContent
 from moe_svd_distill.execution.worker import report_progress
-from moe_svd_distill.pairing.plan import Plan, make_plan
+from moe_svd_distill.pairing.plan import Pairing, pair_models
 from moe_svd_distill.pairing.unit import UnitOfWork, with_key
 from moe_svd_distill.pipeline.sampling import embedding_similarity
 from moe_svd_distill.transfer.settings import ALGORITHM_VERSION, TransferSettings, transfer_settings
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from moe_svd_distill.checkpoints import Checkpoint
-    from moe_svd_distill.execution.supervisor import Settings, Work
+    from moe_svd_distill.execution.supervisor import ExecutionSettings, Work
     from moe_svd_distill.pipeline.pair import ModelPair
     from moe_svd_distill.recipe import Recipe
     from moe_svd_distill.roles import Geometry
@@ -33,7 +33,7 @@ NUMERIC_LIBRARIES = ("torch", "numpy", "scipy", "scikit-learn", "safetensors")
 PROJECT = "moe-svd-distill"
 
 
-def prepare(recipe: Recipe, pair: ModelPair, execution: Settings) -> Plan:
+def prepare(recipe: Recipe, pair: ModelPair, execution: ExecutionSettings) -> Pairing:
     """Pair the models and give every unit the key of all it depends on.
 
     Raises:
@@ -45,14 +45,14 @@ def prepare(recipe: Recipe, pair: ModelPair, execution: Settings) -> Plan:
     return replace(plan, units=tuple(with_key(unit, context) for unit in plan.units))
 
 
-def plan_pair(recipe: Recipe, pair: ModelPair) -> Plan:
-    """The plan of ``make_plan`` with what it needs to know of the embeddings.
+def plan_pair(recipe: Recipe, pair: ModelPair) -> Pairing:
+    """The plan of ``pair_models`` with what it needs to know of the embeddings.
 
     Raises:
         IncompatiblePairError: Nothing of the student can be made from the teacher.
         UsageError: The recipe does not fit the models.
     """
-    return make_plan(
+    return pair_models(
         pair.teacher.layout,
         pair.student.layout,
         recipe,
@@ -61,7 +61,7 @@ def plan_pair(recipe: Recipe, pair: ModelPair) -> Plan:
     )
 
 
-def identity(recipe: Recipe, pair: ModelPair, execution: Settings) -> dict[str, object]:
+def identity(recipe: Recipe, pair: ModelPair, execution: ExecutionSettings) -> dict[str, object]:
     """All that decides the bytes of a part besides its unit. The number of workers is not among it."""
     kinds = sorted({_device_kind(device) for device in execution.devices})
     return {

@@ -20,7 +20,7 @@ from moe_svd_distill.files.typed import at, read_as
 from moe_svd_distill.files.writing import write_json
 from moe_svd_distill.training.progress import Point
 from moe_svd_distill.training.settings import Placement, TrainingSettings
-from moe_svd_distill.training.trials import Trial
+from moe_svd_distill.training.trials import RateTrial
 from moe_svd_distill.transfer.facts import TensorFacts, UnitFacts
 
 _FILES = (RECORD_FILE, EVALUATION_FILE)
@@ -113,7 +113,7 @@ class TrainingRecord:
     peak_device_bytes: int
     saves_rejected: tuple[str, ...]
     settings: TrainingSettings | None
-    rate_trials: tuple[Trial, ...]
+    rate_trials: tuple[RateTrial, ...]
     rate_tried_from_start: bool
     placement: Placement | None
     matrices: int

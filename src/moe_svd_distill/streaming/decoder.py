@@ -19,7 +19,7 @@ from moe_svd_distill.architecture.stored import CheckpointMap
 from moe_svd_distill.checkpoints import Checkpoint
 from moe_svd_distill.execution.memory import give_back
 from moe_svd_distill.streaming.gates import GatedDecoder, replicate
-from moe_svd_distill.streaming.layout import Layout
+from moe_svd_distill.streaming.layout import GateLayout
 from moe_svd_distill.streaming.overlay import AdapterOverlay, ScaledAdapter
 from moe_svd_distill.streaming.states_file import LayerInputs
 from moe_svd_distill.streaming.tables import EmbeddingChange, stored_tables
@@ -80,7 +80,7 @@ class Decoder:
             with torch.no_grad():
                 weight.add_(embedding_change(torch.arange(len(weight))).to(weight))
         self.replicas = [GatedDecoder(self.skeleton, device) for device in devices]
-        self.layout = Layout(type(self.skeleton.decoder).__name__, self.layers)
+        self.layout = GateLayout(type(self.skeleton.decoder).__name__, self.layers)
 
     @cached_property
     def matrices(self) -> LayerMatrices:
@@ -120,8 +120,7 @@ class Decoder:
 
     def knows_inputs(self, inputs: LayerInputs) -> None:
         """Learn from what a pass has recorded at a layer how to go on from there."""
-        if inputs.layer:
-            self.layout.decode(inputs.layer, inputs.layout)
+        self.layout.decode(inputs.layer, inputs.layout)
 
     def leave(self, layer: int) -> None:
         """Let go of a layer's weights."""

@@ -21,7 +21,7 @@ from moe_svd_distill.streaming.carried import NOTHING, Gate, RowShape, Structure
 from moe_svd_distill.streaming.gates import Call, GatedDecoder, Reached
 
 
-class Layout:
+class GateLayout:
     """What is known so far about the outputs of layers and about what passes the gates.
 
     Each gate is learnt once, on the first batch; other threads wait for that.

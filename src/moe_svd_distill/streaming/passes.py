@@ -43,8 +43,8 @@ class PassSettings:
         activation_bytes: The most memory that hidden states between two layers may take; beyond it they stay on the
             disk. By default a quarter of the free memory.
         keep: Whether the final states stay on the disk after the result is closed.
-        record_at: A layer; what it is given is kept beside the final states, so that it and those behind it can be run
-            again.
+        record_at: A layer behind the first; what it is given is kept beside the final states, so that it and those
+            behind it can be run again.
     """
 
     devices: tuple[str, ...] = ("cpu",)
@@ -209,7 +209,7 @@ class PassFiles:
             layers: Of the model.
             kept: The number of layers after which what was recorded is kept for good.
         """
-        self._folder, self.key, self._layers, self._kept = folder, key, layers, kept or None
+        self._folder, self.key, self._layers, self._kept = folder, key, layers, kept
         self.rejected: list[str] = []
         make_folder(folder)
         remove_stale_temporaries(folder)

@@ -26,7 +26,7 @@ from moe_svd_distill.files.dtypes import FLOATS, dtype_code, tensor_bytes, torch
 from moe_svd_distill.files.header import Header, encode_header, lay_out, read_header
 from moe_svd_distill.files.reading import opened, read_at, read_pieces
 from moe_svd_distill.files.writing import durable_file
-from moe_svd_distill.streaming.carried import NOTHING, Gate
+from moe_svd_distill.streaming.carried import Gate
 from moe_svd_distill.streaming.devices import activation_budget
 
 _METADATA = "moe_svd_distill"
@@ -128,20 +128,19 @@ class LayerInputs:
     """What was recorded at a layer for all sequences of a pass: the layers from there on can be run again.
 
     Attributes:
-        layer: Its number. Nothing is recorded at the first one: there everything follows from the token ids.
+        layer: Its number, from 1: at the first one everything follows from the token ids.
         path: The file.
-        layout: What it takes to go on from there, for `Layout.decode`.
+        layout: What it takes to go on from there, for `GateLayout.decode`.
     """
 
-    def __init__(self, layer: int, path: Path | None) -> None:
-        self.layer, self.path = layer, path
-        self._file = None if path is None else StatesFile(path)
-        self.layout = None if self._file is None else self._file.body["layout"]
-        self._gate: Gate = NOTHING if self._file is None else Gate.decode(self.layout)
+    def __init__(self, layer: int, path: Path) -> None:
+        self.layer, self.path, self._file = layer, path, StatesFile(path)
+        self.layout = self._file.body["layout"]
+        self._gate = Gate.decode(self.layout)
 
     def rows(self, rows: slice) -> list[Tensor]:
         """Of some sequences, (rows, …), as private views on the file."""
-        return [] if self._file is None else self._gate.unpack(self._file.rows(rows))
+        return self._gate.unpack(self._file.rows(rows))
 
 
 class GateValues:
@@ -231,12 +230,6 @@ class KeptInputs:
         self._kept.clear()
         if self._scratch is not None:
             self._scratch.cleanup()
-
-
-def gate_values_in(path: Path, gate: Gate, budget: int) -> GateValues:
-    """What a file holds, in memory where it fits a budget of bytes."""
-    values = StatesFile(path).rows(slice(None))
-    return GateValues(gate, values.clone() if values.numel() <= budget else None, path)
 
 
 def slices(count: int, step: int) -> Iterator[slice]:

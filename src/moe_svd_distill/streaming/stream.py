@@ -26,11 +26,11 @@ from moe_svd_distill.streaming.devices import DevicePool, activation_budget
 from moe_svd_distill.streaming.gates import GatedDecoder
 from moe_svd_distill.streaming.overlay import ScaledAdapter
 from moe_svd_distill.streaming.passes import PassFiles, PassRecord, PassSettings, StreamedStates, pass_key
-from moe_svd_distill.streaming.states_file import GateValues, LayerInputs, gate_values_in, slices
+from moe_svd_distill.streaming.states_file import GateValues, LayerInputs, StatesFile, slices
 
 JOURNAL_SECONDS = 10.0  # between two layers whose results go to the disk so that a killed pass goes on from there
 _STATES_OF_A_BATCH = 32  # what a layer holds at once while it computes a batch, as multiples of the batch's states
-Progress = Callable[[int, int], None]
+OnLayer = Callable[[int, int], None]
 
 
 def stream_states(
@@ -40,7 +40,7 @@ def stream_states(
     settings: PassSettings | None = None,
     *,
     adapter: ScaledAdapter | None = None,
-    on_progress: Progress | None = None,
+    on_progress: OnLayer | None = None,
 ) -> StreamedStates:
     """The decoder's final hidden states (after the last norm) for every token, from a model of any size.
 
@@ -74,7 +74,7 @@ def stream_states(
         ids = torch.from_numpy(np.ascontiguousarray(sequences, dtype=np.int64))
         record = _run(checkpoint, ids, files, settings, adapter, on_progress)
     record = replace(record, seconds=time.perf_counter() - begin)
-    inputs = None if first is None else LayerInputs(first, files.layer_path(first) if first else None)
+    inputs = LayerInputs(first, files.layer_path(first)) if first else None
     return StreamedStates(files.final_path, record, settings.keep, inputs)
 
 
@@ -84,7 +84,7 @@ def _run(
     files: PassFiles,
     settings: PassSettings,
     adapter: ScaledAdapter | None,
-    on_progress: Progress | None,
+    on_progress: OnLayer | None,
 ) -> PassRecord:
     budget = activation_budget() if settings.activation_bytes is None else settings.activation_bytes
     dtype, devices, threads = settings.compute_dtype(), settings.torch_devices(), None
@@ -145,7 +145,9 @@ class _Pass:
         if done := self._files.newest():
             path = self._files.layer_path(done)
             self._decoder.knows_inputs(LayerInputs(done, path))
-            self._values = gate_values_in(path, self._decoder.layout.gate(done), self._budget)
+            found = StatesFile(path).rows(slice(None))
+            held = found.clone() if found.numel() <= self._budget else None
+            self._values = GateValues(self._decoder.layout.gate(done), held, path)
             self.spilled = not self._values.in_memory
         return done
 
@@ -211,15 +213,9 @@ class _Pass:
 
 
 def _on_cores(batches: int, fitting: int) -> tuple[tuple[torch.device, ...], int]:
-    """The processor as often as torch has threads, batches and memory allow, and the threads that each gets.
-
-    Layers are made of many small operations, which many threads hardly speed up: two batches on a thread each took
-    25 s where one on two threads took 46.
-
-    Args:
-        batches: How many there are.
-        fitting: How many fit into memory at a time.
-    """
+    """The processor as often as torch has threads, batches and memory allow, and the threads that each gets."""
+    # Layers are made of many small operations, which many threads hardly speed up: two batches on a thread each took
+    # 25 s where one on two threads took 46.
     threads = torch.get_num_threads()
     count = max(1, min(threads, batches, fitting))
     return (torch.device("cpu"),) * count, threads // count

@@ -20,7 +20,7 @@ from moe_svd_distill.streaming.overlay import AdapterOverlay
 from moe_svd_distill.streaming.tables import StoredTable, not_finite
 
 
-class _Loaded(NamedTuple):
+class _LoadedPart(NamedTuple):
     """A part in memory: the base model's tensors by slot, the adapter's by key."""
 
     base: list[tuple[ParameterSlot, Tensor]]
@@ -55,7 +55,7 @@ class WeightReader:
         self._stored, self._device, self._overlay, self._tables = stored, device, overlay, tables or {}
         self._staging = Staging() if device.type == "cuda" else None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
-        self._coming: tuple[Part, Future[_Loaded]] | None = None
+        self._coming: tuple[Part, Future[_LoadedPart]] | None = None
         self._stream: torch.cuda.Stream | None = None
         self._sound: set[str] = set()
         self.watch = MemoryWatch()
@@ -107,7 +107,7 @@ class WeightReader:
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._coming = None
 
-    def _take(self, part: Part) -> _Loaded:
+    def _take(self, part: Part) -> _LoadedPart:
         begin = time.perf_counter()
         if self._coming is not None and self._coming[0] != part:
             self._coming[1].result()
@@ -119,7 +119,7 @@ class WeightReader:
         self._coming = None
         return loaded
 
-    def _read(self, part: Part) -> _Loaded:
+    def _read(self, part: Part) -> _LoadedPart:
         """In the thread, and on a GPU on a stream of its own."""
         begin = time.perf_counter()
         try:
@@ -137,7 +137,7 @@ class WeightReader:
             self.seconds_reading += time.perf_counter() - begin
 
     @torch.no_grad()
-    def _load(self, part: Part) -> _Loaded:
+    def _load(self, part: Part) -> _LoadedPart:
         """Read a part into memory of its own on the device, converted to the type it is held in."""
         base: list[tuple[ParameterSlot, Tensor]] = []
         sources = [source for source in self._stored.of_part[part] if source.slots[0] not in self._tables]
@@ -149,7 +149,7 @@ class WeightReader:
                 filled = self._copied(source) if source.pieces else self._converted(source)
                 self._refuse_not_finite(source, filled)
                 base += filled
-        return _Loaded(base, {} if self._overlay is None else self._overlay.read(part))
+        return _LoadedPart(base, {} if self._overlay is None else self._overlay.read(part))
 
     def _copied(self, source: TensorSource) -> list[tuple[ParameterSlot, Tensor]]:
         """Copy stored tensors straight to where they belong: no second copy exists at any time."""

@@ -98,7 +98,7 @@ class StreamedEngine:
     """An `Engine` for a decoder of which a layer is in memory at a time."""
 
     def __init__(
-        self, decoder: Decoder, bank: LoraParameters, folder: Path, budget: int | None = None, first: int = 0
+        self, decoder: Decoder, bank: LoraParameters, folder: Path, first: int = 0, budget: int | None = None
     ) -> None:
         """Nothing is read yet.
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moe_svd_distill.algebra.dtypes import matmul_dtype
 from moe_svd_distill.streaming import Head
+from moe_svd_distill.streaming.states_file import slices
 from moe_svd_distill.training.head import LOGIT_BYTES
 from moe_svd_distill.training.text import Batch, TrainingText
 
@@ -134,9 +135,8 @@ class FixedHead:
         found = (inputs.to(self.products.dtype) @ self.products.T).float()
         return self.weights.transform(found if self.weights.bias is None else found.add_(self.weights.bias))
 
-    def _parts(self, count: int) -> list[slice]:
-        step = max(1, LOGIT_BYTES // (4 * len(self.products)))
-        return [slice(begin, min(begin + step, count)) for begin in range(0, count, step)]
+    def _parts(self, count: int) -> Iterator[slice]:
+        return slices(count, max(1, LOGIT_BYTES // (4 * len(self.products))))
 
     @staticmethod
     def _loss(logits: Tensor, inputs: Tensor, rows: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from moe_svd_distill.algebra.divergence import divergence_and_gradient
 from moe_svd_distill.algebra.whitening import Whitening
 from moe_svd_distill.streaming import Head
+from moe_svd_distill.streaming.states_file import slices
 from moe_svd_distill.training.measuring import StatePairs, summed_kl
 from moe_svd_distill.training.settings import TrainingSettings
 from moe_svd_distill.training.text import Batch
@@ -89,9 +90,7 @@ class TrainedHead:
             places: Places of the whole step, over which the loss is a mean.
         """
         slopes = []
-        step = max(1, LOGIT_BYTES // (4 * len(self._weights)))
-        for begin in range(0, len(states), step):
-            part = slice(begin, begin + step)
+        for part in slices(len(states), max(1, LOGIT_BYTES // (4 * len(self._weights)))):
             inputs = states[part].float() @ self._metric.inverse
             head = replace(self._student, weight=self._weights)
             logits = head.logits(inputs)

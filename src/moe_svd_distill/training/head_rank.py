@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_svd_distill.algebra.whitening import Whitening, truncated_in_metric
+from moe_svd_distill.training.lora_pairs import with_rank
 from moe_svd_distill.training.measuring import ComparedTokens, StatePairs, mean_kl, measure_states
 
 if TYPE_CHECKING:
@@ -43,14 +44,6 @@ class RankTrial:
     share: float
 
 
-@dataclass(frozen=True)
-class RankChoice:
-    """The rank taken and what was tried for it."""
-
-    rank: int
-    trials: tuple[RankTrial, ...]
-
-
 def choose_rank(
     delta: Tensor,
     metric: Whitening,
@@ -58,8 +51,8 @@ def choose_rank(
     kl_of: Callable[[Tensor], float],
     untouched_kl: float,
     dtype: torch.dtype,
-) -> RankChoice:
-    """The rank of the head's pair.
+) -> tuple[RankTrial, ...]:
+    """The ranks that are tried for the head's pair, the one that is taken last.
 
     Args:
         delta: Change of the head, (v, d).
@@ -83,16 +76,12 @@ def choose_rank(
         trials.append(RankTrial(rank, kl, 1 - (kl - whole) / max(untouched_kl - whole, whole / 10, _TINY)))
         if trials[-1].share >= KEPT_SHARE:
             break
-    return RankChoice(trials[-1].rank, tuple(trials))
+    return tuple(trials)
 
 
 def head_factors(delta: Tensor, metric: Whitening, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``(B, A)`` as stored; ranks above the width are padded with zeros, so that a rank that was asked for is kept."""
-    width = min(delta.shape)
-    b, a = truncated_in_metric(delta, metric, min(rank, width))
-    if rank > width:
-        b = torch.nn.functional.pad(b, (0, rank - width))
-        a = torch.nn.functional.pad(a, (0, 0, 0, rank - width))
+    b, a = with_rank(truncated_in_metric(delta, metric, min(rank, *delta.shape)), rank)
     return b.to(dtype), a.to(dtype)
 
 
@@ -100,7 +89,8 @@ class MovingHead:
     """The change of a trained head at a rank that keeps what it is worth.
 
     Attributes:
-        choice: The rank.
+        trials: Of ranks, in order.
+        rank: The one taken.
     """
 
     def __init__(
@@ -128,7 +118,8 @@ class MovingHead:
         def kl_of(change: Tensor) -> float:
             return mean_kl(states, trainee.student.plus(change), trainee.teacher)
 
-        self.choice = choose_rank(head.delta, trainee.metric, asked, kl_of, kl_before, self._dtype)
+        self.trials = choose_rank(head.delta, trainee.metric, asked, kl_of, kl_before, self._dtype)
+        self.rank = self.trials[-1].rank
 
     def figures(self, scale: float, text: TrainingText, places: ComparedTokens) -> Measurement:
         """Of the student with this share of the adapter, on a text."""
@@ -159,6 +150,6 @@ class MovingHead:
         delta, metric = self._head.delta, self._trainee.metric
         if self._origin is not None:
             origin = self._origin.to(delta)
-            return head_factors(origin + scale * (delta - origin), metric, self.choice.rank, self._dtype)
-        left, right = head_factors(delta, metric, self.choice.rank, torch.float32)
+            return head_factors(origin + scale * (delta - origin), metric, self.rank, self._dtype)
+        left, right = head_factors(delta, metric, self.rank, torch.float32)
         return (left * scale).to(self._dtype), right.to(self._dtype)

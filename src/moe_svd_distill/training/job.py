@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from moe_svd_distill.algebra.whitening import Whitening, whitening
+from moe_svd_distill.calibration.tokenizer import IntArray
 from moe_svd_distill.checkpoints import Checkpoint
-from moe_svd_distill.execution.parts import PartTensors, part_path, read_record, verify_part, write_part
+from moe_svd_distill.execution.parts import part_path, part_tensors, read_record, verify_part, write_part
 from moe_svd_distill.files.typed import read_as
 from moe_svd_distill.streaming import Decoder, Head, LayerInputs, load_head
 from moe_svd_distill.streaming.tables import EmbeddingChange
@@ -22,12 +23,11 @@ from moe_svd_distill.training.engine import Engine, HeadEngine, ResidentEngine, 
 from moe_svd_distill.training.fixed_head import FixedHead
 from moe_svd_distill.training.head import TrainedHead
 from moe_svd_distill.training.loop import Training
-from moe_svd_distill.training.lora_pairs import Pair
 from moe_svd_distill.training.lora_parameters import LoraParameters
 from moe_svd_distill.training.process_group import ProcessGroup
 from moe_svd_distill.training.progress import Progress, TrainingCheckpoints
-from moe_svd_distill.training.settings import TrainingSettings, needs_rows
-from moe_svd_distill.training.text import IntArray, TextFile, TrainingText
+from moe_svd_distill.training.settings import Placement, TrainingSettings, needs_rows
+from moe_svd_distill.training.text import TextFile, TrainingText
 from moe_svd_distill.training.trials import (
     MULTIPLES,
     NEARLY_THERE,
@@ -40,7 +40,7 @@ from moe_svd_distill.training.trials import (
 HEAD, EMBEDDING = "head", "embedding"
 _MOMENT_TOKENS = 32_768
 
-Listener = Callable[[Progress], None]
+OnProgress = Callable[[Progress], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,10 +60,7 @@ class TrainingJob:
             tokens as ``head``, and what is added to the embeddings as ``embedding#A`` and ``embedding#B``.
         settings: How to train.
         tried: Whether the learning rates of the settings are a guess to be tried; they are taken as they are if not.
-        resident: Whether the student is in memory, or one layer of it at a time.
-        dtype: Type to compute in.
-        devices: One for each process.
-        threads: CPU threads of each process.
+        placement: Where to train, in how many processes.
         folder: Where saves lie, and inputs of layers that memory does not hold.
         key: Hash of everything the run depends on.
         save_seconds: Between two saves.
@@ -80,10 +77,7 @@ class TrainingJob:
     start: Path
     settings: TrainingSettings
     tried: bool
-    resident: bool
-    dtype: torch.dtype
-    devices: tuple[str, ...]
-    threads: int
+    placement: Placement
     folder: Path
     key: str
     save_seconds: float
@@ -134,13 +128,12 @@ class StudentInTraining:
             group: Its processes.
         """
         self._job, self._group, self.student_ids = job, group, job.student_ids
-        self.device = torch.device(job.devices[group.number])
-        self.check = job.check.open(job.dtype)
-        self.text = job.text.open(job.dtype)
-        with PartTensors(job.start) as start:
-            tensors = {name: start[name].clone() for name in start}
+        self.device, dtype = torch.device(job.placement.devices[group.number]), job.placement.torch_dtype
+        self.check = job.check.open(dtype)
+        self.text = job.text.open(dtype)
+        tensors = {name: tensor.clone() for name, tensor in part_tensors(job.start).items()}
         change = _embedding_change(tensors)
-        self.decoder = Decoder(job.student, (self.device,), job.dtype, gradients=True, embedding_change=change)
+        self.decoder = Decoder(job.student, (self.device,), dtype, gradients=True, embedding_change=change)
         pairs = {
             name.removesuffix("#A"): (tensors[name.removesuffix("A") + "B"], tensors[name])
             for name in tensors
@@ -163,12 +156,12 @@ class StudentInTraining:
             return HeadEngine(self.bank)
         if job.text.inputs is not None:
             decoder.knows_inputs(LayerInputs(job.first, job.text.inputs.path))
-        if not job.resident:
+        if not job.placement.resident:
             return StreamedEngine(decoder, self.bank, job.folder, first=job.first)
         decoder.enter_all(job.first)
         return ResidentEngine(decoder, self.bank, job.first)
 
-    def train(self, on_progress: Listener) -> TrainingReport:
+    def train(self, on_progress: OnProgress) -> TrainingReport:
         """Train, or go on with it; the best state is then in the bank and the head."""
         saves = TrainingCheckpoints(self._job.folder, self._job.key, self._group.number == 0, self._job.save_seconds)
         choice = self._choice()
@@ -221,10 +214,6 @@ class StudentInTraining:
         batches = text.batches(self._job.settings.batch_tokens, self.device)
         with self.bank.scaled(scale):
             return torch.cat([states.float().cpu() for states in self.engine.states(batches)])
-
-    def pair(self, hub_name: str) -> Pair:
-        """``(B, A)`` as trained."""
-        return self.bank.pair(hub_name)
 
     def close(self) -> None:
         """Let go of the student."""

@@ -20,7 +20,7 @@ from moe_svd_distill.training.engine import Engine
 from moe_svd_distill.training.fixed_head import FixedHead
 from moe_svd_distill.training.head import TrainedHead
 from moe_svd_distill.training.optimiser import make_optimisers
-from moe_svd_distill.training.process_group import ProcessGroup, SingleProcess, as_the_first_says
+from moe_svd_distill.training.process_group import ProcessGroup, as_the_first_says
 from moe_svd_distill.training.progress import Point, Progress, TrainingCheckpoints
 from moe_svd_distill.training.settings import TrainingSettings
 from moe_svd_distill.training.text import TrainingText
@@ -49,7 +49,7 @@ class Training:
             group: The processes that share the work.
         """
         self.engine, self.bank, self.head, self.text, self.check = engine, engine.bank, head, text, check
-        self.settings, self.group = settings, group or SingleProcess()
+        self.settings, self.group = settings, group or ProcessGroup()
         self.device = self.bank.values.device
         self.rows = max(1, settings.step_tokens // text.length)
         self.steps_in_epoch = max(1, len(text) // self.rows)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moe_svd_distill.architecture.matrices import Kind
 from moe_svd_distill.errors import UsageError
 from moe_svd_distill.streaming import Matrix
+from moe_svd_distill.streaming.states_file import slices
 
 FULL_DELTA_RATE = 0.5
 """Learning rate of a change that moves as a whole, as a share of that of two factors."""
@@ -26,6 +27,20 @@ _WIDE_BYTES = 4
 
 Pair = tuple[Tensor, Tensor]
 """``(B, A)`` with (rows, rank) and (rank, columns)."""
+
+
+def full_rank_pair(change: Tensor) -> Pair:
+    """``(B, A)`` whose product is a change, (rows, columns): the factor on the smaller side is the identity."""
+    rows, columns = change.shape
+    one = torch.eye(min(rows, columns), dtype=change.dtype, device=change.device)
+    return (one, change) if rows <= columns else (change, one)
+
+
+def with_rank(pair: Pair, rank: int) -> Pair:
+    """The same product with zeros up to a rank that is no lower, so that all pairs are alike."""
+    left, right = pair
+    lacking = rank - len(right)
+    return torch.nn.functional.pad(left, (0, lacking)), torch.nn.functional.pad(right, (0, 0, 0, lacking))
 
 
 @dataclass(frozen=True)
@@ -209,17 +224,12 @@ class FullDeltas:
         self.change.mul_(scale)
 
     def pair(self, place: int) -> Pair:
-        """As `Stack`: the factor on the smaller side is the identity."""
-        change = self.change[place]
-        rows, columns = change.shape
-        one = torch.eye(min(rows, columns), dtype=change.dtype, device=change.device)
-        return (one, change) if rows <= columns else (change, one)
+        """As `Stack`."""
+        return full_rank_pair(self.change[place])
 
 
 def _chunks(count: int, entries: int) -> Iterator[slice]:
-    step = max(1, _CHUNK_BYTES // (4 * entries))
-    for begin in range(0, count, step):
-        yield slice(begin, min(begin + step, count))
+    return slices(count, max(1, _CHUNK_BYTES // (4 * entries)))
 
 
 def _refuse_higher(hub_name: str, found: int, rank: int) -> None:

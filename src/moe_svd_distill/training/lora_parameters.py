@@ -166,11 +166,6 @@ class LoraParameters:
         stack, place = self._where[hub_name]
         return stack.pair(place)
 
-    def pairs(self) -> Iterator[tuple[str, Pair]]:
-        """Every hub name and its pair."""
-        for name in self.names:
-            yield name, self.pair(name)
-
     def _all(self) -> Iterator[Stack]:
         for layer in sorted(self._stacks):
             yield from self._stacks[layer]

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_svd_distill.algebra.divergence import kl_divergence, measure_tokens
 from moe_svd_distill.algebra.figures import Measurement
 from moe_svd_distill.calibration.paired import PairedText
+from moe_svd_distill.calibration.tokenizer import IntArray
 from moe_svd_distill.streaming import Head
+from moe_svd_distill.streaming.states_file import slices
 
-IntArray = NDArray[np.int64]
 _LOGIT_BYTES, _MOST_PLACES = 256 << 20, 4096
 
 
@@ -78,8 +78,7 @@ class StatePairs:
 
     def in_order(self, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """All of them, ``size`` places at a time, (n, d_student) and (n, d_teacher), float32."""
-        for begin in range(0, len(self), size):
-            part = slice(begin, begin + size)
+        for part in slices(len(self), size):
             mine = self.student[torch.from_numpy(self.student_position[part])]
             theirs = self.teacher[torch.from_numpy(self.teacher_position[part])]
             yield mine.to(device, torch.float32), theirs.to(device, torch.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,28 +15,18 @@ from moe_svd_distill.errors import IncompleteError
 _PATIENCE = timedelta(minutes=30)
 
 
-class ProcessGroup(Protocol):
-    """All processes of a training run.
+class ProcessGroup:
+    """All processes of a training run: as it is, this one alone.
 
     Attributes:
         number: Of this one, from 0.
         count: How many there are.
     """
 
-    number: int
-    count: int
-
-    def add_up(self, *tensors: Tensor) -> None:
-        """Replace each tensor by its sum over all processes."""
-
-
-class SingleProcess:
-    """One process."""
-
     number, count = 0, 1
 
     def add_up(self, *tensors: Tensor) -> None:
-        """As `ProcessGroup`: nothing to add."""
+        """Replace each tensor by its sum over all processes."""
 
 
 def as_the_first_says(group: ProcessGroup, value: bool, device: torch.device) -> bool:
@@ -48,8 +38,8 @@ def as_the_first_says(group: ProcessGroup, value: bool, device: torch.device) ->
     return bool(flag.item())
 
 
-class Distributed:
-    """As `ProcessGroup`, over gloo (CPU) or NCCL (CUDA)."""
+class Distributed(ProcessGroup):
+    """Several processes, over gloo (CPU) or NCCL (CUDA)."""
 
     def __init__(self, number: int, count: int, address: str, device: torch.device) -> None:
         """Meet the others.

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_svd_distill.execution.parts import (
-    PartTensors,
     find_fault,
     part_path,
+    part_tensors,
     read_record,
     reject_part,
     write_part,
@@ -163,13 +163,7 @@ class TrainingCheckpoints:
             return None
         _, turn, path = max(found)
         self._turn = (turn + 1) % _TURNS
-        with PartTensors(path) as tensors:
-            return {name: tensors[name].clone() for name in tensors}, read_record(path)
-
-    def discard(self) -> None:
-        """Delete them."""
-        for turn in range(_TURNS):
-            part_path(self._folder, self._name(turn)).unlink(missing_ok=True)
+        return {name: tensor.clone() for name, tensor in part_tensors(path).items()}, read_record(path)
 
     def _name(self, turn: int) -> str:
         return f"training-{self._key}-{turn}"

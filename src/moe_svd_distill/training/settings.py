@@ -15,6 +15,8 @@ LAST_LAYERS_RATE, HEAD_RATE = 0.6, 0.5
 """Over the width of the states: 5e-3 at 128, 3e-4 at 2048, where LoRA training commonly is."""
 _STEPS, _FEWEST_PASSES, _MOST_PASSES = 2048, 4, 16
 _STEP_TOKENS, _STEPS_OF_HEAD, _FEWEST_PLACES, _MOST_PLACES = 512, 256, 128, 768
+_STEPS_OF_ALL_LAYERS, _SMALLEST_STEP, _LARGEST_STEP = 3072, 512, 65536
+_MEASURING_SHARE, _TRAINING_COST, _FEWEST_CHECKS = 0.125, 3, 2
 
 
 def step_over_little(tokens: int, *, head_alone: bool) -> int:
@@ -25,6 +27,25 @@ def step_over_little(tokens: int, *, head_alone: bool) -> int:
 def passes_over_little(asked: int | None, steps_in_pass: int) -> int:
     """Passes over what the last layers and the head are trained on: as asked, or about 2,048 steps in 4 to 16."""
     return asked or min(max(math.ceil(_STEPS / steps_in_pass), _FEWEST_PASSES), _MOST_PASSES)
+
+
+def optimiser_steps(asked: int | Literal["auto"], passes: float, tokens: int, length: int) -> tuple[int, int]:
+    """How many steps a training of all layers has and how many tokens one of them, for sequences of this length."""
+    usual = min(max(int(passes * tokens // _STEPS_OF_ALL_LAYERS), _SMALLEST_STEP), _LARGEST_STEP)
+    sequences, together = tokens // length, max(1, round((usual if asked == "auto" else asked) / length))
+    return max(1, round(passes * max(1, sequences // together))), min(sequences, together) * length
+
+
+def affordable_checks(asked: int, trained: int, measured: int) -> int:
+    """How often the student is measured in training: as asked, or less often where that took too much of the time.
+
+    Args:
+        asked: How often.
+        trained: Tokens trained on in all; each costs about three that are measured.
+        measured: Tokens that are measured each time.
+    """
+    affordable = int(_MEASURING_SHARE * _TRAINING_COST * trained / max(1, measured))
+    return min(asked, max(_FEWEST_CHECKS, affordable))
 
 
 def needs_rows(fixed_head: bool, divergence: str) -> bool:

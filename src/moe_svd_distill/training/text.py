@@ -9,14 +9,11 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from moe_svd_distill.calibration.tokenizer import IntArray
 from moe_svd_distill.streaming import LayerInputs
 from moe_svd_distill.streaming.states_file import StatesFile
-
-IntArray = NDArray[np.int64]
-
 
 Recorded: TypeAlias = Callable[[IntArray], list[Tensor]]
 """Numbers of sequences to what the first trained layer is given of them, (rows, …)."""

@@ -28,7 +28,7 @@ _LARGEST_COST = 1 / 3
 
 
 @dataclass(frozen=True)
-class Trial:
+class RateTrial:
     """A short run: its learning rate, and KL on the checking text before and after, in nats per token."""
 
     rate: float
@@ -46,7 +46,7 @@ class RateChoice:
         from_start: Whether the short runs began there as well, or with the untouched student.
     """
 
-    trials: tuple[Trial, ...]
+    trials: tuple[RateTrial, ...]
     start_kl: float
     from_start: bool
 
@@ -66,7 +66,7 @@ def choose_rate(
     settings: TrainingSettings,
     before: float,
     multiples: Sequence[float] = MULTIPLES,
-) -> tuple[Trial, ...]:
+) -> tuple[RateTrial, ...]:
     """Try the rates of the settings times each multiple for some steps, and measure KL after each.
 
     While the smallest is the best, half of it is tried as well, down to a sixteenth of the settings'. There is no going
@@ -81,20 +81,20 @@ def choose_rate(
     whole = begin(settings)
     steps = trial_steps(whole.steps)
     short = replace(settings, epochs=steps / whole.steps_in_epoch, checks=1, patience=1)
-    trials: list[Trial] = []
+    trials: list[RateTrial] = []
     waiting = sorted(multiples, reverse=True)
     while waiting:
         multiple = waiting.pop(0)
         tried = replace(short, rate=multiple * settings.rate, head_rate=multiple * settings.head_rate)
         curve = begin(tried).complete(kl_before=before).curve
-        trials.append(Trial(tried.rate, before, curve[-1].kl))
+        trials.append(RateTrial(tried.rate, before, curve[-1].kl))
         smallest_is_best = with_best(settings, trials).rate == tried.rate
         if not waiting and smallest_is_best and multiple / 2 >= _SMALLEST:
             waiting.append(multiple / 2)
     return tuple(trials)
 
 
-def with_best(settings: TrainingSettings, trials: Sequence[Trial]) -> TrainingSettings:
+def with_best(settings: TrainingSettings, trials: Sequence[RateTrial]) -> TrainingSettings:
     """The settings with the rates of the best trial; of equal ones the first counts."""
     best = min(trials, key=lambda trial: trial.after if math.isfinite(trial.after) else math.inf)
     return replace(settings, rate=best.rate, head_rate=best.rate / settings.rate * settings.head_rate)

@@ -28,26 +28,41 @@ class TensorOutcome:
     """The fate of one student tensor.
 
     Attributes:
-        name: Name of the view.
-        left: LoRA B, (rows, rank), or None where nothing is changed.
-        right: LoRA A, (rank, columns), or None.
+        pair: LoRA B, (rows, rank), and A, (rank, columns); None where nothing is changed.
         record: Facts for the run's record; plain JSON types.
     """
 
-    name: str
-    left: Tensor | None
-    right: Tensor | None
+    pair: tuple[Tensor, Tensor] | None
     record: TensorFacts
 
 
 def kept(task: TensorTask, reason: str) -> TensorOutcome:
     """The outcome of a tensor that stays as it is."""
-    return TensorOutcome(task.name, None, None, {**_identity(task), "fate": "kept", "reason": reason})
+    return TensorOutcome(None, {**_identity(task), "fate": "kept", "reason": reason})
 
 
-def changed(task: TensorTask, left: Tensor, right: Tensor, facts: TensorFacts) -> TensorOutcome:
-    """The outcome of a tensor with a delta."""
-    return TensorOutcome(task.name, left, right, {**_identity(task), "fate": "lora", "rank": left.shape[1], **facts})
+def changed(task: TensorTask, factors: LowRank, norm: float, student_norm: float, facts: TensorFacts) -> TensorOutcome:
+    """The outcome of a tensor with a delta.
+
+    Args:
+        task: The tensor.
+        factors: Of its delta.
+        norm: Frobenius norm of the delta.
+        student_norm: The same of the student's tensor.
+        facts: How the delta came about, for the record.
+    """
+    record: TensorFacts = {
+        **_identity(task),
+        "fate": "lora",
+        "rank": factors.left.shape[1],
+        **facts,
+        "delta_norm": norm,
+        "relative_delta": norm / student_norm if student_norm else float(norm > 0),
+        "residual": factors.residual,
+        "energy": factors.energy,
+        "factorisation": factors.method,
+    }
+    return TensorOutcome((factors.left, factors.right), record)
 
 
 def _identity(task: TensorTask) -> TensorFacts:
@@ -102,15 +117,7 @@ def generator_for(name: str, seed: int) -> torch.Generator:
 
 def _outcome(delta: Delta, factors: LowRank) -> TensorOutcome:
     norm = float(torch.linalg.vector_norm(delta.matrix))
-    facts: TensorFacts = {
-        **delta.facts,
-        "delta_norm": norm,
-        "relative_delta": norm / delta.student_norm if delta.student_norm else float(norm > 0),
-        "residual": factors.residual,
-        "energy": factors.energy,
-        "factorisation": factors.method,
-    }
-    return changed(delta.task, factors.left, factors.right, facts)
+    return changed(delta.task, factors, norm, delta.student_norm, delta.facts)
 
 
 def cut_to_energy(outcomes: Sequence[TensorOutcome], energy: float | None) -> list[TensorOutcome]:
@@ -126,9 +133,9 @@ def cut_to_energy(outcomes: Sequence[TensorOutcome], energy: float | None) -> li
         return list(outcomes)
     needed: dict[str, int] = {}
     for outcome in outcomes:
-        if outcome.left is not None and outcome.right is not None:
+        if outcome.pair is not None:
             group = _group(outcome)
-            needed[group] = max(needed.get(group, 1), _needed(outcome.left, outcome.right, outcome.record, energy))
+            needed[group] = max(needed.get(group, 1), _needed(*outcome.pair, outcome.record, energy))
     return [_cut(outcome, needed.get(_group(outcome), 1)) for outcome in outcomes]
 
 
@@ -141,20 +148,22 @@ def _needed(left: Tensor, right: Tensor, record: TensorFacts, energy: float) -> 
     """A rank whose leading factors keep the share; the whole rank where the factors are not singular vectors."""
     if record.get("factorisation") == "exact":
         return left.shape[1]
-    sigma = torch.linalg.vector_norm(left, dim=0) * torch.linalg.vector_norm(right, dim=1)
-    norm = record["delta_norm"]
-    return rank_for_energy(sigma, energy, norm**2)
+    return rank_for_energy(_singular_values(left, right), energy, record["delta_norm"] ** 2)
 
 
 def _cut(outcome: TensorOutcome, rank: int) -> TensorOutcome:
-    if outcome.left is None or outcome.right is None:
+    if outcome.pair is None:
         return outcome
-    left, right = outcome.left[:, :rank], outcome.right[:rank]
-    sigma = torch.linalg.vector_norm(left, dim=0) * torch.linalg.vector_norm(right, dim=1)
+    left, right = outcome.pair[0][:, :rank], outcome.pair[1][:rank]
     norm = outcome.record.get("delta_norm", 0.0)
-    kept = float(sigma.double().square().sum())
+    kept = float(_singular_values(left, right).double().square().sum())
     facts: TensorFacts = {"rank": rank}
     if norm and outcome.record.get("factorisation") != "exact":
         share = min(1.0, kept / norm**2)
         facts |= {"energy": share, "residual": (1.0 - share) ** 0.5}
-    return TensorOutcome(outcome.name, left, right, {**outcome.record, **facts})
+    return TensorOutcome((left, right), {**outcome.record, **facts})
+
+
+def _singular_values(left: Tensor, right: Tensor) -> Tensor:
+    """Of a balanced pair, (rank,)."""
+    return torch.linalg.vector_norm(left, dim=0) * torch.linalg.vector_norm(right, dim=1)

@@ -10,7 +10,7 @@ import torch
 from moe_svd_distill.algebra.dtypes import count_not_finite
 from moe_svd_distill.algebra.interpolation import linear, spherical
 from moe_svd_distill.errors import BadDataError
-from moe_svd_distill.pairing.unit import Source
+from moe_svd_distill.pairing.unit import WeightedView
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,16 +58,12 @@ class TensorReader:
         """Rows of a matrix of the student in float32; only those rows are read."""
         return self._checked(self._stored(self._student, view, start, stop), self._student, view.name)
 
-    def blend(self, sources: Sequence[Source]) -> Tensor:
+    def blend(self, sources: Sequence[WeightedView]) -> Tensor:
         """The teacher's matrices of adjacent layers, interpolated; float32."""
         first = self.teacher(sources[0].view)
         if len(sources) == 1:
             return first
         return self._interpolate(first, self.teacher(sources[1].view), sources[1].weight)
-
-    def interpolate(self, first: Tensor, second: Tensor, weight: float) -> Tensor:
-        """Two tensors interpolated as the recipe says."""
-        return self._interpolate(first, second, weight)
 
     def _read(self, checkpoint: Checkpoint, view: TensorView) -> Tensor:
         tensor = self._checked(self._stored(checkpoint, view), checkpoint, view.name)

@@ -18,7 +18,7 @@ from moe_svd_distill.algebra.low_rank import low_rank_of_blocks
 from moe_svd_distill.algebra.matching import match_attention_heads, match_neurons, permute_heads, permute_neurons
 from moe_svd_distill.algebra.sparsity import keep_largest
 from moe_svd_distill.pairing.plan import EXPERTS
-from moe_svd_distill.pairing.unit import TensorTask
+from moe_svd_distill.pairing.unit import TensorTask, WeightedView
 from moe_svd_distill.transfer.context import CORRESPONDENCE, UnitContext, by_role, source_facts
 from moe_svd_distill.transfer.expert_matching import Members, group_experts
 from moe_svd_distill.transfer.factors import (
@@ -187,10 +187,7 @@ def _blend(kind: int, members: Members, context: UnitContext) -> Tensor:
     layers = context.unit.teacher_experts
     total: Tensor | None = None
     for expert, weight in members:
-        matrix = context.reader.teacher(layers[0].tensors[expert][kind])
-        if len(layers) == 2:
-            upper = context.reader.teacher(layers[1].tensors[expert][kind])
-            matrix = context.reader.interpolate(matrix, upper, layers[1].weight)
+        matrix = context.reader.blend([WeightedView(layer.tensors[expert][kind], layer.weight) for layer in layers])
         total = matrix * weight if total is None else total.add_(matrix, alpha=weight)
     assert total is not None, "a cluster has at least one member"
     return total
@@ -198,9 +195,7 @@ def _blend(kind: int, members: Members, context: UnitContext) -> Tensor:
 
 def _transfer_router(task: TensorTask, members: Sequence[Members], context: UnitContext) -> TensorOutcome:
     layers = context.unit.teacher_experts
-    rows = context.reader.teacher(layers[0].router)
-    if len(layers) == 2:
-        rows = context.reader.interpolate(rows, context.reader.teacher(layers[1].router), layers[1].weight)
+    rows = context.reader.blend([WeightedView(layer.router, layer.weight) for layer in layers])
     blended = torch.stack([sum(rows[expert] * weight for expert, weight in group) for group in members])  # type: ignore[misc]
     facts: TensorFacts = {"sources": [[layer.router.name, layer.weight] for layer in layers]}
     return factorise(context.delta(task, blended, context.reader.student(task.view), facts), context.settings)
@@ -236,16 +231,9 @@ def _transfer_end(task: TensorTask, context: UnitContext) -> TensorOutcome:
     blocks = range(0, rows, step)
     factors, norm, passes = low_rank_of_blocks(lambda: map(block, blocks), rows, columns, task.rank)
     student_norm = (student_square / passes) ** 0.5
-    facts |= {
-        "delta_norm": norm,
-        "relative_delta": norm / student_norm if student_norm else float(norm > 0),
-        "residual": factors.residual,
-        "energy": factors.energy,
-        "factorisation": factors.method,
-    }
     if ratio is not None:
         facts["norm"] = "folded"
-    outcome = changed(task, factors.left, factors.right, facts)
+    outcome = changed(task, factors, norm, student_norm, facts)
     if task.role == "embedding":  # PEFT keeps its pair transposed: A (rank, vocabulary), B (hidden, rank)
-        return replace(outcome, left=torch.clone(factors.right.mT), right=torch.clone(factors.left.mT))
+        return replace(outcome, pair=(torch.clone(factors.right.mT), torch.clone(factors.left.mT)))
     return outcome

@@ -99,9 +99,10 @@ def _result(outcomes: list[TensorOutcome], context: UnitContext) -> Produced:
     dtype = getattr(torch, context.settings.dtype)
     tensors = {}
     for outcome in outcomes:
-        if outcome.left is not None and outcome.right is not None:
-            tensors[f"{outcome.name}#A"] = outcome.right.to(dtype).cpu().contiguous()
-            tensors[f"{outcome.name}#B"] = outcome.left.to(dtype).cpu().contiguous()
+        if outcome.pair is not None:
+            (left, right), name = outcome.pair, outcome.record["name"]
+            tensors[f"{name}#A"] = right.to(dtype).cpu().contiguous()
+            tensors[f"{name}#B"] = left.to(dtype).cpu().contiguous()
     unit = context.unit
     record: UnitFacts = {
         "label": unit.label,

@@ -125,4 +125,4 @@ def _stages(plan: Plan) -> list[list[str]]:
     ]  # fmt: skip
     together, free = AROUND_S + sum(cost.seconds for cost in plan.here.values()), free_here(plan.recipe)
     rows.append(["together, with what lies around them", duration(together), "", ""])
-    return [*rows, ["free now", "", readable(free.memory_bytes), readable(free.disk_bytes)]]
+    return [*rows, ["free now", "", readable(free["memory_bytes"]), readable(free["disk_bytes"])]]
