@@ -110,7 +110,7 @@ def test_held_out_figures_are_measured_again_where_the_text_is_still_there(
     (first / "evaluation.json").write_text(json.dumps(earlier))
     asked: list[EvaluationRequest] = []
 
-    def measured(request: EvaluationRequest) -> EvaluatedAdapter:
+    def measured(request: EvaluationRequest, on_progress: object) -> EvaluatedAdapter:
         asked.append(request)
         return EvaluatedAdapter({"effect": "helps", "adapted": figures(0.4, 4.2)}, None)
 

@@ -37,6 +37,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
     Attributes:
         source: What the user called it.
         role: Teacher or student, once that is known.
+        cache_note: That the hub was not asked and its cache was read; empty where that is not so.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         """Open nothing yet: a model's folder or a GGUF file, what the user called it, and its headers if known."""
         self._place = place.absolute()
         self._as_stored = as_stored
-        self.role = ""
+        self.role = self.cache_note = ""
         self.source = str(place) if source is None else source
         self._survey = known
         self._expected: dict[str, tuple[int, str]] | None = None
@@ -80,8 +81,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Where the configuration says something else of the weights than they show, and they count."""
-        return self._sound().view.notes
+        """That the hub's cache stood in for the hub; where the configuration says otherwise than the weights."""
+        return (*filter(None, [self.cache_note]), *self._sound().view.notes)
 
     @property
     def is_gguf(self) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moe_svd_distill.checkpoints.configuration import CONFIG
-from moe_svd_distill.checkpoints.notes import say_once
+from moe_svd_distill.checkpoints.downloads import OnBytes, watched
 from moe_svd_distill.checkpoints.shards import find_layout
 from moe_svd_distill.checkpoints.survey import raise_faults
 from moe_svd_distill.errors import CannotWriteError, DistillError, MissingInputError, RemoteError, reason_of, shown
@@ -65,10 +65,12 @@ class Snapshot:
     sizes: Mapping[str, int] = field(default_factory=dict)
     unreachable: RemoteError | None = None
 
-    def say_if_cached(self) -> None:
-        """Say that the hub was not asked, and which commit of its cache is read."""
-        if self.unreachable is not None:
-            say_once(f"{self.unreachable.what}; commit {self.commit} of its cache is read")
+    @property
+    def cache_note(self) -> str:
+        """That the hub was not asked, and which commit of its cache is read; empty where it was."""
+        if self.unreachable is None:
+            return ""
+        return f"{self.unreachable.what}; commit {self.commit} of its cache is read"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -107,7 +109,7 @@ def fetch_small(model: HubModel, token: str | None) -> Snapshot:
     return Snapshot(folder, commit, sizes)
 
 
-def fetch_weights(model: HubModel, snapshot: Snapshot, token: str | None) -> None:
+def fetch_weights(model: HubModel, snapshot: Snapshot, token: str | None, on_bytes: OnBytes | None = None) -> None:
     """Fetch the weights files beside the small ones: those that the index names, and no other formats or copies."""
     from huggingface_hub import snapshot_download
 
@@ -119,7 +121,8 @@ def fetch_weights(model: HubModel, snapshot: Snapshot, token: str | None) -> Non
     raise_faults([*layout.faults, *gone])
     _refuse_without_room(model, snapshot, layout.files)
     patterns = [glob.escape(name) for name in layout.files]
-    with hub_errors(model, token):
+    sizes = {name: snapshot.sizes[name] for name in layout.files}
+    with hub_errors(model, token), watched(snapshot.folder, sizes, on_bytes):
         snapshot_download(model.repo, revision=snapshot.commit, token=token, allow_patterns=patterns)
 
 

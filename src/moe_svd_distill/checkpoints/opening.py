@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moe_svd_distill.checkpoints.checkpoint import Checkpoint
 from moe_svd_distill.checkpoints.configuration import read_config
+from moe_svd_distill.checkpoints.downloads import OnBytes
 from moe_svd_distill.checkpoints.hub import fetch_headers, fetch_small, fetch_weights, parse_hub_id, redact
 from moe_svd_distill.checkpoints.llama_cpp.folder import file_behind
 from moe_svd_distill.checkpoints.notes import say_once
@@ -25,6 +26,7 @@ def open_checkpoint(
     as_stored: bool = False,
     headers_only: bool = False,
     remote_bytes: int | None = None,
+    on_bytes: OnBytes | None = None,
 ) -> Checkpoint:
     """Open a model: a folder, a GGUF file (the first of several), a hub id or an address.
 
@@ -41,21 +43,24 @@ def open_checkpoint(
         token: The hub's access token; by default the one that the user is logged in with.
         as_stored: Show quantised weights as the codes and companions that they are stored as, for looking at them.
         headers_only: Of a hub model, fetch the small files and the headers only. Tensors cannot be read then.
+        on_bytes: Told how far a download is.
         remote_bytes: What fetched tensors of an address may take on the disk; None for what was said before, or all.
     """
     source = str(model)
     if is_address(source):
-        place: Path | None = keep(source, remote_bytes)
+        place: Path | None
+        place, cache_note = keep(source, remote_bytes)
         source = redact(source.removeprefix(f"{HUB}://"), token)
     else:
-        place = _local_place(model)
+        place, cache_note = _local_place(model), ""
     if place:
         checkpoint = Checkpoint(place, source, as_stored=as_stored)
+        checkpoint.cache_note = cache_note
     else:
-        checkpoint = _from_hub(source, token, as_stored, headers_only)
+        checkpoint = _from_hub(source, token, as_stored, headers_only, on_bytes)
     checkpoint.check()
     for note in checkpoint.notes:
-        say_once(f"{source}: {note}")
+        say_once(note if note == checkpoint.cache_note else f"{source}: {note}")
     return checkpoint
 
 
@@ -84,7 +89,9 @@ def _local_place(model: str | Path) -> Path | None:
     return None
 
 
-def _from_hub(source: str, token: str | None, as_stored: bool, headers_only: bool) -> Checkpoint:
+def _from_hub(
+    source: str, token: str | None, as_stored: bool, headers_only: bool, on_bytes: OnBytes | None
+) -> Checkpoint:
     """The model in the hub's cache: all of it, or the small files with the headers of the weights."""
     model = parse_hub_id(source)
     if model is None:
@@ -95,7 +102,7 @@ def _from_hub(source: str, token: str | None, as_stored: bool, headers_only: boo
         declared_quantisation(read_config(snapshot.folder), source)  # refused before anything large is downloaded
     if snapshot.unreachable is not None:
         checkpoint = _from_cache(snapshot.folder, source, snapshot.unreachable, as_stored)
-        snapshot.say_if_cached()
+        checkpoint.cache_note = snapshot.cache_note
         return checkpoint
     if headers_only:
         found = survey(
@@ -107,7 +114,7 @@ def _from_hub(source: str, token: str | None, as_stored: bool, headers_only: boo
         )
         raise_faults(found.faults)
         return Checkpoint(snapshot.folder, source, known=found, as_stored=as_stored)
-    fetch_weights(model, snapshot, token)
+    fetch_weights(model, snapshot, token, on_bytes)
     return Checkpoint(snapshot.folder, source, as_stored=as_stored)
 
 

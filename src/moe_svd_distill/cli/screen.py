@@ -69,13 +69,19 @@ def _print_titled(title: str, table: Table, rows: Iterable[Sequence[str]]) -> No
 
 
 def print_line(text: str) -> None:
-    """A line on standard output, as long as it is."""
-    output.print(text, soft_wrap=True, highlight=False, markup=False)
+    """A line on standard output, broken between words where it is a terminal."""
+    say(output, text)
+
+
+def say(where: Console, text: str) -> None:
+    """A line: on a terminal broken between words, as the terminal would break within them; elsewhere as it is."""
+    where.print(text, soft_wrap=not where.is_terminal, highlight=False, markup=False)
 
 
 def print_next(*words: str | Path, note: str = "") -> None:
     """The command that comes next, to be copied whatever its paths hold; words in capitals are left to fill in."""
-    print_line(f"Next{f', {note}' if note else ''}: {shlex.join([PROGRAM, *map(str, words)])}")
+    line = f"Next{f', {note}' if note else ''}: {shlex.join([PROGRAM, *map(str, words)])}"
+    output.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def duration(seconds: float) -> str:
@@ -85,3 +91,11 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def roughly(seconds: float) -> str:
+    """Seconds that are estimated, in words: no more digits than an estimate has."""
+    if seconds < 90:
+        return f"{max(10, 10 * round(seconds / 10))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else duration(600 * round(seconds / 600))

@@ -10,7 +10,7 @@ from typing import Any
 from moe_svd_distill.adapter.adapter_file import read_json
 from moe_svd_distill.errors import BadDataError, CannotWriteError, MissingInputError
 from moe_svd_distill.evaluation.request import EvaluationRequest
-from moe_svd_distill.execution.events import Listener
+from moe_svd_distill.execution.events import Listener, counting
 from moe_svd_distill.files.names import EVALUATION_FILE
 from moe_svd_distill.pipeline.distill import Adapter, distill, load_adapter
 from moe_svd_distill.pipeline.evaluate import ASKED, evaluate_adapter
@@ -85,6 +85,7 @@ def reproduce(
         BadDataError: A model is not the one that the adapter was made of.
         DistillError: As `distill`.
     """
+    tell: Listener = on_event or (lambda event: None)
     first = load_adapter(adapter)
     folder = Path(output) if output else first.folder.absolute().with_name(f"{first.folder.absolute().name}-reproduced")
     if folder.absolute() == first.folder.absolute():
@@ -95,10 +96,10 @@ def reproduce(
         ("teacher", recipe.teacher, first.record.teacher),
         ("student", recipe.student, first.record.student),
     ):
-        _refuse_other(role, source, record.fingerprint)
-    second = distill(recipe, on_event)
+        _refuse_other(role, source, record.fingerprint, tell)
+    second = distill(recipe, tell)
     digest = Compared("sha256", first.record.adapter_sha256, second.sha256)
-    held_out, notes = ([], []) if digest.same else _held_out(first, second, recipe)
+    held_out, notes = ([], []) if digest.same else _held_out(first, second, recipe, tell)
     return Reproduction(
         folder,
         digest,
@@ -118,8 +119,8 @@ def _recipe(first: Adapter, output: Path, named: Mapping[str, Any]) -> Recipe:
     return parse_recipe(again, f"the run.json in {first.folder}")
 
 
-def _refuse_other(role: str, source: str, recorded: str | None) -> None:
-    checkpoint = open_model(source).checkpoint
+def _refuse_other(role: str, source: str, recorded: str | None, tell: Listener) -> None:
+    checkpoint = open_model(source, on_download=counting(tell)).checkpoint
     try:
         if checkpoint.is_other_than(recorded):
             raise BadDataError(
@@ -159,7 +160,7 @@ def _compared(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Com
         yield Compared(name, before.get(name), now.get(name))
 
 
-def _held_out(first: Adapter, second: Adapter, recipe: Recipe) -> tuple[list[Compared], list[str]]:
+def _held_out(first: Adapter, second: Adapter, recipe: Recipe, tell: Listener) -> tuple[list[Compared], list[str]]:
     """The new adapter on the text that the first was evaluated on; or why not."""
     earlier = first.record.evaluation
     if earlier is None or earlier.adapted is None:
@@ -171,9 +172,8 @@ def _held_out(first: Adapter, second: Adapter, recipe: Recipe) -> tuple[list[Com
         return [], [f"held-out figures are not compared: {reason}"]
     again = {key: value for key, value in asked.items() if key in ASKED}
     texts = tuple(map(Path, earlier.texts))
-    figures = evaluate_adapter(
-        EvaluationRequest(second.folder, recipe.teacher, recipe.student, texts, **again)
-    ).evaluation
+    request = EvaluationRequest(second.folder, recipe.teacher, recipe.student, texts, **again)
+    figures = evaluate_adapter(request, counting(tell)).evaluation
     found = [Compared("held out: effect", earlier.effect, figures["effect"])]
     for field in ("kl", "cross_entropy"):
         found.append(Compared(f"held out: {field}", getattr(earlier.adapted, field), figures["adapted"][field]))

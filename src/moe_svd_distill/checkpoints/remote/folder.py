@@ -129,12 +129,15 @@ class RemoteFolder:
         return info.file.relative_to(self.folder).as_posix()
 
 
-def keep(address: str, room: int | None) -> Path:
+def keep(address: str, room: int | None) -> tuple[Path, str]:
     """The folder of a remote model, made where it is not there: small files and headers are fetched, no tensor is.
 
     Args:
         address: Of the model.
         room: Bytes that its tensors may take; None leaves what was said before.
+
+    Returns:
+        The folder, and a note where the hub was not asked; empty where it was.
 
     Raises:
         MissingInputError: There is no such model, or files are missing.
@@ -144,16 +147,16 @@ def keep(address: str, room: int | None) -> Path:
     """
     source = open_source(address)
     folder = _place(source)
-    known = RemoteFolder.of(folder)
+    known, note = RemoteFolder.of(folder), ""
     if known is None:
         if isinstance(source, HubSource) and source.snapshot.unreachable is not None:
             raise source.snapshot.unreachable
         known = _made(folder, source, room)
     elif isinstance(source, HubSource):
-        source.snapshot.say_if_cached()
+        note = source.snapshot.cache_note
     if room not in (None, known.room):
         _write_record(replace(known, room=room))
-    return folder
+    return folder, note
 
 
 def _place(source: Source) -> Path:

@@ -1,0 +1,53 @@
+"""The picture in README: ``python -m docs.generate.terminal`` runs the demo and draws what it prints."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from contextlib import chdir
+from pathlib import Path
+
+from rich.terminal_theme import TerminalTheme
+
+from moe_svd_distill.cli import screen
+from moe_svd_distill.cli.main import PROGRAM, main
+
+PICTURE = Path(__file__).parent.parent / "pictures" / "demo.svg"
+COLUMNS = 80
+# The letters' contrast on their own ground is 12 and more, on a light page as on a dark one.
+_THEME = TerminalTheme(
+    (24, 26, 33),
+    (226, 228, 233),
+    [
+        (24, 26, 33),
+        (255, 132, 132),
+        (130, 220, 150),
+        (240, 210, 120),
+        (130, 180, 255),
+        (220, 160, 255),
+        (120, 220, 230),
+        (226, 228, 233),
+    ],
+)
+_FONTS = re.compile(r"\s*@font-face \{.*?\}", re.DOTALL)  # from another machine
+
+
+def draw(picture: Path = PICTURE) -> None:
+    """Run the demo and write the picture; figures are those of the run."""
+    with Path(os.devnull).open("w", encoding="utf-8") as nothing:
+        console = type(screen.output)(record=True, width=COLUMNS, file=nothing, force_terminal=True)
+        screen.output = console
+        console.print(f"[bold]$[/] {PROGRAM} demo", highlight=False)
+        with tempfile.TemporaryDirectory() as folder, chdir(folder):
+            try:
+                main(["demo"])
+            except SystemExit as left:
+                if left.code:
+                    raise
+        drawn = console.export_svg(title="demo", theme=_THEME, unique_id="demo")
+    picture.write_text(_FONTS.sub("", drawn).replace("Fira Code, monospace", "monospace"), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    draw()
