@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,27 @@ def test_tables_fit_and_figures_stay_whole(width: int, monkeypatch: pytest.Monke
     assert max(map(len, stream.getvalue().splitlines())) <= width
     assert all(figure in stream.getvalue() for figure in row[1:])
     assert "[bold]" in stream.getvalue()
+
+
+@pytest.mark.parametrize("width", [40, 80, 400])
+def test_the_next_command_can_be_copied_from_a_terminal_of_any_width(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = io.StringIO()
+    console = screen._Console(file=stream, width=width, force_terminal=True, color_system=None)
+    monkeypatch.setattr(screen, "output", console)
+    words = ["distill", "--teacher", "models/a teacher", "--student", "models/a-student", "--output", "somewhere/else"]
+    screen.print_next(*words, note="with more text")
+    assert max(map(len, stream.getvalue().splitlines())) <= width
+    command = stream.getvalue().removeprefix("Next, with more text:").replace("\\\n", "")  # as a shell reads it
+    assert shlex.split(command) == ["moe-svd-distill", *words]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_lines_are_broken_between_words_on_a_terminal_alone(terminal: bool) -> None:
+    stream = io.StringIO()
+    console = screen._Console(file=stream, width=40, force_terminal=terminal, color_system=None)
+    screen.say(console, "several words that take more than forty letters [bold]")
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == (2 if terminal else 1)
+    assert " ".join(line.strip() for line in lines) == "several words that take more than forty letters [bold]"

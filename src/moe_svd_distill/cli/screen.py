@@ -64,7 +64,7 @@ def _print_titled(title: str, table: Table, rows: Iterable[Sequence[str]]) -> No
     for row in rows:
         table.add_row(*map(Text, row))
     if table.row_count:
-        output.print(Text(f"\n{title}", style="bold"), soft_wrap=True)
+        output.print(Text(f"\n{title}", style="bold"), soft_wrap=not output.is_terminal)
         output.print(table)
 
 
@@ -79,9 +79,18 @@ def say(where: Console, text: str) -> None:
 
 
 def print_next(*words: str | Path, note: str = "") -> None:
-    """The command that comes next, to be copied whatever its paths hold; words in capitals are left to fill in."""
-    line = f"Next{f', {note}' if note else ''}: {shlex.join([PROGRAM, *map(str, words)])}"
-    output.print(line, soft_wrap=True, highlight=False, markup=False)
+    """The command that comes next, to be copied whatever its paths hold; words in capitals are left to fill in.
+
+    On a terminal that it is too long for, a backslash ends a line as in a shell.
+    """
+    lines = [f"Next{f', {note}' if note else ''}:"]
+    for word in (PROGRAM, *map(shlex.quote, map(str, words))):
+        if output.is_terminal and len(f"{lines[-1]} {word} \\") > output.width:
+            lines[-1] += " \\" if len(lines) > 1 or PROGRAM in lines[-1] else ""
+            lines.append(f"   {word}" if word != PROGRAM else f"  {word}")
+        else:
+            lines[-1] += f" {word}"
+    output.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
 
 
 def duration(seconds: float) -> str:

@@ -253,6 +253,6 @@ def _strongest(probes: list[Probe]) -> Probe:
 
 def _figures(probe: Probe) -> str:
     return (
-        f"{probe.role} with cosine {probe.cosine:.2f} {probe.comparison} "
+        f"{probe.role} with cosine {probe.cosine:.2f}, {probe.comparison} "
         f"(chance {probe.chance:.2f}, {probe.deviations:+.1f} standard deviations)"
     )

@@ -39,4 +39,5 @@ def merge(
     named = replace(record, student=replace(record.student, source=base)) if student or not record.content else record
     with open_checkpoint(base, on_bytes=partial(on_progress, f"{DOWNLOADING}{base}")) as checkpoint:
         merging = partial(on_progress, "merging")
+        merging(0, 0)
         return merge_into(adapter, checkpoint, output, card=merged_card(named), on_progress=merging)

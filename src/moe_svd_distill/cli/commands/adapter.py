@@ -31,7 +31,7 @@ def verify_command(folder: Path, student: str | None, shown: Shown) -> None:
 
     from moe_svd_distill.adapter.verify import verify
     from moe_svd_distill.cli.progress import Monitor
-    from moe_svd_distill.cli.screen import print_json, print_next
+    from moe_svd_distill.cli.screen import print_json, print_line, print_next
 
     with Monitor(shown) as monitor:
         checkpoint = _opened(student, monitor)
@@ -41,11 +41,11 @@ def verify_command(folder: Path, student: str | None, shown: Shown) -> None:
         print_json({**asdict(report), "summary": report.summary})
         return
     for warning in report.warnings:
-        click.echo(f"note: {warning}")
+        print_line(f"note: {warning}")
     if report.load:
-        click.echo(f"PEFT loads all {report.load.keys} tensors into {report.load.targets} modules and parameters")
-    click.echo(f"sha256 {report.sha256}{' as recorded' if report.digest_checked else ''}")
-    click.echo(report.summary)
+        print_line(f"PEFT loads all {report.load.keys} tensors into {report.load.targets} modules and parameters")
+    print_line(f"sha256 {report.sha256}{' as recorded' if report.digest_checked else ''}")
+    print_line(report.summary)
     print_next("merge", folder, "MERGED", *(("--student", student) if student else ()))
 
 
@@ -62,7 +62,7 @@ def merge_command(folder: Path, output: Path, student: str | None, shown: Shown)
     from dataclasses import asdict
 
     from moe_svd_distill.cli.progress import Monitor
-    from moe_svd_distill.cli.screen import print_json
+    from moe_svd_distill.cli.screen import print_json, print_line
     from moe_svd_distill.pipeline.merge import merge
 
     with Monitor(shown) as monitor:
@@ -71,10 +71,10 @@ def merge_command(folder: Path, output: Path, student: str | None, shown: Shown)
         print_json({**asdict(report), "output": str(report.output)})
         return
     for warning in report.warnings:
-        click.echo(f"note: {warning}")
+        print_line(f"note: {warning}")
     for name in report.left_out:
-        click.echo(f"not copied: {name}")
-    click.echo(
+        print_line(f"not copied: {name}")
+    print_line(
         f"{report.output}: {report.merged} tensors merged, {report.copied} copied unchanged, "
         f"{report.weights_files} weights files, {report.bytes / 2**20:.1f} MiB"
     )
@@ -104,7 +104,7 @@ def export_command(folder: Path, output: Path, layout: str, text_only: bool, stu
 
     from moe_svd_distill.adapter.export import export
     from moe_svd_distill.cli.progress import Monitor
-    from moe_svd_distill.cli.screen import print_json
+    from moe_svd_distill.cli.screen import print_json, print_line
 
     with Monitor(shown) as monitor:
         checkpoint = _opened(student, monitor)
@@ -113,11 +113,11 @@ def export_command(folder: Path, output: Path, layout: str, text_only: bool, stu
     if shown.as_json:
         print_json({**asdict(report), "output": str(report.output)})
         return
-    click.echo(f"{report.output}: {report.tensors} tensors")
+    print_line(f"{report.output}: {report.tensors} tensors")
     if report.loads is not None:
-        click.echo("PEFT loads all of them" if report.loads else f"PEFT does not load it as it is: {report.why_not}")
+        print_line("PEFT loads all of them" if report.loads else f"PEFT does not load it as it is: {report.why_not}")
     for limit in report.limits:
-        click.echo(f"note: {limit}")
+        print_line(f"note: {limit}")
 
 
 @click.command("adapter-config", short_help="Rebuild adapter_config.json.")

@@ -67,7 +67,9 @@ def show_relatedness(relatedness: dict[str, Any]) -> None:
     from moe_svd_distill.cli.screen import print_facts, print_line, print_table
 
     vocabulary = relatedness["vocabulary"]
-    differences = [f"{item['name']} {item['teacher']} → {item['student']}" for item in relatedness["differences"]]
+    differences = [
+        f"{_in_words(item['name'])} {item['teacher']} → {item['student']}" for item in relatedness["differences"]
+    ]
     rows = [
         ("lineage", relatedness["lineage"]),
         ("family", "the same" if relatedness["same_family"] else " → ".join(relatedness["families"])),
@@ -81,7 +83,7 @@ def show_relatedness(relatedness: dict[str, Any]) -> None:
         if probe["role"] not in best or probe["deviations"] > best[probe["role"]]["deviations"]:
             best[probe["role"]] = probe
     if best:
-        columns = ("weights that are most alike", "compared", "cosine", "by chance", "deviations")
+        columns = ("most alike", "compared", "cosine", "by chance", "deviations")
         print_table("lineage by weights", columns, [_row(probe) for probe in best.values()])
     print_line(f"lineage: {relatedness['lineage']}: {relatedness['reason']}")
     for line in (*vocabulary["reasons"], *relatedness["skipped"]):
