@@ -31,10 +31,11 @@ _THEME = TerminalTheme(
     ],
 )
 _FONTS = re.compile(r"\s*@font-face \{.*?\}", re.DOTALL)  # from another machine
+_SECONDS = re.compile(r"(?:&#160;)+\([\d.]+&#160;s\)")  # of a machine that may have been busy
 
 
 def draw(picture: Path = PICTURE) -> None:
-    """Run the demo and write the picture; figures are those of the run."""
+    """Run the demo and write the picture: what was printed, without the seconds."""
     with Path(os.devnull).open("w", encoding="utf-8") as nothing:
         console = type(screen.output)(record=True, width=COLUMNS, file=nothing, force_terminal=True)
         screen.output = console
@@ -46,7 +47,8 @@ def draw(picture: Path = PICTURE) -> None:
                 if left.code:
                     raise
         drawn = console.export_svg(title="demo", theme=_THEME, unique_id="demo")
-    picture.write_text(_FONTS.sub("", drawn).replace("Fira Code, monospace", "monospace"), encoding="utf-8")
+    drawn = _SECONDS.sub("", _FONTS.sub("", drawn)).replace("Fira Code, monospace", "monospace")
+    picture.write_text(drawn, encoding="utf-8")
 
 
 if __name__ == "__main__":

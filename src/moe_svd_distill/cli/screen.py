@@ -45,7 +45,7 @@ def grouped(reasons: Mapping[str, str]) -> Iterator[str]:
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table of figures: the first column is left-aligned and may be folded, the others right-aligned and whole."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for number, column in enumerate(columns):
         first = number == 0
         table.add_column(Text(column), justify="left" if first else "right", no_wrap=not first, overflow="fold")
