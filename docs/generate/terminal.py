@@ -6,6 +6,7 @@ import os
 import re
 import tempfile
 from contextlib import chdir
+from html import unescape
 from pathlib import Path
 
 from rich.terminal_theme import TerminalTheme
@@ -47,8 +48,12 @@ def draw(picture: Path = PICTURE) -> None:
                 if left.code:
                     raise
         drawn = console.export_svg(title="demo", theme=_THEME, unique_id="demo")
-    drawn = _SECONDS.sub("", _FONTS.sub("", drawn)).replace("Fira Code, monospace", "monospace")
-    picture.write_text(drawn, encoding="utf-8")
+    picture.write_text(without_seconds(_FONTS.sub("", drawn).replace("Fira Code, monospace", "monospace")), "utf-8")
+
+
+def without_seconds(drawn: str) -> str:
+    """With blanks in their place: a line keeps the length that the drawing gives it."""
+    return _SECONDS.sub(lambda seconds: "&#160;" * len(unescape(seconds[0])), drawn)
 
 
 if __name__ == "__main__":
