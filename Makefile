@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint format docs count bench soak real-pair lab clean
+.PHONY: help setup demo test test-gpu lint format docs picture count bench soak real-pair lab clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 12
@@ -44,6 +44,9 @@ format: $(READY)  ## format and fix what can be fixed
 docs: $(READY)  ## build the manual into build/docs; a broken link or a warning is an error
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+picture: $(READY)  ## run the demo and draw what it prints for README
+	$(BIN)/python -m docs.generate.terminal
 
 count:  ## count lines, files, dataclasses and long signatures of src/
 	$(PYTHON) -m benchmarks.count

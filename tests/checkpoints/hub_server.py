@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+LARGE = 1 << 20
 FILES_ONLY = "files"  # in place of an X-Error-Code: the repository can be listed, its files fail
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/revision/(?P<revision>.+))?")
@@ -32,6 +34,7 @@ class Hub:
     hiccups: dict[str, list[str]] = field(
         default_factory=dict
     )  # repository -> "429", "503" or "cut" of the next ranges
+    pause_s: float = 0.0  # between the tenths of a large file
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Range
     sent: dict[str, int] = field(default_factory=dict)  # repository -> bytes of ranges
     url: str = ""
@@ -175,8 +178,14 @@ def serve(hub: Hub) -> Iterator[Hub]:
                 self.send_header(name, value)
             self.end_headers()
             if with_body:
-                self.wfile.write(body[: len(body) // 2] if cut else body)
+                self._slowly(body[: len(body) // 2] if cut else body)
             self.close_connection = self.close_connection or cut
+
+        def _slowly(self, body: bytes) -> None:
+            tenth = len(body) // 10 + 1 if hub.pause_s and len(body) > LARGE else len(body)
+            for begin in range(0, len(body), tenth or 1):
+                self.wfile.write(body[begin : begin + tenth])
+                time.sleep(hub.pause_s if tenth < len(body) else 0)
 
         def log_message(self, format: str, *args: Any) -> None:
             pass

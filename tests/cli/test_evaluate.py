@@ -91,6 +91,6 @@ def test_no_line_of_a_table_is_folded(width: int, monkeypatch: pytest.MonkeyPatc
     text = stream.getvalue()
     for row in ("with the adapter  ", "temperature 1.071*  ", "random, seed 7  ", "humaneval  "):
         assert f"\n{row}" in text
-    assert "-132.7 … -135.4   -132.7 … -135.4" in text
+    assert "-132.7 … -135.4  -132.7 … -135.4" in text
     ends = [line for line in text.splitlines() if "  " in line and not line.startswith(("KL", "humaneval:"))]
     assert max(map(len, ends)) <= width

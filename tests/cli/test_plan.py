@@ -149,11 +149,7 @@ def test_a_dry_run_is_the_plan_and_leaves_nothing(words: list[str], capsys: pyte
     for row in ("to train on", "to search the scale on", "on this machine, about", "free now"):
         assert row in text
     assert not re.search(r"(?<!\d)0\.0 GiB", text)
-    assert [line for line in error.splitlines() if ", for " not in line] == [
-        "fetching and checking the models",
-        "reading the calibration text",
-        "measuring the speed of this machine",
-    ]
+    assert all(", for " in line for line in error.splitlines()), "stages that last a while, and nothing else"
     (line,) = [line for line in text.splitlines() if line.startswith("Next: ")]
     assert shlex.split(line)[1:] == ["moe-svd-distill", "distill", *words[1:]]
     assert not Path(words[words.index("--output") + 1]).exists()

@@ -3,54 +3,23 @@
 from __future__ import annotations
 
 import io
-import time
+import shlex
 from pathlib import Path
 
 import pytest
 
-from moe_svd_distill.cli import screen
+from moe_svd_distill.cli import lines, screen
 from moe_svd_distill.cli.options import Shown
-from moe_svd_distill.cli.progress import Lines, Monitor, _Stage
-from moe_svd_distill.cli.screen import duration
+from moe_svd_distill.cli.progress import Monitor
+from moe_svd_distill.cli.screen import duration, roughly
 from moe_svd_distill.errors import CannotWriteError
 from moe_svd_distill.execution import events
 
 
-def test_a_line_when_a_stage_begins_and_at_intervals() -> None:
-    lines: list[str] = []
-    progress = Lines(lines.append, every_s=0.05)
-    progress.start()
-    progress.take(events.StageReached("training", 0.0))
-    progress.take(events.StageReached("training", 0.5))
-    deadline = time.monotonic() + 10
-    while len(lines) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    progress.take(events.StageReached("writing the adapter"))
-    progress.stop()
-    assert lines[0] == "training"
-    assert lines[1].startswith("training, for 0 s: 50%, about 0 s left")
-    assert "writing the adapter" in lines
-    before = len(lines)
-    time.sleep(0.2)
-    assert len(lines) == before
-
-
-@pytest.mark.parametrize(
-    ("stage", "expected"),
-    [
-        (_Stage("reading", 100.0, 0.0, 0.25), "reading, for 30 s: 25%, about 1 min 30 s left"),
-        (_Stage("reading", 100.0, 0.5, 0.75), "reading, for 30 s: 75%, about 30 s left"),
-        (_Stage("reading", 100.0, 0.25, 0.25), "reading, for 30 s: 25%"),
-        (_Stage("reading", 100.0, 0.0, 1.0), "reading, for 30 s: 100%"),
-        (_Stage("checking", 100.0, 0.0, None), "checking, for 30 s"),
-    ],
-)
-def test_what_is_left_follows_from_the_speed_of_the_stage(stage: _Stage, expected: str) -> None:
-    assert stage.line(130.0) == expected
-
-
 def test_durations_in_words() -> None:
     assert [duration(seconds) for seconds in (0.4, 59, 61, 7261)] == ["0 s", "59 s", "1 min 1 s", "2 h 1 min"]
+    estimates = ["10 s", "80 s", "2 min", "89 min", "2 h 10 min"]
+    assert [roughly(seconds) for seconds in (0.4, 84, 95, 5340, 7800)] == estimates
 
 
 RUN: list[events.Event] = [
@@ -68,12 +37,20 @@ RUN: list[events.Event] = [
 @pytest.mark.parametrize("quiet", [False, True])
 @pytest.mark.parametrize("verbose", [False, True])
 def test_one_stream_of_events_feeds_screen_and_log(
-    quiet: bool, verbose: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    quiet: bool,
+    verbose: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file = tmp_path / "logs" / "run.log"
+    monkeypatch.setattr(lines, "SOON_S", 0.0)
     with Monitor(Shown(quiet=quiet, verbose=verbose, log_file=file)) as monitor:
         for event in RUN:
             monitor.on_event(event)
+            for display in monitor._displays:
+                looking = getattr(display, "_display", display)
+                getattr(looking, "_display", looking).look()
     said = ["resuming from out", "weights stage", "attempt 1 failed: out of memory", "computed on the CPU", "training"]
     details = ["worker 0 on cpu, process 4711", "layer 0: 3 s", "layer 1: found on the disk"]
     captured, logged = capsys.readouterr(), file.read_text()
@@ -106,7 +83,30 @@ def test_tables_fit_and_figures_stay_whole(width: int, monkeypatch: pytest.Monke
     )
     screen.print_table("title", ("", "figure", "count", "share"), [row] * 2)
     screen.print_facts("facts", [("key", "words " * 40), ("another", "/a/path/" * 30)])
-    lines = stream.getvalue().splitlines()
-    assert max(map(len, lines)) <= width
+    assert max(map(len, stream.getvalue().splitlines())) <= width
     assert all(figure in stream.getvalue() for figure in row[1:])
     assert "[bold]" in stream.getvalue()
+
+
+@pytest.mark.parametrize("width", [40, 80, 400])
+def test_the_next_command_can_be_copied_from_a_terminal_of_any_width(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = io.StringIO()
+    console = screen._Console(file=stream, width=width, force_terminal=True, color_system=None)
+    monkeypatch.setattr(screen, "output", console)
+    words = ["distill", "--teacher", "models/a teacher", "--student", "models/a-student", "--output", "somewhere/else"]
+    screen.print_next(*words, note="with more text")
+    assert max(map(len, stream.getvalue().splitlines())) <= width
+    command = stream.getvalue().removeprefix("Next, with more text:").replace("\\\n", "")  # as a shell reads it
+    assert shlex.split(command) == ["moe-svd-distill", *words]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_lines_are_broken_between_words_on_a_terminal_alone(terminal: bool) -> None:
+    stream = io.StringIO()
+    console = screen._Console(file=stream, width=40, force_terminal=terminal, color_system=None)
+    screen.say(console, "several words that take more than forty letters [bold]")
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == (2 if terminal else 1)
+    assert " ".join(line.strip() for line in lines) == "several words that take more than forty letters [bold]"

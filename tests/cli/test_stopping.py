@@ -33,7 +33,7 @@ def stopped(words: list[str], number: signal.Signals, at: str) -> tuple[int, lis
         assert process.stderr is not None
         for line in process.stderr:
             said.append(line.rstrip("\n"))
-            if line.strip() == at:
+            if line.startswith(f"{at}, for "):
                 process.send_signal(number)
                 break
         said += process.stderr.read().splitlines()

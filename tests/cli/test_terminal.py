@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from moe_svd_distill.cli.main import NOBODY_READS
+from tests.support.heads import TEXT, student_with_tokenizer, teacher_with_other_head, trained_tokenizer
 from tests.support.models import saved
 
 PROGRAM = [sys.executable, "-m", "moe_svd_distill"]
@@ -83,3 +90,41 @@ def test_a_closed_pipe_for_what_people_read_ends_quietly_too(tmp_path: Path) -> 
     finally:
         os.close(writing)
     assert (done.returncode, done.stdout) == (NOBODY_READS, b"")
+
+
+def _lines_on_a_terminal(columns: int, words: list[object]) -> list[str]:
+    """What a command writes to a terminal of so many columns, without colours and movements."""
+    pid, terminal = pty.fork()
+    if pid == 0:  # pragma: no cover - another process
+        os.environ.update(COLUMNS=str(columns), LINES="50", TERM="xterm-256color")
+        os.execv(sys.executable, [*PROGRAM, *map(str, words)])
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    written = b""
+    with suppress(OSError):  # its end, on Linux
+        while piece := os.read(terminal, 65536):
+            written += piece
+    _, status = os.waitpid(pid, 0)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.decode())
+    assert os.waitstatus_to_exitcode(status) == 0, plain
+    return [line.rstrip() for line in re.split(r"[\r\n]+", plain)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", [80, 120])
+def test_nothing_is_wrapped_by_the_terminal_or_cut(columns: int, tmp_path: Path) -> None:
+    student = student_with_tokenizer("llama", tmp_path / "s", trained_tokenizer(tmp_path / "tokenizer", 400))
+    teacher, out = teacher_with_other_head(student, tmp_path / "t"), tmp_path / "out"
+    pair: list[object] = ["--teacher", teacher, "--student", student, "--calibration", TEXT, "--device", "cpu"]
+    pair += ["--method", "weights", "--workers", 1, "--tokens", 1024, "--scale-search-tokens", 1024, "--output", out]
+    commands: list[list[object]] = [
+        ["inspect", teacher, student],
+        ["plan", *pair],
+        ["distill", *pair],
+        ["evaluate", out, "--text", TEXT, "--tokens", 1024],
+        ["verify", out],
+    ]
+    for words in commands:
+        lines = _lines_on_a_terminal(columns, words)
+        long = [line for line in lines if len(line) > columns]
+        assert long == [], words
+        assert not [line for line in lines if "…" in line and " … " not in line], words

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from moe_svd_distill.files.header import read_header
 from moe_svd_distill.pipeline.distill import distill
 from moe_svd_distill.recipe import parse_recipe
-from tests.checkpoints.hub_server import Hub, serve
+from tests.checkpoints.hub_server import COMMIT, Hub, serve
 from tests.support.heads import TRAINED, student_with_tokenizer, trained_tokenizer
 from tests.support.pairs import recipe_for
 
@@ -41,12 +41,13 @@ class Served:
     teacher: Path
     student: Path
 
-    def run(self, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def run(self, home: Path, *arguments: str, offline: bool = False) -> subprocess.CompletedProcess[str]:
         environment = os.environ | {
             "HF_ENDPOINT": self.hub.url,
             "HF_HOME": str(home),
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_OFFLINE": "1" if offline else "0",
             "NO_PROXY": "127.0.0.1",
         }
         command = [sys.executable, "-m", "moe_svd_distill", *arguments]
@@ -113,6 +114,21 @@ def test_a_remote_calibrated_run_gives_the_same_adapter_and_fetches_each_byte_on
     folders = str(served.teacher), str(served.student)
     assert served.distill(tmp_path / "home", tmp_path / "local", folders, **CALIBRATED).returncode == 0
     _same(tmp_path / "remote", tmp_path / "local")
+
+
+def test_that_the_cache_stood_in_for_the_hub_is_in_the_record(served: Served, tmp_path: Path) -> None:
+    home, models = tmp_path / "home", ("org/teacher", "hf://org/student")
+    assert served.distill(home, tmp_path / "out", models, **WEIGHTS).returncode == 0
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (record["teacher"]["notes"], record["student"]["notes"]) == ([], [])
+    done = served.run(home, "distill", str(tmp_path / "out.json"), offline=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    for role in ("teacher", "student"):
+        (note,) = record[role]["notes"]
+        assert note.startswith(f"the hub cannot be reached for org/{role} (")
+        assert note.endswith(f"; commit {COMMIT} of its cache is read")
+        assert note in done.stderr
 
 
 def _fetched_once(served: Served, home: Path) -> None:

@@ -115,7 +115,7 @@ def test_held_out_figures_are_measured_again_where_the_text_is_still_there(
     (first / "evaluation.json").write_text(json.dumps(earlier))
     asked: list[dict[str, Any]] = []
 
-    def measured(folder: Path, texts: Any, **options: Any) -> EvaluatedAdapter:
+    def measured(folder: Path, texts: Any, on_progress: object, **options: Any) -> EvaluatedAdapter:
         asked.append(options)
         return EvaluatedAdapter(read_as(EvaluationRecord, {"effect": "helps", "adapted": figures(0.4, 4.2)}), None)
 

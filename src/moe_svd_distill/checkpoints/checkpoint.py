@@ -39,12 +39,13 @@ class Checkpoint(Mapping[str, TensorInfo]):
     Attributes:
         source: What the user called it.
         role: Teacher or student, once that is known.
+        cache_note: That the hub was not asked and its cache was read; empty where that is not so.
     """
 
     def __init__(self, place: Path, source: str | None = None, *, storage: Storage | None = None) -> None:
         """Open nothing yet: a folder or a GGUF file, what the user called it, and its storage where that is special."""
         self._place = place.absolute()
-        self.role = ""
+        self.role = self.cache_note = ""
         self.source = str(place) if source is None else source
         self._survey: Survey | None = None
         self._given = storage
@@ -80,8 +81,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Where the configuration says something else of the weights than they show, and they count."""
-        return tuple(self._sound().weights.notes)
+        """That the hub's cache stood in for the hub; where the configuration says otherwise than the weights."""
+        return (*filter(None, [self.cache_note]), *self._sound().weights.notes)
 
     @property
     def is_gguf(self) -> bool:

@@ -19,6 +19,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from moe_svd_distill.checkpoints.configuration import CONFIG
+from moe_svd_distill.checkpoints.downloads import OnBytes, watched
 from moe_svd_distill.checkpoints.shards import find_layout
 from moe_svd_distill.checkpoints.survey import raise_faults
 from moe_svd_distill.errors import CannotWriteError, DistillError, MissingInputError, RemoteError, reason_of, shown
@@ -74,10 +75,12 @@ class Snapshot:
     sizes: Mapping[str, int] = field(default_factory=dict)
     unreachable: RemoteError | None = None
 
-    def say_if_cached(self) -> None:
-        """Say that the hub was not asked, and which commit of its cache is read."""
-        if self.unreachable is not None:
-            say_once(f"{self.unreachable.what}; commit {self.revision} of its cache is read")
+    @property
+    def cache_note(self) -> str:
+        """That the hub was not asked, and which commit of its cache is read; empty where it was."""
+        if self.unreachable is None:
+            return ""
+        return f"{self.unreachable.what}; commit {self.revision} of its cache is read"
 
     @property
     def address(self) -> str:
@@ -188,7 +191,7 @@ def fetch_small(model: HubModel) -> Snapshot:
     return Snapshot(model, commit, folder, sizes)
 
 
-def fetch_weights(snapshot: Snapshot) -> None:
+def fetch_weights(snapshot: Snapshot, on_bytes: OnBytes | None = None) -> None:
     """Fetch the weights files beside the small ones: those that the index names, and no other formats or copies."""
     from huggingface_hub import snapshot_download
 
@@ -206,7 +209,8 @@ def fetch_weights(snapshot: Snapshot) -> None:
             f"Make room, point HF_HOME to another disk, or read it by range: {snapshot.address}",
         )
     patterns = [glob.escape(name) for name in layout.files]
-    with hub_errors(model):
+    sizes = {name: snapshot.sizes[name] for name in layout.files}
+    with hub_errors(model), watched(snapshot.folder, sizes, on_bytes):
         snapshot_download(model.repo, revision=snapshot.revision, allow_patterns=patterns)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moe_svd_distill.checkpoints.checkpoint import Checkpoint
 from moe_svd_distill.checkpoints.configuration import USE_PLAIN, declared_quantisation, read_config
+from moe_svd_distill.checkpoints.downloads import OnBytes
 from moe_svd_distill.checkpoints.hub import (
     HUB,
     Snapshot,
@@ -29,7 +30,13 @@ from moe_svd_distill.files.reading import explain
 _BLOCK_ROWS = 4096
 
 
-def open_checkpoint(model: str | Path, *, headers_only: bool = False, remote_bytes: int | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: str | Path,
+    *,
+    headers_only: bool = False,
+    remote_bytes: int | None = None,
+    on_bytes: OnBytes | None = None,
+) -> Checkpoint:
     """Open a model: a folder, a GGUF file (the first of several), a hub id or an address.
 
     An address (``hf://organisation/name``, ``s3://bucket/folder``) is read by range: tensors are fetched when they are
@@ -43,18 +50,24 @@ def open_checkpoint(model: str | Path, *, headers_only: bool = False, remote_byt
     Args:
         model: What the user typed.
         headers_only: Of a hub model, fetch the small files and the headers only. Tensors cannot be read then.
+        on_bytes: Told how far a download is.
         remote_bytes: What fetched tensors of an address may take on the disk; None for what was said before, or all.
     """
     source = str(model)
     if is_address(source):
-        place: Path | None = keep(source, remote_bytes)
+        place: Path | None
+        place, cache_note = keep(source, remote_bytes)
         source = redact(source.removeprefix(f"{HUB}://"))
     else:
-        place = _local_place(model)
-    checkpoint = Checkpoint(place, source) if place else _from_hub(source, headers_only)
+        place, cache_note = _local_place(model), ""
+    if place:
+        checkpoint = Checkpoint(place, source)
+        checkpoint.cache_note = cache_note
+    else:
+        checkpoint = _from_hub(source, headers_only, on_bytes)
     checkpoint.check()
     for note in checkpoint.notes:
-        say_once(f"{source}: {note}")
+        say_once(note if note == checkpoint.cache_note else f"{source}: {note}")
     return checkpoint
 
 
@@ -97,7 +110,7 @@ class _HeadersOnly(Storage):
         return fetch_headers(self._snapshot, files)
 
 
-def _from_hub(source: str, headers_only: bool) -> Checkpoint:
+def _from_hub(source: str, headers_only: bool, on_bytes: OnBytes | None) -> Checkpoint:
     """The model in the hub's cache: all of it, or the small files with the headers of the weights."""
     model = parse_hub_id(source)
     if model is None:
@@ -111,11 +124,11 @@ def _from_hub(source: str, headers_only: bool) -> Checkpoint:
             checkpoint.check()
         except MissingInputError as incomplete:  # the network is what is missing
             raise snapshot.unreachable from incomplete
-        snapshot.say_if_cached()
+        checkpoint.cache_note = snapshot.cache_note
         return checkpoint
     if headers_only:
         return Checkpoint(snapshot.folder, source, storage=_HeadersOnly(snapshot))
-    fetch_weights(snapshot)
+    fetch_weights(snapshot, on_bytes)
     return Checkpoint(snapshot.folder, source)
 
 

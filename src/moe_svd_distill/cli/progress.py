@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, TextIO
 
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, ProgressColumn, Task, TaskID
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
+from moe_svd_distill.cli.lines import Lines, details, messages
 from moe_svd_distill.cli.options import Shown
-from moe_svd_distill.cli.screen import console, duration
+from moe_svd_distill.cli.screen import console, say
 from moe_svd_distill.errors import CannotWriteError
 from moe_svd_distill.execution import events
 
-EVERY_S = 30.0
+BAR = 20
+"""Letters of a bar; where a name is long, fewer, and none below `LEAST_BAR`."""
+LEAST_BAR = 4
 
 
 class _Display(Protocol):
@@ -74,37 +77,11 @@ class Monitor:
 
     def on_count(self, name: str, done: int, total: int) -> None:
         """Show a step, and how much of how much of it is done; of 0 where that is not known."""
-        self.on_event(events.StageReached(name, done / total if total else None))
-
-
-def messages(event: events.Event) -> Iterator[str]:
-    """What of an event people should read, whatever else they see."""
-    match event:
-        case events.Noted(text):
-            yield text
-        case events.UnitFinished(_, label, _, _, backoff):
-            yield from (f"{label}: {step}" for step in backoff)
-        case events.UnitFailed(_, label, attempt, reason, _):
-            yield f"{label}: attempt {attempt} failed: {reason}"
-        case events.UnitSetAside(label, reason):
-            yield f"{label}: set aside: {reason}"
-        case events.WorkerLost(worker, reason, label):
-            yield f"worker {worker} lost{f' with {label}' if label else ''}: {reason}"
-        case events.PartRejected(label, reason, moved_to):
-            yield f"{label}: the part on disk is damaged ({reason}); moved to {moved_to.name}, computing it again"
-
-
-def details(event: events.Event) -> Iterator[str]:
-    """What of an event people read who want to see everything."""
-    match event:
-        case events.WorkerStarted(worker, device, pid):
-            yield f"worker {worker} on {device}, process {pid}"
-        case events.UnitFinished(_, label, seconds, reused, _):
-            yield f"{label}: {'found on the disk' if reused else duration(seconds)}"
+        self.on_event(events.StageReached.counted(name, done, total))
 
 
 def _say(text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
+    say(console, text)
 
 
 class _Verbose:
@@ -143,18 +120,32 @@ class _Log:
             self._stream.flush()
 
 
+class _Row(ProgressColumn):
+    """A whole row: what is done, a bar, the time taken and the time left. The bar gives way to long names."""
+
+    def render(self, task: Task) -> Table:
+        times = f"{_clock(task.finished_time if task.finished else task.elapsed)} {_clock(task.time_remaining)}"
+        room = console.width - len(times) - 2
+        said = f"{task.description}  {task.fields['note']}".rstrip()
+        bar = min(BAR, room - len(said))
+        row = Table.grid(padding=(0, 1, 0, 0))
+        if bar < LEAST_BAR:
+            row.add_row(Text(said[:room].ljust(room + 1), no_wrap=True), Text(times))
+        else:
+            drawn = ProgressBar(task.total, task.completed, width=bar, pulse=task.total is None)
+            row.add_row(Text(said.ljust(room - bar), no_wrap=True), drawn, Text(times))
+        return row
+
+
+def _clock(seconds: float | None) -> str:
+    return "-:--:--" if seconds is None else str(timedelta(seconds=round(seconds))).rjust(7)
+
+
 class _Bars:
     """A bar for the units, one for each worker, and one for each later step."""
 
     def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
+        self._progress = Progress(_Row(), console=console)
         self.start, self.stop = self._progress.start, self._progress.stop
         self._costs: dict[str, int] = {}
         self._all: TaskID | None = None
@@ -164,11 +155,12 @@ class _Bars:
 
     def take(self, event: events.Event) -> None:
         for line in messages(event):
-            self._progress.console.print(line, highlight=False, soft_wrap=True, markup=False)
+            say(self._progress.console, line)
         match event:
-            case events.StageReached(name, fraction):
-                self._reached(name, fraction)
+            case events.StageReached(name, fraction, amount):
+                self._reached(name, fraction, amount)
             case events.UnitsPlanned(units):
+                self._end_stage()
                 self._costs = dict(units)
                 total = sum(self._costs.values())
                 self._all = self._progress.add_task(events.WEIGHTS_STAGE, total=total, note=f"0/{len(units)} units")
@@ -187,81 +179,18 @@ class _Bars:
                 if worker is not None:
                     self._update_worker(worker, label, 1.0)
 
-    def _reached(self, name: str, fraction: float | None) -> None:
+    def _reached(self, name: str, fraction: float | None, amount: str) -> None:
         if self._stage is None or self._stage[0] != name:
-            if self._stage is not None:
-                self._progress.update(self._stage[1], completed=1, total=1)
+            self._end_stage()
             self._stage = (name, self._progress.add_task(name, total=1 if fraction is not None else None, note=""))
         if fraction is not None:
-            self._progress.update(self._stage[1], total=1, completed=fraction)
+            self._progress.update(self._stage[1], total=1, completed=fraction, note=amount)
+
+    def _end_stage(self) -> None:
+        if self._stage is not None:
+            self._progress.update(self._stage[1], completed=1, total=1)
+            self._stage = None
 
     def _update_worker(self, worker: int, note: str, fraction: float) -> None:
         if worker in self._workers:
             self._progress.update(self._workers[worker], completed=fraction, note=note)
-
-
-@dataclass(frozen=True)
-class _Stage:
-    name: str
-    begin: float
-    first: float
-    fraction: float | None
-
-    def line(self, now: float) -> str:
-        """The stage, its share done, and the time left as far as its own speed tells."""
-        text = f"{self.name}, for {duration(now - self.begin)}"
-        if self.fraction is None:
-            return text
-        text += f": {self.fraction:.0%}"
-        done = self.fraction - self.first
-        if done <= 0 or self.fraction >= 1:
-            return text
-        return f"{text}, about {duration((now - self.begin) * (1 - self.fraction) / done)} left"
-
-
-class Lines:
-    """Where nobody sees a bar: a line when a stage begins, and one every half minute while it lasts.
-
-    Between `start` and `stop`, from a thread of its own.
-    """
-
-    def __init__(self, say: Callable[[str], None], every_s: float = EVERY_S) -> None:
-        self._say, self._every_s = say, every_s
-        self._stage: _Stage | None = None
-        self._units = self._done = 0
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def take(self, event: events.Event) -> None:
-        match event:
-            case events.StageReached(name, fraction):
-                self._reached(name, fraction)
-            case events.UnitsPlanned(units):
-                self._units, self._done = len(units), 0
-                self._reached(events.WEIGHTS_STAGE, 0.0)
-            case events.UnitFinished():
-                self._done += 1
-                self._reached(events.WEIGHTS_STAGE, self._done / max(1, self._units))
-        for line in messages(event):
-            self._say(line)
-
-    def _reached(self, name: str, fraction: float | None) -> None:
-        stage = self._stage
-        if stage is None or stage.name != name:
-            self._stage = _Stage(name, time.monotonic(), fraction or 0.0, fraction)
-            self._say(name)
-        else:
-            self._stage = _Stage(name, stage.begin, stage.first, fraction)
-
-    def stop(self) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._ended.wait(self._every_s):
-            stage = self._stage
-            if stage is not None:
-                self._say(stage.line(time.monotonic()))

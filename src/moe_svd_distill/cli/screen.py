@@ -45,7 +45,7 @@ def grouped(reasons: Mapping[str, str]) -> Iterator[str]:
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table of figures: the first column is left-aligned and may be folded, the others right-aligned and whole."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for number, column in enumerate(columns):
         first = number == 0
         table.add_column(Text(column), justify="left" if first else "right", no_wrap=not first, overflow="fold")
@@ -64,18 +64,33 @@ def _print_titled(title: str, table: Table, rows: Iterable[Sequence[str]]) -> No
     for row in rows:
         table.add_row(*map(Text, row))
     if table.row_count:
-        output.print(Text(f"\n{title}", style="bold"), soft_wrap=True)
+        output.print(Text(f"\n{title}", style="bold"), soft_wrap=not output.is_terminal)
         output.print(table)
 
 
 def print_line(text: str) -> None:
-    """A line on standard output, as long as it is."""
-    output.print(text, soft_wrap=True, highlight=False, markup=False)
+    """A line on standard output, broken between words where it is a terminal."""
+    say(output, text)
+
+
+def say(where: Console, text: str) -> None:
+    """A line: on a terminal broken between words, as the terminal would break within them; elsewhere as it is."""
+    where.print(text, soft_wrap=not where.is_terminal, highlight=False, markup=False)
 
 
 def print_next(*words: str | Path, note: str = "") -> None:
-    """The command that comes next, to be copied whatever its paths hold; words in capitals are left to fill in."""
-    print_line(f"Next{f', {note}' if note else ''}: {shlex.join([PROGRAM, *map(str, words)])}")
+    """The command that comes next, to be copied whatever its paths hold; words in capitals are left to fill in.
+
+    On a terminal that it is too long for, a backslash ends a line as in a shell.
+    """
+    lines = [f"Next{f', {note}' if note else ''}:"]
+    for word in (PROGRAM, *map(shlex.quote, map(str, words))):
+        if output.is_terminal and len(f"{lines[-1]} {word} \\") > output.width:
+            lines[-1] += " \\" if len(lines) > 1 or PROGRAM in lines[-1] else ""
+            lines.append(f"   {word}" if word != PROGRAM else f"  {word}")
+        else:
+            lines[-1] += f" {word}"
+    output.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
 
 
 def duration(seconds: float) -> str:
@@ -85,3 +100,11 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def roughly(seconds: float) -> str:
+    """Seconds that are estimated, in words: no more digits than an estimate has."""
+    if seconds < 90:
+        return f"{max(10, 10 * round(seconds / 10))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else duration(600 * round(seconds / 600))

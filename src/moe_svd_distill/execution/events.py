@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 WEIGHTS_STAGE = "weights stage"
+DOWNLOADING = "downloading "
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,23 @@ class Noted:
 
 @dataclass(frozen=True)
 class StageReached:
-    """A step of the run, and how much of it is done, from 0 to 1; None where that cannot be known."""
+    """A step of the run, and how much of it is done, from 0 to 1; None where that cannot be known.
+
+    Args:
+        name: Of the step.
+        fraction: That is done.
+        amount: How much of how much in words, such as "1.2 of 4.8 GB".
+    """
 
     name: str
     fraction: float | None = None
+    amount: str = ""
+
+    @classmethod
+    def counted(cls, name: str, done: int, total: int) -> StageReached:
+        """So much of so much is done; of 0 where that is not known. Of a download the numbers are bytes, and said."""
+        amount = f"{done / 1e9:,.2f} of {total / 1e9:,.2f} GB" if name.startswith(DOWNLOADING) else ""
+        return cls(name, done / total if total else None, amount)
 
 
 @dataclass(frozen=True)
@@ -149,3 +163,8 @@ Event: TypeAlias = (
 )
 Listener: TypeAlias = Callable[[Event], None]
 """Who is told how a run goes."""
+
+
+def counting(tell: Listener) -> Callable[[str, int, int], None]:
+    """For those that count: tells a listener the step, and how much of how much of it is done."""
+    return lambda name, done, total: tell(StageReached.counted(name, done, total))

@@ -41,8 +41,8 @@ class Comparison(StrEnum):
     """How the rows of two tensors were brought together."""
 
     IN_PLACE = "in place"
-    ROWS = "rows matched"
-    CHANNELS = "channels matched"
+    ROWS = "rows permuted"
+    CHANNELS = "hidden dimensions permuted"
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def judge(probes: tuple[Probe, ...], *, same_shape: bool, all_alike: bool) -> tu
         return Lineage.CROPPED, f"only the {' and the '.join(sorted(roles))} are alike: {_figures(_strongest(related))}"
     if same_shape and any(probe.comparison is Comparison.IN_PLACE for probe in related):
         return Lineage.ONE, grounds
-    where = "the shapes differ" if not same_shape else "the channels stand in another order"
+    where = "the shapes differ" if not same_shape else "the hidden dimensions stand in another order"
     return Lineage.CROPPED, f"{where}, but {grounds}"
 
 
@@ -248,6 +248,6 @@ def _strongest(probes: list[Probe]) -> Probe:
 
 def _figures(probe: Probe) -> str:
     return (
-        f"{probe.role} with cosine {probe.cosine:.2f} {probe.comparison} "
+        f"{probe.role} with cosine {probe.cosine:.2f}, {probe.comparison} "
         f"(chance {probe.chance:.2f}, {probe.deviations:+.1f} standard deviations)"
     )

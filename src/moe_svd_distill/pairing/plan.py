@@ -257,8 +257,8 @@ def _attention(model: ModelLayout, layer: int) -> str:
 def _cannot_carry(role: str, norms: str, same_width: bool) -> str:
     if role in ("norm.attention", "norm.mlp", "norm.experts", "norm.router", "norm.final") and norms == "fold":
         if same_width:
-            return "no LoRA can carry a norm; the teacher's gain is folded into the weights that read it"
-        return "no LoRA can carry a norm; widths differ, so the teacher's gain is not folded"
+            return "no LoRA can carry a norm; the teacher's gain is multiplied into the weights that read it"
+        return "no LoRA can carry a norm; widths differ, so the teacher's gain is left out"
     if role == "router.correction_bias":
         return "no LoRA can carry the router's correction bias"
     return f"no LoRA can carry a {'norm' if 'norm' in role else 'bias'}"

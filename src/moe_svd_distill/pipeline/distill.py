@@ -9,7 +9,7 @@ from pathlib import Path
 from moe_svd_distill.adapter.verify import check_loads
 from moe_svd_distill.errors import BadDataError, NothingToTransferError
 from moe_svd_distill.evaluation.scale_search import ScaleDecision
-from moe_svd_distill.execution.events import Listener, Measured, Noted, StageReached, UnitsPlanned
+from moe_svd_distill.execution.events import Listener, Measured, Noted, StageReached, UnitsPlanned, counting
 from moe_svd_distill.execution.publish import OutputFolder
 from moe_svd_distill.execution.supervisor import ExecutionSettings, ExecutionSummary, execute
 from moe_svd_distill.files.names import ADAPTER_FILE, CACHE_FOLDER, CARD_FILE, CURVE_FILE, RECORD_FILE
@@ -64,13 +64,17 @@ def distill(recipe: Recipe | Path | str, on_event: Listener | None = None, *, fo
         tell(Noted(note))
     refuse_missing_text(recipe)
     tell(StageReached("fetching and checking the models"))
-    with open_pair(recipe.teacher, recipe.student, remote_cache_gb=recipe.remote_cache_gb) as pair:
+
+    models = open_pair(
+        recipe.teacher, recipe.student, remote_cache_gb=recipe.remote_cache_gb, on_download=counting(tell)
+    )
+    with models as pair:
         base = base_model(recipe, pair)
         if recipe.base_model is None and (origin := pair.student.checkpoint.origin) is not None:
             tell(Noted(f"the adapter is for {base}, as {origin[1]} of the student says; --base-model names another"))
         for note in notes_on_sizes(pair):
             tell(Noted(note))
-        models = pair.cache_keys()
+        keys = pair.cache_keys()
         stages = choose_stages(recipe, pair)
         tell(Noted(f"method: {' and '.join(stages.names)} ({stages.reason})"))
         if stages.calibrated and not recipe.scale_search:
@@ -82,9 +86,9 @@ def distill(recipe: Recipe | Path | str, on_event: Listener | None = None, *, fo
         for shortfall in text.shortfalls() if text else ():
             tell(Noted(shortfall))
         plan = prepare(recipe, pair, settings) if stages.weights else None
-        asked = {**essentials(recipe), "models": models}
+        asked = {**essentials(recipe), "models": keys}
         with OutputFolder(recipe.output) as output, tracked(recipe.report_to, output.path, tell, asked) as told:
-            run = _Run(recipe, pair, settings, stages, text, output, told, models)
+            run = _Run(recipe, pair, settings, stages, text, output, told, keys)
             record = run.complete(plan)
     return Adapter(recipe.output, record)
 

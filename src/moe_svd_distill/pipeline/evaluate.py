@@ -186,19 +186,21 @@ def _text_figures(request: EvaluationRequest, record: RunRecord, on_progress: Pr
     from moe_svd_distill.calibration.reading import enough_characters, read_text
     from moe_svd_distill.evaluation.evaluate import evaluate as evaluate_on_text
 
+    told = on_progress or (lambda name, done, total: None)
     recipe = record.recipe
+    told("reading the texts", 0, 0)
     calibration = _calibration(recipe)
     read = read_text(request.texts, group_field=recipe.text_group, limit_characters=enough_characters(request.tokens))
     chosen, left_out = held_out(read.documents, record.scale_search, calibration)
     asked: VocabularyMode = "shared" if recipe.vocabulary == "shared" else "equal"
     assert request.teacher
     assert request.student
-    with open_pair(request.teacher, request.student) as pair:
+    told("opening the models", 0, 0)
+    with open_pair(request.teacher, request.student, on_download=on_progress) as pair:
         length = min(request.length, longest_sequence(pair))
         settled = replace(request, length=length, vocabulary=request.vocabulary or asked)
         folders = pair.teacher.checkpoint.folder, pair.student.checkpoint.folder
-        told = _reading(on_progress) if on_progress else None
-        result = evaluate_on_text(settled, *folders, chosen, calibration, told)
+        result = evaluate_on_text(settled, *folders, chosen, calibration, _reading(told))
         found = replace(left_out, read=read.counts, notes=(*read.notes, *pair.tokenizer_notes))
     asked_again = {name: getattr(request, name) for name in ASKED}
     figures = result.as_dict() | {"texts": [str(path) for path in request.texts], "held_out": as_json(found)}
@@ -230,7 +232,7 @@ def _benchmarks(request: EvaluationRequest, on_progress: Progress | None) -> dic
     from moe_svd_distill.evaluation.benchmarks import run_benchmarks
 
     assert request.student
-    checkpoint = open_model(request.student).checkpoint
+    checkpoint = open_model(request.student, on_download=on_progress).checkpoint
     checkpoint.close()
     if checkpoint.is_gguf:
         raise UsageError(
@@ -247,7 +249,7 @@ def _code_benchmarks(
 
     def local(source: str | None) -> LocalModel:
         assert source
-        checkpoint = open_model(source).checkpoint
+        checkpoint = open_model(source, on_download=on_progress).checkpoint
         try:
             return LocalModel(checkpoint.folder, checkpoint.cache_key())
         finally:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from moe_svd_distill.checkpoints import Checkpoint, open_checkpoint, refuse_other_head
+from moe_svd_distill.execution.events import DOWNLOADING
 from moe_svd_distill.roles import ModelLayout, read_layout
 
 if TYPE_CHECKING:
     from moe_svd_distill.adapter.keys import AdapterKeys
     from moe_svd_distill.architecture.architecture import Architecture
+
+OnDownload: TypeAlias = Callable[[str, int, int], object]
 
 
 @dataclass(frozen=True)
@@ -94,20 +97,28 @@ class ModelPair:
         return all(checkpoint.is_readable and not checkpoint.is_remote for checkpoint in models)
 
 
-def open_model(source: str, *, headers_only: bool = False, remote_cache_gb: float | None = None) -> Model:
+def open_model(
+    source: str,
+    *,
+    headers_only: bool = False,
+    remote_cache_gb: float | None = None,
+    on_download: OnDownload | None = None,
+) -> Model:
     """Open a model and check its headers against its config.json.
 
     Args:
         source: Folder or hub id.
         headers_only: Of a hub model, fetch no weights; they can be read only if they are in the cache already.
         remote_cache_gb: As of a recipe.
+        on_download: Told "downloading" and the model, the bytes that are here, and all bytes.
 
     Raises:
         MissingInputError: The model or one of its files is not there.
         BadDataError: Files that contradict each other, or a head that is tied and stored otherwise.
     """
     remote_bytes = None if remote_cache_gb is None else int(remote_cache_gb * 10**9)
-    checkpoint = open_checkpoint(source, headers_only=headers_only, remote_bytes=remote_bytes)
+    told = on_download and partial(on_download, f"{DOWNLOADING}{source}")
+    checkpoint = open_checkpoint(source, headers_only=headers_only, remote_bytes=remote_bytes, on_bytes=told)
     shapes = {name: info.shape for name, info in checkpoint.items()}
     layout = read_layout(checkpoint.config, shapes)
     head, embedding = layout.second_head, layout.find("embedding")
@@ -118,11 +129,17 @@ def open_model(source: str, *, headers_only: bool = False, remote_cache_gb: floa
 
 @contextmanager
 def open_pair(
-    teacher: str, student: str, *, headers_only: bool = False, remote_cache_gb: float | None = None
+    teacher: str,
+    student: str,
+    *,
+    headers_only: bool = False,
+    remote_cache_gb: float | None = None,
+    on_download: OnDownload | None = None,
 ) -> Iterator[ModelPair]:
     """Open both models as ``open_model`` does; their files are closed at the end."""
     first, second = (
-        open_model(source, headers_only=headers_only, remote_cache_gb=remote_cache_gb) for source in (teacher, student)
+        open_model(source, headers_only=headers_only, remote_cache_gb=remote_cache_gb, on_download=on_download)
+        for source in (teacher, student)
     )
     pair = ModelPair(first, second)
     pair.teacher.checkpoint.role, pair.student.checkpoint.role = "teacher", "student"

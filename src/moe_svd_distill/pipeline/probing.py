@@ -136,7 +136,7 @@ class _Probing:
             self.skipped.append("layers: no list of decoder layers is known in both models")
             return
         if widths[0] != widths[1] and self.channels is None:
-            self.skipped.append("layers: the widths differ and no channel was found again")
+            self.skipped.append("layers: the widths differ, and no hidden dimension of one was found in the other")
             return
         candidates = self._candidates()
         share = BODY_ALLOWANCE // sum(map(len, candidates.values()))

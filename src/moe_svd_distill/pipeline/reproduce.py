@@ -11,7 +11,7 @@ from typing import ClassVar, cast
 from moe_svd_distill.adapter.adapter_file import read_json
 from moe_svd_distill.errors import BadDataError, CannotWriteError, MissingInputError
 from moe_svd_distill.evaluation.request import EvaluationOptions
-from moe_svd_distill.execution.events import Listener
+from moe_svd_distill.execution.events import Listener, counting
 from moe_svd_distill.files.names import EVALUATION_FILE
 from moe_svd_distill.pipeline.distill import Adapter, distill, load_adapter
 from moe_svd_distill.pipeline.evaluate import ASKED, evaluate
@@ -90,6 +90,7 @@ def reproduce(
         BadDataError: A model is not the one that the adapter was made of.
         DistillError: As `distill`.
     """
+    tell: Listener = on_event or (lambda event: None)
     first = load_adapter(adapter)
     folder = Path(output) if output else first.folder.absolute().with_name(f"{first.folder.absolute().name}-reproduced")
     if folder.absolute() == first.folder.absolute():
@@ -100,10 +101,10 @@ def reproduce(
         ("teacher", recipe.teacher, first.record.teacher),
         ("student", recipe.student, first.record.student),
     ):
-        _refuse_other(role, source, record.fingerprint)
-    second = distill(recipe, on_event)
+        _refuse_other(role, source, record.fingerprint, tell)
+    second = distill(recipe, tell)
     digest = Compared("sha256", first.record.adapter_sha256, second.sha256)
-    held_out, notes = ([], []) if digest.same else _held_out(first, second, recipe)
+    held_out, notes = ([], []) if digest.same else _held_out(first, second, recipe, tell)
     return Reproduction(
         folder,
         digest,
@@ -123,8 +124,8 @@ def _recipe(first: Adapter, output: Path, named: Mapping[str, object]) -> Recipe
     return parse_recipe(again, f"the run.json in {first.folder}")
 
 
-def _refuse_other(role: str, source: str, recorded: str | None) -> None:
-    checkpoint = open_model(source).checkpoint
+def _refuse_other(role: str, source: str, recorded: str | None, tell: Listener) -> None:
+    checkpoint = open_model(source, on_download=counting(tell)).checkpoint
     try:
         if checkpoint.is_other_than(recorded):
             raise BadDataError(
@@ -164,7 +165,7 @@ def _compared(before: Mapping[str, object], now: Mapping[str, object]) -> Iterat
         yield Compared(name, before.get(name), now.get(name))
 
 
-def _held_out(first: Adapter, second: Adapter, recipe: Recipe) -> tuple[list[Compared], list[str]]:
+def _held_out(first: Adapter, second: Adapter, recipe: Recipe, tell: Listener) -> tuple[list[Compared], list[str]]:
     """The new adapter on the text that the first was evaluated on; or why not."""
     earlier = first.record.evaluation
     if earlier is None or earlier.on_text is None:
@@ -176,7 +177,7 @@ def _held_out(first: Adapter, second: Adapter, recipe: Recipe) -> tuple[list[Com
         return [], [f"held-out figures are not compared: {reason}"]
     again = {key: value for key, value in asked.items() if key in ASKED}
     again = {"teacher": recipe.teacher, "student": recipe.student, **again}
-    now = evaluate(second.folder, earlier.texts, **cast("EvaluationOptions", again)).evaluation
+    now = evaluate(second.folder, earlier.texts, counting(tell), **cast("EvaluationOptions", again)).evaluation
     assert now.on_text
     before, after = earlier.on_text.adapted, now.on_text.adapted
     return [

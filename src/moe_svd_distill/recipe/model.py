@@ -65,7 +65,9 @@ class Recipe(Section):
     )
     experts: ExpertSettings = Field(default_factory=lambda: ExpertSettings(), description="How experts are made.")
     norms: Literal["fold", "keep"] = Field(
-        "fold", description="fold: the teacher's norm gains go into the weights that read them, where widths are equal."
+        "fold",
+        description="fold: the teacher's norm gains are multiplied into the weights that read them, where widths are "
+        "equal.",
     )
     embeddings: Literal["auto", "keep", "delta"] = Field(
         "auto",

@@ -174,12 +174,15 @@ class RemoteFolder(Storage):
         return info.file.relative_to(self.directory).as_posix()
 
 
-def keep(address: str, room: int | None) -> Path:
+def keep(address: str, room: int | None) -> tuple[Path, str]:
     """The folder of a remote model, made where it is not there: small files and headers are fetched, no tensor is.
 
     Args:
         address: Of the model.
         room: Bytes that its tensors may take; None leaves what was said before.
+
+    Returns:
+        The folder, and a note where the hub was not asked; empty where it was.
 
     Raises:
         MissingInputError: There is no such model, or files are missing.
@@ -189,17 +192,17 @@ def keep(address: str, room: int | None) -> Path:
     """
     source = open_source(address)
     folder = _place(source)
-    known = RemoteFolder.of(folder)
+    known, note = RemoteFolder.of(folder), ""
     if known is None:
         if isinstance(source, Snapshot) and source.unreachable is not None:
             raise source.unreachable
         known = _made(folder, source, room)
     elif isinstance(source, Snapshot):
-        source.say_if_cached()
+        note = source.cache_note
     if room not in (None, known.room):
         known.room = room
         known.write_record()
-    return folder
+    return folder, note
 
 
 def _place(source: Source) -> Path:

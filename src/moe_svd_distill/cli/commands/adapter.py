@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from moe_svd_distill.cli.options import Shown, Word, json_option, shown_options
+from moe_svd_distill.cli.options import Shown, Word, shown_options
+
+if TYPE_CHECKING:
+    from moe_svd_distill.checkpoints import Checkpoint
+    from moe_svd_distill.cli.progress import Monitor
 
 student_option = click.option("--student", help="Folder or hub id of the student; default: the one the adapter names.")
 
@@ -16,8 +21,8 @@ student_option = click.option("--student", help="Folder or hub id of the student
 @click.command("verify", short_help="Check an adapter.")
 @click.argument("folder", type=click.Path(path_type=Path))
 @student_option
-@json_option
-def verify_command(folder: Path, student: str | None, as_json: bool) -> None:
+@shown_options
+def verify_command(folder: Path, student: str | None, shown: Shown) -> None:
     """Check the adapter in FOLDER: its bytes, its configuration, its values, and that PEFT loads every key.
 
     Example: moe-svd-distill verify out
@@ -25,19 +30,22 @@ def verify_command(folder: Path, student: str | None, as_json: bool) -> None:
     from dataclasses import asdict
 
     from moe_svd_distill.adapter.verify import verify
-    from moe_svd_distill.checkpoints import open_checkpoint
-    from moe_svd_distill.cli.screen import print_json, print_next
+    from moe_svd_distill.cli.progress import Monitor
+    from moe_svd_distill.cli.screen import print_json, print_line, print_next
 
-    report = verify(folder, open_checkpoint(student) if student else None)
-    if as_json:
+    with Monitor(shown) as monitor:
+        checkpoint = _opened(student, monitor)
+        monitor.on_count("checking the adapter", 0, 0)
+        report = verify(folder, checkpoint)
+    if shown.as_json:
         print_json({**asdict(report), "summary": report.summary})
         return
     for warning in report.warnings:
-        click.echo(f"note: {warning}")
+        print_line(f"note: {warning}")
     if report.load:
-        click.echo(f"PEFT loads all {report.load.keys} tensors into {report.load.targets} modules and parameters")
-    click.echo(f"sha256 {report.sha256}{' as recorded' if report.digest_checked else ''}")
-    click.echo(report.summary)
+        print_line(f"PEFT loads all {report.load.keys} tensors into {report.load.targets} modules and parameters")
+    print_line(f"sha256 {report.sha256}{' as recorded' if report.digest_checked else ''}")
+    print_line(report.summary)
     print_next("merge", folder, "MERGED", *(("--student", student) if student else ()))
 
 
@@ -54,19 +62,19 @@ def merge_command(folder: Path, output: Path, student: str | None, shown: Shown)
     from dataclasses import asdict
 
     from moe_svd_distill.cli.progress import Monitor
-    from moe_svd_distill.cli.screen import print_json
+    from moe_svd_distill.cli.screen import print_json, print_line
     from moe_svd_distill.pipeline.merge import merge
 
     with Monitor(shown) as monitor:
-        report = merge(folder, output, student, on_progress=partial(monitor.on_count, "merging"))
+        report = merge(folder, output, student, on_progress=monitor.on_count)
     if shown.as_json:
         print_json({**asdict(report), "output": str(report.output)})
         return
     for warning in report.warnings:
-        click.echo(f"note: {warning}")
+        print_line(f"note: {warning}")
     for name in report.left_out:
-        click.echo(f"not copied: {name}")
-    click.echo(
+        print_line(f"not copied: {name}")
+    print_line(
         f"{report.output}: {report.merged} tensors merged, {report.copied} copied unchanged, "
         f"{report.weights_files} weights files, {report.bytes / 2**20:.1f} MiB"
     )
@@ -86,10 +94,8 @@ def merge_command(folder: Path, output: Path, student: str | None, shown: Shown)
 )
 @click.option("--text-only", is_flag=True, help="For the student's class for text alone, not the checkpoint's own.")
 @student_option
-@json_option
-def export_command(
-    folder: Path, output: Path, layout: str, text_only: bool, student: str | None, as_json: bool
-) -> None:
+@shown_options
+def export_command(folder: Path, output: Path, layout: str, text_only: bool, student: str | None, shown: Shown) -> None:
     """Write the adapter in FOLDER to OUTPUT with the same changes in another layout; PEFT is asked whether it loads.
 
     Example: moe-svd-distill export out plain --format plain
@@ -97,19 +103,21 @@ def export_command(
     from dataclasses import asdict
 
     from moe_svd_distill.adapter.export import export
-    from moe_svd_distill.checkpoints import open_checkpoint
-    from moe_svd_distill.cli.screen import print_json
+    from moe_svd_distill.cli.progress import Monitor
+    from moe_svd_distill.cli.screen import print_json, print_line
 
-    checkpoint = open_checkpoint(student) if student else None
-    report = export(folder, output, layout, checkpoint, text_only=text_only)  # type: ignore[arg-type]
-    if as_json:
+    with Monitor(shown) as monitor:
+        checkpoint = _opened(student, monitor)
+        monitor.on_count("writing the adapter in another layout", 0, 0)
+        report = export(folder, output, layout, checkpoint, text_only=text_only)  # type: ignore[arg-type]
+    if shown.as_json:
         print_json({**asdict(report), "output": str(report.output)})
         return
-    click.echo(f"{report.output}: {report.tensors} tensors")
+    print_line(f"{report.output}: {report.tensors} tensors")
     if report.loads is not None:
-        click.echo("PEFT loads all of them" if report.loads else f"PEFT does not load it as it is: {report.why_not}")
+        print_line("PEFT loads all of them" if report.loads else f"PEFT does not load it as it is: {report.why_not}")
     for limit in report.limits:
-        click.echo(f"note: {limit}")
+        print_line(f"note: {limit}")
 
 
 @click.command("adapter-config", short_help="Rebuild adapter_config.json.")
@@ -152,3 +160,12 @@ def adapter_config_command(
         click.echo(target)
     else:
         click.echo(json.dumps(configuration, indent=2))
+
+
+def _opened(student: str | None, monitor: Monitor) -> Checkpoint | None:
+    from moe_svd_distill.checkpoints import open_checkpoint
+    from moe_svd_distill.execution.events import DOWNLOADING
+
+    if student is None:
+        return None
+    return open_checkpoint(student, on_bytes=partial(monitor.on_count, f"{DOWNLOADING}{student}"))

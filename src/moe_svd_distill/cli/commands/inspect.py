@@ -72,7 +72,7 @@ def show_relatedness(found: Relatedness) -> None:
     from moe_svd_distill.cli.screen import print_facts, print_line, print_table
 
     vocabulary = found.vocabulary
-    differences = [f"{size.name} {size.teacher} → {size.student}" for size in found.differences]
+    differences = [f"{_in_words(size.name)} {size.teacher} → {size.student}" for size in found.differences]
     rows = [
         ("lineage", found.lineage),
         ("family", "the same" if found.same_family else " → ".join(found.families)),
@@ -86,7 +86,7 @@ def show_relatedness(found: Relatedness) -> None:
         if probe.role not in best or probe.deviations > best[probe.role].deviations:
             best[probe.role] = probe
     if best:
-        columns = ("weights that are most alike", "compared", "cosine", "by chance", "deviations")
+        columns = ("most alike", "compared", "cosine", "by chance", "deviations")
         print_table("lineage by weights", columns, [_row(probe) for probe in best.values()])
     print_line(f"lineage: {found.lineage}: {found.reason}")
     for line in (*vocabulary.reasons, *found.skipped):
