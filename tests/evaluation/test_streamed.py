@@ -17,7 +17,7 @@ from moe_svd_distill.calibration.text import tokenize
 from moe_svd_distill.calibration.tokenizer import load_tokenizer
 from moe_svd_distill.errors import UsageError
 from moe_svd_distill.evaluation import evaluate as evaluation
-from moe_svd_distill.evaluation import loading, sources
+from moe_svd_distill.evaluation import loading, sources, student
 from moe_svd_distill.evaluation.evaluate import evaluate
 from moe_svd_distill.evaluation.request import EvaluationRequest
 from moe_svd_distill.evaluation.result import Evaluation
@@ -101,7 +101,8 @@ def test_states_of_teacher_and_student_are_kept_and_used_again(
         passes.append((options["adapter"] is not None if "adapter" in options else False, states.record))
         return states
 
-    monkeypatch.setattr(sources, "stream_states", watched)
+    for module in (sources, student):
+        monkeypatch.setattr(module, "stream_states", watched)
     again = _evaluate(pair, "streamed", tmp_path)
     assert [(adapted, record.layers_computed) for adapted, record in passes] == [
         (False, 0),
@@ -132,7 +133,8 @@ def test_a_stopped_evaluation_goes_on(pair: Pair, tmp_path: Path, monkeypatch: p
         computed.append((str(options.get("adapter") and options["adapter"].folder.name), states.record.layers_computed))
         return states
 
-    monkeypatch.setattr(sources, "stream_states", watched)
+    for module in (sources, student):
+        monkeypatch.setattr(module, "stream_states", watched)
     result = _evaluate(pair, "streamed", tmp_path)
     assert [layers for _, layers in computed][:2] == [0, 0]
     assert computed[2][0] == "adapter"
