@@ -220,7 +220,8 @@ def test_training_in_bfloat16_keeps_the_factors_in_float32(model: Path, tmp_path
     gains = {}
     for dtype in (torch.float32, torch.bfloat16):
         job = _job(model, tmp_path / str(dtype), ("cpu",), resident)
-        job = replace(job, dtype=dtype, tried=False, settings=replace(job.settings, epochs=4))
+        placement = replace(job.placement, dtype=str(dtype).removeprefix("torch."))
+        job = replace(job, placement=placement, tried=False, settings=replace(job.settings, epochs=4))
         with run_training(job, lambda progress: None) as (trainee, run):
             assert trainee.bank.values.dtype == trainee.head.values.dtype == torch.float32
             assert all(matrix.value.dtype == dtype for matrix in trainee.decoder.matrices)

@@ -93,7 +93,12 @@ def test_every_pair_gives_a_lora_pair_or_a_reason(
         ("deepseek_v3", "llama", "attention.q", "teacher layer 0 has latent attention, this layer attention"),
         ("llama", "deepseek_v3", "attention.kv_b", "teacher layer 0 has attention, this layer latent attention"),
         ("qwen3_moe", "gpt_oss", "experts.gate_up.bias", "no LoRA can carry a bias"),
-        ("gpt_oss", "qwen3_moe", "norm.mlp", "no LoRA can carry a norm; widths differ, so the teacher's gain is not"),
+        (
+            "gpt_oss",
+            "qwen3_moe",
+            "norm.mlp",
+            "no LoRA can carry a norm; widths differ, so the teacher's gain is left out",
+        ),
     ],
 )
 def test_the_reasons(teacher: str, student: str, role: str, reason: str, models: dict[str, dict[str, Path]]) -> None:
