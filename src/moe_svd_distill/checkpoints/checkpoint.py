@@ -15,7 +15,7 @@ from moe_svd_distill.checkpoints.quantisation.coded import Scaled
 from moe_svd_distill.checkpoints.remote.folder import RemoteFolder
 from moe_svd_distill.checkpoints.shards import GGUF
 from moe_svd_distill.checkpoints.storage import GgufFiles, Storage, changed
-from moe_svd_distill.checkpoints.survey import Survey, raise_faults
+from moe_svd_distill.checkpoints.survey import Survey, raise_faults, survey
 from moe_svd_distill.errors import BadDataError, shown
 from moe_svd_distill.files.header import Header, TensorInfo
 
@@ -68,7 +68,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
         Raises:
             BadDataError: No tokenizer can be made of the file.
         """
-        return self._storage.model_folder(self._sound())
+        found = self._sound()
+        return self._storage.model_folder(found.headers, found.config)
 
     @property
     def tokenizer_notes(self) -> tuple[str, ...]:
@@ -223,7 +224,11 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     def look_again(self) -> Survey:
         """What the headers say now, with all that is wrong with them."""
-        return self._storage.survey(self.source)
+        if self.is_gguf:
+            from moe_svd_distill.checkpoints.llama_cpp.survey import survey_gguf
+
+            return survey_gguf(self._place, self.source)
+        return survey(self._storage, self.source)
 
     def cache_key(self) -> str:
         """A digest that changes when any byte of the model may have: names what is computed from it and kept.

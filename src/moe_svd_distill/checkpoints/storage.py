@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from moe_svd_distill.checkpoints.configuration import configuration_files
 from moe_svd_distill.checkpoints.identity import Extract, cache_key
-from moe_svd_distill.checkpoints.survey import Survey, survey
 from moe_svd_distill.errors import BadDataError, DistillError, MissingInputError, shown
 from moe_svd_distill.files.header import Header, TensorInfo, read_header
 from moe_svd_distill.files.reading import FETCH_AGAIN, explain, locate, open_regular, opened, read_at, read_small
@@ -37,10 +36,6 @@ class Storage:
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.RLock()
 
-    def survey(self, source: str) -> Survey:
-        """What the headers say now, with all that is wrong with them; `source` is what the model is called."""
-        return survey(self, source)
-
     def file_names(self) -> Sequence[str]:
         """The files of the model, sorted, so that the outcome does not depend on the file system's order."""
         try:
@@ -56,7 +51,7 @@ class Storage:
         """The first bytes of a tensor; ``None`` where only the headers were fetched."""
         return next(iter(self.extracts([(info, 0, count)]))) if info.file.exists() else None
 
-    def model_folder(self, found: Survey) -> Path:
+    def model_folder(self, headers: Mapping[str, Header], config: Mapping[str, object]) -> Path:
         """Where configuration and tokenizer lie.
 
         Raises:
@@ -141,17 +136,11 @@ class GgufFiles(Storage):
         """Nothing is opened yet."""
         super().__init__(file, file.parent)
 
-    def survey(self, source: str) -> Survey:
-        """As `Storage`."""
-        from moe_svd_distill.checkpoints.llama_cpp.survey import survey_gguf
-
-        return survey_gguf(self._place, source)
-
-    def model_folder(self, found: Survey) -> Path:
+    def model_folder(self, headers: Mapping[str, Header], config: Mapping[str, object]) -> Path:
         """As `Storage`: made, and gone with the process."""
         from moe_svd_distill.checkpoints.llama_cpp.folder import model_folder
 
-        return model_folder(self._place, found.headers[self._place.name].digest, found.config)
+        return model_folder(self._place, headers[self._place.name].digest, config)
 
     def cache_key(self, headers: Mapping[str, Header]) -> str:
         """As `Storage`; the configuration is in the header."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moe_svd_distill.checkpoints import open_checkpoint
 from moe_svd_distill.checkpoints.storage import Storage
+from moe_svd_distill.checkpoints.survey import survey
 from moe_svd_distill.errors import DistillError
 from moe_svd_distill.files.header import Header, read_header
 from tests.support.packed_weights import NAME, NF4, four_bits, random_bytes
@@ -146,7 +147,7 @@ def test_the_state_of_a_model_whose_headers_alone_are_here(tmp_path: Path) -> No
         def headers(self, files: Sequence[str]) -> dict[str, Header | DistillError]:
             return {"model.safetensors": header}
 
-    (fault,) = HeadersAlone(folder).survey("model").faults
+    (fault,) = survey(HeadersAlone(folder), "model").faults
     assert "not at hand with the headers alone" in fault.what
     assert fault.action == "Download the model and give its folder"
     with pytest.raises(Exception, match=r"holds no model\.safetensors"):
