@@ -46,7 +46,8 @@ def _measure(name: str, rank: str, search: bool, tokens: int, extra: dict[str, s
             "teacher": str(pair.teacher),
             "student": str(pair.student),
             "output": Path(scratch) / "out",
-            "calibration": [pair.calibration],
+            "calibration": [pair.calibration],  # for the scale search
+            "method": "weights",
             "rank": rank if rank == "full" else int(rank),
             "head_rank": "full" if rank == "full" else 64,
             "scale_search": search,
