@@ -18,6 +18,7 @@ from moe_svd_distill.adapter.low_rank_pairs import LowRankPairs
 from moe_svd_distill.adapter.merge import merge
 from moe_svd_distill.adapter.verify import verify
 from moe_svd_distill.errors import MissingInputError, UsageError
+from moe_svd_distill.execution.events import Event, StageReached
 from moe_svd_distill.pipeline.distill import distill, load_adapter
 from moe_svd_distill.pipeline.pair import open_model
 from moe_svd_distill.recipe import Recipe, recipe_yaml
@@ -173,9 +174,19 @@ def test_with_a_large_vocabulary_and_little_text_the_head_stands_still(tiny: tup
         "tokens": 512,
     }
     recipe = recipe_for(*tiny, tmp_path / "out", **values)
-    adapter = distill(recipe, notes_to(notes))
+    events: list[Event] = []
+    adapter = distill(recipe, events.append)
+    for event in events:
+        notes_to(notes)(event)
     record, head = adapter.record.content, open_model(recipe.student).architecture.head
     assert record["method"] == "refined"
+    for searching in (
+        "working out what the scale search needs of the teacher",
+        "searching the scale of what was trained",
+    ):
+        shares = [event.fraction for event in events if isinstance(event, StageReached) and event.name == searching]
+        assert shares == sorted(shares), searching
+        assert len(shares) > 1, searching
     assert "the head stands still" in record["method_choice"]["reason"]
     assert any("the head stands still" in note for note in notes)
     assert any("; last_layers is of the fit alone and not used" in note for note in notes)

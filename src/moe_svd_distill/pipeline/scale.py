@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +19,12 @@ if TYPE_CHECKING:
     from moe_svd_distill.calibration.paired import PairedText
     from moe_svd_distill.evaluation.guard import Kind
     from moe_svd_distill.pipeline.pair import ModelPair
-    from moe_svd_distill.pipeline.stage import StageResult
-
-Report = Callable[[float], None]
-
+    from moe_svd_distill.pipeline.schedule import TrainingSchedule
+    from moe_svd_distill.pipeline.stage import StageInput, StageResult
+    from moe_svd_distill.pipeline.stage_text import Report
+    from moe_svd_distill.training.head_rank import MovingHead
+    from moe_svd_distill.training.job import StudentInTraining
+    from moe_svd_distill.training.text import TrainingText
 
 KEPT_WHOLE = ScaleDecision(dict.fromkeys(GROUPS, 1.0), None, "")
 """No change of scale."""
@@ -57,7 +62,7 @@ def _of_both(weights: Kind | None, fit: Kind | None) -> Kind:
 
 
 def decide_scale(
-    adapter_folder: Path, pair: ModelPair, text: PairedText, device: str, cache: Path, report: Report
+    adapter_folder: Path, pair: ModelPair, text: PairedText, device: str, cache: Path, report: Callable[[float], None]
 ) -> ScaleDecision:
     """Measure the adapter at several scales on calibration text, one pass of the student each, and keep what helps.
 
@@ -103,3 +108,54 @@ def decide_scale(
 
         found = search_scale(at, groups)
     return replace(found, beside={"tokens": text.student.tokens})
+
+
+def decide_trained_scale(
+    given: StageInput,
+    schedule: TrainingSchedule,
+    text: TrainingText,
+    trainee: StudentInTraining,
+    moving: MovingHead | None,
+    report: Report,
+) -> ScaleDecision:
+    """Measure a student in training at the scales of its schedule; nothing to keep is a valid answer.
+
+    Args:
+        given: Of the stage.
+        schedule: Of the training.
+        text: The search text, with what training needs of it.
+        trainee: The trained student.
+        moving: Its head, where that moves.
+        report: Told the name of a step and the fraction done.
+    """
+    import torch
+
+    from moe_svd_distill.algebra.figures import Measurement
+    from moe_svd_distill.evaluation.scale_search import search_scale
+    from moe_svd_distill.streaming import load_head
+    from moe_svd_distill.training.fixed_head import FixedHead
+    from moe_svd_distill.training.measuring import predicting_places
+
+    places, head = predicting_places(given.text.search), trainee.head
+    with ExitStack() as stack:
+        if isinstance(head, FixedHead):
+            told = partial(report, "working out what the scale search needs of the teacher")
+            told(0.0)
+            checkpoint, tokens = given.pair.teacher.checkpoint, given.fit_text.teacher_ids
+            teacher = load_head(checkpoint, given.settings.devices[0], torch.float32, tokens=tokens)
+            expecting = head.with_expectations(text, teacher, 0.0, given.folder, "search", told)
+            text, best = stack.enter_context(expecting)
+        measured, expected = count(), 1 + len(schedule.scales)  # the untouched student, and each scale
+
+        def at(scales: Mapping[str, float]) -> Measurement:
+            scale = scales[schedule.stage]
+            done = min(next(measured) / expected, 0.9)  # a scale between two may be tried as well
+            report("searching the scale of what was trained", done)
+            if moving is not None:
+                return moving.figures(scale, text, places)
+            assert isinstance(head, FixedHead)
+            states, target = trainee.states_of(text, scale), torch.from_numpy(places.target)
+            columns = head.figures(states, text.teacher, best, target)
+            return Measurement.of_tokens(columns.double().numpy(), places.unit)
+
+        return search_scale(at, (schedule.stage,), global_scales=schedule.scales)

@@ -8,33 +8,28 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
 
-from moe_svd_distill.algebra.figures import Measurement
-from moe_svd_distill.evaluation.scale_search import ScaleDecision, search_scale
 from moe_svd_distill.execution.events import Listener, Measured, Noted, StageReached
 from moe_svd_distill.files.names import CACHE_FOLDER, CURVE_FILE
 from moe_svd_distill.files.writing import write_json
 from moe_svd_distill.pipeline.assembly import asked_head_rank
 from moe_svd_distill.pipeline.placement import place_training, threads_of_a_run
+from moe_svd_distill.pipeline.scale import decide_trained_scale
 from moe_svd_distill.pipeline.schedule import TrainingSchedule
 from moe_svd_distill.pipeline.stage import StageInput, StageResult, facts_of_stage
 from moe_svd_distill.pipeline.stage_text import Passes, Report, search_text, stage_texts, student_head
 from moe_svd_distill.pipeline.tracked_figures import point_figures
 from moe_svd_distill.pipeline.training_start import Start, read_start
 from moe_svd_distill.pipeline.units import digest_of, library_versions
-from moe_svd_distill.streaming import PassSettings, load_head
-from moe_svd_distill.training.fixed_head import FixedHead
+from moe_svd_distill.streaming import PassSettings
 from moe_svd_distill.training.head import TrainedHead
 from moe_svd_distill.training.head_rank import MovingHead
 from moe_svd_distill.training.job import StudentInTraining, TrainingJob, threads
 from moe_svd_distill.training.lora_pairs import with_rank
-from moe_svd_distill.training.measuring import predicting_places
 from moe_svd_distill.training.processes import run_training
 from moe_svd_distill.training.progress import Progress
 
@@ -80,8 +75,8 @@ class _TextStage:
         self.points = self.halvings = 0
 
     def run(self) -> StageResult:
-        begin, schedule = time.monotonic(), self.schedule
-        start = read_start(self.given, schedule)
+        begin, given, schedule = time.monotonic(), self.given, self.schedule
+        start = read_start(given, schedule)
         job = self.job(start)
         self.report("preparing the student, and what the loss needs of the teacher", None)
         with run_training(job, self.on_progress) as (trainee, run):
@@ -91,14 +86,15 @@ class _TextStage:
                 origin = start.head if schedule.keeps_start else None
                 asked, dtype = asked_head_rank(self.recipe, self.architecture.head), getattr(torch, self.recipe.dtype)
                 moving = MovingHead(trainee, trainee.head, asked, run.outcome.curve[0].kl, dtype, origin)
-            search = self.search_scale(trainee, moving)
+            text = search_text(given.text, schedule, self.passes).open(self.placement.torch_dtype)
+            search = decide_trained_scale(given, schedule, text, trainee, moving, self.report)
             scale = float(search.scales[schedule.stage])
             pairs = {name: self.stored_pair(trainee, name, scale) for name in trainee.bank.names}
             head, delta = moving.change(scale, self.architecture.head_slot.shape[0]) if moving else (None, None)
         pairs |= {name: (scale * left, right) for name, (left, right) in start.carried.items()}
         seconds = round(time.monotonic() - begin, 2)
         record = {
-            **facts_of_stage(self.given, schedule, self.placement, job, run, start_pairs=start.pairs),
+            **facts_of_stage(given, schedule, self.placement, job, run, start_pairs=start.pairs),
             **({"rank": moving.rank, "trials": [asdict(trial) for trial in moving.trials]} if moving else {}),
             "scale": scale,
             "streamed": self.passes.facts,
@@ -177,27 +173,3 @@ class _TextStage:
         left, right = with_rank(trainee.bank.pair(name), self.schedule.ranks[name])
         dtype = getattr(torch, self.recipe.dtype)
         return (scale * left).to("cpu", dtype), right.to("cpu", dtype)
-
-    def search_scale(self, trainee: StudentInTraining, moving: MovingHead | None) -> ScaleDecision:
-        """How much of it all to keep; nothing is a valid answer."""
-        schedule, places, head = self.schedule, predicting_places(self.given.text.search), trainee.head
-        text = search_text(self.given.text, schedule, self.passes).open(self.placement.torch_dtype)
-        with ExitStack() as stack:
-            if isinstance(head, FixedHead):
-                self.report("working out what the scale search needs of the teacher", None)
-                checkpoint, tokens = self.pair.teacher.checkpoint, self.fit_text.teacher_ids
-                teacher = load_head(checkpoint, self.given.settings.devices[0], torch.float32, tokens=tokens)
-                expecting = head.with_expectations(text, teacher, 0.0, self.given.folder, "search")
-                text, best = stack.enter_context(expecting)
-            self.report("searching the scale of what was trained", None)
-
-            def at(scales: Mapping[str, float]) -> Measurement:
-                scale = scales[schedule.stage]
-                if moving is not None:
-                    return moving.figures(scale, text, places)
-                assert isinstance(head, FixedHead)
-                states, target = trainee.states_of(text, scale), torch.from_numpy(places.target)
-                columns = head.figures(states, text.teacher, best, target)
-                return Measurement.of_tokens(columns.double().numpy(), places.unit)
-
-            return search_scale(at, (schedule.stage,), global_scales=schedule.scales)

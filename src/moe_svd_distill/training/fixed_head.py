@@ -9,7 +9,7 @@ and later passes over the text leave out the teacher's head.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -99,7 +99,13 @@ class FixedHead:
 
     @contextmanager
     def with_expectations(
-        self, text: TrainingText, teacher: Head, share: float, folder: Path, name: str
+        self,
+        text: TrainingText,
+        teacher: Head,
+        share: float,
+        folder: Path,
+        name: str,
+        on_share: Callable[[float], None] = lambda share: None,
     ) -> Iterator[tuple[TrainingText, Tensor]]:
         """The text with rows of `teacher_expectations` for the teacher's states, in a file that is gone at the end.
 
@@ -111,6 +117,7 @@ class FixedHead:
             share: Of the cross-entropy in the loss.
             folder: Where the file lies.
             name: Of the file; no two processes or texts may have the same.
+            on_share: Told how much of it is done, from 0 to 1.
 
         Yields:
             The text, and the teacher's most likely token at each place, among the common ones, (places,).
@@ -123,6 +130,7 @@ class FixedHead:
             rows = torch.from_file(str(Path(scratch) / "rows"), shared=True, size=count * width, dtype=torch.float32)
             rows = rows.view(count, width)
             for part in self._parts(count):
+                on_share(part.start / count)
                 states = text.teacher[torch.from_numpy(text.teacher_position[part])].to(device, theirs.dtype)
                 logits = torch.nn.functional.linear(states, theirs).float()
                 logits = teacher.transform(logits if teacher.bias is None else logits.add_(teacher.bias))
