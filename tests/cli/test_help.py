@@ -91,4 +91,4 @@ def test_init_says_what_comes_next_beside_the_recipe(capsys: pytest.CaptureFixtu
     assert code == 0
     assert "# tokens: 65536" in out
     assert "Next" not in out
-    assert error == "Next, once this is saved as recipe.yaml: moe-svd-distill plan recipe.yaml\n"
+    assert error == "Next, saved as recipe.yaml: moe-svd-distill plan recipe.yaml --calibration TEXT\n"

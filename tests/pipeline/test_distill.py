@@ -96,7 +96,7 @@ def test_a_changed_recipe_reuses_no_part_and_deletes_none(finished: tuple[Recipe
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
     parts = {path.name for path in (copy / "parts").iterdir()}
-    other = distill(recipe.model_copy(update={"output": copy, "rank": 5}))
+    other = distill(recipe.model_copy(update={"output": copy, "rank": 5}), force=True)
     assert other.record.content["execution"]["units_reused"] == 2  # head and embeddings: their rank is their own
     assert parts < {path.name for path in (copy / "parts").iterdir()}
 
@@ -187,7 +187,7 @@ def test_a_finished_adapter_of_another_pair_is_not_replaced_unasked(
     ]
 
 
-def test_another_setting_replaces_the_adapter_and_says_so_and_the_same_bytes_keep_their_evaluation(
+def test_another_setting_replaces_the_adapter_if_forced_and_says_so_and_the_same_bytes_keep_their_evaluation(
     finished: tuple[Recipe, Path], tmp_path: Path
 ) -> None:
     recipe, out = finished
@@ -201,7 +201,10 @@ def test_another_setting_replaces_the_adapter_and_says_so_and_the_same_bytes_kee
     assert (copy / "evaluation.json").exists()
     assert [note for note in said if note.startswith(("replaces", "deleted"))] == []
     assert any(note.startswith(f"resuming from {copy}: 4 finished parts") for note in said)
-    distill(same.model_copy(update={"rank": 3}), notes_to(said))
+    with pytest.raises(CannotWriteError, match=r"another rank \(found 4, expected 3\)"):
+        distill(same.model_copy(update={"rank": 3}))
+    assert (copy / "evaluation.json").exists()
+    distill(same.model_copy(update={"rank": 3}), notes_to(said), force=True)
     assert any("rank 4 → 3" in note for note in said)
     assert not (copy / "evaluation.json").exists()
 

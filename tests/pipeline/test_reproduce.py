@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,15 @@ def test_the_same_bytes_come_out_beside_it(out: Path) -> None:
     assert found.reproduced
     assert found.environment == ()
     assert all(figure.same for figure in found.figures)
+
+
+def test_what_another_run_has_left_does_not_confirm_itself(out: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(out, tmp_path / "copy")
+    with pytest.raises(CannotWriteError, match="is not empty"):
+        reproduce(out, copy)
+    tried = reproduce(out, tmp_path / "tried")
+    assert tried.reproduced
+    assert reproduce(out, tmp_path / "tried").reproduced
 
 
 def test_what_differs_of_the_environment_and_of_the_figures_is_named(

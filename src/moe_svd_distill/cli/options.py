@@ -68,7 +68,7 @@ def shown_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
 force_option = click.option(
-    "--force", is_flag=True, help="Replace a finished adapter in the output of other models or other text."
+    "--force", is_flag=True, help="Replace a finished adapter in the output that another recipe has made."
 )
 
 # Option, its key, and what it is: what the key takes and its default are added from the recipe.

@@ -239,7 +239,7 @@ def choose_method(
         if lineage is Lineage.UNKNOWN:
             reason = f"{kind}, and a fit on the text does not depend on it"
         return MethodChoice(("calibrated",), reason)
-    return MethodChoice((), f"{kind} and {without}: projected weights measured nothing or harm for such pairs")
+    return MethodChoice((), f"{without}; {kind}, and projected weights measured nothing or harm for such pairs")
 
 
 def _strongest(probes: list[Probe]) -> Probe:

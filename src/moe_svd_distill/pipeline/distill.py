@@ -50,7 +50,7 @@ def distill(recipe: Recipe | Path | str, on_event: Listener | None = None, *, fo
     Args:
         recipe: What is asked for, or the file that says it.
         on_event: Told how it goes.
-        force: Replace a finished adapter in the output that was made of other models or other text.
+        force: Replace a finished adapter in the output that another recipe has made.
 
     Raises:
         DistillError: One of its kinds, each with its exit code; nothing half-written is left looking complete.

@@ -20,6 +20,7 @@ from moe_svd_distill.recipe import Recipe
 
 _INPUTS = ("teacher", "student", "base_model", "calibration")
 _NAMES = {"base_model": "base model", "calibration": "calibration text"}
+_OF_THE_SEARCH = ("scale_search", "scale_search_tokens")  # asked for anew, a finished run searches again, no more
 _UNIMPORTANT = ("output", "cache", "devices", "workers", "remote_cache_gb", "report_to")  # for what an adapter is
 
 
@@ -28,7 +29,7 @@ def judge_output(recipe: Recipe, *, force: bool = False) -> list[str]:
 
     Args:
         recipe: What is asked for.
-        force: Whether a finished adapter made of other models or other text may be replaced.
+        force: Whether a finished adapter that another recipe has made may be replaced.
 
     Raises:
         CannotWriteError: The folder is a file, holds files of others, or holds such an adapter.
@@ -43,9 +44,9 @@ def judge_output(recipe: Recipe, *, force: bool = False) -> list[str]:
             "Choose another --output",
         )
     changed = _changed(recipe) if RECORD_FILE in names else {}
-    inputs = {key: values for key, values in changed.items() if key in _INPUTS}
-    if inputs and not force:
-        key, (before, now) = next(iter(inputs.items()))
+    other = {key: values for key, values in changed.items() if key not in _OF_THE_SEARCH}
+    if other and not force:
+        key, (before, now) = next(iter(other.items()))
         raise CannotWriteError(
             f"output {folder} holds a finished adapter of another {_NAMES.get(key, key)} "
             f"(found {_short(before)}, expected {_short(now)})",

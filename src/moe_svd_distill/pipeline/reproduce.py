@@ -12,7 +12,8 @@ from moe_svd_distill.adapter.adapter_file import read_json
 from moe_svd_distill.errors import BadDataError, CannotWriteError, MissingInputError
 from moe_svd_distill.evaluation.request import EvaluationOptions
 from moe_svd_distill.execution.events import Listener, counting
-from moe_svd_distill.files.names import EVALUATION_FILE
+from moe_svd_distill.files.names import EVALUATION_FILE, PARTS_FOLDER
+from moe_svd_distill.files.writing import make_folder, write_json
 from moe_svd_distill.pipeline.distill import Adapter, distill, load_adapter
 from moe_svd_distill.pipeline.evaluate import ASKED, evaluate
 from moe_svd_distill.pipeline.pair import open_model
@@ -79,7 +80,7 @@ def reproduce(
 
     Args:
         adapter: Its folder.
-        output: Of the new adapter, new or of an earlier try; default: beside it, with ``-reproduced`` behind its name.
+        output: Of the new adapter, empty or of an earlier try; default: beside it, ``-reproduced`` behind its name.
         on_event: Told how it goes.
         teacher: Where the teacher lies now, if not where run.json says.
         student: Likewise.
@@ -88,6 +89,7 @@ def reproduce(
     Raises:
         MissingInputError: The folder holds no finished adapter, or run.json no recipe.
         BadDataError: A model is not the one that the adapter was made of.
+        CannotWriteError: The output holds anything else.
         DistillError: As `distill`.
     """
     tell: Listener = on_event or (lambda event: None)
@@ -102,6 +104,7 @@ def reproduce(
         ("student", recipe.student, first.record.student),
     ):
         _refuse_other(role, source, record.fingerprint, tell)
+    _claim(folder, first)
     second = distill(recipe, tell)
     digest = Compared("sha256", first.record.adapter_sha256, second.sha256)
     held_out, notes = ([], []) if digest.same else _held_out(first, second, recipe, tell)
@@ -112,6 +115,20 @@ def reproduce(
         (*_compared(_figures(first), _figures(second)), *held_out),
         tuple(notes),
     )
+
+
+def _claim(folder: Path, first: Adapter) -> None:
+    """Mark a folder as this adapter's reproduction; what another run has left there would confirm itself."""
+    mark = folder / PARTS_FOLDER / "reproduction.json"
+    if mark.is_file() and read_json(mark).get("adapter_sha256") == first.record.adapter_sha256:
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise CannotWriteError(
+            f"{folder} is not empty, and nothing in it is of this reproduction (found {min(folder.iterdir()).name})",
+            "Give an empty --output",
+        )
+    make_folder(mark.parent)
+    write_json(mark, {"adapter_sha256": first.record.adapter_sha256})
 
 
 def _recipe(first: Adapter, output: Path, named: Mapping[str, object]) -> Recipe:

@@ -20,7 +20,7 @@ def init_command(teacher: str, student: str) -> None:
     from moe_svd_distill.recipe import PRESET_KEYS, parse_recipe, recipe_yaml
 
     click.echo(recipe_yaml(parse_recipe({"teacher": teacher, "student": student}), PRESET_KEYS), nl=False)
-    click.echo("Next, once this is saved as recipe.yaml: moe-svd-distill plan recipe.yaml", err=True)
+    click.echo("Next, saved as recipe.yaml: moe-svd-distill plan recipe.yaml --calibration TEXT", err=True)
 
 
 @click.command("schema", short_help="Print the JSON schema of recipes.")
