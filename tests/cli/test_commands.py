@@ -164,7 +164,7 @@ def test_the_next_command_can_be_copied_where_a_path_has_spaces(
     code, text, _ = run(capsys, "distill", *words, "--output", out)
     assert code == 0
     (line,) = [line for line in text.splitlines() if line.startswith("Next: ")]
-    assert shlex.split(line)[3:6] == [str(out), "--teacher", str(teacher)]
+    assert shlex.split(line)[3:5] == [str(out), "--text"]
 
 
 def test_another_student_of_the_same_shapes_is_noticed(

@@ -19,7 +19,7 @@ from moe_svd_distill.evaluation.scale_search import ScaleDecision
 from moe_svd_distill.files.names import EVALUATION_FILE
 from moe_svd_distill.files.typed import as_json, read_as
 from moe_svd_distill.pipeline.evaluate import evaluate as evaluate_adapter
-from moe_svd_distill.pipeline.evaluate import held_out
+from moe_svd_distill.pipeline.evaluate import few_sources, held_out
 from moe_svd_distill.report.figures import text_note
 from tests.support.models import saved
 from tests.support.problems import GREEN, WRONG, write_problems
@@ -140,6 +140,15 @@ COPY = Document("copy", _text("used", 50) + " and the end", group="b")
 OTHER = Document("other", _text("other"), group="b")
 USES = {"used_documents": [USED.digest], "used_groups": [USED.group_digest]}
 SEARCH = read_as(ScaleDecision, USES)
+
+
+def test_sections_of_few_sources_are_no_sample_of_others() -> None:
+    sections = [Document(f"a:{number}", f"text {number}", origin="whole") for number in range(20)]
+    assert list(few_sources(sections)) == [
+        "20 documents or sections of 1 source: the intervals say nothing of other sources"
+    ]
+    alone = [Document(f"{number}", f"text {number}") for number in range(20)]
+    assert list(few_sources(alone)) == list(few_sources(alone[:3])) == []
 
 
 def test_documents_their_groups_and_what_repeats_them_are_left_out_and_counted() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
@@ -201,13 +201,24 @@ def _text_figures(request: EvaluationRequest, record: RunRecord, on_progress: Pr
         settled = replace(request, length=length, vocabulary=request.vocabulary or asked)
         folders = pair.teacher.checkpoint.folder, pair.student.checkpoint.folder
         result = evaluate_on_text(settled, *folders, chosen, calibration, _reading(told))
-        found = replace(left_out, read=read.counts, notes=(*read.notes, *pair.tokenizer_notes))
+        notes = (*read.notes, *few_sources(chosen), *pair.tokenizer_notes)
+        found = replace(left_out, read=read.counts, notes=notes)
     asked_again = {name: getattr(request, name) for name in ASKED}
     figures = result.as_dict() | {"texts": [str(path) for path in request.texts], "held_out": as_json(found)}
     figures["asked"] = asked_again
     if not found.groups_apart:
         figures["verdict"] = f"{figures['verdict']} {SAME_SOURCES}"
     return figures
+
+
+def few_sources(documents: Sequence[Document]) -> Iterator[str]:
+    """What intervals do not tell where many sections are of few sources."""
+    from moe_svd_distill.calibration.text import FEWEST_DOCUMENTS
+
+    sources = len({document.group_digest for document in documents})
+    if sources < min(FEWEST_DOCUMENTS, len(documents)):
+        named = f"{sources} source{'s' * (sources > 1)}"
+        yield f"{len(documents)} documents or sections of {named}: the intervals say nothing of other sources"
 
 
 def _reading(on_progress: Progress) -> Progress:

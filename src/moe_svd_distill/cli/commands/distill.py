@@ -163,7 +163,7 @@ def _show(adapter: Adapter, everything: bool) -> None:
     if everything:
         print_line(f"sha256 {adapter.sha256}")
     print_line(record.scale_search.decision)
-    print_next("evaluate", folder, "--teacher", record.teacher.source, "--text", "FILE")
+    print_next("evaluate", folder, "--text", "FILE")
     if record.student.source.lower().endswith(".gguf"):  # whose converter reads the plain layout
         words = ("export", folder, "OUTPUT", "--format", "plain", "--student", record.student.source)
         print_next(*words, note="for llama.cpp")
