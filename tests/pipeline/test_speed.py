@@ -181,6 +181,16 @@ def test_the_disk_holds_two_saves_and_for_a_moment_three(tiny: tuple[Path, Path]
     assert disk == [4 * numbers, 20 * numbers, 36 * numbers, 48 * numbers]
 
 
+def test_the_disk_holds_what_goes_between_two_layers_of_a_long_pass(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe = recipe_for(*tiny, tmp_path / "out", **LITTLE_TEXT)
+    with open_pair(*map(str, tiny)) as pair:
+        cost = costs_of_training(recipe, pair, ("refined",), at_hand=True)["refined"]
+    cost = replace(cost, adapter_bytes=0, saves_bytes=0)
+    long = replace(FREE, teacher=LayerSeconds(0.0, 20.0 / cost.teacher_tokens))
+    assert training_cost_here(cost, FREE, 1.0).disk_bytes == cost.states_bytes
+    assert training_cost_here(cost, long, 1.0).disk_bytes == cost.states_bytes + cost.teacher_states_bytes
+
+
 @pytest.mark.parametrize("last_layers", [0, 1])
 def test_seconds_of_calibrating_count_the_student_s_reading_and_its_last_layers(
     tiny: tuple[Path, Path], tmp_path: Path, last_layers: int

@@ -44,6 +44,7 @@ class TrainingCost:
         student_passes: In which it does that.
         weights_read: Stored bytes read for the hidden states of both models.
         states_bytes: Hidden states kept on the disk.
+        teacher_states_bytes: The teacher's among them.
         steps: Of the optimiser, at most.
         step_tokens: Tokens of one step.
         trial_steps: Further steps that choose the learning rate.
@@ -73,6 +74,7 @@ class TrainingCost:
     student_passes: int
     weights_read: int
     states_bytes: int
+    teacher_states_bytes: int
     steps: int
     step_tokens: int
     trial_steps: int
@@ -187,6 +189,7 @@ def _cost(
     pass_bytes = int(student.checkpoint.total_bytes * schedule.share) * processes if resident is False else 0
     passes = bool(extra.copies) + ROUNDS * bool(extra.generated) + 2 * bool(recorded)
     asked_rank = asked_head_rank(recipe, student.architecture.head)
+    teacher_states = state_bytes(recipe, teacher) * read
     return TrainingCost(
         stage=schedule.stage,
         teacher_tokens=read,
@@ -195,7 +198,8 @@ def _cost(
         read_by_student=drawn + recorded,
         student_passes=passes,
         weights_read=2 * teacher.checkpoint.total_bytes + student.checkpoint.total_bytes * passes,
-        states_bytes=state_bytes(recipe, teacher) * read + state_bytes(recipe, student) * kept_by_student,
+        states_bytes=teacher_states + state_bytes(recipe, student) * kept_by_student,
+        teacher_states_bytes=teacher_states,
         steps=schedule.steps,
         step_tokens=settings.step_tokens,
         trial_steps=tried,

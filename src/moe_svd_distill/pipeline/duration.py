@@ -16,6 +16,7 @@ from moe_svd_distill.pipeline.texts import longest_sequence, sequence_length
 from moe_svd_distill.pipeline.trained_matrices import tokens_at_once, trained_ranks
 from moe_svd_distill.pipeline.units import make_work
 from moe_svd_distill.streaming import PassSettings
+from moe_svd_distill.streaming.stream import JOURNAL_SECONDS
 from moe_svd_distill.training.job import threads
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ def training_cost_here(cost: TrainingCost, speed: PairSpeed, save_seconds: float
     layers, fixed, steps = speed.trained, bool(cost.rows_bytes), cost.steps + cost.trial_steps
     mine, theirs = ((of.rounded if fixed else of.plain) for of in (speed.student_head, speed.teacher_head))
     reading = _passes(2, cost.teacher_tokens, speed.teacher)
+    between_layers = cost.teacher_states_bytes if reading > JOURNAL_SECONDS else 0  # so that a killed pass goes on
     reading += _passes(cost.student_passes, cost.read_by_student, speed.student)
     if fixed:
         reading += cost.teacher_tokens * (theirs + mine)
@@ -110,7 +112,8 @@ def training_cost_here(cost: TrainingCost, speed: PairSpeed, save_seconds: float
     training = cost.share * of_layers + cost.trained_tokens * of_trained
     training = max(training, cost.share * loading)
     measuring = cost.measured_tokens * (cost.share * layers.forward + of_measured) + cost.ranked_tokens * of_measured
-    kept = cost.states_bytes + cost.rows_bytes + 2 * cost.adapter_bytes + _saves(cost, int(training // save_seconds))
+    trained = cost.rows_bytes + 2 * cost.adapter_bytes + _saves(cost, int(training // save_seconds))
+    kept = cost.states_bytes + max(between_layers, trained)
     return StageCost(reading + training + measuring, cost.memory_bytes * cost.processes, kept)
 
 
