@@ -99,7 +99,7 @@ def demo_command(output: Path, pairs: tuple[str, ...], shown: Shown) -> None:
     if shown.as_json:
         print_json(results)
     else:
-        print_next("init", "TEACHER", "STUDENT", note="with models of your own")
+        print_next("init", "TEACHER", "STUDENT", note="with models of your own", into="recipe.yaml")
 
 
 @click.command("clean", short_help="Delete working files.")
