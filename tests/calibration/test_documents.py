@@ -52,6 +52,17 @@ def test_a_file_named_outright_is_read_whatever_its_suffix(tmp_path: Path) -> No
     assert read_text([_write(tmp_path, "LICENSE", "words")]).documents[0].text == "words"
 
 
+def test_files_of_a_folder_that_are_no_text_are_named(tmp_path: Path) -> None:
+    _write(tmp_path, "a.txt", "words")
+    _write(tmp_path, ".hidden.bin", "")
+    _write(tmp_path, "b.bin", "")
+    assert read_text([tmp_path]).notes == ("1 file is not text by its name and was left out (the first: b.bin)",)
+    for name in ("c.png", "a.gif", "LICENSE"):
+        _write(tmp_path, name, "")
+    (said,) = read_text([tmp_path]).notes
+    assert said == "4 files are not text by their names and were left out (the first: LICENSE, a.gif, b.bin)"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [

@@ -147,7 +147,7 @@ def test_the_same_text_but_for_white_space_is_the_same(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text, newline="", encoding="utf-8")
     read = read_text([tmp_path])
     assert [document.source[-5:] for document in read.documents] == ["a.txt", "c.txt"]
-    assert read.notes == ("1 documents the same as others but for white space were left out",)
+    assert read.notes == ("1 document the same as others but for white space was left out",)
     assert without([Document("x", " one two é")], read.documents[0].digests) == ()
     # As earlier versions wrote it down.
     assert without([Document("x", "one\ntwo é\n")], {read.documents[0].digest}) == ()

@@ -65,7 +65,14 @@ def test_completion_scripts(shell: str, capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [("ev", {"plain,evaluate"}), ("distill --scale", {"plain,--scale-search-tokens"}), ("completion z", {"plain,zsh"})],
+    [
+        ("ev", {"plain,evaluate"}),
+        ("distill --scale", {"plain,--scale-search-tokens"}),
+        ("completion z", {"plain,zsh"}),
+        ("plan --preset b", {"plain,balanced", "plain,best"}),
+        ("distill --method w", {"plain,weights", "plain,weights+calibrated"}),
+        ("distill --rank f", {"plain,full"}),
+    ],
 )
 def test_a_shell_is_answered(words: str, expected: set[str]) -> None:
     environment = {"COMP_WORDS": f"moe-svd-distill {words}", "COMP_CWORD": str(len(words.split()))}
@@ -73,6 +80,13 @@ def test_a_shell_is_answered(words: str, expected: set[str]) -> None:
     command = [sys.executable, "-m", "moe_svd_distill"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
     assert (done.returncode, set(done.stdout.split())) == (0, expected), done.stderr
+
+
+def test_completion_without_a_shell_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, error = run(capsys, "completion")
+    assert code == 2
+    said = "moe-svd-distill: Missing argument 'SHELL'. Expected bash, zsh or fish. "
+    assert error == f"{said}Try: moe-svd-distill completion --help\n"
 
 
 @pytest.mark.parametrize(("typed", "meant"), [("distil", "distill"), ("evalute", "evaluate"), ("inspekt", "inspect")])

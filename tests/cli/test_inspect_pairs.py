@@ -42,6 +42,7 @@ def test_two_models_side_by_side(models: tuple[Path, Path], capsys: pytest.Captu
     assert facts["method"]["without_text"]["stages"] == []
     text = run(capsys, "inspect", *models)
     assert "layers 3 → 2, hidden 48 → 32" in text
+    assert text.splitlines()[-1] == f"Next: moe-svd-distill init {models[0]} {models[1]} > recipe.yaml"
     assert "lineage: independent: no sampled tensor is alike" in text
     assert "method auto without text: nothing: " in text
     assert all(f"note: {line}" in text for line in facts["relatedness"]["skipped"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,11 @@ import pytest
 
 from tests.support.heads import TEXT, student_with_tokenizer, teacher_with_other_head, trained_tokenizer
 
-STOPPED = "moe-svd-distill: stopped: finished parts are kept; run the same command again"
+STOPPED = (
+    "moe-svd-distill: stopped: finished parts are kept; training begins anew, as nothing of it had been saved yet; "
+    "run the same command again"
+)
+SAVED = r"moe-svd-distill: stopped: finished parts are kept; training goes on from step ([\d,]+), saved \d+ s ago; .*"
 SETTINGS = ("training.head=train", "training.epochs=1000", "training.learning_rate=0.01", "training.patience=1000")
 
 
@@ -51,7 +56,17 @@ def test_a_stopped_run_says_so_and_the_next_one_goes_on(tmp_path: Path) -> None:
     assert (code, said[-1]) == (130, STOPPED), said
     code, again = stopped(words, signal.SIGTERM, "training")
     assert (code, again[-1]) == (143, STOPPED), again
-    assert not any("Traceback" in line for line in said + again)
+    code, third = stopped([*words, "--set", "training.save_seconds=0.01"], signal.SIGINT, "training")
+    assert code == 130
+    saved = re.fullmatch(SAVED, third[-1])
+    assert saved is not None, third
+    code, fourth = stopped(words, signal.SIGINT, "training")
+    assert any(line.startswith(f"training: resuming from step {saved[1]} of ") for line in fourth), fourth
+    assert fourth[-1] == (
+        f"moe-svd-distill: stopped: finished parts are kept; training goes on from step {saved[1]}, as this run did; "
+        "run the same command again"
+    )
+    assert not any("Traceback" in line for line in said + again + third + fourth)
     assert not any("resuming" in line for line in said)
     assert any(line.startswith(f"resuming from {tmp_path / 'out'}: ") for line in again)
 

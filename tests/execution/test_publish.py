@@ -29,10 +29,15 @@ def test_publishing(tmp_path: Path) -> None:
         assert OutputFolder(out).published
         assert (out / "adapter_model.safetensors").read_text() == content
     names = sorted(path.name for path in out.iterdir())
-    assert names == [
-        ".lock", ".withdrawn-run.json", "README.md", "adapter_config.json", "adapter_model.safetensors", "parts",
-        "run.json",
-    ]  # fmt: skip
+    assert names == [".lock", "README.md", "adapter_config.json", "adapter_model.safetensors", "parts", "run.json"]
+
+
+def test_the_record_that_a_killed_run_withdrew_goes_when_the_next_one_ends_well(tmp_path: Path) -> None:
+    publish(tmp_path, "old")
+    (tmp_path / "run.json").rename(tmp_path / ".withdrawn-run.json")
+    assert OutputFolder(tmp_path).cleanable() == [tmp_path / ".withdrawn-run.json"]
+    publish(tmp_path, "new")
+    assert OutputFolder(tmp_path).cleanable() == []
 
 
 def test_the_manifest_leaves_first_and_arrives_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,11 +200,19 @@ def test_another_setting_replaces_the_adapter_if_forced_and_says_so_and_the_same
     distill(same, notes_to(said))
     assert (copy / "evaluation.json").exists()
     assert [note for note in said if note.startswith(("replaces", "deleted"))] == []
-    assert any(note.startswith(f"resuming from {copy}: 4 finished parts") for note in said)
+    assert not any(note.startswith("resuming") for note in said)
+    assert any(note.startswith(f"{copy} holds the finished adapter of this recipe") for note in said)
+    assert said[-1] == (
+        "this recipe was finished already: the adapter is the same as before "
+        f"(sha256 {json.loads((copy / 'run.json').read_text())['adapter_sha256']})"
+    )
+    said.clear()
     with pytest.raises(CannotWriteError, match=r"another rank \(found 4, expected 3\)"):
         distill(same.model_copy(update={"rank": 3}))
     assert (copy / "evaluation.json").exists()
     distill(same.model_copy(update={"rank": 3}), notes_to(said), force=True)
+    assert any(note.startswith(f"resuming from {copy}: 4 finished parts") for note in said)
+    assert not any("finished already" in note for note in said)
     assert any("rank 4 → 3" in note for note in said)
     assert not (copy / "evaluation.json").exists()
 

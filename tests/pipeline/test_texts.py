@@ -93,8 +93,8 @@ def test_shares_and_what_was_left_out_are_recorded(tmp_path: Path) -> None:
     assert sum(tokens.values()) == record["text"]["fit"]["tokens"] == 4096
     assert abs(tokens[str(first)] - 1024) <= 512
     assert record["shortfalls"][:2] == [
-        "calibration text: 1 documents without text were left out",
-        "calibration text: 1 documents the same as others but for white space were left out",
+        "calibration text: 1 document without text was left out",
+        "calibration text: 1 document the same as others but for white space was left out",
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,6 +103,23 @@ def test_a_damaged_save_is_moved_aside_and_the_one_before_it_used(model: Path, t
     assert outcome.resumed_at == 4
     assert len(outcome.rejected) == 1
     assert torch.equal(_values(found), _values(undisturbed))
+
+
+def test_saves_say_where_the_next_run_goes_on(model: Path, tmp_path: Path) -> None:
+    text, check = made_up_text(16, 1), made_up_text(6, 2)
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 6:
+            raise KilledError
+
+    saves = TrainingCheckpoints(tmp_path, "run", every_s=0.0)
+    assert saves.next_run == "training begins anew, as nothing of it had been saved yet"
+    with pytest.raises(KilledError):
+        setting(model, tmp_path, settings=SETTINGS).training(text, check, SETTINGS).complete(saves, stop)
+    assert re.fullmatch(r"training goes on from step 5, saved \d+ s ago", saves.next_run)
+    later = TrainingCheckpoints(tmp_path, "run")
+    later.load()
+    assert later.next_run == "training goes on from step 5, as this run did"
 
 
 def test_divergence_stops_the_run_and_keeps_the_best(model: Path, tmp_path: Path) -> None:

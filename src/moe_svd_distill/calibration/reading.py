@@ -36,6 +36,7 @@ _LONGEST = 1 << 24  # kept of one document at least, if it has them
 _CHARACTERS_PER_TOKEN = 16  # several times what any text has, so that there is something to choose from
 _EVERYTHING = 1 << 62
 _REPLACEMENT = "\ufffd"
+_NAMED = 3  # files that are left out
 _SLACK = 1.25  # by how much more is held than kept before documents are dropped
 
 
@@ -162,10 +163,13 @@ class _Sample:
             )
         for count, what in (("empty", "without text"), ("copies", "the same as others but for white space")):
             if self._left_out[count]:
-                yield f"{self._left_out[count]:,} documents {what} were left out"
+                yield f"{_so_many(self._left_out[count], f'document {what} was', f'documents {what} were')} left out"
         lost = sum(_REPLACEMENT in document.text for document in self._kept.values())
         if lost:
-            yield f"{lost:,} documents hold U+FFFD in place of what is no character (lone surrogates and the like)"
+            yield (
+                f"{_so_many(lost, 'document holds', 'documents hold')} U+FFFD in place of what is no character "
+                "(lone surrogates and the like)"
+            )
 
     def _drop(self) -> None:
         characters, kept = 0, set()
@@ -191,13 +195,16 @@ class _Reader:
         self._field, self._group_field, self._limit = field, group_field, limit
         self._longest = limit if limit == _EVERYTHING else min(limit, max(_LONGEST, limit // 3))
         self._as_text: list[Path] = []
+        self._left_out: list[Path] = []
         self._cut: dict[str, int] = {}
 
     def documents(self, path: str | Path) -> Iterator[Document]:
         if str(path).startswith(DATASET_PREFIX):
             yield from self._of_dataset(str(path))
             return
-        for file, folder in _files(Path(path)):
+        found, others = _files(Path(path))
+        self._left_out += others
+        for file, folder in found:
             if self._holds_records(file, named=file == Path(path)):
                 yield from self._of_records(file, rows(file, self._longest))
             else:
@@ -205,10 +212,13 @@ class _Reader:
 
     def notes(self) -> Iterator[str]:
         if self._as_text:
-            yield (
-                f"{len(self._as_text):,} files of JSON or CSV hold no records of a known form and were read as plain "
-                f"text (the first: {self._as_text[0]})"
-            )
+            one = "file of JSON or CSV holds no records of a known form and was"
+            more = "files of JSON or CSV hold no records of a known form and were"
+            yield f"{_so_many(len(self._as_text), one, more)} read as plain text (the first: {self._as_text[0]})"
+        if self._left_out:
+            one, more = "file is not text by its name and was", "files are not text by their names and were"
+            first = ", ".join(map(str, self._left_out[:_NAMED]))
+            yield f"{_so_many(len(self._left_out), one, more)} left out (the first: {first})"
         for where, characters in self._cut.items():
             yield f"only about the first {characters:,} characters of {where} were read"
 
@@ -265,22 +275,25 @@ class _Reader:
         return first is not None
 
 
-def _files(path: Path) -> Iterator[tuple[Path, str | None]]:
-    """Files to read, each with the sub-folder it is in where the given folder has several."""
+def _files(path: Path) -> tuple[list[tuple[Path, str | None]], list[Path]]:
+    """Files to read, each with the sub-folder it is in where the given folder has several; those that are no text."""
     if not path.exists():
         raise _missing(path)
     if not path.is_dir():
-        yield path, None
-        return
-    found = [file for file in sorted(path.rglob("*")) if _readable(file, path)]
+        return [(path, None)], []
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    visible = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    found = [file for file in visible if _may_be_text(file)]
     inside = {file: parts[0] for file in found if len(parts := file.relative_to(path).parts) > 1}
     several = len(set(inside.values())) > 1
-    for file in found:
-        yield file, inside.get(file) if several else None
+    named = [(file, inside.get(file) if several else None) for file in found]
+    return named, [file.relative_to(path) for file in visible if not _may_be_text(file)]
 
 
-def _readable(file: Path, root: Path) -> bool:
-    if any(part.startswith(".") for part in file.relative_to(root).parts):
-        return False
+def _may_be_text(file: Path) -> bool:
     suffix = file.suffix.lower()
-    return bool(suffix in RECORD_SUFFIXES or TEXT_SUFFIXES.fullmatch(suffix)) and file.is_file()
+    return bool(suffix in RECORD_SUFFIXES or TEXT_SUFFIXES.fullmatch(suffix))
+
+
+def _so_many(count: int, one: str, more: str) -> str:
+    return f"{count:,} {one if count == 1 else more}"

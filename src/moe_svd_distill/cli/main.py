@@ -61,12 +61,15 @@ NOBODY_READS = 141  # what a shell reports of a program that a closed pipe has e
 
 
 class StoppedError(DistillError):
-    """Ctrl-C or SIGTERM: `exit_code` is what shells report of a program that the signal has ended."""
+    """Ctrl-C or SIGTERM: `exit_code` is what shells report of a program that the signal has ended.
 
-    def __init__(self, command: str, exit_code: int) -> None:
-        self.exit_code = exit_code
-        kept = ": finished parts are kept; run the same command again" if command in _RESUMES else ""
-        Exception.__init__(self, f"stopped{kept}")
+    Notes of the interrupt say what of the work in hand is kept.
+    """
+
+    def __init__(self, command: str, stop: KeyboardInterrupt) -> None:
+        self.exit_code = getattr(stop, "exit_code", INTERRUPTED)
+        kept = ("finished parts are kept", *getattr(stop, "__notes__", ()), "run the same command again")
+        Exception.__init__(self, f"stopped: {'; '.join(kept)}" if command in _RESUMES else "stopped")
 
 
 class LazyGroup(click.Group):
@@ -91,7 +94,7 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(context)
         except KeyboardInterrupt as stop:
-            raise StoppedError(context.invoked_subcommand or "", getattr(stop, "exit_code", INTERRUPTED)) from None
+            raise StoppedError(context.invoked_subcommand or "", stop) from None
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:

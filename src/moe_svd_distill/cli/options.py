@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
     from moe_svd_distill.recipe import Recipe
@@ -20,7 +21,13 @@ class Word(click.Choice[str]):
     """One of several words."""
 
     def get_invalid_choice_message(self, value: object, ctx: click.Context | None) -> str:
-        return f"expected {', '.join(self.choices[:-1])} or {self.choices[-1]}, found {value!r}"
+        return f"expected {self._either()}, found {value!r}"
+
+    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None) -> str:
+        return f"Expected {self._either()}"
+
+    def _either(self) -> str:
+        return f"{', '.join(self.choices[:-1])} or {self.choices[-1]}"
 
 
 class Number(click.IntRange):
@@ -100,6 +107,13 @@ _SETTINGS = (
 
 class _Setting(click.Option):
     """An option of the recipe. What it takes is looked up only when help is asked for."""
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        from moe_svd_distill.recipe import Recipe
+        from moe_svd_distill.recipe.allowed import choices
+
+        words = choices(Recipe.model_fields[str(self.name)])
+        return [CompletionItem(word) for word in words if word.startswith(incomplete)]
 
     def get_help_record(self, context: click.Context) -> tuple[str, str] | None:
         from moe_svd_distill.recipe import Recipe

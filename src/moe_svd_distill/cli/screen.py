@@ -78,13 +78,13 @@ def say(where: Console, text: str) -> None:
     where.print(text, soft_wrap=not where.is_terminal, highlight=False, markup=False)
 
 
-def print_next(*words: str | Path, note: str = "") -> None:
+def print_next(*words: str | Path, note: str = "", into: str = "") -> None:
     """The command that comes next, to be copied whatever its paths hold; words in capitals are left to fill in.
 
-    On a terminal that it is too long for, a backslash ends a line as in a shell.
+    On a terminal that it is too long for, a backslash ends a line as in a shell. What it prints goes to a file `into`.
     """
     lines = [f"Next{f', {note}' if note else ''}:"]
-    for word in (PROGRAM, *map(shlex.quote, map(str, words))):
+    for word in (PROGRAM, *map(shlex.quote, map(str, words)), *((f"> {shlex.quote(into)}",) if into else ())):
         if output.is_terminal and len(f"{lines[-1]} {word} \\") > output.width:
             lines[-1] += " \\" if len(lines) > 1 or PROGRAM in lines[-1] else ""
             lines.append(f"   {word}" if word != PROGRAM else f"  {word}")

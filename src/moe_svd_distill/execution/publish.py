@@ -124,6 +124,7 @@ class OutputFolder:
             sync_folder(self.path)
             files[-1].replace(self.path / RECORD_FILE)
             sync_folder(self.path)
+            (self.path / _WITHDRAWN).unlink(missing_ok=True)
             with suppress(OSError):
                 self._staging.rmdir()
             return old

@@ -18,7 +18,7 @@ from moe_svd_distill.pairing.plan import Pairing
 from moe_svd_distill.pipeline.assembly import AdapterChange, base_model, stage_adapter, write_head_part
 from moe_svd_distill.pipeline.fates import is_nothing, tensor_records
 from moe_svd_distill.pipeline.method import Stages, choose_stages, notes_on_sizes
-from moe_svd_distill.pipeline.output import earlier_figures, essentials, judge_output
+from moe_svd_distill.pipeline.output import earlier_figures, essentials, finished_digest, judge_output
 from moe_svd_distill.pipeline.pair import ModelPair, open_pair
 from moe_svd_distill.pipeline.placement import execution_settings
 from moe_svd_distill.pipeline.record import (
@@ -108,7 +108,11 @@ class _Run:
 
     def complete(self, plan: Pairing | None) -> RunRecord:
         """Run the stages and publish the adapter."""
-        if earlier := self.output.resumable():
+        earlier = self.output.resumable()
+        if finished := finished_digest(self.recipe):
+            kept = f"{earlier} are used again where they still fit" if earlier else "without parts, it is made anew"
+            self.note(f"{self.recipe.output} holds the finished adapter of this recipe: {kept}")
+        elif earlier:
             self.note(f"resuming from {self.recipe.output}: {earlier}; what fits this recipe is used again")
         summary, change = None, AdapterChange((), KEPT_WHOLE)
         if plan is not None:
@@ -138,6 +142,8 @@ class _Run:
         record.write(self.output.staged(RECORD_FILE))
         for name in self.output.publish(stale):
             self.note(f"deleted {name}: it was of the adapter that lay here before")
+        if finished == digest:
+            self.note(f"this recipe was finished already: the adapter is the same as before (sha256 {digest})")
         return record
 
     def project_weights(self, plan: Pairing) -> ExecutionSummary:

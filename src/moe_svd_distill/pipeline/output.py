@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,16 @@ def judge_output(recipe: Recipe, *, force: bool = False) -> list[str]:
         return []
     words = [f"{key} {_short(before)} → {_short(now)}" for key, (before, now) in changed.items()]
     return [f"replaces the finished adapter in {folder}, which another recipe has made: {', '.join(words)}"]
+
+
+def finished_digest(recipe: Recipe) -> str | None:
+    """sha256 of the adapter that this recipe has made in its output before; None where there is none."""
+    if not (recipe.output / RECORD_FILE).is_file() or _changed(recipe):
+        return None
+    with suppress(BadDataError):
+        digest = read_json(recipe.output / RECORD_FILE).get("adapter_sha256")
+        return digest if isinstance(digest, str) else None
+    return None
 
 
 def essentials(recipe: Recipe) -> dict[str, Any]:

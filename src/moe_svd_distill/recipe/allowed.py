@@ -19,6 +19,12 @@ def allowed(field: FieldInfo) -> str:
     return "" if found in ("text", "a path") else found
 
 
+def choices(field: FieldInfo) -> tuple[str, ...]:
+    """The words a field takes; empty where it takes none by name."""
+    kinds = [kind for kind in _alternatives(field.annotation) if _is_choice(kind)]
+    return tuple(str(word) for kind in kinds for word in get_args(kind))
+
+
 def takes_text_alone(field: FieldInfo) -> bool:
     """Whether what is typed for it is text as it stands, whatever it looks like."""
     return all(kind in (str, Path, list[str]) for kind in _alternatives(field.annotation))

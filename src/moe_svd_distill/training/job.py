@@ -162,8 +162,15 @@ class StudentInTraining:
         return ResidentEngine(decoder, self.bank, job.first)
 
     def train(self, on_progress: OnProgress) -> TrainingReport:
-        """Train, or go on with it; the best state is then in the bank and the head."""
+        """Train, or go on with it; the best state is then in the bank and the head. An interrupt notes what is kept."""
         saves = TrainingCheckpoints(self._job.folder, self._job.key, self._group.number == 0, self._job.save_seconds)
+        try:
+            return self._train(saves, on_progress)
+        except KeyboardInterrupt as stop:
+            stop.add_note(saves.next_run)
+            raise
+
+    def _train(self, saves: TrainingCheckpoints, on_progress: OnProgress) -> TrainingReport:
         choice = self._choice()
         settings = self._job.settings if choice is None else with_best(self._job.settings, choice.trials)
         before = self._reading()

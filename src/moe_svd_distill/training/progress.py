@@ -135,11 +135,21 @@ class TrainingCheckpoints:
         self._folder, self._key, self._writes, self._every_s = folder, key, writes, every_s
         self._last = time.monotonic()
         self._turn = 0
+        self._step: int | None = None  # of the newest save
+        self._written: float | None = None  # when, by this run
         self.rejected: list[str] = []
 
     def due(self) -> bool:
         """Whether it is time for a save, by this process's clock."""
         return time.monotonic() - self._last >= self._every_s
+
+    @property
+    def next_run(self) -> str:
+        """Where training would go on if this run stopped now, in words."""
+        if self._step is None:
+            return "training begins anew, as nothing of it had been saved yet"
+        when = "as this run did" if self._written is None else f"saved {time.monotonic() - self._written:,.0f} s ago"
+        return f"training goes on from step {self._step:,}, {when}"
 
     def write(self, tensors: dict[str, Tensor], record: Mapping[str, object]) -> None:
         """Save; the older of the two files is replaced."""
@@ -147,6 +157,7 @@ class TrainingCheckpoints:
         if self._writes:
             write_part(self._folder, self._name(self._turn), tensors, record)
             self._turn = (self._turn + 1) % _TURNS
+        self._step, self._written = int(str(record["step"])), time.monotonic()
 
     def load(self) -> tuple[dict[str, Tensor], Mapping[str, Any]] | None:
         """The newest whole save; damaged ones are moved aside."""
@@ -161,7 +172,7 @@ class TrainingCheckpoints:
                 self.rejected.append(reject_part(path).name)
         if not found:
             return None
-        _, turn, path = max(found)
+        self._step, turn, path = max(found)
         self._turn = (turn + 1) % _TURNS
         return {name: tensor.clone() for name, tensor in part_tensors(path).items()}, read_record(path)
 

@@ -29,8 +29,8 @@ def distill_command(recipe: Path | None, force: bool, dry_run: bool, shown: Show
     """Make a LoRA adapter for the student from the teacher.
 
     Settings come from the command line, then from MOE_SVD_DISTILL_* variables (MOE_SVD_DISTILL_TRAINING__EPOCHS for
-    training.epochs), then from the RECIPE file. A preset counts where it is named. A run that was stopped goes on where
-    it stopped when the same command is given again.
+    training.epochs), then from the RECIPE file. A preset counts where it is named. A run that was stopped goes on from
+    what it had finished or saved when the same command is given again.
 
     Example: moe-svd-distill distill recipe.yaml --calibration text/ --output out
     """
@@ -99,7 +99,7 @@ def demo_command(output: Path, pairs: tuple[str, ...], shown: Shown) -> None:
     if shown.as_json:
         print_json(results)
     else:
-        print_next("init", "TEACHER", "STUDENT", note="with models of your own")
+        print_next("init", "TEACHER", "STUDENT", note="with models of your own", into="recipe.yaml")
 
 
 @click.command("clean", short_help="Delete working files.")

@@ -64,7 +64,7 @@ def _show_pair(teacher: str, student: str, as_json: bool) -> None:
     show_relatedness(read_as(Relatedness, facts["relatedness"]))
     for given, choice in facts["method"].items():
         show_choice(f"method auto {given.replace('_', ' ')}", read_as(MethodChoice, choice))
-    print_next("init", teacher, student, note="to be saved as recipe.yaml")
+    print_next("init", teacher, student, into="recipe.yaml")
 
 
 def show_relatedness(found: Relatedness) -> None:
