@@ -162,6 +162,19 @@ def test_the_rank_for_servers_counts_gate_and_up_together() -> None:
     assert "beyond the 512 that vLLM takes" in adapter_card(wide)
 
 
+def test_a_server_is_given_the_export_and_not_the_folder_as_it_is() -> None:
+    card = adapter_card(record())
+    assert "moe-svd-distill export path/to/this/adapter PLAIN --format plain\nvllm serve " in card
+    assert "--format fused" in card
+    assert "distilled=PLAIN" in card
+    assert "distilled=path/to/this/adapter" not in card
+
+
+def test_the_number_of_tokens_is_that_of_the_vocabulary() -> None:
+    card = adapter_card(record(student={"source": "org/s", "family": "llama", "vocabulary": 2048}))
+    assert "- Student: llama, 2,048 tokens in the vocabulary\n" in card
+
+
 @pytest.mark.parametrize("key", list(content()))
 def test_any_part_may_be_absent(key: str) -> None:
     without = {name: value for name, value in content().items() if name != key}

@@ -181,8 +181,11 @@ def _loading(record: RunRecord) -> Iterator[str]:
         )
     else:
         yield (
-            "With vLLM, where it supports LoRA on every part of this architecture:\n\n```\n"
-            f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules distilled=path/to/this/adapter\n```"
+            "Servers do not take this folder as it is: it is written in their layout first (`--format fused` for models "
+            "whose experts vLLM holds in one tensor). With vLLM, where it supports LoRA on every part of this "
+            "architecture:\n\n```bash\n"
+            "moe-svd-distill export path/to/this/adapter PLAIN --format plain\n"
+            f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules distilled=PLAIN\n```"
         )
 
 
@@ -232,7 +235,7 @@ def _made_with(record: RunRecord) -> Iterator[str]:
 
 def _shape(model: ModelRecord) -> str:
     counts = ((model.layers, "layers"), (model.hidden, "hidden"), (model.experts, "experts"))
-    sizes = [f"{count:,} {unit}" for count, unit in (*counts, (model.vocabulary, "tokens")) if count]
+    sizes = [f"{count:,} {unit}" for count, unit in (*counts, (model.vocabulary, "tokens in the vocabulary")) if count]
     return ", ".join([model.family or Path(model.source).name, *sizes])
 
 
