@@ -181,7 +181,7 @@ def _loading(record: RunRecord) -> Iterator[str]:
         )
     else:
         yield (
-            "Servers do not take this folder as it is: it is written in their layout first (`--format fused` for models "
+            "Servers do not take this folder as it is: write it in their layout first (`--format fused` for models "
             "whose experts vLLM holds in one tensor). With vLLM, where it supports LoRA on every part of this "
             "architecture:\n\n```bash\n"
             "moe-svd-distill export path/to/this/adapter PLAIN --format plain\n"
