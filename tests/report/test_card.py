@@ -148,6 +148,7 @@ def test_what_the_search_did_not_keep_is_said_first_and_without_doubt_about_the_
 
 def test_what_was_left_out_is_counted_by_reason() -> None:
     card = adapter_card(record())
+    assert "| unchanged student tensors | tensors |" in card
     assert "| a \\| norm | 3 |" in card
     assert "| no student tensor is made from it | 1 | `model.mtp.weight` |" in card
     assert "fell back to the Fourier projection" in card

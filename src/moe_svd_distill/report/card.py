@@ -196,7 +196,7 @@ def _unmatched(record: RunRecord) -> Iterator[str]:
         return
     yield "## What was left out"
     if kept:
-        yield _table(("student tensors left as they are", "tensors"), ((reason, str(n)) for reason, n in kept))
+        yield _table(("unchanged student tensors", "tensors"), ((reason, str(n)) for reason, n in kept))
     if unused:
         rows = ((reason, str(count), f"`{example}`") for reason, count, example in unused)
         yield _table(("teacher tensors not used", "tensors", "for example"), rows)
