@@ -12,7 +12,7 @@ from docs.generate.recipe import presets, recipe_reference
 
 DECISIONS = Path(__file__).parent.parent / "decisions"
 _WITHOUT_KEYS = "    options:\n      members: [rank_of]"  # they have a page of their own
-_MARK = re.compile(r"^<!-- generated: ([a-z ]+) -->$", re.MULTILINE)
+_MARK = re.compile(r"^<!-- generated: ([a-z ]+) -->$(?:\n.+)*", re.MULTILINE)  # and who reads the file is told below it
 _OUT = re.compile(r"\[([^\]]*)\]\((?:\.\./)+(?!decisions/)[A-Z][^)]*\)")
 _FOLDER = re.compile(r"\]\(([a-z./]+)/\)")
 

@@ -141,12 +141,15 @@ def test_what_no_pair_can_change_is_refused_with_its_reason(sparse: Case) -> Non
         keys.changed_by(["model.layers.9.self_attn.q_proj.weight"])
 
 
-def test_a_plain_configuration_has_last_names_alone() -> None:
+def test_a_plain_configuration_has_last_names_where_they_name_no_other_module() -> None:
     ranks = {"model.layers.0.self_attn.q_proj": 4, "model.layers.1.self_attn.q_proj": 4, "lm_head": 2}
     found = plain_configuration(ranks, base_model="a/b", whole=["lm_head"])
     assert (found["target_modules"], found["target_parameters"]) == (["q_proj", "lm_head"], [])
     assert (found["r"], found["rank_pattern"], found["alpha_pattern"]) == (4, {"lm_head": 2}, {"lm_head": 2})
     assert found["modules_to_save"] == ["lm_head"]
+    every = [*ranks, "model.layers.2.self_attn.q_proj"]
+    found = plain_configuration(ranks, base_model="a/b", every=every)
+    assert found["target_modules"] == ["0.self_attn.q_proj", "1.self_attn.q_proj", "lm_head"]
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,11 @@ from tests.support import architectures, tiny
 TEXT_CLASSES = ["gemma3", "gemma4", "kimi_k25", "llama4", "mistral3", "qwen3_5_moe"]
 
 
-def _adapter(model_type: str, folder: Path) -> tuple[Path, Path]:
-    """A saved model, and an adapter with a random pair for every matrix."""
+def _adapter(model_type: str, folder: Path, part: str = "") -> tuple[Path, Path]:
+    """A saved model, and an adapter with a random pair for every matrix that has the part in its name."""
     student = architectures.saved(model_type, folder / "student")
     keys = tiny.keys_of(student)
-    names = tiny.carried(student)
+    names = [name for name in tiny.carried(student) if part in name]
     ranks = {target.parameter: target.rank(tiny.default_rank) for target in keys.changed_by(names)}
     configuration = build_configuration(keys, ranks, base_model=str(student))
     pairs = tiny.random_pairs(student, names, dtype=torch.float32)
@@ -80,6 +80,14 @@ def test_plain_has_stored_names_and_last_names(tmp_path: Path) -> None:
     assert any("--max-lora-rank" in limit for limit in report.limits)
     dense_student, dense = _adapter("llama", tmp_path / "dense")
     assert export(dense, tmp_path / "plain", "plain", dense_student).loads
+
+
+def test_plain_of_some_layers_names_these_alone(tmp_path: Path) -> None:
+    student, adapter = _adapter("llama", tmp_path, ".1.self_attn.")
+    report = export(adapter, tmp_path / "out", "plain", student)
+    assert report.loads, report.why_not
+    configuration = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert all(entry.startswith("1.self_attn.") for entry in configuration["target_modules"])
 
 
 def test_plain_has_no_name_for_experts_in_one_tensor(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -103,8 +104,11 @@ def test_the_whole_way(models: tuple[Path, Path], tmp_path: Path, capsys: pytest
     code, text, _ = run(capsys, "plan", *words, "--output", out)
     assert code == 0
     assert "recipe: head" not in text
+    assert re.search(r"role +changed +unchanged +rank", text)
     code, text, _ = run(capsys, "distill", *words, "--output", out)
     assert code == 0
+    assert "matrices unchanged" in text
+    assert "matrices kept" not in text
     assert "whether this adapter helps or harms is not known" in text
     code, text, _ = run(capsys, "verify", out)
     assert code == 0

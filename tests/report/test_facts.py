@@ -85,3 +85,20 @@ def test_means_over_experts_and_holes() -> None:
     assert facts.grid(record(tensors=[]), "relative_delta") is None
     nothing = [tensor | {"relative_delta": None} for tensor in content()["tensors"]]
     assert facts.grid(record(tensors=nothing), "relative_delta") is None
+
+
+def test_a_role_without_the_value_has_no_row() -> None:
+    tensors = [tensor for tensor in content()["tensors"] if tensor["role"] != "head"]
+    unmeasured = {"name": "lm_head", "role": "head", "layer": None, "fate": "lora", "rank": 40}
+    found = facts.grid(record(tensors=[*tensors, unmeasured]), "relative_delta")
+    assert found is not None
+    assert "head" not in found.roles
+    assert found.layers == ("0", "1", "2")
+    assert len(found.values) == len(found.roles)
+
+
+def test_negative_figures_have_a_minus_sign_and_options_their_hyphens() -> None:
+    decision = "Nothing: KL moves by -0.2% (-1.0% to +0.6%). Give --scale-search-tokens 4096 of Qwen-2."
+    assert facts.decision(record(scale_search={"decision": decision})) == (
+        "Nothing: KL moves by −0.2% (−1.0% to +0.6%). Give --scale-search-tokens 4096 of Qwen-2."
+    )

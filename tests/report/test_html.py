@@ -64,6 +64,26 @@ def test_intervals_stand_under_their_figures() -> None:
     assert first.count("<th ") == 5
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "_file", lambda figure, kind: b"<svg ></svg>")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_intervals_are_whole_and_commands_and_passages_are_set_as_code() -> None:
+    page = html_report(record())
+    assert re.search(r"td small \{[^}]*white-space: nowrap", page)
+    assert re.search(r"\.prompt, \.written dd \{[^}]*monospace", page)
+    assert "<code>moe-svd-distill evaluate OUT --benchmark humaneval --run-generated-code</code>" in page
+    assert "`" not in page.split("<h2>Record</h2>")[0]
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("size", "words"), [(2**30, "1.00 GiB"), (3 * 2**19, "1.5 MiB")])
+def test_sizes_are_in_a_unit_that_fits(size: int, words: str) -> None:
+    assert f"weights {words}<" in html_report(record(teacher={"source": "org/t", "bytes": size}))
+
+
 def test_continuations_are_shown_escaped_and_what_was_not_written_with_its_reason() -> None:
     written = {"prompts": ["def f(<b>"], "texts": {"student": ["):\n  pass"], "adapted": ["x"]}}
     written["skipped"] = {"teacher": "it was streamed"}

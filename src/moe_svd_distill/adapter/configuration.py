@@ -93,17 +93,20 @@ def peft_configuration(targets: Sequence[Target], rank_of: Callable[[str], int])
 
 
 def plain_configuration(
-    ranks: Mapping[str, int], *, base_model: str, whole: Sequence[str] = ()
+    ranks: Mapping[str, int], *, base_model: str, whole: Sequence[str] = (), every: Iterable[str] = ()
 ) -> AdapterConfiguration:
-    """A configuration of last names alone, as transformers 4, vLLM and llama.cpp read adapters.
+    """A configuration of modules alone, as transformers 4, vLLM and SGLang read adapters.
+
+    These go by the last parts of names; PEFT puts a pair on every module that a name ends, so a name is longer where
+    its last part is that of modules without a pair, too.
 
     Args:
         ranks: Module to the rank of its pair.
         base_model: The student, as a hub id or a folder.
         whole: Modules that are saved whole.
+        every: All modules of the student, where it is at hand.
     """
-    leaves = list(dict.fromkeys(module.rpartition(".")[2] for module in ranks))
-    configuration = _fields((leaves, []), ranks, list(ranks.values()), base_model)
+    configuration = _fields((short_names(ranks, {*ranks, *every}), []), ranks, list(ranks.values()), base_model)
     if whole:
         configuration["modules_to_save"] = list(whole)
     return configuration

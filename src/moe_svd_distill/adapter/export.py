@@ -66,8 +66,8 @@ def export(
         adapter_folder: The adapter.
         output: A new or empty folder.
         layout: peft: as PEFT on transformers 5 takes it, stored names first. plain: stored names alone, one pair for
-            each stored matrix, last names in the configuration. fused: one pair for all experts of a layer. gguf: a
-            file that llama.cpp loads beside the model's, which are for text alone anyway.
+            each stored matrix, in the configuration the shortest names that name nothing else. fused: one pair for all
+            experts of a layer. gguf: a file that llama.cpp loads beside the model's, which are for text alone anyway.
         student: The student or its folder; default: the base model that the adapter names, if it lies here.
         text_only: For the student's class for text alone, where the checkpoint's own takes more than text.
 
@@ -157,4 +157,8 @@ def _plain(keys: AdapterKeys, pairs: LowRankPairs, base: str) -> tuple[AdapterCo
     targets = [replace(target, own_keys=True) for target in keys.changed_by(list(pairs))]
     ranks = {name.removesuffix(".weight"): pairs.rank(name) for name in pairs}
     head = (keys.architecture.head_slot.name.removesuffix(".weight"),) if pairs.head else ()
-    return plain_configuration(ranks, base_model=base, whole=head), planned_tensors(keys, targets, {}, pairs)
+    architecture = keys.architecture
+    modules = {name for name, _ in architecture.skeleton.model.named_modules()}
+    stored = {name.removesuffix(".weight") for name in architecture.checkpoint}
+    configuration = plain_configuration(ranks, base_model=base, whole=head, every=modules | stored)
+    return configuration, planned_tensors(keys, targets, {}, pairs)

@@ -150,7 +150,7 @@ def _scale(record: RunRecord) -> Iterator[str]:
     if not (search.scales or search.decision):
         return
     yield "## Scale"
-    yield search.decision or "No scale was searched."
+    yield facts.decision(record) or "No scale was searched."
     if facts.nothing_kept(record):
         yield "Every delta is zero: with this adapter the student is what it was."
     elif search.trials and search.scales:
@@ -181,8 +181,11 @@ def _loading(record: RunRecord) -> Iterator[str]:
         )
     else:
         yield (
-            "With vLLM, where it supports LoRA on every part of this architecture:\n\n```\n"
-            f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules distilled=path/to/this/adapter\n```"
+            "Servers do not take this folder as it is: write it in their layout first (`--format fused` for models "
+            "whose experts vLLM holds in one tensor). With vLLM, where it supports LoRA on every part of this "
+            "architecture:\n\n```bash\n"
+            "moe-svd-distill export path/to/this/adapter PLAIN --format plain\n"
+            f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules distilled=PLAIN\n```"
         )
 
 
@@ -193,7 +196,7 @@ def _unmatched(record: RunRecord) -> Iterator[str]:
         return
     yield "## What was left out"
     if kept:
-        yield _table(("student tensors left as they are", "tensors"), ((reason, str(n)) for reason, n in kept))
+        yield _table(("unchanged student tensors", "tensors"), ((reason, str(n)) for reason, n in kept))
     if unused:
         rows = ((reason, str(count), f"`{example}`") for reason, count, example in unused)
         yield _table(("teacher tensors not used", "tensors", "for example"), rows)
@@ -232,7 +235,7 @@ def _made_with(record: RunRecord) -> Iterator[str]:
 
 def _shape(model: ModelRecord) -> str:
     counts = ((model.layers, "layers"), (model.hidden, "hidden"), (model.experts, "experts"))
-    sizes = [f"{count:,} {unit}" for count, unit in (*counts, (model.vocabulary, "tokens")) if count]
+    sizes = [f"{count:,} {unit}" for count, unit in (*counts, (model.vocabulary, "tokens in the vocabulary")) if count]
     return ", ".join([model.family or Path(model.source).name, *sizes])
 
 

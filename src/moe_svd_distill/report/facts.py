@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from moe_svd_distill.report.figures import number
+from moe_svd_distill.report.figures import number, with_minus
 from moe_svd_distill.report.record import RunRecord, TrainingRecord
 from moe_svd_distill.transfer.facts import TensorFacts
 
@@ -31,7 +31,7 @@ _ENDED = {
 
 @dataclass(frozen=True)
 class Grid:
-    """One value for each role and layer; None where nothing was measured.
+    """One value for each role with a measured one, and layer; None where nothing was measured.
 
     Attributes:
         roles: Names of the rows.
@@ -58,12 +58,17 @@ def is_hub_id(source: str) -> bool:
 def headline(record: RunRecord) -> str:
     """What must be read first: the verdict on held-out text, else what the scale search found, else a warning."""
     if record.evaluation is not None and record.evaluation.verdict:
-        return record.evaluation.verdict
-    decision = record.scale_search.decision
-    if decision.startswith("Not measured") or nothing_kept(record):
-        return decision
+        return with_minus(record.evaluation.verdict)
+    found = decision(record)
+    if found.startswith("Not measured") or nothing_kept(record):
+        return found
     note = "Not evaluated on held-out text; whether this adapter helps or harms there is not known."
-    return f"{decision} {note}".strip()
+    return f"{found} {note}".strip()
+
+
+def decision(record: RunRecord) -> str:
+    """What the scale search found; empty without one."""
+    return with_minus(record.scale_search.decision)
 
 
 def nothing_kept(record: RunRecord) -> str | None:
@@ -119,8 +124,8 @@ def grid(record: RunRecord, field: Shown) -> Grid | None:
     if not cells:
         return None
     layers = [str(layer) for layer in sorted({layer for _, layer, _ in changed if layer is not None})]
-    columns = (*layers, ENDS) if any(layer is None for _, layer, _ in changed) else tuple(layers)
-    roles = tuple(dict.fromkeys(role for role, _, _ in changed))
+    columns = (*layers, ENDS) if any(column == ENDS for _, column in cells) else tuple(layers)
+    roles = tuple(dict.fromkeys(role for role, _ in cells))
     return Grid(roles, columns, tuple(tuple(_mean(cells.get((role, column))) for column in columns) for role in roles))
 
 

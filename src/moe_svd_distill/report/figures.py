@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,7 +107,7 @@ def benchmark_rows(evaluation: EvaluationRecord | None) -> list[tuple[Cell, ...]
             Cell(number(found.adapted.pass_at_1)),
             Cell(
                 number(found.change.change, sign="+"),
-                f"{found.change.low:+.4f} … {found.change.high:+.4f}" if math.isfinite(found.change.low) else "",
+                _interval(found.change.low, found.change.high, 4) if math.isfinite(found.change.low) else "",
             ),
         )
         for name, found in evaluation.code_benchmarks.items()
@@ -157,7 +158,12 @@ def code_note(found: CodeBenchmark) -> str:
 
 def number(value: float, digits: int = 4, sign: str = "") -> str:
     """A number to show, or a dash."""
-    return f"{value:{sign}.{digits}f}" if math.isfinite(value) else "–"
+    return with_minus(f"{value:{sign}.{digits}f}") if math.isfinite(value) else "–"
+
+
+def with_minus(text: str) -> str:
+    """Text with a minus sign, not a hyphen, before its negative figures, as the pictures have it."""
+    return re.sub(r"(?<![\w-])-(?=\d)", "−", text)
 
 
 def _failures(found: CodeBenchmark) -> str:
@@ -186,9 +192,12 @@ def _figure_row(name: str, figures: Figures, gap: GapClosed | None = None) -> tu
 
 
 def _percent(value: float | None, interval: Interval | None) -> Cell:
-    return Cell(
-        "–" if value is None else f"{value:+.1f} %", f"{interval.low:+.1f} … {interval.high:+.1f}" if interval else ""
-    )
+    within = _interval(interval.low, interval.high, 1) if interval else ""
+    return Cell("–" if value is None else f"{number(value, 1, '+')} %", within)
+
+
+def _interval(low: float, high: float, digits: int) -> str:
+    return f"{number(low, digits, '+')} … {number(high, digits, '+')}"
 
 
 def _with_interval(value: float, error: float, interval: Interval | None) -> Cell:

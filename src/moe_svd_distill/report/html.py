@@ -35,6 +35,7 @@ def html_report(record: RunRecord) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["code"] = _code
     evaluation, content = record.evaluation, record.content
     page = environment.get_template("report.html").render(
         teacher=facts.model_name(record, "teacher"),
@@ -53,7 +54,7 @@ def html_report(record: RunRecord) -> str:
         not_written=evaluation.on_text.continuations.skipped if evaluation and evaluation.on_text else {},
         notes=evaluation.held_out.notes if evaluation else (),
         training=facts.training_note(record),
-        decision=record.scale_search.decision,
+        decision=facts.decision(record),
         trial_columns=_TRIAL_COLUMNS,
         trials=[_trial(trial) for trial in record.scale_search.trials],
         models=[("teacher", _sizes(record.teacher)), ("student", _sizes(record.student))],
@@ -132,6 +133,13 @@ def _inline(name: str, picture: bytes, words: str) -> str:
     return text.replace("<svg ", f'<svg role="img" aria-label="{escape(words)}" ', 1)
 
 
+def _code(text: str) -> str:
+    """Text in the page, with what stands between back-ticks as code."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
 def _tone(record: RunRecord) -> str:
     if record.evaluation is not None and record.evaluation.effect:
         return {"helps": "good", "harms": "bad"}.get(record.evaluation.effect, "neutral")
@@ -151,7 +159,11 @@ def _sizes(model: ModelRecord) -> list[tuple[str, str]]:
     sizes = {"layers": model.layers, "hidden": model.hidden, "experts": model.experts, "vocabulary": model.vocabulary}
     pairs = [("architecture", model.family)] if model.family else []
     pairs += [(name, f"{size:,}") for name, size in sizes.items() if size]
-    return [*pairs, ("weights", f"{model.bytes / 2**30:.2f} GiB")] if model.bytes else pairs
+    return [*pairs, ("weights", _size(model.bytes))] if model.bytes else pairs
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _dump(value: Any) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from moe_svd_distill.evaluation.scale_search import ScaleDecision
 from moe_svd_distill.report.facts import Grid
+from moe_svd_distill.report.figures import number
 from moe_svd_distill.report.record import EvaluationRecord, FitRecord, TrainingRecord
 
 _GREY, _BLUE, _ORANGE, _GREEN, _RED = "#7d8590", "#1f6feb", "#cf7c18", "#2da44e", "#cf222e"
@@ -97,7 +98,7 @@ def scale_picture(search: ScaleDecision, kind: str = "svg") -> bytes | None:
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, -0.6 * untouched), max(high, 0.02 * untouched))
         if low < -0.6 * untouched:
-            words = f"at scale {scales[-1]:g}: {points[-1][1].kl_fall:.2f} (KL)"
+            words = f"at scale {scales[-1]:g}: {number(points[-1][1].kl_fall, 2)} (KL)"
             axes.annotate(words, (scales[-1], -0.6 * untouched), (0, 6), ha="right", zorder=5,
                           textcoords="offset points")  # fmt: skip
             axes.plot(scales[-1], -0.6 * untouched, "v", color=_RED, clip_on=False)
@@ -147,16 +148,16 @@ def curve_picture(training: TrainingRecord | None, kind: str = "svg") -> bytes |
 
 def fit_picture(fit: FitRecord | None, kind: str = "svg") -> bytes | None:
     """KL on other text after each pass of the calibrated stage, the kept one marked; None with fewer than two."""
-    passes = [(number, kl) for number, kl in enumerate(fit.kl_by_pass if fit else ()) if _finite(kl)]
+    passes = [(nth, kl) for nth, kl in enumerate(fit.kl_by_pass if fit else ()) if _finite(kl)]
     if fit is None or len(passes) < 2:
         return None
     with _figure(_WIDTH, 2.4) as figure:
         axes = figure.subplots()
         axes.plot(*zip(*passes, strict=True), "o-", color=_BLUE, markersize=4)
-        for number, kl in passes:
-            if number == fit.best_pass:
-                axes.plot(number, kl, "o", color=_GREEN, markersize=9, zorder=4, label="kept")
-                axes.annotate(f"{kl:.4f}", (number, kl), (0, 9), textcoords="offset points", ha="center")
+        for nth, kl in passes:
+            if nth == fit.best_pass:
+                axes.plot(nth, kl, "o", color=_GREEN, markersize=9, zorder=4, label="kept")
+                axes.annotate(f"{kl:.4f}", (nth, kl), (0, 9), textcoords="offset points", ha="center")
                 axes.legend(frameon=False, loc="upper right")
         axes.set(title="Fit: KL on calibration text", xlabel="passes over the text", ylabel="nats per token")
         axes.margins(y=0.2)
@@ -244,7 +245,7 @@ def _write_values(axes: Any, values: Any, top: float) -> None:
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             colour = "white" if value > 0.6 * top else "black"
-            axes.text(column, row, f"{value:.{digits}f}", ha="center", va="center", color=colour, fontsize=8)
+            axes.text(column, row, number(value, digits), ha="center", va="center", color=colour, fontsize=8)
 
 
 def _finite(value: Any) -> bool:

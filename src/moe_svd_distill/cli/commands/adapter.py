@@ -115,7 +115,11 @@ def export_command(folder: Path, output: Path, layout: str, text_only: bool, stu
         return
     print_line(f"{report.output}: {report.tensors} tensors")
     if report.loads is not None:
-        print_line("PEFT loads all of them" if report.loads else f"PEFT does not load it as it is: {report.why_not}")
+        print_line(
+            "PEFT loads all of them"
+            if report.loads
+            else f"Servers read it by its keys; PEFT here does not load it: {report.why_not}"
+        )
     for limit in report.limits:
         print_line(f"note: {limit}")
 

@@ -146,7 +146,7 @@ def _show(adapter: Adapter, everything: bool) -> None:
 
     folder, record = adapter.folder, adapter.record
     rows = [("matrices changed", str(record.fates.get("lora", 0)))]
-    rows += [("matrices kept", f"{count}: {reason}") for reason, count in record.reasons_to_keep.items()]
+    rows += [("matrices unchanged", f"{count}: {reason}") for reason, count in record.reasons_to_keep.items()]
     if everything:
         rows += [("brought to shape by", f"{name}: {count}") for name, count in record.projections.items()]
         rows += [("brought into order by", f"{name}: {count}") for name, count in record.alignments.items()]

@@ -54,7 +54,7 @@ def show_plan(plan: Plan, shown: Shown) -> None:
         print_line(f"training begins with the adapter in {plan.stages.start}")
     if "weights" in stages:
         print_table("weights stage: depth", ("student layer", "teacher layers"), plan.depth)
-        print_table("weights stage: matrices", ("role", "changed", "kept", "rank"), plan.roles)
+        print_table("weights stage: matrices", ("role", "changed", "unchanged", "rank"), plan.roles)
     if plan.text:
         columns = ("text", "tokens", "asked for", "documents", "sources")
         print_table("calibration text", columns, [_text(*part) for part in plan.text.parts.items()])
