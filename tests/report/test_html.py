@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -67,6 +71,20 @@ def test_intervals_stand_under_their_figures() -> None:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pictures, "_file", lambda figure, kind: b"<svg ></svg>")
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_reaches_over_the_screen(width: int, tmp_path: Path) -> None:
+    page = html.escape(html_report(record()))
+    frame = f'<iframe id="page" scrolling="no" style="width: {width}px" srcdoc="{page}"></iframe>'
+    script = "page.onload = () => { document.title = page.contentDocument.documentElement.scrollWidth }"
+    (tmp_path / "frame.html").write_text(f"<title></title>{frame}<script>{script}</script>")
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", "--dump-dom"]
+    shown = subprocess.run(
+        [*command, (tmp_path / "frame.html").as_uri()], check=True, capture_output=True, text=True, timeout=120
+    ).stdout
+    assert f"<title>{width}</title>" in shown
 
 
 @pytest.mark.usefixtures("undrawn")
