@@ -68,6 +68,12 @@ def test_inspect_reads_headers_without_torch(models: tuple[Path, Path]) -> None:
     assert (facts["family"], facts["experts"], facts["layers"]) == ("qwen3_moe", 4, 2)
 
 
+def weights_alone(teacher: Path, student: Path, rank: int) -> list[str | Path]:
+    """Options of a run of the weights stage on one worker of the CPU."""
+    run = ["--method", "weights", "--device", "cpu", "--workers", "1"]
+    return ["--teacher", teacher, "--student", student, "--rank", str(rank), *run]
+
+
 def test_init_writes_a_recipe_that_distill_takes(
     models: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,20 +93,7 @@ def test_init_writes_a_recipe_that_distill_takes(
 def test_the_whole_way(models: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher, student = models
     out, merged = tmp_path / "out", tmp_path / "merged"
-    words = [
-        "--teacher",
-        teacher,
-        "--student",
-        student,
-        "--method",
-        "weights",
-        "--rank",
-        "4",
-        "--device",
-        "cpu",
-        "--workers",
-        "1",
-    ]
+    words = weights_alone(teacher, student, rank=4)
     code, text, _ = run(capsys, "plan", *words, "--output", out)
     assert code == 0
     assert "recipe: head" not in text
@@ -151,20 +144,7 @@ def test_the_next_command_can_be_copied_where_a_path_has_spaces(
     teacher = tmp_path / "the teacher"
     shutil.copytree(models[0], teacher)
     out = tmp_path / "an output"
-    words = [
-        "--teacher",
-        teacher,
-        "--student",
-        models[1],
-        "--method",
-        "weights",
-        "--rank",
-        "2",
-        "--device",
-        "cpu",
-        "--workers",
-        "1",
-    ]
+    words = weights_alone(teacher, models[1], rank=2)
     code, text, _ = run(capsys, "distill", *words, "--output", out)
     assert code == 0
     (line,) = [line for line in text.splitlines() if line.startswith("Next: ")]
@@ -176,20 +156,7 @@ def test_another_student_of_the_same_shapes_is_noticed(
 ) -> None:
     teacher, student = models
     out, other = tmp_path / "out", saved("qwen3_moe", tmp_path / "other", seed=3)
-    words = [
-        "--teacher",
-        teacher,
-        "--student",
-        student,
-        "--method",
-        "weights",
-        "--rank",
-        "2",
-        "--device",
-        "cpu",
-        "--workers",
-        "1",
-    ]
+    words = weights_alone(teacher, student, rank=2)
     assert run(capsys, "distill", *words, "--output", out)[0] == 0
     copy = shutil.copytree(student, tmp_path / "copy")
     for command in (["verify", out], ["merge", out, tmp_path / "m"], ["export", out, tmp_path / "e"]):

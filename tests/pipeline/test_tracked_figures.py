@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,25 +20,16 @@ from moe_svd_distill.pipeline.plan import make_plan
 from moe_svd_distill.pipeline.tracked_figures import evaluation_figures
 from moe_svd_distill.recipe import recipe_yaml
 from moe_svd_distill.tracking import run
-from tests.support import stand_in_wandb
 from tests.support.heads import TEXT, TRAINED
 from tests.support.pairs import recipe_for
+from tests.support.trackers import wandb_replaced
 
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The stand-in in place of wandb, here and in other processes, and the file that it writes to."""
-    modules, written = tmp_path / "modules", tmp_path / "written.jsonl"
-    modules.mkdir()
-    shutil.copy(str(stand_in_wandb.__file__), modules / "wandb.py")
-    monkeypatch.syspath_prepend(modules)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(modules), *filter(None, [os.environ.get("PYTHONPATH")])]))
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("WANDB_STAND_IN", str(written))
-    yield written
-    sys.modules.pop("wandb", None)
+    with wandb_replaced(tmp_path, monkeypatch) as written:
+        yield written
 
 
 def _written(file: Path, what: str) -> list[dict[str, Any]]:

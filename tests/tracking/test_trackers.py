@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ import pytest
 
 from moe_svd_distill.execution.events import Event, Measured, Noted
 from moe_svd_distill.tracking import tracked
-from tests.support import stand_in_wandb
+from tests.support.trackers import wandb_replaced
 
 KEY = "feedfacefeedfacefeedfacefeedfacefeedface"
 FIGURES = {"loss": 0.5, "kl": 0.25}
@@ -55,17 +54,9 @@ def test_tensorboard_reads_one_run_of_two_processes(tmp_path: Path) -> None:
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The stand-in in place of wandb, and the file that it writes to."""
-    modules, written = tmp_path / "modules", tmp_path / "written.jsonl"
-    modules.mkdir()
-    shutil.copy(str(stand_in_wandb.__file__), modules / "wandb.py")
-    monkeypatch.syspath_prepend(modules)
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("WANDB_STAND_IN", str(written))
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    yield written
-    sys.modules.pop("wandb", None)
+    with wandb_replaced(tmp_path, monkeypatch) as written:
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        yield written
 
 
 def _written(file: Path, what: str) -> list[dict[str, Any]]:
